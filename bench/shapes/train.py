@@ -1,0 +1,464 @@
+"""Train the shapes family from nothing: `python -m tandemrt.bench.shapes.train --work DIR --out DIR`.
+
+Each stage leaves one fp32 safetensors file in the work directory and is skipped when that file is there, so an
+interrupted training goes on where it was. The last stage writes the fp16 family to the output directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import family
+from .scenes import render, scenes
+
+SEED = 20260101
+GUIDANCE = 2.0
+STAGES = ("vae_tiny", "large", "small", "one_step", "vae_kl", "vae_small")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything; the defaults are those of the published weights."""
+
+    pool: int = 60_000
+    vae_tiny: int = 4_500
+    large_even: int = 2_300
+    large_weighted: int = 1_900
+    small: int = 1_700
+    pairs: int = 32_768
+    one_step: int = 2_400
+    vae_kl: int = 2_200
+    vae_small: int = 2_600
+
+
+class Data:
+    """Rendered training scenes, made once and kept in memory."""
+
+    def __init__(self, budget: Budget, tokenizer: CLIPTokenizer) -> None:
+        self._scenes = scenes(SEED, budget.pool, "train")
+        self.pictures = torch.from_numpy(np.stack([render(scene) for scene in self._scenes])).permute(0, 3, 1, 2)
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Caption tokens: (pool, 24) int64."""
+        return tokens_of(self._tokenizer, [scene.caption for scene in self._scenes])
+
+    def picture_batches(self, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+        """Pictures in [-1, 1]: (size, 3, 64, 64) float32, channels last."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            index = torch.randint(len(self.pictures), (size,), generator=generator)
+            yield (self.pictures[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+class Ema:
+    """An exponential moving average of a module's parameters."""
+
+    def __init__(self, *modules: nn.Module, decay: float = 0.999) -> None:
+        self._live = [parameter for module in modules for parameter in module.parameters()]
+        self._mean = [parameter.detach().clone() for parameter in self._live]
+        self._decay, self._updates = decay, 0
+
+    def update(self) -> None:
+        self._updates += 1
+        weight = 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
+        torch._foreach_lerp_(self._mean, [p.detach() for p in self._live], weight)
+
+    def copy_to_modules(self) -> None:
+        with torch.no_grad():
+            for live, mean in zip(self._live, self._mean, strict=True):
+                live.copy_(mean)
+
+
+class Trainer:
+    """Runs the stages in order and writes one line of JSON per hundred steps."""
+
+    def __init__(self, work: Path, budget: Budget) -> None:
+        self._work, self._budget = work, budget
+        work.mkdir(parents=True, exist_ok=True)
+        captions = (scene.caption for scene in scenes(SEED, 4_000, "train"))
+        self.tokenizer = family.train_tokenizer(captions, work / "tokenizer")
+        self._schedule = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+        self._alphas_cumprod = (1 - self._schedule).cumprod(0).float()
+
+    @cached_property
+    def data(self) -> Data:
+        return Data(self._budget, self.tokenizer)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """Latents of the whole pool under the tiny VAE's encoder: (pool, 4, 8, 8) float32."""
+        vae = self.load("vae_tiny", family.tiny_vae())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            parts = [vae.encode(part.float() / 127.5 - 1).latents.float() for part in self.data.pictures.split(256)]
+        return torch.cat(parts)
+
+    def run(self, stage: str) -> None:
+        """Train `stage` unless its file exists."""
+        if self._file(stage).exists():
+            return
+        torch.manual_seed(SEED + STAGES.index(stage))
+        started = time.monotonic()
+        getattr(self, f"_train_{stage}")()
+        self._log(stage=stage, done=True, seconds=round(time.monotonic() - started))
+
+    def load(self, stage: str, module: nn.Module, prefix: str = "") -> nn.Module:
+        """Fill `module` with a finished stage's weights and freeze it."""
+        state = load_file(self._file(stage))
+        module.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+        return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def _file(self, stage: str) -> Path:
+        return self._work / f"{stage}.safetensors"
+
+    def _save(self, stage: str, **modules: nn.Module) -> None:
+        state = {
+            f"{prefix}{name}": value.contiguous()
+            for prefix, module in modules.items()
+            for name, value in module.state_dict().items()
+        }
+        part = self._file(stage).with_suffix(".part")
+        save_file(state, part)
+        part.rename(self._file(stage))
+
+    def _log(self, **facts: object) -> None:
+        line = json.dumps(facts)
+        print(line, flush=True)
+        with (self._work / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+    def _optimize(
+        self, stage: str, modules: list[nn.Module], losses: Iterator[Tensor], rate: Callable[[int], float]
+    ) -> None:
+        """Take one AdamW step per loss, average the weights, and leave the average in the modules."""
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=rate(0), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+        ema, recent, started = Ema(*modules), [], time.monotonic()
+        for step, loss in enumerate(losses):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+            recent.append(loss.item())
+            if step % 100 == 99:
+                mean = round(float(np.mean(recent)), 5)
+                self._log(stage=stage, step=step + 1, loss=mean, seconds=round(time.monotonic() - started))
+                recent.clear()
+        ema.copy_to_modules()
+
+    # The autoencoders
+
+    def _train_vae_tiny(self) -> None:
+        vae = family.tiny_vae().to(memory_format=torch.channels_last)
+
+        def losses() -> Iterator[Tensor]:
+            for pictures in self.data.picture_batches(16, self._budget.vae_tiny, seed=1):
+                with torch.autocast("cpu", torch.bfloat16):
+                    latents = vae.encode(pictures).latents.float()
+                    decoded = vae.decode(latents + 0.08 * torch.randn_like(latents)).sample.float()
+                spread = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
+                yield picture_loss(decoded, pictures) + 0.02 * spread
+
+        self._optimize("vae_tiny", [vae], losses(), cosine(2e-3, self._budget.vae_tiny))
+        self._save("vae_tiny", **{"": vae})
+
+    def _train_vae_kl(self) -> None:
+        """The baseline learns to encode into the tiny VAE's latents and to decode them."""
+        vae = family.kl_vae().to(memory_format=torch.channels_last)
+        space = self.load("vae_tiny", family.tiny_vae())
+
+        def losses() -> Iterator[Tensor]:
+            for pictures in self.data.picture_batches(16, self._budget.vae_kl, seed=2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    with torch.no_grad():
+                        latents = space.encode(pictures).latents.float()
+                    posterior = vae.encode(pictures).latent_dist
+                    decoded = vae.decode(latents + 0.08 * torch.randn_like(latents)).sample.float()
+                encoding = (posterior.mean.float() - latents).square().mean()
+                spread = (posterior.logvar.float() + 6).square().mean()
+                yield picture_loss(decoded, pictures) + 0.5 * encoding + 0.001 * spread
+
+        self._optimize("vae_kl", [vae], losses(), cosine(2e-3, self._budget.vae_kl))
+        self._save("vae_kl", **{"": vae})
+
+    def _train_vae_small(self) -> None:
+        """The small VAE keeps the baseline's encoder and learns a narrower decoder."""
+        vae = family.small_vae().to(memory_format=torch.channels_last)
+        baseline = self.load("vae_kl", family.kl_vae())
+        vae.encoder.load_state_dict(baseline.encoder.state_dict())
+        vae.quant_conv.load_state_dict(baseline.quant_conv.state_dict())
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+
+        def losses() -> Iterator[Tensor]:
+            for pictures in self.data.picture_batches(16, self._budget.vae_small, seed=3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    with torch.no_grad():
+                        latents = baseline.encode(pictures).latent_dist.mean.float()
+                    decoded = vae.decode(latents + 0.08 * torch.randn_like(latents)).sample.float()
+                yield picture_loss(decoded, pictures)
+
+        self._optimize("vae_small", [vae], losses(), cosine(2e-3, self._budget.vae_small))
+        self._save("vae_small", **{"": vae})
+
+    # The denoisers
+
+    def _noised(self, steps: int, seed: int, late: Callable[[int], bool]) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of 128: noisy latents, time steps, noise, tokens (one in ten empty) and the loss weight.
+
+        From the steps that `late` names on, 35% of the time steps lie in 600-999, where the layout is decided, and
+        the weight is min(1 / alphas_cumprod, 40) / 4; before, both are even.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        empty = tokens_of(self.tokenizer, [""])[0]
+        for step in range(steps):
+            index = torch.randint(len(self.latents), (128,), generator=generator)
+            timesteps = torch.randint(1000, (128,), generator=generator)
+            weight = torch.ones(128)
+            if late(step):
+                timesteps[:45] = torch.randint(600, 1000, (45,), generator=generator)
+                weight = (1 / self._alphas_cumprod[timesteps]).clamp(max=40) / 4
+            clean, tokens = self.latents[index], self.data.tokens[index].clone()
+            tokens[torch.rand(128, generator=generator) < 0.1] = empty
+            noise = torch.randn(clean.shape, generator=generator)
+            signal = self._alphas_cumprod[timesteps][:, None, None, None]
+            noisy = (signal.sqrt() * clean + (1 - signal).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+            yield noisy, timesteps, noise, tokens, weight[:, None, None, None]
+
+    def _train_large(self) -> None:
+        even, total = self._budget.large_even, self._budget.large_even + self._budget.large_weighted
+        unet = ready_to_train(family.large_unet())
+        text = family.text_encoder(self.tokenizer).train()
+
+        def losses() -> Iterator[Tensor]:
+            for noisy, timesteps, noise, tokens, weight in self._noised(total, 11, lambda step: step >= even):
+                with torch.autocast("cpu", torch.bfloat16):
+                    predicted = unet(noisy, timesteps, text(tokens).last_hidden_state).sample.float()
+                yield (weight * (predicted - noise).square()).mean()
+
+        second = cosine(8e-4, total - even)
+        self._optimize(
+            "large", [unet, text], losses(), lambda n: min(1e-3, 1e-5 * (n + 1)) if n < even else second(n - even)
+        )
+        self._save("large", **{"unet.": unet, "text_encoder.": text})
+
+    def _teacher(self) -> tuple[nn.Module, nn.Module]:
+        unet = ready_to_train(self.load("large", family.large_unet(), "unet.")).eval()
+        return unet, self.load("large", family.text_encoder(self.tokenizer), "text_encoder.")
+
+    def _train_small(self) -> None:
+        """Output distillation from the large UNet with the noise loss beside it."""
+        teacher, text = self._teacher()
+        unet = ready_to_train(family.pruned_unet(family.SMALL_PRUNING))
+        inherit(unet, teacher)
+
+        def losses() -> Iterator[Tensor]:
+            for noisy, timesteps, noise, tokens, weight in self._noised(self._budget.small, 12, lambda _: True):
+                with torch.autocast("cpu", torch.bfloat16):
+                    with torch.no_grad():
+                        hidden = text(tokens).last_hidden_state
+                        wanted = teacher(noisy, timesteps, hidden).sample.float()
+                    predicted = unet(noisy, timesteps, hidden).sample.float()
+                yield (weight * ((predicted - wanted).square() + 0.3 * (predicted - noise).square())).mean()
+
+        self._optimize("small", [unet], losses(), cosine(1.5e-3, self._budget.small))
+        self._save("small", **{"": unet})
+
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, the large model's picture of it in 10 steps at guidance 2, and the prompt's tokens, made once."""
+        file = self._file("pairs")
+        if not file.exists():
+            teacher, text = self._teacher()
+            generator = torch.Generator().manual_seed(13)
+            chosen = torch.randint(len(self.latents), (self._budget.pairs,), generator=generator)
+            tokens = self.data.tokens[chosen]
+            noise = torch.randn((len(tokens), 4, 8, 8), generator=generator)
+            started, parts = time.monotonic(), []
+            for part_noise, part_tokens in zip(noise.split(256), tokens.split(256), strict=True):
+                parts.append(sample(teacher, text, part_noise, part_tokens, self.tokenizer, steps=10))
+                if len(parts) % 16 == 0:
+                    self._log(stage="pairs", done=len(parts) * 256, seconds=round(time.monotonic() - started))
+            save_file({"noise": noise, "latents": torch.cat(parts).contiguous(), "tokens": tokens}, file)
+        pairs = load_file(file)
+        return pairs["noise"], pairs["latents"], pairs["tokens"]
+
+    def _train_one_step(self) -> None:
+        """From noise at t = 999 straight to the large model's latent, by SDXS's formula for x0."""
+        noise, latents, tokens = self._pairs()
+        teacher, text = self._teacher()
+        unet = ready_to_train(family.pruned_unet(family.ONE_STEP_PRUNING))
+        inherit(unet, teacher)
+        with torch.no_grad():
+            hidden = torch.cat([text(part).last_hidden_state for part in tokens.split(512)])
+        generator = torch.Generator().manual_seed(14)
+        signal = self._alphas_cumprod[999]
+        last = torch.full((128,), 999)
+
+        def losses() -> Iterator[Tensor]:
+            for _ in range(self._budget.one_step):
+                index = torch.randint(len(noise), (128,), generator=generator)
+                start = noise[index].contiguous(memory_format=torch.channels_last)
+                with torch.autocast("cpu", torch.bfloat16):
+                    predicted = unet(start, last, hidden[index]).sample.float()
+                denoised = (start - (1 - signal).sqrt() * predicted) / signal.sqrt()
+                yield F.mse_loss(denoised, latents[index]) + 0.2 * F.l1_loss(denoised, latents[index])
+
+        self._optimize("one_step", [unet], losses(), cosine(1e-3, self._budget.one_step))
+        self._save("one_step", **{"": unet})
+
+    def publish(self, out: Path) -> None:
+        """Write the family as fp16 safetensors in diffusers layout, the training log beside it."""
+        part = out.with_name(out.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        unets = {"large": family.large_unet(), "small": family.pruned_unet(family.SMALL_PRUNING)}
+        unets["one_step"] = family.pruned_unet(family.ONE_STEP_PRUNING)
+        for stage, unet in unets.items():
+            self.load(stage, unet, "unet." if stage == "large" else "").half().save_pretrained(part / stage / "unet")
+        text = self.load("large", family.text_encoder(self.tokenizer), "text_encoder.")
+        text.half().save_pretrained(part / "large" / "text_encoder")
+        self.load("vae_kl", family.kl_vae()).half().save_pretrained(part / "large" / "vae")
+        self.load("vae_small", family.small_vae()).half().save_pretrained(part / "vae_small")
+        self.load("vae_tiny", family.tiny_vae()).half().save_pretrained(part / "vae_tiny")
+        shutil.copytree(self._work / "tokenizer", part / "large" / "tokenizer")
+        family.scheduler().save_pretrained(part / "large" / "scheduler")
+        parts = {
+            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+        }
+        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
+        (part / "large" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shutil.copy(self._work / "log.jsonl", part / "training-log.jsonl")
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
+
+
+def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Padded token ids: (len(captions), 24) int64."""
+    encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=family.TEXT_LENGTH)
+    return torch.tensor(encoded["input_ids"])
+
+
+def picture_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
+    """L1, squared error and the L1 of the horizontal and vertical differences."""
+    difference = decoded - pictures
+    gradients = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return difference.abs().mean() + difference.square().mean() + 0.5 * gradients
+
+
+def cosine(peak: float, steps: int) -> Callable[[int], float]:
+    """A learning rate that warms up over 100 steps and falls to 1% of `peak`."""
+    return lambda n: peak * min(1.0, (n + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(n / steps, 1.0))))
+
+
+def ready_to_train(unet: nn.Module) -> nn.Module:
+    """The memory layout and attention that are fastest on CPUs; the last convolution stays in fp32."""
+    unet.set_attn_processor(AttnProcessor())
+    forward = unet.conv_out.forward
+
+    def forward_fp32(hidden: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return forward(hidden.float())
+
+    unet.conv_out.forward = forward_fp32
+    return unet.train().to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def inherit(unet: nn.Module, large: nn.Module) -> None:
+    """Fill a pruned UNet from the large one: the first layer of each down block, the first and last of each up block.
+
+    Inside narrowed ResNet blocks the channels with the largest weights are kept, as Hybrid-SD's significance score
+    does; narrowed attentions keep their first heads.
+    """
+    source = large.state_dict()
+    for name, target in unet.state_dict().items():
+        tensor = source[_origin(name)]
+        if tensor.shape != target.shape and ".resnets." not in name:
+            tensor = tensor[tuple(slice(0, size) for size in target.shape)]
+        if tensor.shape == target.shape:
+            target.copy_(tensor)
+    for name, block in unet.named_modules():
+        if isinstance(block, ResnetBlock2D):
+            _inherit_channels(block, large.get_submodule(_origin(name)))
+
+
+def _origin(name: str) -> str:
+    """The large UNet's name for a tensor or module of the one-layer UNet."""
+    parts = name.split(".")
+    if parts[0] == "up_blocks" and parts[2] in ("resnets", "attentions") and parts[3] == "1":
+        parts[3] = "2"
+    return ".".join(parts)
+
+
+def _inherit_channels(block: ResnetBlock2D, origin: ResnetBlock2D) -> None:
+    width = block.conv1.out_channels
+    score = origin.conv1.weight.abs().sum((1, 2, 3)) * origin.conv2.weight.abs().sum((0, 2, 3))
+    kept = score.topk(width).indices.sort().values
+    block.conv1.weight.copy_(origin.conv1.weight[kept])
+    block.conv1.bias.copy_(origin.conv1.bias[kept])
+    block.time_emb_proj.weight.copy_(origin.time_emb_proj.weight[kept])
+    block.time_emb_proj.bias.copy_(origin.time_emb_proj.bias[kept])
+    block.norm2.weight.copy_(origin.norm2.weight[kept])
+    block.norm2.bias.copy_(origin.norm2.bias[kept])
+    block.conv2.weight.copy_(origin.conv2.weight[:, kept])
+
+
+@torch.no_grad()
+def sample(  # noqa: PLR0913 — a sampler has that many inputs
+    unet: nn.Module, text: CLIPTextModel, noise: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer, steps: int
+) -> Tensor:
+    """DPM-Solver++ 2M at guidance 2 from `noise` (B, 4, 8, 8): latents of the same shape, float32."""
+    scheduler = family.scheduler()
+    scheduler.set_timesteps(steps)
+    empty = tokens_of(tokenizer, [""]).expand(len(tokens), -1)
+    latents = noise.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = text(torch.cat([empty, tokens])).last_hidden_state
+        for timestep in scheduler.timesteps:
+            both = unet(torch.cat([latents, latents]), timestep, hidden).sample.float()
+            unconditional, conditional = both.chunk(2)
+            guided = unconditional + GUIDANCE * (conditional - unconditional)
+            latents = scheduler.step(guided, timestep, latents).prev_sample
+    return latents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("out/shapes-training"), help="where stages keep their state")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the family goes")
+    parser.add_argument("--rehearse", action="store_true", help="a few steps of everything: checks the script")
+    arguments = parser.parse_args()
+    few = Budget(512, 20, 10, 10, 20, 256, 20, 20, 20)
+    trainer = Trainer(arguments.work, few if arguments.rehearse else Budget())
+    for stage in STAGES:
+        trainer.run(stage)
+    trainer.publish(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The errors of TandemRT, one tree.
+
+    TandemError                  anything we raise on purpose; `exit_status` 1
+    ├── ArgumentError            an argument that cannot be used; `exit_status` 2
+    │   ├── RequestError         of a generation: prompt, size, guidance, seed
+    │   └── PlanError            of a schedule: solver, steps, scheduler configuration
+    ├── CheckpointError          a source that is no checkpoint, or not one of a supported kind
+    ├── ExportError              an export that failed or missed its parity threshold
+    ├── BundleError              a bundle that is damaged, foreign or newer than this runtime
+    ├── TargetError              a backend, device or precision that is not available here
+    └── ExecutionError           a model that failed while running, or returned NaN or Inf
+        └── CancelledError       a generation stopped by its caller
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+_ABSENT = object()
+
+
+class TandemError(Exception):
+    """Base class. The message reads `where: what, got value, expected range. Remedy.`"""
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(
+        self, where: str, what: str, *, got: object = _ABSENT, expected: str | None = None, remedy: str = ""
+    ) -> None:
+        self.where, self.what, self.expected, self.remedy = where, what, expected, remedy
+        message = f"{where}: {what}"
+        if got is not _ABSENT:
+            message += f", got {got!r}"
+        if expected is not None:
+            message += f", expected {expected}"
+        super().__init__(f"{message}. {remedy}".rstrip())
+
+
+class ArgumentError(TandemError):
+    """An argument that cannot be used."""
+
+    exit_status = 2
+
+
+class RequestError(ArgumentError):
+    """A generation's prompt, size, guidance scale, seed, latents or embeddings cannot be used."""
+
+
+class PlanError(ArgumentError):
+    """A schedule cannot be compiled: solver, step counts or scheduler configuration."""
+
+
+class CheckpointError(TandemError):
+    """A source is no checkpoint, or not one of a supported kind."""
+
+
+class ExportError(TandemError):
+    """An export failed, or a component missed its parity threshold; nothing was published."""
+
+
+class BundleError(TandemError):
+    """A bundle is damaged, foreign, or newer than this runtime."""
+
+
+class TargetError(TandemError):
+    """A backend, device or precision is not available here."""
+
+
+class ExecutionError(TandemError):
+    """A model failed while running, or returned NaN or Inf."""
+
+
+class CancelledError(ExecutionError):
+    """A generation was stopped by its caller."""

@@ -1,0 +1,181 @@
+"""The bundle manifest, `tandem.json`: its types, reading and writing.
+
+The JSON Schema beside this file is generated from these structs (`python -m tandemrt.runtime.manifest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import BundleError
+
+FORMAT = 1
+MANIFEST_NAME = "tandem.json"
+MAX_MANIFEST_BYTES = 4 << 20
+
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
+Role = Literal["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
+Precision = Literal["fp32", "fp16"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A manifest entry: immutable, keyword-only, without unknown fields."""
+
+
+class FileRecord(Frozen):
+    """What a file of the bundle must be: `size` in bytes and its `sha256` as 64 hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+
+class TensorSpec(Frozen):
+    """A graph input or output; a string in `shape` is a symbolic dimension such as `batch`."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int | str, ...]
+
+
+class Evidence(Frozen):
+    """One comparison of the exported graph with PyTorch that the export passed.
+
+    `metric` is `max_relative_error`: the largest absolute difference divided by the largest absolute reference value.
+    `input_shapes` are the shapes the figure was measured at.
+    """
+
+    metric: str
+    value: float
+    threshold: float
+    input_shapes: dict[str, tuple[int, ...]]
+
+
+class Source(Frozen):
+    """Where a component came from: the class named in its `config.json`, a digest over its configuration and weights."""
+
+    class_name: str
+    sha256: str
+
+
+class SchedulerDefaults(Frozen):
+    """A diffusers scheduler configuration: the class name and its keys."""
+
+    class_name: str
+    config: dict[str, Any]
+
+
+class Component(Frozen):
+    """One model of the bundle.
+
+    `model` is the ONNX file's path; its external data, if any, stands in the manifest's `files` beside it.
+    `prediction_type`, `spatial_multiple` (latent height and width must be multiples of it) and `scheduler` (where the
+    denoiser brings its own, as one-step models do) are of denoisers only.
+    """
+
+    role: Role
+    model: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: Precision
+    fp32_islands: tuple[str, ...] = ()
+    source: Source
+    parameters: int
+    prediction_type: PredictionType | None = None
+    spatial_multiple: int = 1
+    scheduler: SchedulerDefaults | None = None
+    evidence: tuple[Evidence, ...]
+
+
+class LatentSpace(Frozen):
+    """The space denoisers and decoders share; a decoder is given `latent / scaling_factor + shift_factor`."""
+
+    channels: int
+    downsampling: int
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+
+class TextConditioning(Frozen):
+    """How prompts become `encoder_hidden_states` (B, max_length, width): the last hidden state after the final norm."""
+
+    max_length: int
+    width: int
+    hidden_layer: Literal["last"] = "last"
+    pooled: bool = False
+
+
+class Defaults(Frozen):
+    """What a generation uses where the caller says nothing; `height` and `width` in pixels."""
+
+    height: int
+    width: int
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+
+
+class Manifest(Frozen):
+    """Everything a runtime needs to know of a bundle; `files` lists every file but the manifest itself."""
+
+    format: int
+    producers: dict[str, str]
+    components: dict[str, Component]
+    files: dict[str, FileRecord]
+    latent: LatentSpace
+    text: TextConditioning
+    scheduler: SchedulerDefaults
+    defaults: Defaults
+
+    def names(self, role: Role) -> tuple[str, ...]:
+        """The components that play `role`, in the manifest's order."""
+        return tuple(name for name, component in self.components.items() if component.role == role)
+
+
+class _FormatOnly(msgspec.Struct):
+    format: int
+
+
+def decode(raw: bytes, where: str) -> Manifest:
+    """Parse a manifest's bytes; `where` names it in errors.
+
+    Raises:
+        BundleError: larger than 4 MiB, not JSON, of a newer format, or with missing, unknown or mistyped fields.
+    """
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(where, "manifest size", got=len(raw), expected=f"at most {MAX_MANIFEST_BYTES} bytes")
+    try:
+        stated = msgspec.json.decode(raw, type=_FormatOnly).format
+        if stated != FORMAT:
+            remedy = "Upgrade tandemrt, or export the bundle again." if stated > FORMAT else "Export the bundle again."
+            raise BundleError(where, "bundle format", got=stated, expected=str(FORMAT), remedy=remedy)
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(where, f"not a bundle manifest ({error})", remedy="Export the bundle again.") from error
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as indented JSON with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of `tandem.json`."""
+    return msgspec.json.schema(Manifest)
+
+
+if __name__ == "__main__":
+    schema = msgspec.json.format(msgspec.json.encode(json_schema()), indent=2)
+    Path(__file__).with_name("tandem.schema.json").write_bytes(schema + b"\n")

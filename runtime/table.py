@@ -1,0 +1,60 @@
+"""Compiled schedules: the linear table every solver becomes, and the one step that applies a row of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A schedule of N model calls on a state S = (x, h1 … hH), everything in float64.
+
+    Row n:  model input  model_input[n] · S
+            S ← transition[n] S + prediction[n] ε + noise[n] z
+            denoised estimate  denoised_state[n] · S + denoised_prediction[n] ε   (with S before the update)
+
+    ε is the (guided) model output, z standard normal noise, drawn for row n only where `draws_noise[n]`.
+
+    timesteps: (N,) what the denoiser is given.
+    steps: (N,) int, the inference step each row belongs to, rising from 0; solvers that call the model more than once
+        a step (PNDM, Heun) have rows that share one.
+    model_input: (N, 1+H). transition: (N, 1+H, 1+H). prediction, noise: (N, 1+H).
+    denoised_state: (N, 1+H). denoised_prediction: (N,).
+    init_noise_sigma: what standard normal noise is multiplied by to become the first x; the h start at zero.
+    """
+
+    solver: str
+    timesteps: Float64
+    steps: npt.NDArray[np.int64]
+    model_input: Float64
+    transition: Float64
+    prediction: Float64
+    noise: Float64
+    denoised_state: Float64
+    denoised_prediction: Float64
+    init_noise_sigma: float
+
+    @property
+    def rows(self) -> int:
+        """N, the number of model calls."""
+        return len(self.timesteps)
+
+    @property
+    def num_inference_steps(self) -> int:
+        return int(self.steps[-1]) + 1
+
+    @property
+    def history(self) -> int:
+        """H, how many earlier predictions the state carries."""
+        return int(self.model_input.shape[1]) - 1
+
+    @property
+    def draws_noise(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether a row needs fresh noise."""
+        needed: npt.NDArray[np.bool_] = self.noise.any(axis=1)
+        return needed
