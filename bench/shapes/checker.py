@@ -112,7 +112,7 @@ def _best_iou(shape: str, region: Mask) -> float:
     """The best overlap of a shape's template with a region, over positions and sizes near the region's extent."""
     rows, columns = np.nonzero(region)
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-    reach = {"square": (0.85, 0.85, 0.85), "triangle": (1.0, 0.75, 0.95), "star": (1.0, 0.81, 0.95)}
+    reach = {"square": (0.85, 0.85, 0.85), "triangle": (1.0, 0.75, 0.95), "star": (1.1, 0.89, 1.046)}
     up, down, side = reach.get(shape, (1.0, 1.0, 1.0))
     radius = ((bottom - top) / (up + down) + (right - left) / (2 * side)) / 2
     x, y = (left + right) / 2, top + (bottom - top) * up / (up + down)

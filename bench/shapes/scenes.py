@@ -121,16 +121,22 @@ def _random_item(rng: random.Random) -> Item:
 
 
 def _placed(items: tuple[Item, ...], relation: str | None, rng: random.Random) -> tuple[Item, ...]:
-    half, quarter = IMAGE_SIZE / 2, IMAGE_SIZE / 4
+    half, near, far = IMAGE_SIZE / 2, 15.0, IMAGE_SIZE - 15.0
     if relation is None:
         centers = [(half, half)]
     elif relation == "left of":
-        centers = [(quarter, half), (3 * quarter, half)]
+        centers = [(near, half), (far, half)]
     else:
-        centers = [(half, quarter), (half, 3 * quarter)]
-    low, high = (15.0, 20.0) if len(items) == 1 else (11.0, 13.5)
+        centers = [(half, near), (half, far)]
+    # Two items keep at least 5 pixels between them, so that a decoder's blur does not join them.
+    low, high, shift = (15.0, 20.0, 2.0) if len(items) == 1 else (11.5, 13.5, 1.0)
     return tuple(
-        Item(item.color, item.shape, (x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)), rng.uniform(low, high))
+        Item(
+            item.color,
+            item.shape,
+            (x + rng.uniform(-shift, shift), y + rng.uniform(-shift, shift)),
+            rng.uniform(low, high),
+        )
         for item, (x, y) in zip(items, centers, strict=True)
     )
 
@@ -155,6 +161,6 @@ def _coverage(shape: str, center: tuple[float, float], radius: float) -> Image.I
     elif shape == "triangle":
         draw.polygon([(x, y - r), (x - 0.95 * r, y + 0.75 * r), (x + 0.95 * r, y + 0.75 * r)], fill=1)
     else:
-        spikes = [(r if k % 2 == 0 else 0.45 * r, math.pi * k / 5) for k in range(10)]
+        spikes = [((1.1 if k % 2 == 0 else 0.5) * r, math.pi * k / 5) for k in range(10)]
         draw.polygon([(x + rho * math.sin(phi), y - rho * math.cos(phi)) for rho, phi in spikes], fill=1)
     return mask

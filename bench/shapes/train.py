@@ -37,7 +37,7 @@ class Budget:
     """How much of everything; the defaults are those of the published weights."""
 
     pool: int = 60_000
-    vae_tiny: int = 4_500
+    vae_tiny: int = 7_000
     large_even: int = 2_300
     large_weighted: int = 1_900
     small: int = 1_700

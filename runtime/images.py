@@ -1,0 +1,44 @@
+"""From decoded arrays to pictures, and to PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, PngImagePlugin
+
+Float32 = npt.NDArray[np.float32]
+
+
+def pixels_from_decoded(decoded: Float32) -> Float32:
+    """A decoder's output (B, 3, H, W) in [-1, 1] as (B, H, W, 3) float32 in [0, 1]."""
+    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
+
+
+def image_from_pixels(pixels: Float32) -> Image.Image:
+    """One picture (H, W, 3) in [0, 1] as 8-bit RGB, rounded to nearest."""
+    return Image.fromarray((pixels * np.float32(255)).round().astype(np.uint8))
+
+
+def save_png(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
+    """Write a PNG whose text chunks hold `facts`; the file appears whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+    """
+    info = PngImagePlugin.PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            image.save(stream, "PNG", pnginfo=info)
+        Path(part).chmod(0o644)
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise

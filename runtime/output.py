@@ -1,0 +1,70 @@
+"""What a generation gives back: pictures, timings, and events on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .plan import Plan
+from .text import DroppedText
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class RowTiming:
+    """One model call: how long the model took, and the whole row with it."""
+
+    denoiser: str
+    model_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a generation's time went, in milliseconds."""
+
+    text_ms: float
+    rows: tuple[RowTiming, ...]
+    decode_ms: float
+    total_ms: float
+
+    @property
+    def denoise_ms(self) -> float:
+        return sum(row.total_ms for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a generation made.
+
+    images: PIL images, or one (H, W, 3) float32 array each for `output_type="np"`, none for `latent`.
+    latents: (pictures, C, h, w) float32, as the last row left them.
+    seeds: what the noise came from, so that a random seed can be used again.
+    dropped_text: what was cut from prompts that were too long.
+    """
+
+    images: tuple[Image.Image, ...] | tuple[Float32, ...]
+    latents: Float32
+    timings: Timings
+    plan: Plan
+    seeds: tuple[int, ...]
+    dropped_text: tuple[DroppedText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """A finished row of the plan: `row` of `rows`, the inference `step` it belongs to, and who ran it.
+
+    preview: the pictures as the denoiser now expects them, where the request asked for previews; otherwise empty.
+    """
+
+    row: int
+    rows: int
+    step: int
+    timestep: float
+    timing: RowTiming
+    preview: tuple[Image.Image, ...]

@@ -1,0 +1,229 @@
+"""The pipeline: a bundle opened on a target, and what a call makes of a request."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from .backends import open_session
+from .backends.base import Session
+from .bundle import Bundle
+from .errors import CancelledError, ExecutionError, RequestError
+from .images import Float32, image_from_pixels, pixels_from_decoded
+from .output import Output, RowTiming, StepEvent, Timings
+from .plan import Plan, compile_plan
+from .request import Noise, Request, checked_array
+from .sampler import Conditioning, Sampler
+from .targets import Target, parse_target
+from .text import DroppedText, PromptEncoder
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Stream(Iterator[StepEvent]):
+    """Events of a running generation; `output` is there once they have ended."""
+
+    def __init__(self, events: Callable[[threading.Event], Generator[StepEvent, None, Output]]) -> None:
+        self._cancelled = threading.Event()
+        self._events = events(self._cancelled)
+        self.output: Output | None = None
+
+    def __next__(self) -> StepEvent:
+        try:
+            return next(self._events)
+        except StopIteration as end:
+            self.output = self.output or end.value
+            raise
+
+    def cancel(self) -> None:
+        """Stop before the next row, from any thread: asking for the next event then raises CancelledError."""
+        self._cancelled.set()
+
+
+def _takes_request(
+    make: Callable[P, Request],
+) -> Callable[[Callable[[Pipeline, Request], R]], Callable[Concatenate[Pipeline, P], R]]:
+    """Let a method of a request be called with the request's own arguments."""
+
+    def decorate(method: Callable[[Pipeline, Request], R]) -> Callable[Concatenate[Pipeline, P], R]:
+        @functools.wraps(method)
+        def call(self: Pipeline, *args: P.args, **kwargs: P.kwargs) -> R:
+            return method(self, make(*args, **kwargs))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = inspect.signature(make).parameters.values()
+        call.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+class Pipeline:
+    """A bundle on a target. Models load when they are first needed; one pipeline may be used by many threads."""
+
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
+        self.bundle, self.target, self._threads = bundle, target, threads
+        self._lock = threading.RLock()
+        self._sessions: dict[str, Session] = {}
+        self._closed = False
+
+    @classmethod
+    def open(cls, bundle: str | Path, target: str = "auto", *, threads: int | None = None) -> Pipeline:
+        """Check a bundle's files and make it ready to run.
+
+        target: `auto`, or backend, device and precision such as `onnxruntime:cpu:fp32`.
+        threads: how many CPU threads a model may use; the backend's choice otherwise.
+
+        Raises:
+            BundleError: the bundle is damaged, foreign or newer than this runtime.
+            TargetError: the target is not available here.
+        """
+        return cls(Bundle.open(bundle), parse_target(target), threads)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the models; a second call does nothing, a generation after it is refused."""
+        with self._lock:
+            self._closed = True
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+
+    @_takes_request(Request)
+    def __call__(self, request: Request) -> Output:
+        """Paint pictures; the arguments are those of `Request`.
+
+        Raises:
+            RequestError, PlanError: an argument cannot be used; nothing has run.
+            ExecutionError: a model failed, or returned NaN or Inf.
+        """
+        events = self._generate(request, threading.Event())
+        while True:
+            try:
+                next(events)
+            except StopIteration as end:
+                output: Output = end.value
+                return output
+
+    @_takes_request(Request)
+    def stream(self, request: Request) -> Stream:
+        """Paint pictures row by row; the arguments are those of `Request`, the errors those of a call."""
+        return Stream(functools.partial(self._generate, request))
+
+    def _generate(self, request: Request, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
+        """Check the request now; what is returned runs it, one event a row."""
+        manifest = self.bundle.manifest
+        plan = compile_plan(manifest, request.schedule)
+        shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
+        if request.latents is not None:
+            checked_array("latents", request.latents, shape)
+        decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
+        return self._run(request, plan, Noise(request, shape), decoders, cancelled)
+
+    def _run(
+        self, request: Request, plan: Plan, noise: Noise, decoders: tuple[str, str], cancelled: threading.Event
+    ) -> Generator[StepEvent, None, Output]:
+        began = time.perf_counter()
+        conditioning, dropped = self._conditioning(request, guided=any(plan.guided))
+        text_ms = _since(began)
+        sessions = {name: self._session(name) for name in dict.fromkeys(plan.denoisers)}
+        sampler = Sampler(plan, sessions, conditioning, noise.draw)
+        state = sampler.start(noise.draw() if request.latents is None else request.latents)
+        rows: list[RowTiming] = []
+        for done in sampler.run(state):
+            rows.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms))
+            wanted = request.previews and (done.row + 1) % request.previews == 0
+            preview = _images(self._decode(decoders[1], done.denoised())) if wanted else ()
+            step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
+            yield StepEvent(done.row, plan.table.rows, step, timestep, rows[-1], preview)
+            if cancelled.is_set():
+                raise CancelledError("generation", f"cancelled after row {done.row + 1} of {plan.table.rows}")
+        decoding = time.perf_counter()
+        pixels = () if request.output_type == "latent" else tuple(self._decode(decoders[0], state.latents))
+        timings = Timings(text_ms, tuple(rows), _since(decoding), _since(began))
+        images = _images(pixels) if request.output_type == "pil" else pixels
+        return Output(images, state.latents, timings, plan, noise.seeds, dropped)
+
+    def _conditioning(self, request: Request, *, guided: bool) -> tuple[Conditioning, tuple[DroppedText, ...]]:
+        """The text embeddings of both branches, repeated for each picture, and the text that was cut."""
+        conditional, dropped = self._embeddings("prompt", request.prompts, request.prompt_embeds, request)
+        unconditional = None
+        if guided:
+            texts = ("",) if request.negative_prompts is None else request.negative_prompts
+            negative = self._embeddings("negative_prompt", texts, request.negative_prompt_embeds, request)
+            dropped += negative[1]
+            if negative[0].shape[1] != conditional.shape[1] or len(negative[0]) not in (1, request.batch):
+                raise RequestError(
+                    "negative_prompt_embeds",
+                    "shape",
+                    got=negative[0].shape,
+                    expected=f"as the prompt's {conditional.shape}",
+                )
+            unconditional = np.broadcast_to(negative[0], conditional.shape).repeat(
+                request.num_images_per_prompt, axis=0
+            )
+        return Conditioning(conditional.repeat(request.num_images_per_prompt, axis=0), unconditional), dropped
+
+    def _embeddings(
+        self, name: str, texts: tuple[str, ...] | None, embeds: Float32 | None, request: Request
+    ) -> tuple[Float32, tuple[DroppedText, ...]]:
+        if embeds is not None:
+            return checked_array(f"{name}_embeds", embeds, (None, None, self.bundle.manifest.text.width)), ()
+        return self._encoder.encode(texts or (), strict=request.strict_prompts)
+
+    @functools.cached_property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.bundle, self._session("text_encoder"))
+
+    def _session(self, name: str) -> Session:
+        with self._lock:
+            if self._closed:
+                raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
+            if name not in self._sessions:
+                path = self.bundle.model_path(name)
+                self._sessions[name] = open_session(path, self.target, threads=self._threads)
+            return self._sessions[name]
+
+    def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
+        """The decoder asked for; without a name the bundle's first, or its tiny one."""
+        decoders = self.bundle.manifest.names("vae_decoder")
+        if name is None:
+            return "vae_decoder_tiny" if tiny and "vae_decoder_tiny" in decoders else decoders[0]
+        if name not in decoders:
+            raise RequestError("decoder", "unknown", got=name, expected=f"one of {', '.join(decoders)}")
+        return name
+
+    def _decode(self, decoder: str, latents: Float32) -> Iterator[Float32]:
+        """Decode (B, C, h, w) one picture at a time, which bounds memory: (H, W, 3) float32 in [0, 1] each."""
+        space = self.bundle.manifest.latent
+        binding = self._session(decoder).bind({"latent_sample": (1, *latents.shape[1:])})
+        for latent in latents:
+            np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])
+            binding.inputs["latent_sample"][0] += space.shift_factor
+            binding.run()
+            decoded = binding.outputs["sample"]
+            if not np.isfinite(decoded).all():
+                raise ExecutionError(decoder, "NaN or Inf in the picture", remedy="If it is fp16, export it as fp32.")
+            yield pixels_from_decoded(decoded)[0]
+
+
+def _images(pixels: Iterator[Float32] | tuple[Float32, ...]) -> tuple[Image.Image, ...]:
+    return tuple(image_from_pixels(picture) for picture in pixels)
+
+
+def _since(began: float) -> float:
+    return (time.perf_counter() - began) * 1e3

@@ -1,0 +1,168 @@
+"""Plans: a compiled schedule with, for every row, the denoiser that runs and whether guidance is on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from .errors import PlanError, RequestError
+from .manifest import Manifest, SchedulerDefaults
+from .solvers import compile_table, resolve_solver
+from .table import Table
+
+Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a caller may say about the schedule; what is None comes from the bundle.
+
+    steps: a number (all on the bundle's first denoiser), or how many inference steps each denoiser takes, in order:
+        `{"unet": 10, "unet_small": 15}`, or pairs where a denoiser comes back: `[("unet", 5), ("unet_small", 15),
+        ("unet", 5)]`.
+    solver: a short name such as `ddim`, `euler`, `dpmsolver++`; the bundle's own scheduler otherwise.
+    solver_config: scheduler keys that override the bundle's, such as `{"use_karras_sigmas": True}`.
+    timesteps: explicit time steps, where the solver takes them; their number is the number of steps.
+    eta: DDIM's eta, TCD's gamma.
+    guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers.
+    guidance_interval: the part of the steps, as fractions (start, end), in which guidance is on.
+    """
+
+    steps: Steps | None = None
+    solver: str | None = None
+    solver_config: Mapping[str, Any] | None = None
+    timesteps: Sequence[int] | None = None
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One generation's schedule, compiled.
+
+    denoisers, guided: for each of the table's rows, which component runs and whether both guidance branches do.
+    """
+
+    table: Table
+    denoisers: tuple[str, ...]
+    guided: tuple[bool, ...]
+    guidance_scale: float
+
+    @property
+    def steps(self) -> tuple[tuple[str, int], ...]:
+        """Runs of inference steps on one denoiser, in order."""
+        runs: list[tuple[str, int]] = []
+        previous = -1
+        for step, name in zip(self.table.steps.tolist(), self.denoisers, strict=True):
+            if step != previous:
+                again = bool(runs) and runs[-1][0] == name
+                runs[-1:] = [(name, runs[-1][1] + 1)] if again else [*runs[-1:], (name, 1)]
+                previous = step
+        return tuple(runs)
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as JSON-able facts: solver, steps, time steps, denoiser and guidance of every row."""
+        return {
+            "solver": self.table.solver,
+            "steps": [list(run) for run in self.steps],
+            "timesteps": self.table.timesteps.tolist(),
+            "denoisers": list(self.denoisers),
+            "guided": list(self.guided),
+            "guidance_scale": self.guidance_scale,
+        }
+
+
+def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
+    """Compile `schedule` for a bundle.
+
+    Where all steps go to one denoiser that brings its own scheduler (a one-step model), that scheduler is the default.
+
+    Raises:
+        PlanError: steps that sum to 0, are negative or name an unknown denoiser; an unknown solver or a scheduler key
+            it does not support; a guidance interval outside 0..1.
+        RequestError: guidance that is negative, NaN or infinite.
+    """
+    runs = _runs(manifest, schedule)
+    guidance_scale = _guidance_scale(manifest, schedule)
+    total = sum(count for _, count in runs)
+    default = _default_scheduler(manifest, runs)
+    class_name, config = default.class_name, default.config
+    if schedule.solver is not None:
+        class_name, config = resolve_solver(schedule.solver, config)
+    config = {**config, **(schedule.solver_config or {})}
+    table = compile_table(class_name, config, total, timesteps=schedule.timesteps, eta=schedule.eta)
+    by_step = [name for name, count in runs for _ in range(count)]
+    start, end = schedule.guidance_interval
+    if not 0 <= start <= end <= 1:
+        raise PlanError(
+            "guidance_interval", "fractions of the steps", got=(start, end), expected="0 <= start <= end <= 1"
+        )
+    on = [guidance_scale > 1 and start <= step / total < end for step in range(total)]
+    return Plan(
+        table=table,
+        denoisers=tuple(by_step[step] for step in table.steps),
+        guided=tuple(on[step] for step in table.steps),
+        guidance_scale=guidance_scale,
+    )
+
+
+def parse_steps(text: str, denoisers: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Read `25`, Hybrid-SD's `10,15` (the bundle's denoisers in order), or `unet:10,unet_small:15`.
+
+    Raises:
+        PlanError: not of these forms, or more numbers than denoisers.
+    """
+    runs: list[tuple[str, int]] = []
+    for index, part in enumerate(text.split(",")):
+        name, _, count = part.strip().rpartition(":")
+        if not count.isascii() or not count.isdigit():
+            raise PlanError(
+                "steps", "not a number of steps", got=part, expected="such as 25, 10,15 or unet:10,unet_small:15"
+            )
+        if not name:
+            if index >= len(denoisers):
+                have = ", ".join(denoisers)
+                raise PlanError(
+                    "steps", "more numbers than denoisers", got=text, expected=f"at most one for each of {have}"
+                )
+            name = denoisers[index]
+        runs.append((name, int(count)))
+    return tuple(runs)
+
+
+def _runs(manifest: Manifest, schedule: Schedule) -> tuple[tuple[str, int], ...]:
+    """The schedule's steps as pairs of denoiser and count, checked; denoisers with no step are dropped."""
+    denoisers = manifest.names("denoiser")
+    steps = schedule.steps
+    if steps is None:
+        steps = len(schedule.timesteps) if schedule.timesteps is not None else manifest.defaults.num_inference_steps
+    if isinstance(steps, int):
+        steps = ((denoisers[0], steps),)
+    runs = tuple(steps.items() if isinstance(steps, Mapping) else steps)
+    for name, count in runs:
+        if name not in denoisers:
+            raise PlanError("steps", "unknown denoiser", got=name, expected=f"one of {', '.join(denoisers)}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise PlanError(f"steps: {name}", "number of steps", got=count, expected="a whole number, 0 or more")
+    total = sum(count for _, count in runs)
+    if total == 0:
+        raise PlanError("steps", "number of steps in all", got=0, expected="1 or more")
+    if schedule.timesteps is not None and len(schedule.timesteps) != total:
+        raise PlanError("timesteps", "how many there are", got=len(schedule.timesteps), expected=f"{total}, one a step")
+    return tuple((name, count) for name, count in runs if count)
+
+
+def _default_scheduler(manifest: Manifest, runs: Sequence[tuple[str, int]]) -> SchedulerDefaults:
+    used = {name for name, _ in runs}
+    own = manifest.components[used.pop()].scheduler if len(used) == 1 else None
+    return own or manifest.scheduler
+
+
+def _guidance_scale(manifest: Manifest, schedule: Schedule) -> float:
+    scale = manifest.defaults.guidance_scale if schedule.guidance_scale is None else schedule.guidance_scale
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        raise RequestError("guidance_scale", "not usable", got=scale, expected="a finite number, 0 or more")
+    return float(scale)

@@ -1,0 +1,226 @@
+"""The hot loop: walk a plan's rows, one model call and one linear update each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .backends.base import Binding, Session
+from .errors import ExecutionError
+from .plan import Plan
+
+Float32 = npt.NDArray[np.float32]
+Terms = tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True)
+class State:
+    """Where a generation stands: before row `row`, with `arrays` (1+H, B, C, h, w) float32 holding (x, h1 … hH).
+
+    Holding the history, a state can be carried on by another model, or elsewhere, to the same numbers.
+    """
+
+    arrays: Float32
+    row: int = 0
+
+    @property
+    def latents(self) -> Float32:
+        """The latent x: (B, C, h, w) float32."""
+        return self.arrays[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Text embeddings, (B, tokens, width) float32 each; `unconditional` may be None where no row is guided."""
+
+    conditional: Float32
+    unconditional: Float32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """A finished row of the plan: which one, and how long the model and all of it took.
+
+    `denoised()` is the estimate of the clean latent at this row, (B, C, h, w) float32; ask before the next row runs.
+    """
+
+    row: int
+    model_ms: float
+    total_ms: float
+    denoised: Callable[[], Float32]
+
+
+class Sampler:
+    """Carries a state through a plan; used by one thread at a time.
+
+    sessions: the denoisers the plan names.
+    draw_noise: returns fresh standard normal noise (B, C, h, w) float32; called only for rows that need it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sessions: Mapping[str, Session],
+        conditioning: Conditioning,
+        draw_noise: Callable[[], Float32],
+    ) -> None:
+        self._plan, self._sessions, self._conditioning, self._draw_noise = plan, sessions, conditioning, draw_noise
+        self._rows = _compiled_rows(plan)
+        self._bindings: dict[tuple[str, bool], Binding] = {}
+
+    def start(self, noise: Float32) -> State:
+        """The state before the first row, from standard normal noise (B, C, h, w) float32."""
+        arrays = np.zeros((1 + self._plan.table.history, *noise.shape), np.float32)
+        np.multiply(noise, self._plan.table.init_noise_sigma, out=arrays[0])
+        return State(arrays)
+
+    def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
+        """Advance `state` in place, row by row, to before row `until` (the end by default).
+
+        Raises:
+            ExecutionError: a model failed, or its prediction or the latent holds NaN or Inf; row and model are named.
+        """
+        end = len(self._rows) if until is None else until
+        shape = state.arrays.shape[1:]
+        batch = shape[0]
+        # What a row reads: x, h1 … hH, the guided prediction ε, fresh noise z. It writes into the state's arrays.
+        vectors = np.zeros((len(state.arrays) + 2, *shape), np.float32)
+        scratch = np.empty(shape, np.float32)
+        prediction, noise = vectors[-2], vectors[-1]
+        while state.row < end:
+            began = time.perf_counter()
+            row = self._rows[state.row]
+            vectors[:-2] = state.arrays
+            binding = self._binding(row, shape)
+            sample = binding.inputs["sample"]
+            _combine(row.model_input, vectors, sample[:batch], scratch)
+            if row.guided:
+                sample[batch:] = sample[:batch]
+            binding.inputs["timestep"].fill(row.timestep)
+            called = time.perf_counter()
+            binding.run()
+            returned = time.perf_counter()
+            output = binding.outputs["out_sample"]
+            if row.guided:
+                np.subtract(output[batch:], output[:batch], out=prediction)
+                np.multiply(prediction, self._plan.guidance_scale, out=prediction)
+                np.add(prediction, output[:batch], out=prediction)
+            else:
+                prediction[...] = output
+            self._require_finite(prediction, state.row, "prediction")
+            if row.draws_noise:
+                noise[...] = self._draw_noise()
+            for target, terms in zip(state.arrays, row.update, strict=True):
+                _combine(terms, vectors, target, scratch)
+            self._require_finite(state.latents, state.row, "latent")
+            state.row += 1
+            total_ms = (time.perf_counter() - began) * 1e3
+            yield SampledRow(state.row - 1, (returned - called) * 1e3, total_ms, _Denoised(row.denoised, vectors))
+
+    def _binding(self, row: _Row, shape: tuple[int, ...]) -> Binding:
+        """The denoiser's buffers for one or both guidance branches, with the text already in place."""
+        key = (row.denoiser, row.guided)
+        if key not in self._bindings:
+            text = self._conditioning.conditional
+            if row.guided:
+                if self._conditioning.unconditional is None:
+                    raise ExecutionError(row.denoiser, "a guided row without an unconditional embedding")
+                text = np.concatenate([self._conditioning.unconditional, text])
+            session = self._sessions[row.denoiser]
+            (timestep,) = (spec for spec in session.inputs if spec.name == "timestep")
+            binding = session.bind(
+                {
+                    "sample": (len(text), *shape[1:]),
+                    "timestep": tuple(len(text) if isinstance(size, str) else size for size in timestep.shape),
+                    "encoder_hidden_states": text.shape,
+                }
+            )
+            binding.inputs["encoder_hidden_states"][...] = text
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def _require_finite(self, values: Float32, row: int, what: str) -> None:
+        # A finite sum proves all values finite at a fraction of the cost of looking at each.
+        if math.isfinite(float(values.sum())) or np.isfinite(values).all():
+            return
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        timestep, name = self._plan.table.timesteps[row], self._plan.denoisers[row]
+        raise ExecutionError(
+            f"step {self._plan.table.steps[row]} (timestep {timestep:g}, {name})",
+            f"NaN or Inf in the {what}",
+            got=f"{bad} of {values.size} values",
+            expected="finite values",
+            remedy=f"Try another solver or guidance scale; if '{name}' is fp16, export it as fp32.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the plan with its zero coefficients dropped; indices point into (x, h1 … hH, ε, z)."""
+
+    denoiser: str
+    guided: bool
+    timestep: float
+    draws_noise: bool
+    model_input: Terms
+    update: tuple[Terms, ...]
+    denoised: Terms
+
+
+@dataclass(frozen=True, slots=True)
+class _Denoised:
+    """The clean latent a row implies, computed when asked."""
+
+    terms: Terms
+    vectors: Float32
+
+    def __call__(self) -> Float32:
+        result = np.empty_like(self.vectors[0])
+        _combine(self.terms, self.vectors, result, np.empty_like(result))
+        return result
+
+
+def _compiled_rows(plan: Plan) -> tuple[_Row, ...]:
+    table = plan.table
+    draws_noise = table.draws_noise
+    rows = []
+    for n in range(table.rows):
+        update = (
+            [*transition, prediction, noise]
+            for transition, prediction, noise in zip(
+                table.transition[n].tolist(), table.prediction[n].tolist(), table.noise[n].tolist(), strict=True
+            )
+        )
+        rows.append(
+            _Row(
+                denoiser=plan.denoisers[n],
+                guided=plan.guided[n],
+                timestep=float(table.timesteps[n]),
+                draws_noise=bool(draws_noise[n]),
+                model_input=_terms(table.model_input[n].tolist()),
+                update=tuple(_terms(coefficients) for coefficients in update),
+                denoised=_terms([*table.denoised_state[n].tolist(), float(table.denoised_prediction[n])]),
+            )
+        )
+    return tuple(rows)
+
+
+def _terms(coefficients: list[float]) -> Terms:
+    return tuple((index, value) for index, value in enumerate(coefficients) if value != 0.0)
+
+
+def _combine(terms: Terms, vectors: Float32, out: Float32, scratch: Float32) -> None:
+    """out = Σ coefficient · vectors[index], without allocating; `out` is none of the vectors."""
+    if not terms:
+        out.fill(0)
+        return
+    index, coefficient = terms[0]
+    np.multiply(vectors[index], coefficient, out=out)
+    for index, coefficient in terms[1:]:
+        np.multiply(vectors[index], coefficient, out=scratch)
+        np.add(out, scratch, out=out)
