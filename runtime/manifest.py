@@ -56,7 +56,7 @@ class Evidence(Frozen):
 
 
 class Source(Frozen):
-    """Where a component came from: the class named in its `config.json`, a digest over its configuration and weights."""
+    """Where a component came from: the class its `config.json` names, a digest over configuration and weights."""
 
     class_name: str
     sha256: str

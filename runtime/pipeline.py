@@ -30,22 +30,34 @@ R = TypeVar("R")
 
 
 class Stream(Iterator[StepEvent]):
-    """Events of a running generation; `output` is there once they have ended."""
+    """Events of a running generation, one a row; `result` gives what it made."""
 
     def __init__(self, events: Callable[[threading.Event], Generator[StepEvent, None, Output]]) -> None:
         self._cancelled = threading.Event()
         self._events = events(self._cancelled)
-        self.output: Output | None = None
+        self._output: Output | None = None
 
     def __next__(self) -> StepEvent:
         try:
             return next(self._events)
         except StopIteration as end:
-            self.output = self.output or end.value
+            self._output = self._output or end.value
             raise
 
+    def result(self) -> Output:
+        """Run the rows that are left, if any, and return the output.
+
+        Raises:
+            ExecutionError: the generation failed or was cancelled before.
+        """
+        for _ in self:
+            pass
+        if self._output is None:
+            raise ExecutionError("generation", "has no result: it failed or was cancelled", remedy="Start it again.")
+        return self._output
+
     def cancel(self) -> None:
-        """Stop before the next row, from any thread: asking for the next event then raises CancelledError."""
+        """Stop after the row that is running, from any thread: asking for the next event then raises CancelledError."""
         self._cancelled.set()
 
 
@@ -111,13 +123,7 @@ class Pipeline:
             RequestError, PlanError: an argument cannot be used; nothing has run.
             ExecutionError: a model failed, or returned NaN or Inf.
         """
-        events = self._generate(request, threading.Event())
-        while True:
-            try:
-                next(events)
-            except StopIteration as end:
-                output: Output = end.value
-                return output
+        return Stream(functools.partial(self._generate, request)).result()
 
     @_takes_request(Request)
     def stream(self, request: Request) -> Stream:

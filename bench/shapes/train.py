@@ -429,7 +429,7 @@ def _inherit_channels(block: ResnetBlock2D, origin: ResnetBlock2D) -> None:
 
 
 @torch.no_grad()
-def sample(  # noqa: PLR0913 — a sampler has that many inputs
+def sample(
     unet: nn.Module, text: CLIPTextModel, noise: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer, steps: int
 ) -> Tensor:
     """DPM-Solver++ 2M at guidance 2 from `noise` (B, 4, 8, 8): latents of the same shape, float32."""
