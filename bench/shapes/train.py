@@ -37,14 +37,14 @@ class Budget:
     """How much of everything; the defaults are those of the published weights."""
 
     pool: int = 60_000
-    vae_tiny: int = 7_000
-    large_even: int = 2_300
-    large_weighted: int = 1_900
-    small: int = 1_700
-    pairs: int = 32_768
-    one_step: int = 2_400
-    vae_kl: int = 2_200
-    vae_small: int = 2_600
+    vae_tiny: int = 6_500
+    large_even: int = 1_800
+    large_weighted: int = 1_500
+    small: int = 1_300
+    pairs: int = 25_600
+    one_step: int = 2_000
+    vae_kl: int = 2_000
+    vae_small: int = 1_800
 
 
 class Data:
