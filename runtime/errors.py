@@ -1,15 +1,15 @@
 """The errors of TandemRT, one tree.
 
-    TandemError                  anything we raise on purpose; `exit_status` 1
-    ├── ArgumentError            an argument that cannot be used; `exit_status` 2
-    │   ├── RequestError         of a generation: prompt, size, guidance, seed
-    │   └── PlanError            of a schedule: solver, steps, scheduler configuration
-    ├── CheckpointError          a source that is no checkpoint, or not one of a supported kind
-    ├── ExportError              an export that failed or missed its parity threshold
-    ├── BundleError              a bundle that is damaged, foreign or newer than this runtime
-    ├── TargetError              a backend, device or precision that is not available here
-    └── ExecutionError           a model that failed while running, or returned NaN or Inf
-        └── CancelledError       a generation stopped by its caller
+TandemError                  anything we raise on purpose; `exit_status` 1
+├── ArgumentError            an argument that cannot be used; `exit_status` 2
+│   ├── RequestError         of a generation: prompt, size, guidance, seed
+│   └── PlanError            of a schedule: solver, steps, scheduler configuration
+├── CheckpointError          a source that is no checkpoint, or not one of a supported kind
+├── ExportError              an export that failed or missed its parity threshold
+├── BundleError              a bundle that is damaged, foreign or newer than this runtime
+├── TargetError              a backend, device or precision that is not available here
+└── ExecutionError           a model that failed while running, or returned NaN or Inf
+    └── CancelledError       a generation stopped by its caller
 """
 
 from __future__ import annotations
