@@ -1,6 +1,6 @@
 """The bundle manifest, `tandem.json`: its types, reading and writing.
 
-The JSON Schema beside this file is generated from these structs (`python -m tandemrt.runtime.manifest`).
+`tandem.schema.json` beside this file is its JSON Schema, as `python -m tandemrt.runtime.manifest` prints it.
 """
 
 from __future__ import annotations
@@ -177,5 +177,4 @@ def json_schema() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    schema = msgspec.json.format(msgspec.json.encode(json_schema()), indent=2)
-    Path(__file__).with_name("tandem.schema.json").write_bytes(schema + b"\n")
+    print(msgspec.json.format(msgspec.json.encode(json_schema()), indent=2).decode())

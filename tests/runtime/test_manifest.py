@@ -1,0 +1,82 @@
+"""The manifest: what is written reads back, and what is foreign is refused in one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tandemrt.runtime import manifest as module
+from tandemrt.runtime.errors import BundleError
+from tandemrt.runtime.manifest import Evidence, FileRecord, TensorSpec, decode, encode, file_sha256, json_schema
+
+from .test_plan import MANIFEST
+
+FULL = msgspec.structs.replace(
+    MANIFEST,
+    producers={"tandemrt": "0.1.0"},
+    files={"unet/model.onnx": FileRecord(size=3, sha256="ab" * 32)},
+    components={
+        "unet": msgspec.structs.replace(
+            MANIFEST.components["unet"],
+            inputs=(TensorSpec(name="sample", dtype="float32", shape=("batch", 4, "height", "width")),),
+            fp32_islands=("mid_block.norm",),
+            evidence=(
+                Evidence(
+                    metric="max_relative_error", value=1e-6, threshold=1e-4, input_shapes={"sample": (1, 4, 8, 8)}
+                ),
+            ),
+        )
+    },
+)
+
+
+def test_what_is_written_reads_back() -> None:
+    assert decode(encode(FULL), "tandem.json") == FULL
+    assert encode(FULL).endswith(b"}\n")
+
+
+def edited(**changes: Any) -> bytes:
+    return json.dumps({**json.loads(encode(FULL)), **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "not a bundle manifest"),
+        (b"\x89PNG", "not a bundle manifest"),
+        (b"[" * 100_000, "not a bundle manifest"),
+        (b"\xff\xfe{}", "not a bundle manifest"),
+        (edited(format=2), "bundle format, got 2, expected 1. Upgrade tandemrt"),
+        (edited(format=0), "got 0, expected 1. Export the bundle again"),
+        (edited(surprise=1), "surprise"),
+        (edited(files=[]), r"\$.files"),
+        (edited(latent={"channels": "4", "downsampling": 8, "scaling_factor": 1.0}), r"\$.latent.channels"),
+        (b" " * (4 << 20) + b"{}", "manifest size"),
+    ],
+)
+def test_foreign_manifests_are_refused(raw: bytes, words: str) -> None:
+    with pytest.raises(BundleError, match=words) as caught:
+        decode(raw, "somewhere/tandem.json")
+    assert str(caught.value).startswith("somewhere/tandem.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_lists_components_of_a_role_in_order() -> None:
+    assert MANIFEST.names("denoiser") == ("unet", "unet_small", "unet_one_step")
+    assert MANIFEST.names("vae_encoder") == ()
+
+
+def test_the_schema_in_the_repository_is_the_structs() -> None:
+    kept = Path(module.__file__).with_name("tandem.schema.json")
+    assert json.loads(kept.read_bytes()) == json.loads(msgspec.json.encode(json_schema()))
+
+
+def test_file_sha256_reads_all_blocks(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 9000
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,155 @@
+"""Plans: which denoiser and which guidance each row of the schedule gets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandemrt.runtime.errors import PlanError, RequestError
+from tandemrt.runtime.manifest import (
+    Component,
+    Defaults,
+    LatentSpace,
+    Manifest,
+    SchedulerDefaults,
+    Source,
+    TextConditioning,
+)
+from tandemrt.runtime.plan import Schedule, compile_plan, parse_steps
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+ONE_STEP = SchedulerDefaults(class_name="DDIMScheduler", config={**BETAS, "timestep_spacing": "trailing"})
+
+
+def denoiser(scheduler: SchedulerDefaults | None = None) -> Component:
+    source = Source(class_name="UNet2DConditionModel", sha256="0" * 64)
+    return Component(
+        role="denoiser",
+        model="unet/model.onnx",
+        inputs=(),
+        outputs=(),
+        precision="fp32",
+        source=source,
+        parameters=1,
+        prediction_type="epsilon",
+        scheduler=scheduler,
+        evidence=(),
+    )
+
+
+MANIFEST = Manifest(
+    format=1,
+    producers={},
+    components={"unet": denoiser(), "unet_small": denoiser(), "unet_one_step": denoiser(ONE_STEP)},
+    files={},
+    latent=LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
+    text=TextConditioning(max_length=24, width=128),
+    scheduler=SchedulerDefaults(class_name="DPMSolverMultistepScheduler", config=dict(BETAS)),
+    defaults=Defaults(height=64, width=64, num_inference_steps=25, guidance_scale=2.0),
+)
+
+
+def plan(**arguments: Any) -> Any:
+    return compile_plan(MANIFEST, Schedule(**arguments))
+
+
+def test_defaults_come_from_the_bundle() -> None:
+    compiled = plan()
+    assert compiled.steps == (("unet", 25),)
+    assert compiled.guidance_scale == 2.0
+    assert all(compiled.guided)
+    assert compiled.table.timesteps[0] == 999
+
+
+def test_tandem_hands_over_after_the_large_models_steps() -> None:
+    compiled = plan(steps={"unet": 10, "unet_small": 15})
+    assert compiled.denoisers == ("unet",) * 10 + ("unet_small",) * 15
+    assert compiled.steps == (("unet", 10), ("unet_small", 15))
+
+
+def test_a_denoiser_may_come_back() -> None:
+    compiled = plan(steps=[("unet", 2), ("unet_small", 3), ("unet", 1)])
+    assert compiled.steps == (("unet", 2), ("unet_small", 3), ("unet", 1))
+
+
+def test_pndm_calls_the_second_steps_denoiser_twice() -> None:
+    compiled = plan(steps={"unet": 2, "unet_small": 3}, solver="pndm")
+    assert compiled.denoisers == ("unet",) * 3 + ("unet_small",) * 3
+    assert compiled.steps == (("unet", 2), ("unet_small", 3))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["unet", "unet_small"]), st.integers(1, 4)), min_size=1, max_size=5))
+def test_steps_read_back_as_given(runs: list[tuple[str, int]]) -> None:
+    merged: list[tuple[str, int]] = []
+    for name, count in runs:
+        if merged and merged[-1][0] == name:
+            merged[-1] = (name, merged[-1][1] + count)
+        else:
+            merged.append((name, count))
+    for solver in ("euler", "heun", "pndm"):
+        assert plan(steps=runs, solver=solver).steps == tuple(merged)
+
+
+def test_a_denoiser_alone_brings_its_own_scheduler() -> None:
+    assert plan(steps={"unet_one_step": 1}).table.solver == plan(steps=1, solver="ddim").table.solver
+    assert plan(steps={"unet_one_step": 1}).table.timesteps.tolist() == [999]
+    mixed = plan(steps={"unet": 1, "unet_one_step": 1})
+    assert mixed.table.solver == plan(steps=2).table.solver
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_guidance_at_one_or_below_is_off_as_in_diffusers(scale: float) -> None:
+    assert not any(plan(guidance_scale=scale).guided)
+
+
+def test_guidance_interval_switches_guidance_by_steps() -> None:
+    assert plan(steps=10, guidance_interval=(0.2, 0.7)).guided == (False,) * 2 + (True,) * 5 + (False,) * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"steps": 0}, "steps.*got 0"),
+        ({"steps": {"unet": 0, "unet_small": 0}}, "steps.*got 0"),
+        ({"steps": {"unet": -1, "unet_small": 2}}, "unet.*got -1"),
+        ({"steps": {"unet": 2.5}}, "unet.*got 2.5"),
+        ({"steps": {"unet_large": 2}}, "got 'unet_large', expected one of unet, unet_small, unet_one_step"),
+        ({"solver": "dpm3000"}, "dpm3000"),
+        ({"solver_config": {"thresholding": True}}, "thresholding"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0.0, math.nan)}, "guidance_interval"),
+        ({"steps": 2, "timesteps": [999]}, "timesteps.*got 1, expected 2"),
+    ],
+)
+def test_unusable_schedules_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        plan(**arguments)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, "7"])
+def test_unusable_guidance_is_refused(scale: Any) -> None:
+    with pytest.raises(RequestError, match="guidance_scale"):
+        plan(guidance_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("25", (("unet", 25),)),
+        ("10,15", (("unet", 10), ("unet_small", 15))),
+        ("0, 25", (("unet", 0), ("unet_small", 25))),
+        ("unet_small:3,unet:2", (("unet_small", 3), ("unet", 2))),
+    ],
+)
+def test_steps_are_read_from_text(text: str, expected: tuple[tuple[str, int], ...]) -> None:
+    assert parse_steps(text, ("unet", "unet_small")) == expected
+
+
+@pytest.mark.parametrize("text", ["", "ten", "1,2,3", "unet:", "-1", "5,", "\u0665"])
+def test_text_that_is_no_steps_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="steps"):
+        parse_steps(text, ("unet", "unet_small"))
