@@ -154,9 +154,9 @@ class PhiloxGenerator:
 
     Established: the cipher, by Random123's known-answer vectors; seeding, lanes, passes and the advance between calls,
     from the source and by values that users of an RTX A4000, an A100, an H100 and unnamed GPUs published
-    (`tests/runtime/goldens/torch_cuda_randn.json`); the 196 of full precision among them agree to 1e-6. Expected, not
-    measured: a largest difference of 5e-6. It comes from `__sincosf`, whose error (2**-20.5 at most, by NVIDIA's
-    manuals) is multiplied by a radius of up to 6.8.
+    (`tests/runtime/goldens/torch_cuda_randn.json`); the 196 of full precision among them agree to 1e-6. Not
+    measured: the largest difference on a GPU. It comes from `__sincosf`, whose error (NVIDIA's manuals: 2**-21.41 up
+    to pi, more beyond, unbounded there) is multiplied by a radius of up to 6.8; the `gpu` test allows 5e-6.
 
     Source: PyTorch 2.13, `ATen/native/cuda/DistributionTemplates.h` (`calc_execution_policy`,
     `distribution_elementwise_grid_stride_kernel`); cuRAND's device API (`curand_init`, `curand_normal4`); Salmon et
