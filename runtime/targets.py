@@ -1,0 +1,157 @@
+"""Targets: the backend, device and precision a bundle runs on, and which of them are available here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ArgumentError, TargetError
+
+_NVIDIA = Path("/proc/driver/nvidia")
+_SM = r"sm\d{2,3}(\+sm\d{2,3})*"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a model runs: `backend:device:precision`. `reason` says why `auto` chose it.
+
+    precision: what the bundle must be exported in, or None to take it as it is; precision lives in the graph.
+    """
+
+    backend: str
+    device: str
+    precision: str | None = None
+    reason: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return ":".join(part for part in (self.backend, self.device, self.precision) if part)
+
+    def check_precision(self, component: str, precision: str) -> None:
+        """Raise TargetError when this target names another precision than `component` was exported in."""
+        if self.precision not in (None, precision):
+            raise TargetError(
+                component,
+                "precision of the exported model",
+                got=precision,
+                expected=f"{self.precision} for target {self}",
+                remedy=f"Ask for {self.backend}:{self.device}:{precision}, or export with --dtype {self.precision}.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """What `doctor` says of a backend.
+
+    version: of the installed package, None where there is none.
+    devices: execution providers of a backend that runs here, GPUs of one that needs NVIDIA's driver.
+    targets: what this version runs here.
+    missing: what keeps it from running, one plain sentence each.
+    """
+
+    backend: str
+    version: str | None
+    devices: tuple[str, ...]
+    targets: tuple[Target, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    distributions: tuple[str, ...]
+    extra: str
+    device: str
+    precisions: tuple[str, ...]
+    runs_on: tuple[str, ...] = ()
+    needs_nvidia: bool = False
+
+
+_BACKENDS = {
+    "onnxruntime": _Backend(("onnxruntime", "onnxruntime-gpu"), "cpu", "cpu|cuda", ("fp32", "fp16"), runs_on=("cpu",)),
+    "openvino": _Backend(("openvino",), "openvino", "cpu|gpu|npu", ("fp32", "fp16", "bf16", "int8")),
+    "tensorrt-rtx": _Backend(("tensorrt-rtx",), "tensorrt-rtx", _SM, ("fp32", "fp16", "int8"), needs_nvidia=True),
+    "tensorrt": _Backend(("tensorrt",), "tensorrt", _SM, ("fp32", "fp16", "bf16", "int8"), needs_nvidia=True),
+}
+_RUNNABLE = tuple(f"{name}:{device}" for name, backend in _BACKENDS.items() for device in backend.runs_on)
+
+
+def parse_target(text: str) -> Target:
+    """A target from `auto`, `backend:device` or `backend:device:precision`, well-formed but perhaps not available.
+
+    Raises:
+        ArgumentError: an unknown backend, or a device or precision the backend has not.
+    """
+    if text == "auto":
+        return Target("onnxruntime", "cpu", reason="the only target this version of tandemrt runs")
+    name, *rest = text.split(":")
+    if name not in _BACKENDS:
+        raise ArgumentError("target", "backend", got=text[:80], expected=f"auto or one of {', '.join(_BACKENDS)}")
+    backend = _BACKENDS[name]
+    if len(rest) not in (1, 2) or not re.fullmatch(backend.device, rest[0]):
+        devices = "sm89, or several as sm89+sm120" if backend.device == _SM else backend.device.replace("|", ", ")
+        raise ArgumentError("target", "device", got=text[:80], expected=f"{name}:DEVICE with DEVICE one of {devices}")
+    if len(rest) == 2 and rest[1] not in backend.precisions:
+        raise ArgumentError("target", "precision", got=text[:80], expected=f"one of {', '.join(backend.precisions)}")
+    return Target(name, *rest)
+
+
+def check_runnable(target: Target) -> None:
+    """Raise TargetError when this version of tandemrt cannot run bundles on `target`."""
+    if target.device not in _BACKENDS[target.backend].runs_on:
+        raise TargetError(
+            "target",
+            "this version of tandemrt cannot run bundles on it",
+            got=str(target),
+            expected=" or ".join(_RUNNABLE),
+            remedy="Use --target auto.",
+        )
+
+
+def install_hint(backend: str) -> str:
+    """The command that installs what `backend` needs."""
+    return f'pip install "tandemrt[{_BACKENDS[backend].extra}]"'
+
+
+def probe_backends() -> tuple[BackendStatus, ...]:
+    """What is installed and usable of every backend; imports onnxruntime where it is installed."""
+    return tuple(_status(name, backend) for name, backend in _BACKENDS.items())
+
+
+def _status(name: str, backend: _Backend) -> BackendStatus:
+    versions = _installed_versions(backend.distributions)
+    devices = nvidia_gpus() if backend.needs_nvidia else ()
+    missing = []
+    if not versions:
+        missing.append(f"{name} is not installed: {install_hint(name)}")
+    if len(versions) > 1:
+        both = " and ".join(versions)
+        missing.append(f"{both} overwrite each other's files: uninstall both, then {install_hint(name)}")
+    if backend.needs_nvidia and not devices:
+        missing.append("no NVIDIA driver is running here")
+    if name == "onnxruntime" and len(versions) == 1:
+        try:
+            import onnxruntime  # noqa: PLC0415 (heavy)
+
+            devices = tuple(onnxruntime.get_available_providers())
+        except ImportError as error:
+            missing.append(f"{name} is installed but cannot be imported ({error}): reinstall it")
+    targets = () if missing else tuple(Target(name, device) for device in backend.runs_on)
+    if not backend.runs_on:
+        missing.append("this version of tandemrt does not run bundles on it yet")
+    return BackendStatus(name, next(iter(versions.values()), None), devices, targets, tuple(missing))
+
+
+def _installed_versions(distributions: tuple[str, ...]) -> dict[str, str]:
+    from importlib import metadata  # noqa: PLC0415 (a tenth of a second, for doctor alone)
+
+    found = (next(iter(metadata.distributions(name=name)), None) for name in distributions)
+    return {name: package.version for name, package in zip(distributions, found, strict=True) if package is not None}
+
+
+def nvidia_gpus() -> tuple[str, ...]:
+    """The models of the NVIDIA GPUs whose driver is loaded, as the Linux driver names them."""
+    models = []
+    for information in sorted(_NVIDIA.glob("gpus/*/information")):
+        found = re.search(r"^Model:\s*(.+)$", information.read_text("utf-8", "replace"), re.MULTILINE)
+        models.append(found[1] if found else information.parent.name)
+    return tuple(models)

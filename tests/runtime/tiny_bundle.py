@@ -1,0 +1,240 @@
+"""A valid bundle of a few kilobytes: real graphs whose outputs depend on every input, with fixed weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from tandemrt.runtime.manifest import (
+    MANIFEST_NAME,
+    Component,
+    Defaults,
+    Evidence,
+    FileRecord,
+    LatentSpace,
+    Manifest,
+    SchedulerDefaults,
+    Source,
+    TensorSpec,
+    TextConditioning,
+    encode,
+    file_sha256,
+)
+
+MAX_LENGTH = 12
+TEXT_WIDTH = 8
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MERGES = (("r", "e"), ("re", "d</w>"), ("b", "l"), ("u", "e</w>"), ("bl", "ue</w>"))
+SCHEDULER = SchedulerDefaults(
+    class_name="DPMSolverMultistepScheduler",
+    config={
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+    },
+)
+ONNX_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+
+
+def write_tiny_bundle(folder: Path) -> Manifest:
+    """Write the bundle to `folder`, which is made if need be; the same bytes every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = _write_tokenizer(folder / "tokenizer")
+    components = {}
+    for name, (graph, component) in _components(vocabulary).items():
+        (folder / name).mkdir()
+        # One component keeps its weights beside the model, as those over 2 GB do; shapes and axes must stay inside.
+        external = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 64}
+        onnx.save_model(graph, str(folder / name / "model.onnx"), **(external if name == "unet" else {}))
+        components[name] = component
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": SCHEDULER.class_name, **SCHEDULER.config}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2), encoding="utf-8")
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}\n', encoding="utf-8")
+    manifest = Manifest(
+        format=1,
+        producers={"tandemrt": "0.1.0"},
+        components=components,
+        files=file_records(folder),
+        latent=LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
+        text=TextConditioning(max_length=MAX_LENGTH, width=TEXT_WIDTH),
+        scheduler=SCHEDULER,
+        defaults=Defaults(height=64, width=64, num_inference_steps=10, guidance_scale=5.0),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """The records of every file under `folder` but the manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path))
+        for path in paths
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST_NAME).write_bytes(encode(manifest))
+
+
+def resign(folder: Path, edit: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> None:
+    """List the files as they are now, as an author of a hostile bundle would, after `edit` of the manifest."""
+    manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
+    write_manifest(folder, edit(msgspec.structs.replace(manifest, files=file_records(folder))))
+
+
+@dataclass
+class _Graph:
+    """Nodes and weights gathered into a model."""
+
+    name: str
+    seed: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    weights: list[onnx.TensorProto] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._random = np.random.RandomState(self.seed)
+
+    def weight(self, *shape: int, scale: float) -> str:
+        return self.constant((self._random.standard_normal(shape) * scale).astype(np.float32))
+
+    def constant(self, array: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> str:
+        name = f"weight_{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(array, name))
+        return name
+
+    def node(self, op_type: str, inputs: Iterable[str], output: str = "", **attributes: object) -> str:
+        output = output or f"{op_type.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+        return output
+
+    def model(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> onnx.ModelProto:
+        infos = [
+            [helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.dtype], spec.shape) for spec in specs]
+            for specs in (inputs, outputs)
+        ]
+        graph = helper.make_graph(self.nodes, "tiny", infos[0], infos[1], self.weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def _components(vocabulary: int) -> dict[str, tuple[onnx.ModelProto, Component]]:
+    return {
+        "text_encoder": _text_encoder(vocabulary),
+        "unet": _unet("unet", seed=1, hidden=8),
+        "unet_small": _unet("unet_small", seed=2, hidden=4),
+        "vae_decoder": _decoder("vae_decoder", seed=3, hidden=8),
+        "vae_decoder_tiny": _decoder("vae_decoder_tiny", seed=4, hidden=4),
+    }
+
+
+def _text_encoder(vocabulary: int) -> tuple[onnx.ModelProto, Component]:
+    """tanh of a running sum of embeddings, so that the order of tokens counts."""
+    graph = _Graph("text_encoder", seed=0)
+    embedded = graph.node("Gather", [graph.weight(vocabulary, TEXT_WIDTH, scale=0.7), "input_ids"])
+    running = graph.node("CumSum", [embedded, graph.constant(np.array(1, np.int64))])
+    mixed = graph.node("MatMul", [running, graph.weight(TEXT_WIDTH, TEXT_WIDTH, scale=0.4)])
+    graph.node("Tanh", [mixed], "last_hidden_state")
+    axis = graph.constant(np.array([1], np.int64))
+    graph.node("ReduceMean", ["last_hidden_state", axis], "pooler_output", keepdims=0)
+    inputs = (TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence")),)
+    outputs = (
+        _float("last_hidden_state", "batch", "sequence", TEXT_WIDTH),
+        _float("pooler_output", "batch", TEXT_WIDTH),
+    )
+    return _described(graph, inputs, outputs, role="text_encoder")
+
+
+def _unet(name: str, seed: int, hidden: int) -> tuple[onnx.ModelProto, Component]:
+    """0.9 · sample + a gated convolution of it, shifted by the text and by sines of the timestep."""
+    graph = _Graph(name, seed)
+    axis = graph.constant(np.array([1], np.int64))
+    text = graph.node("ReduceMean", ["encoder_hidden_states", axis], keepdims=0)
+    text = graph.node("MatMul", [text, graph.weight(TEXT_WIDTH, hidden, scale=1.0)])
+    time = graph.node("Mul", ["timestep", graph.constant(np.geomspace(0.002, 0.2, hidden).astype(np.float32))])
+    shift = graph.node("Add", [text, graph.node("Sin", [time])])
+    shift = graph.node("Unsqueeze", [shift, graph.constant(np.array([2, 3], np.int64))])
+    convolved = graph.node("Conv", ["sample", graph.weight(hidden, 4, 3, 3, scale=0.2)], pads=[1, 1, 1, 1])
+    gated = graph.node("Tanh", [graph.node("Add", [convolved, shift])])
+    small = graph.node("Conv", [gated, graph.weight(4, hidden, 1, 1, scale=0.1)])
+    kept = graph.node("Mul", ["sample", graph.constant(np.array(0.9, np.float32))])
+    graph.node("Add", [kept, small], "out_sample")
+    inputs = (
+        _float("sample", "batch", 4, "height", "width"),
+        _float("timestep", 1),
+        _float("encoder_hidden_states", "batch", "sequence", TEXT_WIDTH),
+    )
+    outputs = (_float("out_sample", "batch", 4, "height", "width"),)
+    model, component = _described(graph, inputs, outputs, role="denoiser")
+    return model, msgspec.structs.replace(component, prediction_type="epsilon", spatial_multiple=2)
+
+
+def _decoder(name: str, seed: int, hidden: int) -> tuple[onnx.ModelProto, Component]:
+    """A transposed convolution to eight times the size; tanh keeps the pixels in [-1, 1]."""
+    graph = _Graph(name, seed)
+    weight = graph.weight(4, hidden, 8, 8, scale=0.4)
+    grown = graph.node("ConvTranspose", ["latent_sample", weight], strides=[8, 8])
+    colours = graph.node("Conv", [graph.node("Tanh", [grown]), graph.weight(3, hidden, 1, 1, scale=0.5)])
+    graph.node("Tanh", [colours], "sample")
+    inputs = (_float("latent_sample", "batch", 4, "height", "width"),)
+    outputs = (_float("sample", "batch", 3, "8*height", "8*width"),)
+    return _described(graph, inputs, outputs, role="vae_decoder")
+
+
+def _float(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def _described(
+    graph: _Graph, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, role: str
+) -> tuple[onnx.ModelProto, Component]:
+    component = Component(
+        role=role,
+        model=f"{graph.name}/model.onnx",
+        inputs=inputs,
+        outputs=outputs,
+        precision="fp32",
+        source=Source(class_name="Tiny", sha256="0" * 64),
+        parameters=sum(int(np.prod(weight.dims)) for weight in graph.weights),
+        evidence=(Evidence(metric="max_relative_error", value=0.0, threshold=1e-4, input_shapes={}),),
+    )
+    return graph.model(inputs, outputs), component
+
+
+def _write_tokenizer(folder: Path) -> int:
+    """CLIP's kind of byte-pair encoding with five merges; returns the size of the vocabulary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in MERGES), BOS, EOS]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(MERGES), end_of_word_suffix="</w>", unk_token=EOS))
+    tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (EOS, vocabulary[EOS]), (BOS, vocabulary[BOS]), trim_offsets=False, add_prefix_space=False
+    )
+    folder.mkdir()
+    # An encoder takes its vocabulary from the file itself, so the settings name the special tokens alone.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "pad_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return len(tokens)
