@@ -24,17 +24,17 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A manifest entry: immutable, without unknown fields. Each says kw_only itself: msgspec does not inherit it."""
+    """A manifest entry: immutable, without unknown fields. Each says kw_only itself, which is not inherited, and frozen, for mypy."""
 
 
-class FileRecord(Frozen, kw_only=True):
+class FileRecord(Frozen, frozen=True, kw_only=True):
     """What a file of the bundle must be: `size` in bytes and its `sha256` as 64 hexadecimal digits."""
 
     size: int
     sha256: str
 
 
-class TensorSpec(Frozen, kw_only=True):
+class TensorSpec(Frozen, frozen=True, kw_only=True):
     """A graph input or output; a string in `shape` is a symbolic dimension such as `batch`."""
 
     name: str
@@ -42,7 +42,7 @@ class TensorSpec(Frozen, kw_only=True):
     shape: tuple[int | str, ...]
 
 
-class Evidence(Frozen, kw_only=True):
+class Evidence(Frozen, frozen=True, kw_only=True):
     """One comparison of the exported graph with PyTorch that the export passed.
 
     `metric` is `max_relative_error`: the largest absolute difference divided by the largest absolute reference value.
@@ -55,21 +55,21 @@ class Evidence(Frozen, kw_only=True):
     input_shapes: dict[str, tuple[int, ...]]
 
 
-class Source(Frozen, kw_only=True):
+class Source(Frozen, frozen=True, kw_only=True):
     """Where a component came from: the class its `config.json` names, a digest over configuration and weights."""
 
     class_name: str
     sha256: str
 
 
-class SchedulerDefaults(Frozen, kw_only=True):
+class SchedulerDefaults(Frozen, frozen=True, kw_only=True):
     """A diffusers scheduler configuration: the class name and its keys."""
 
     class_name: str
     config: dict[str, Any]
 
 
-class Component(Frozen, kw_only=True):
+class Component(Frozen, frozen=True, kw_only=True):
     """One model of the bundle.
 
     `model` is the ONNX file's path; its external data, if any, stands in the manifest's `files` beside it.
@@ -91,7 +91,7 @@ class Component(Frozen, kw_only=True):
     evidence: tuple[Evidence, ...]
 
 
-class LatentSpace(Frozen, kw_only=True):
+class LatentSpace(Frozen, frozen=True, kw_only=True):
     """The space denoisers and decoders share; a decoder is given `latent / scaling_factor + shift_factor`."""
 
     channels: int
@@ -100,7 +100,7 @@ class LatentSpace(Frozen, kw_only=True):
     shift_factor: float = 0.0
 
 
-class TextConditioning(Frozen, kw_only=True):
+class TextConditioning(Frozen, frozen=True, kw_only=True):
     """How prompts become `encoder_hidden_states` (B, max_length, width): the last hidden state after the final norm."""
 
     max_length: int
@@ -109,7 +109,7 @@ class TextConditioning(Frozen, kw_only=True):
     pooled: bool = False
 
 
-class Defaults(Frozen, kw_only=True):
+class Defaults(Frozen, frozen=True, kw_only=True):
     """What a generation uses where the caller says nothing; `height` and `width` in pixels."""
 
     height: int
@@ -118,7 +118,7 @@ class Defaults(Frozen, kw_only=True):
     guidance_scale: float = 7.5
 
 
-class Manifest(Frozen, kw_only=True):
+class Manifest(Frozen, frozen=True, kw_only=True):
     """Everything a runtime needs to know of a bundle; `files` lists every file but the manifest itself."""
 
     format: int
