@@ -24,7 +24,10 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A manifest entry: immutable, without unknown fields. Each says kw_only itself, which is not inherited, and frozen, for mypy."""
+    """A manifest entry: immutable, without unknown fields.
+
+    Each entry repeats kw_only, which msgspec does not inherit, and frozen, which mypy does not.
+    """
 
 
 class FileRecord(Frozen, frozen=True, kw_only=True):
