@@ -1,0 +1,5 @@
+"""The command line: `tandemrt COMMAND ...`."""
+
+from .main import main
+
+__all__ = ["main"]

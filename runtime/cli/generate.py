@@ -1,0 +1,190 @@
+"""`tandemrt generate`: prompts in, PNG files out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from ..bundle import Bundle
+from ..manifest import Manifest
+from ..output import Output
+from ..pipeline import Pipeline
+from ..plan import Plan, compile_plan, parse_steps
+from ..request import Request
+from ..text import DroppedText
+from ..tokenizer import PromptTokenizer
+from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
+from .pictures import Names, png_facts, prepare_folder, write_picture
+from .reporter import Reporter
+
+__all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
+
+LABEL_CHARACTERS = 32
+
+
+def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
+    """What would be painted, JSON-able: the bundle is read and the schedule compiled, nothing is run.
+
+    Raises:
+        TandemError: the bundle or an argument cannot be used.
+    """
+    bundle = Bundle.open(plan.bundle)
+    requests = _requests(plan, bundle.manifest, 0 if plan.seed is None else plan.seed)
+    compiled = _compiled(requests[0], bundle.manifest)
+    seeded = plan.seed is not None
+    files = [names.picture(seed) for request, names in _named(plan, requests) for seed in request["seed"]]
+    return {
+        "bundle": {"path": str(bundle.path), "digest": bundle.digest},
+        "target": plan.target,
+        "requests": requests if seeded else [{**request, "seed": None} for request in requests],
+        "plan": compiled.facts(),
+        "dropped_text": [asdict(dropped) for dropped in _dropped_text(plan, bundle, compiled)],
+        "files": [str(path) for path in files] if seeded else None,
+    }
+
+
+def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
+    """Paint every prompt; a picture is written as soon as it is there.
+
+    Raises:
+        TandemError: the bundle, an argument or the target cannot be used, or a file cannot be written.
+    """
+    began = time.perf_counter()
+    seed = secrets.randbits(32) if plan.seed is None else plan.seed
+    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
+        requests = _requests(plan, pipe.bundle.manifest, seed)
+        compiled = _compiled(requests[0], pipe.bundle.manifest)
+        # The prompts differ in their text alone: what would refuse one refuses the first, before a folder is made.
+        pipe.stream(**requests[0], **_unrecorded(plan))
+        dropped_text = _dropped_text(plan, pipe.bundle, compiled)
+        named = _named(plan, requests)
+        prepare_folder(plan.output_dir, _files(plan, named, compiled), force=plan.force)
+        facts = {
+            "plan": compiled.facts(),
+            "bundle": pipe.bundle.digest,
+            "target": str(pipe.target),
+            "tandemrt": version("tandemrt"),
+        }
+        for dropped in dropped_text:
+            reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
+        job = _Job(plan, pipe, facts, reporter)
+        images = [image for request, names in named for image in job.paint(request, names, len(named))]
+    return {
+        **facts,
+        "seed": seed,
+        "images": images,
+        "dropped_text": [asdict(dropped) for dropped in dropped_text],
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    count = len(result["images"])
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}, seed {result['seed']}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the prompts of one run share."""
+
+    plan: GeneratePlan
+    pipe: Pipeline
+    facts: Mapping[str, Any]
+    reporter: Reporter
+
+    def paint(self, request: Mapping[str, Any], names: Names, prompts: int) -> Iterator[dict[str, Any]]:
+        """Paint one prompt and write its pictures, each of which is described."""
+        label = f"{names.number}/{prompts} {request['prompt'][:LABEL_CHARACTERS]}"
+        stream = self.pipe.stream(**request, **_unrecorded(self.plan))
+        for event in stream:
+            self.reporter.progress(label, event.row + 1, event.rows)
+            for seed, image in zip(request["seed"], event.preview, strict=bool(event.preview)):
+                write_picture(image, names.preview(seed, event.row), self._texts(request, seed))
+        yield from self._written(stream.result(), request, names)
+
+    def _written(self, output: Output, request: Mapping[str, Any], names: Names) -> Iterator[dict[str, Any]]:
+        timings = output.timings
+        spent = {"text_ms": timings.text_ms, "denoise_ms": timings.denoise_ms, "decode_ms": timings.decode_ms}
+        images = cast("tuple[Image.Image, ...]", output.images)
+        for seed, image in zip(output.seeds, images, strict=True):
+            path = names.picture(seed)
+            write_picture(image, path, self._texts(request, seed))
+            self.reporter.line(str(path))
+            yield {
+                "path": str(path),
+                "prompt": request["prompt"],
+                "seed": seed,
+                "timings": {name: round(value, 3) for name, value in spent.items()},
+            }
+
+    def _texts(self, request: Mapping[str, Any], seed: int) -> dict[str, str]:
+        return png_facts(request, seed, self.facts)
+
+
+def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:
+    """For each prompt the arguments of `Request` that decide its pictures, JSON-able."""
+    steps = None if plan.steps is None else parse_steps(plan.steps, manifest.names("denoiser"))
+    return [
+        {
+            "prompt": prompt,
+            "negative_prompt": plan.negative_prompt,
+            "steps": None if steps is None else [list(run) for run in steps],
+            "num_inference_steps": plan.num_inference_steps,
+            "solver": plan.solver,
+            "solver_config": dict(plan.solver_config) or None,
+            "timesteps": None if plan.timesteps is None else list(plan.timesteps),
+            "eta": plan.eta,
+            "guidance_scale": plan.guidance_scale,
+            "guidance_interval": list(plan.guidance_interval),
+            "height": plan.height,
+            "width": plan.width,
+            "num_images_per_prompt": plan.num_images_per_prompt,
+            "seed": [seed + picture for picture in range(plan.num_images_per_prompt)],
+            "seed_device": plan.seed_device,
+            "decoder": plan.decoder,
+        }
+        for prompt in plan.prompts
+    ]
+
+
+def _unrecorded(plan: GeneratePlan) -> dict[str, Any]:
+    """Arguments of `Request` that do not change its pictures."""
+    return {"previews": plan.previews, "strict_prompts": plan.strict_prompts}
+
+
+def _compiled(arguments: Mapping[str, Any], manifest: Manifest) -> Plan:
+    """The plan of a request, and the request checked against the bundle as far as that needs no model."""
+    request = Request(**arguments)
+    plan = compile_plan(manifest, request.schedule)
+    request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
+    return plan
+
+
+def _dropped_text(plan: GeneratePlan, bundle: Bundle, compiled: Plan) -> tuple[DroppedText, ...]:
+    """What the text encoder has no room for in any prompt: known, or refused, before the first one is painted."""
+    negative = [plan.negative_prompt] if plan.negative_prompt is not None and any(compiled.guided) else []
+    tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.text.max_length)
+    return tokenizer.tokenize([*plan.prompts, *negative], strict=plan.strict_prompts).dropped
+
+
+def _named(plan: GeneratePlan, requests: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Names]]:
+    return [
+        (request, Names(plan.output_dir, number, request["prompt"])) for number, request in enumerate(requests, start=1)
+    ]
+
+
+def _files(plan: GeneratePlan, named: list[tuple[dict[str, Any], Names]], compiled: Plan) -> Iterator[Path]:
+    """Every file the run will write."""
+    rows = range(plan.previews - 1, compiled.table.rows, plan.previews) if plan.previews > 0 else ()
+    for request, names in named:
+        for seed in request["seed"]:
+            yield names.picture(seed)
+            yield from (names.preview(seed, row) for row in rows)

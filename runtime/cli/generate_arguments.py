@@ -1,0 +1,178 @@
+"""The arguments of `tandemrt generate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .prompts import gathered_prompts, require_text
+from .values import parse_interval, parse_settings, parse_size, parse_timesteps
+
+EPILOG = """\
+example:
+  tandemrt generate bundle/ --prompt "a red circle left of a blue square" --steps 10,15 --seed 7
+
+Each PNG holds as text what painted it: prompt, negative_prompt, seed, plan, bundle (its digest), target, tandemrt (the
+version), and request, the arguments that `Pipeline.open(bundle)(**request)` paints it from again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratePlan:
+    """What to paint; None stands for the bundle's default, and for the seed a random one."""
+
+    bundle: Path
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    steps: str | None
+    num_inference_steps: int | None
+    solver: str | None
+    solver_config: Mapping[str, Any]
+    timesteps: tuple[int, ...] | None
+    eta: float
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float]
+    seed: int | None
+    seed_device: str
+    width: int | None
+    height: int | None
+    num_images_per_prompt: int
+    decoder: str | None
+    target: str
+    threads: int | None
+    output_dir: Path
+    previews: int
+    strict_prompts: bool
+    force: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Paint pictures from prompts with a bundle, and write them as PNG files."
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    _add_what(parser.add_argument_group("what to paint"))
+    _add_how(parser.add_argument_group("how to paint it"))
+    _add_where(parser.add_argument_group("where to run, where to write"))
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to paint; may be repeated")
+    group.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8; blank lines are skipped"
+    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from, for every prompt")
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="where the noise comes from, the same for every prompt; random by default",
+    )
+    group.add_argument(
+        "--seed-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="whose noise: that of torch.Generator on the CPU (default) or on CUDA",
+    )
+    group.add_argument(
+        "--num-images-per-prompt",
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures for each prompt, painted together; they use seed, seed+1, seed+2 ... (default 1)",
+    )
+    group.add_argument("--size", metavar="PIXELS", help="512 for a square, 768x512 for width x height")
+    group.add_argument("--width", type=int, metavar="PIXELS", help="instead of --size")
+    group.add_argument("--height", type=int, metavar="PIXELS", help="instead of --size")
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--steps",
+        metavar="STEPS",
+        help="25: all on the first denoiser; 10,15: ten on the first, fifteen on the second; or by name: "
+        "unet:10,unet_small:15. `tandemrt inspect` lists the denoisers",
+    )
+    group.add_argument(
+        "--num-inference-steps",
+        "--denoising-steps",
+        type=int,
+        metavar="N",
+        help="a number of steps on the first denoiser, as in diffusers",
+    )
+    group.add_argument("--solver", metavar="NAME", help="such as ddim, euler or dpmsolver++; the bundle's by default")
+    group.add_argument(
+        "--solver-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of diffusers' scheduler configuration with a JSON value, such as use_karras_sigmas=true; "
+        "may be repeated",
+    )
+    group.add_argument("--timesteps", metavar="T,T,...", help="explicit training time steps, falling")
+    group.add_argument(
+        "--eta", type=float, default=0.0, metavar="X", help="fresh noise in each step: DDIM's eta, TCD's gamma"
+    )
+    group.add_argument("--guidance-scale", type=float, metavar="X", help="how strongly the prompt counts; 1 is off")
+    group.add_argument(
+        "--guidance-interval",
+        default="0,1",
+        metavar="START,END",
+        help="the part of the steps with guidance, as fractions: 0.0,0.8 leaves it off for the last fifth",
+    )
+    group.add_argument("--decoder", metavar="NAME", help="which of the bundle's decoders paints; its first by default")
+    group.add_argument(
+        "--strict-prompts", action="store_true", help="refuse prompts that are too long, do not cut them"
+    )
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target",
+        default="auto",
+        metavar="TARGET",
+        help="backend, device and precision such as onnxruntime:cpu:fp32; `tandemrt doctor` lists them (default auto)",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads a model may use")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("out"),
+        metavar="DIR",
+        help="where the pictures go, named NUMBER-seedSEED-PROMPT.png (default out)",
+    )
+    group.add_argument("--force", action="store_true", help="replace pictures that are already there")
+    group.add_argument(
+        "--previews", type=int, default=0, metavar="N", help="write a preview every N rows into DIR/previews"
+    )
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
+    """The command line as a plan; the prompts file is read here.
+
+    Raises:
+        ArgumentError: an option's value cannot be used.
+    """
+    width, height = namespace.width, namespace.height
+    if namespace.size is not None:
+        if width is not None or height is not None:
+            raise RequestError("--size", "given beside --width or --height", remedy="Give one of them.")
+        width, height = parse_size(namespace.size)
+    if namespace.threads is not None and namespace.threads < 1:
+        raise RequestError("--threads", "number of threads", got=namespace.threads, expected="1 or more")
+    if namespace.negative_prompt is not None:
+        require_text("--negative-prompt", namespace.negative_prompt)
+    parsed = {
+        "prompts": gathered_prompts(namespace.prompt, namespace.prompts_file),
+        "solver_config": parse_settings("--solver-config", namespace.solver_config),
+        "timesteps": None if namespace.timesteps is None else parse_timesteps(namespace.timesteps),
+        "guidance_interval": parse_interval(namespace.guidance_interval),
+        "width": width,
+        "height": height,
+    }
+    as_given = {name: getattr(namespace, name) for name in GeneratePlan.__slots__ if name not in parsed}
+    return GeneratePlan(**as_given, **parsed)

@@ -1,0 +1,158 @@
+"""`tandemrt inspect`: what a bundle holds, without running it."""
+
+from __future__ import annotations
+
+import argparse
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..bundle import Bundle
+from ..manifest import Component, Evidence, Manifest
+from .columns import aligned
+from .reporter import Reporter
+
+EPILOG = """\
+example:
+  tandemrt inspect bundle/
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class InspectPlan:
+    bundle: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show what a bundle holds: its models with their precision, size, shapes and how close to PyTorch they were\n"
+        "found at export, its latent space, text conditioning, scheduler and defaults. Every file's digest is checked\n"
+        "on the way. No model is loaded, so no backend is needed."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> InspectPlan:
+    return InspectPlan(namespace.bundle)
+
+
+def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
+    """The manifest's facts with what follows from them.
+
+    Raises:
+        BundleError: the bundle is damaged, foreign or newer than this runtime.
+    """
+    bundle = Bundle.open(plan.bundle)
+    manifest = bundle.manifest
+    facts: dict[str, Any] = msgspec.to_builtins(manifest)
+    del facts["files"]
+    components = {
+        name: {**facts["components"][name], **_derived(component, manifest)}
+        for name, component in manifest.components.items()
+    }
+    return {
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "files": len(manifest.files),
+        "size_bytes": sum(record.size for record in manifest.files.values()),
+        **facts,
+        "components": components,
+    }
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    latent, text, defaults = result["latent"], result["text"], result["defaults"]
+    producers = ", ".join(f"{name} {version}" for name, version in result["producers"].items())
+    yield f"{result['path']}: bundle of format {result['format']}"
+    yield from aligned(
+        [
+            ("digest", result["digest"]),
+            ("made with", producers),
+            ("size", f"{size_text(result['size_bytes'])} in {result['files']} files, beside the manifest"),
+            ("latent", f"{latent['channels']} channels, 1/{latent['downsampling']} of the picture's size, "
+             f"scaling factor {latent['scaling_factor']:g}, shift {latent['shift_factor']:g}"),
+            ("text", f"{text['max_length']} tokens of width {text['width']}, {text['hidden_layer']} hidden layer"),
+            ("scheduler", _scheduler(result["scheduler"])),
+            ("defaults", f"{defaults['width']}x{defaults['height']} pixels, {defaults['num_inference_steps']} steps, "
+             f"guidance scale {defaults['guidance_scale']:g}"),
+        ],
+        indent="  ",
+    )  # fmt: skip
+    yield ""
+    yield from aligned(_component_table(result["components"]))
+    yield ""
+    yield from aligned(_tensor_table(result["components"]))
+    for name, component in result["components"].items():
+        if component["scheduler"] is not None:
+            yield ""
+            yield f"{name} brings its own scheduler: {_scheduler(component['scheduler'])}"
+
+
+def size_text(size_bytes: int) -> str:
+    """A size in kB, MB or GB, powers of ten."""
+    unit, divisor = next(
+        (unit, divisor)
+        for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+        if size_bytes >= divisor or unit == "kB"
+    )
+    return f"{size_bytes / divisor:.1f} {unit}"
+
+
+def worst_evidence(component: Component) -> dict[str, Evidence]:
+    """For each metric the comparison that came closest to its threshold."""
+    worst: dict[str, Evidence] = {}
+    for evidence in component.evidence:
+        known = worst.get(evidence.metric)
+        # Cross-multiplied, so that a threshold of 0 is no division by it.
+        if known is None or evidence.value * known.threshold > known.value * evidence.threshold:
+            worst[evidence.metric] = evidence
+    return worst
+
+
+def _derived(component: Component, manifest: Manifest) -> dict[str, Any]:
+    folder = posixpath.dirname(component.model)
+    sizes = (
+        record.size
+        for name, record in manifest.files.items()
+        if name == component.model or (folder and posixpath.dirname(name) == folder)
+    )
+    worst = worst_evidence(component)
+    return {
+        "size_bytes": sum(sizes),
+        "worst_evidence": {metric: msgspec.to_builtins(evidence) for metric, evidence in worst.items()},
+    }
+
+
+def _component_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    yield "component", "role", "precision", "parameters", "size", "verified against PyTorch"
+    for name, component in components.items():
+        islands = len(component["fp32_islands"])
+        precision = component["precision"] + (f" ({islands} fp32 islands)" if islands else "")
+        parameters = f"{component['parameters']:,}"
+        counts = Counter(evidence["metric"] for evidence in component["evidence"])
+        evidence = "; ".join(
+            f"{metric} {worst['value']:.2g}, at most {worst['threshold']:g}, worst of {counts[metric]}"
+            for metric, worst in component["worst_evidence"].items()
+        )
+        size = size_text(component["size_bytes"])
+        yield name, component["role"], precision, parameters, size, evidence or "no evidence"
+
+
+def _tensor_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    yield "component", "", "tensor", "type", "shape"
+    for name, component in components.items():
+        for direction in ("inputs", "outputs"):
+            for tensor in component[direction]:
+                shape = "(" + ", ".join(str(size) for size in tensor["shape"]) + ")"
+                yield name, direction.removesuffix("s"), tensor["name"], tensor["dtype"], shape
+
+
+def _scheduler(scheduler: Mapping[str, Any]) -> str:
+    keys = ", ".join(f"{key}={value}" for key, value in scheduler["config"].items() if not key.startswith("_"))
+    return f"{scheduler['class_name']} ({keys})"

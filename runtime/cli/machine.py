@@ -1,0 +1,89 @@
+"""What a machine is made of: processor, memory, operating system, NVIDIA devices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+# Precision -> instruction sets that speed it up, as Linux names them in /proc/cpuinfo; x86-64 first, then Arm.
+INSTRUCTION_SETS = {
+    "fp32": ("avx2", "fma", "avx512f", "asimd", "sve", "sve2"),
+    "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "int8": ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
+}
+NVIDIA_FIELDS = ("name", "compute_cap", "driver_version", "memory.total")
+NVIDIA_SMI_TIMEOUT_S = 10.0
+
+
+def machine_facts() -> dict[str, Any]:
+    """Operating system, processor, memory in GiB and NVIDIA devices; what cannot be found out is None."""
+    cpuinfo = _text(Path("/proc/cpuinfo"))
+    model, flags = parse_cpuinfo(cpuinfo)
+    memory = parse_meminfo(_text(Path("/proc/meminfo")))
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "distribution": _distribution(),
+        "processor": model or platform.processor() or None,
+        "cores": os.cpu_count(),
+        "usable_cores": _usable_cores(),
+        "instruction_sets": {
+            precision: [name for name in names if name in flags] for precision, names in INSTRUCTION_SETS.items()
+        },
+        "memory_gib": memory.get("MemTotal"),
+        "available_memory_gib": memory.get("MemAvailable"),
+        "nvidia_devices": nvidia_devices(),
+    }
+
+
+def parse_cpuinfo(text: str) -> tuple[str | None, frozenset[str]]:
+    """The model name and the flags of the first processor in the text of /proc/cpuinfo."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name"), frozenset(flags.split())
+
+
+def parse_meminfo(text: str) -> dict[str, float]:
+    """The entries of /proc/meminfo that are in kB, in GiB."""
+    sizes = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) == 3 and words[2] == "kB":
+            sizes[words[0].rstrip(":")] = round(int(words[1]) / 2**20, 1)
+    return sizes
+
+
+def nvidia_devices() -> list[dict[str, str]]:
+    """Name, compute capability, driver version and memory of each NVIDIA device; none where there is no driver."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_FIELDS)}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    names = [name.replace(".", "_") for name in NVIDIA_FIELDS]
+    rows = ([value.strip() for value in line.split(",")] for line in found.stdout.splitlines())
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _distribution() -> str | None:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME")
+    except OSError:
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,210 @@
+"""The program `tandemrt`: finds a command, runs it, and turns what happened into an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, cast
+
+from ..errors import ArgumentError, TandemError
+from .reporter import ConsoleReporter, Reporter, one_line
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a command lives; its module is imported only when the command is named.
+
+    extras: what to install when an import of the command's fails. plans: whether it can say beforehand what it will do.
+    """
+
+    module: str
+    help: str
+    extras: str
+    plans: bool = True
+
+
+COMMANDS: Mapping[str, Entry] = {
+    "export": Entry("tandemrt.export.command", "turn a checkpoint into a verified bundle", "export,cpu"),
+    "generate": Entry("tandemrt.runtime.cli.generate", "paint pictures from prompts with a bundle", "cpu"),
+    "inspect": Entry("tandemrt.runtime.cli.inspect_bundle", "show what a bundle holds", "cpu", plans=False),
+    "verify": Entry("tandemrt.runtime.cli.verify_bundle", "check that a bundle is what was exported", "export,cpu"),
+    "doctor": Entry("tandemrt.runtime.cli.doctor", "show what this machine can run, and what is missing", "cpu", False),
+    "demo": Entry(
+        "tandemrt.bench.demo", "export and paint with the small trained models that come along", "export,cpu"
+    ),
+}
+
+
+class Command(Protocol):
+    """What a command's module offers.
+
+    It may also have `plan_facts(plan)`, what `--print-plan` shows where that is more than the plan's fields, and
+    `summary(result)`, the lines a person is shown of what `run` returned.
+    """
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments; may set the parser's description and epilog."""
+
+    def plan_from_arguments(self, namespace: argparse.Namespace) -> Any:
+        """The parsed arguments as a frozen dataclass.
+
+        Raises:
+            ArgumentError: an argument cannot be used.
+        """
+
+    def run(self, plan: Any, reporter: Reporter) -> Mapping[str, Any]:
+        """Do the work; what is returned can be written as JSON.
+
+        Raises:
+            TandemError: it failed.
+        """
+
+
+class UsageError(ArgumentError):
+    """The command line itself cannot be read; argparse words the message."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tandemrt` with these arguments (the process's own by default) and return its exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = _guarded(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as with `| head`. Python would try to flush once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    """Run a command; every exception but a broken pipe ends as one line on stderr and a status."""
+    name = _named_command(arguments)
+    program = f"tandemrt {name}".rstrip()
+    try:
+        return _run(name, arguments)
+    except SystemExit as ended:  # argparse, after --help or --version
+        return int(ended.code or 0)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted\n")
+        return INTERRUPTED
+    except Exception as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        message = _message(error, name, program)
+        sys.stderr.write(f"{program}: {one_line(message)}\n")
+        status = error.exit_status if isinstance(error, TandemError) else 1
+        if "--json" in arguments:
+            _write_json({"error": {"type": type(error).__name__, "message": message, "exit_status": status}})
+        return status
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="tandemrt",
+        description="Turn Stable-Diffusion-family checkpoints into verified ONNX bundles and paint with them, "
+        "without PyTorch.",
+        epilog="`tandemrt COMMAND --help` explains a command. Try `tandemrt demo`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    choices = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", parser_class=_Parser)
+    for command_name, entry in COMMANDS.items():
+        choices.add_parser(command_name, help=entry.help, add_help=command_name == name, allow_abbrev=False)
+    command = None
+    if name:
+        command = cast(Command, importlib.import_module(COMMANDS[name].module))
+        _declare(choices.choices[name], name, command)
+    namespace = parser.parse_args(arguments)
+    if command is None:
+        parser.print_help(sys.stderr)
+        return ArgumentError.exit_status
+    return _execute(command, namespace)
+
+
+def _declare(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
+    """The command's own arguments and those every command has."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = COMMANDS[name].help[0].upper() + COMMANDS[name].help[1:] + "."
+    command.add_arguments(parser)
+    group = parser.add_argument_group("output and errors")
+    group.add_argument("--json", action="store_true", help="write one JSON document to stdout, all else to stderr")
+    if COMMANDS[name].plans:
+        group.add_argument("--print-plan", action="store_true", help="show as JSON what would be done, and stop")
+    group.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+
+
+def _execute(command: Command, namespace: argparse.Namespace) -> int:
+    plan = command.plan_from_arguments(namespace)
+    if getattr(namespace, "print_plan", False):
+        facts = getattr(command, "plan_facts", _fields)
+        _write_json(facts(plan))
+        return 0
+    with ConsoleReporter(sys.stderr if namespace.json else sys.stdout, sys.stderr) as reporter:
+        result = command.run(plan, reporter)
+        if namespace.json:
+            _write_json(result)
+        elif hasattr(command, "summary"):
+            lines: Iterable[str] = command.summary(result)
+            for line in lines:
+                reporter.line(line)
+    return 0
+
+
+def _named_command(arguments: Sequence[str]) -> str:
+    """The command's name, or nothing: the first word that is no option, as options before a command take no values."""
+    word = next((word for word in arguments if not word.startswith("-")), "")
+    return word if word in COMMANDS else ""
+
+
+def _message(error: Exception, name: str, program: str) -> str:
+    if isinstance(error, UsageError):
+        return f"{error.what}. See `{program} --help`."
+    if isinstance(error, TandemError):
+        return str(error)
+    if isinstance(error, ImportError) and name and not (error.name or "tandemrt").startswith("tandemrt"):
+        extras = COMMANDS[name].extras
+        return f'needs {error.name}, which cannot be imported here. Install it: pip install "tandemrt[{extras}]"'
+    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"failed unexpectedly ({detail}). Run again with --traceback to see where."
+
+
+def _fields(plan: Any) -> Any:
+    import msgspec  # noqa: PLC0415 (most commands end without it)
+
+    return msgspec.to_builtins(plan, enc_hook=str)
+
+
+def _write_json(document: object) -> None:
+    # ASCII escapes: neither stdout's encoding nor a lone surrogate in a prompt can make the document unreadable.
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, so that they end as every other error does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("command line", message)
+
+
+class _Version(argparse.Action):
+    """Looks the version up when asked for it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version  # noqa: PLC0415 (slower than the whole start)
+
+        sys.stdout.write(f"tandemrt {version('tandemrt')}\n")
+        parser.exit()

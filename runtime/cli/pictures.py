@@ -1,0 +1,101 @@
+"""The files a run of `generate` writes: their names, and what they say about how they were made."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import ArgumentError, TandemError
+from ..images import save_png
+
+SLUG_CHARACTERS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Where the pictures of one prompt go: `0003-seed7-a-red-circle.png`, previews in a folder of their own."""
+
+    folder: Path
+    number: int
+    prompt: str
+
+    def picture(self, seed: int) -> Path:
+        return self.folder / f"{self._stem(seed)}.png"
+
+    def preview(self, seed: int, row: int) -> Path:
+        return self.folder / "previews" / f"{self._stem(seed)}-row{row + 1:03d}.png"
+
+    def _stem(self, seed: int) -> str:
+        return f"{self.number:04d}-seed{seed}-{slug(self.prompt)}"
+
+
+def slug(text: str) -> str:
+    """`text` as lower-case ASCII letters, digits and single hyphens, at most 40 of them; `prompt` if none is left."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    words = "".join(char if char.isalnum() else " " for char in plain).split()
+    return "-".join(words)[:SLUG_CHARACTERS].rstrip("-") or "prompt"
+
+
+def png_facts(request: Mapping[str, Any], seed: int, facts: Mapping[str, Any]) -> dict[str, str]:
+    """The text of one picture.
+
+    request: the arguments of `Pipeline.__call__` that paint this picture again, among `num_images_per_prompt` others.
+    facts: what is the same for the whole run; what is no text becomes JSON.
+    """
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    return {
+        "prompt": request["prompt"],
+        "negative_prompt": request["negative_prompt"] or "",
+        "seed": str(seed),
+        "request": json.dumps(request),
+        **texts,
+    }
+
+
+def prepare_folder(folder: Path, files: Iterable[Path], *, force: bool) -> None:
+    """Make the folders that `files` need and make sure that they can be written; nothing is replaced without `force`.
+
+    Raises:
+        ArgumentError: a file is already there.
+        TandemError: the folder cannot be made or written.
+    """
+    files = tuple(files)
+    taken = [path for path in files if path.exists() or path.is_symlink()]
+    if taken and not force:
+        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+        remedy = "Give --force to replace, another --seed or another --output-dir."
+        raise ArgumentError(str(taken[0]), f"already there{more}; pictures are not replaced", remedy=remedy)
+    try:
+        for parent in sorted({folder, *(path.parent for path in files)}):
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
+    """Write a PNG whole or not at all.
+
+    Raises:
+        TandemError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        save_png(image, path, facts)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> TandemError:
+    return TandemError(
+        str(error.filename or path),
+        f"cannot be written ({error.strerror or error})",
+        remedy="Free some space, or give another --output-dir.",
+    )

@@ -1,0 +1,81 @@
+"""Option values that are more than a word or a number."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..errors import ArgumentError, RequestError
+
+_BARE_WORD = re.compile(r"[a-z][a-z0-9_+-]*")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`64` or `WIDTHxHEIGHT`, in pixels, as (width, height).
+
+    Raises:
+        RequestError: neither.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})(?:[x×]([0-9]{1,6}))?", text.strip().lower())
+    if found is None:
+        raise RequestError("--size", "not a size", got=text, expected="pixels such as 512, or WIDTHxHEIGHT: 768x512")
+    width = int(found[1])
+    return width, int(found[2]) if found[2] else width
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """`0.0,0.8` as a pair of numbers; whether they make sense is for the plan to say.
+
+    Raises:
+        RequestError: not two numbers.
+    """
+    try:
+        start, end = (float(part) for part in text.split(","))
+    except ValueError as error:
+        expected = "two fractions of the steps such as 0.0,0.8"
+        raise RequestError("--guidance-interval", "not an interval", got=text, expected=expected) from error
+    return start, end
+
+
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """`999,749,499,249` as whole numbers.
+
+    Raises:
+        RequestError: anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        expected = "whole numbers such as 999,749,499,249"
+        raise RequestError("--timesteps", "not time steps", got=text, expected=expected) from error
+
+
+def parse_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs, values being JSON or a bare lower-case word.
+
+    A bare `True` is refused: it would become a text, and as a text `False` would count as true.
+
+    Raises:
+        ArgumentError: no `=`, a key given twice, or a value that is neither; `option` names it.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ArgumentError(option, "not a setting", got=pair, expected="key=value")
+        if key in settings:
+            raise ArgumentError(option, "a key given twice", got=key)
+        try:
+            settings[key] = json.loads(value, parse_constant=_refuse)
+        except ValueError as error:
+            if not _BARE_WORD.fullmatch(value):
+                expected = 'JSON such as true, 0.5 or "trailing", or a lower-case word'
+                raise ArgumentError(f"{option} {key}", "value", got=value, expected=expected) from error
+            settings[key] = value
+    return settings
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
