@@ -1,0 +1,47 @@
+"""How figures are summed up: medians with their spread, Markdown tables, files that appear whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def spread(samples: Sequence[float]) -> dict[str, float | int]:
+    """The median of `samples` with what surrounds it: extremes, 10th and 90th percentile, and how many there are."""
+    low, tenth, median, ninetieth, high = (float(value) for value in np.percentile(samples, (0, 10, 50, 90, 100)))
+    return {"median": median, "p10": tenth, "p90": ninetieth, "minimum": low, "maximum": high, "count": len(samples)}
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is aligned left, the others right."""
+    lines = [heads, ["---", *("---:" for _ in heads[1:])], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, which appears whole or not at all; its folder is made.
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(part).chmod(0o644)
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Write `facts` as indented JSON; NaN and infinities, which JSON has no words for, raise ValueError."""
+    write_text(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
