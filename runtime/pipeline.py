@@ -22,7 +22,7 @@ from .output import Output, RowTiming, StepEvent, Timings
 from .plan import Plan, compile_plan
 from .request import Noise, Request, checked_array
 from .sampler import Conditioning, Sampler
-from .targets import Target, parse_target
+from .targets import Target, check_runnable, parse_target
 from .text import DroppedText, PromptEncoder
 
 P = ParamSpec("P")
@@ -97,9 +97,14 @@ class Pipeline:
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
-            TargetError: the target is not available here.
+            ArgumentError: there is no such target.
+            TargetError: the target is not available here, or names another precision than the bundle has.
         """
-        return cls(Bundle.open(bundle), parse_target(target), threads)
+        opened, wanted = Bundle.open(bundle), parse_target(target)
+        check_runnable(wanted)
+        for name, component in opened.manifest.components.items():
+            wanted.check_precision(name, component.precision)
+        return cls(opened, wanted, threads)
 
     def __enter__(self) -> Pipeline:
         return self
