@@ -32,7 +32,7 @@ class DoctorPlan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Show this machine's processor, memory and devices, which backends are installed, which targets they can run,\n"
+        "Show this machine's processor, memory and devices, which backends are installed, which targets they can run, "
         "and what is missing for the others, with the command that installs it."
     )
     parser.epilog = EPILOG

@@ -21,7 +21,7 @@ from ..request import Request
 from ..text import DroppedText
 from ..tokenizer import PromptTokenizer
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
-from .pictures import Names, png_facts, prepare_folder, write_picture
+from .pictures import Names, check_folder, png_facts, write_picture
 from .reporter import Reporter
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
@@ -61,11 +61,11 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
         requests = _requests(plan, pipe.bundle.manifest, seed)
         compiled = _compiled(requests[0], pipe.bundle.manifest)
-        # The prompts differ in their text alone: what would refuse one refuses the first, before a folder is made.
+        # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
         pipe.stream(**requests[0], **_unrecorded(plan))
         dropped_text = _dropped_text(plan, pipe.bundle, compiled)
         named = _named(plan, requests)
-        prepare_folder(plan.output_dir, _files(plan, named, compiled), force=plan.force)
+        check_folder(_files(plan, named, compiled), force=plan.force)
         facts = {
             "plan": compiled.facts(),
             "bundle": pipe.bundle.digest,

@@ -30,8 +30,8 @@ class InspectPlan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Show what a bundle holds: its models with their precision, size, shapes and how close to PyTorch they were\n"
-        "found at export, its latent space, text conditioning, scheduler and defaults. Every file's digest is checked\n"
+        "Show what a bundle holds: its models with their precision, size, shapes and how close to PyTorch they were "
+        "found at export, its latent space, text conditioning, scheduler and defaults. Every file's digest is checked "
         "on the way. No model is loaded, so no backend is needed."
     )
     parser.epilog = EPILOG

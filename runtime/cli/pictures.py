@@ -59,12 +59,12 @@ def png_facts(request: Mapping[str, Any], seed: int, facts: Mapping[str, Any]) -
     }
 
 
-def prepare_folder(folder: Path, files: Iterable[Path], *, force: bool) -> None:
-    """Make the folders that `files` need and make sure that they can be written; nothing is replaced without `force`.
+def check_folder(files: Iterable[Path], *, force: bool) -> None:
+    """Make sure that `files` can be written later; nothing is replaced without `force`. No folder is made yet.
 
     Raises:
         ArgumentError: a file is already there.
-        TandemError: the folder cannot be made or written.
+        TandemError: a folder cannot be written.
     """
     files = tuple(files)
     taken = [path for path in files if path.exists() or path.is_symlink()]
@@ -72,22 +72,23 @@ def prepare_folder(folder: Path, files: Iterable[Path], *, force: bool) -> None:
         more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
         remedy = "Give --force to replace, another --seed or another --output-dir."
         raise ArgumentError(str(taken[0]), f"already there{more}; pictures are not replaced", remedy=remedy)
-    try:
-        for parent in sorted({folder, *(path.parent for path in files)}):
-            parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=parent):
+    for folder in sorted({path.parent for path in files}):
+        nearest = next(part for part in (folder, *folder.parents) if part.exists())
+        try:
+            with tempfile.TemporaryFile(dir=nearest):
                 pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+        except OSError as error:
+            raise _unwritable(nearest, error) from error
 
 
 def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
-    """Write a PNG whole or not at all.
+    """Write a PNG whole or not at all, in a folder that is made if need be.
 
     Raises:
         TandemError: the folder cannot be written, or the disk is full.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_png(image, path, facts)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -95,7 +96,7 @@ def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str]) -> N
 
 def _unwritable(path: Path, error: OSError) -> TandemError:
     return TandemError(
-        str(error.filename or path),
+        str(path),
         f"cannot be written ({error.strerror or error})",
         remedy="Free some space, or give another --output-dir.",
     )

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _declare(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
     """The command's own arguments and those every command has."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = _Formatter
     parser.description = COMMANDS[name].help[0].upper() + COMMANDS[name].help[1:] + "."
     command.add_arguments(parser)
     group = parser.add_argument_group("output and errors")
@@ -195,6 +196,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError("command line", message)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps paragraphs, and leaves those with indented lines, such as examples, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            part if "\n " in part else textwrap.fill(" ".join(part.split()), width) for part in paragraphs
+        )
 
 
 class _Version(argparse.Action):

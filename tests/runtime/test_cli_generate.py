@@ -1,0 +1,344 @@
+"""`tandemrt generate`: files, what they say, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.cli.pictures import slug
+from tandemrt.runtime.cli.prompts import prompts_from_file
+from tandemrt.runtime.cli.values import parse_settings, parse_size
+from tandemrt.runtime.errors import ArgumentError, RequestError
+from tandemrt.runtime.pipeline import Pipeline
+
+from .tiny_bundle import write_tiny_bundle
+
+STEPS = ["--steps", "2,2"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+def generate(bundle: Path, out: Path, *arguments: str) -> int:
+    return main(["generate", str(bundle), "--output-dir", str(out), *arguments])
+
+
+def texts(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        image.load()
+        return dict(image.text)  # type: ignore[attr-defined]
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image).copy()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_picture_says_how_it_was_made(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "out"
+    arguments = ["--prompt", "A Röd circle!", "--negative-prompt", "blue ■", "--seed", "7", "--guidance-scale", "3"]
+    assert generate(bundle, out, *arguments, "--solver", "euler", "--size", "64x80", *STEPS) == 0
+    path = out / "0001-seed7-a-rod-circle.png"
+    stdout, _ = capsys.readouterr()
+    assert stdout.splitlines()[0] == str(path)
+    assert names(out) == [path.name]
+    facts = texts(path)
+    assert facts["prompt"] == "A Röd circle!"
+    assert facts["negative_prompt"] == "blue ■"
+    assert facts["seed"] == "7"
+    assert facts["bundle"] == Bundle.open(bundle).digest
+    assert facts["tandemrt"] == version("tandemrt")
+    assert facts["target"] == "onnxruntime:cpu"
+    plan = json.loads(facts["plan"])
+    assert plan["steps"] == [["unet", 2], ["unet_small", 2]]
+    assert plan["guidance_scale"] == 3
+    assert pixels(path).shape == (80, 64, 3)
+
+
+def test_a_picture_can_be_painted_again_from_its_text(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "red", "--seed", "11", "--batch-size", "2", "--solver", "dpmsolver++", "--eta", "0"]
+    settings = ["--solver-config", "use_karras_sigmas=true", "--guidance-interval", "0.0,0.5"]
+    assert generate(bundle, tmp_path, *arguments, *settings, "--decoder", "vae_decoder_tiny", *STEPS) == 0
+    assert names(tmp_path) == ["0001-seed11-red.png", "0001-seed12-red.png"]
+    for index, name in enumerate(names(tmp_path)):
+        request = json.loads(texts(tmp_path / name)["request"])
+        with Pipeline.open(bundle) as pipe:
+            again = pipe(**request)
+        assert again.plan.facts() == json.loads(texts(tmp_path / name)["plan"])
+        np.testing.assert_array_equal(np.asarray(again.images[index]), pixels(tmp_path / name))
+
+
+def test_the_second_picture_is_that_of_the_next_seed(bundle: Path, tmp_path: Path) -> None:
+    assert generate(bundle, tmp_path / "two", "--prompt", "red", "--seed", "5", "--batch-size", "2", *STEPS) == 0
+    assert generate(bundle, tmp_path / "one", "--prompt", "red", "--seed", "6", *STEPS) == 0
+    both = (pixels(tmp_path / folder / "0001-seed6-red.png").astype(int) for folder in ("two", "one"))
+    # A batch of another size may round differently in the last bit.
+    assert np.abs(np.subtract(*both)).max() <= 1
+
+
+def test_prompts_do_not_depend_on_each_other(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffred\r\n\r\n  \nblå cirkel \n".encode())
+    assert generate(bundle, tmp_path / "all", "--prompts-file", str(file), "--seed", "3", *STEPS) == 0
+    assert names(tmp_path / "all") == ["0001-seed3-red.png", "0002-seed3-bla-cirkel.png"]
+    assert generate(bundle, tmp_path / "one", "--prompt", "blå cirkel", "--seed", "3", *STEPS) == 0
+    alone, among = tmp_path / "one" / "0001-seed3-bla-cirkel.png", tmp_path / "all" / "0002-seed3-bla-cirkel.png"
+    np.testing.assert_array_equal(pixels(alone), pixels(among))
+
+
+def test_json_describes_the_run(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, tmp_path, "--prompt", "red", "--prompt", "blue", "--json", *STEPS) == 0
+    stdout, stderr = capsys.readouterr()
+    result = json.loads(stdout)
+    assert [image["prompt"] for image in result["images"]] == ["red", "blue"]
+    assert {image["seed"] for image in result["images"]} == {result["seed"]}
+    assert [Path(image["path"]).name for image in result["images"]] == names(tmp_path)
+    assert "1/2 red: 4/4" in stderr
+
+
+def test_a_random_seed_is_another_one_each_time(bundle: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert generate(bundle, tmp_path, "--prompt", "red", *STEPS) == 0
+    assert len(names(tmp_path)) == 2
+
+
+def test_print_plan_writes_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, tmp_path / "out", "--prompt", "red", "--seed", "3", "--print-plan", *STEPS) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["plan"]["steps"] == [["unet", 2], ["unet_small", 2]]
+    assert facts["files"] == [str(tmp_path / "out" / "0001-seed3-red.png")]
+    assert facts["bundle"]["digest"] == Bundle.open(bundle).digest
+    assert not (tmp_path / "out").exists()
+
+
+def test_print_plan_does_not_invent_a_seed(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, tmp_path, "--prompt", "red", "--print-plan") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["requests"][0]["seed"] is None
+    assert facts["files"] is None
+
+
+def test_previews_lie_beside_the_pictures(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "red", "--seed", "1", "--solver", "ddim", "--num-inference-steps", "5", "--previews", "2"]
+    assert generate(bundle, tmp_path, *arguments) == 0
+    previews = ["previews/0001-seed1-red-row002.png", "previews/0001-seed1-red-row004.png"]
+    assert names(tmp_path) == ["0001-seed1-red.png", *previews]
+    assert texts(tmp_path / previews[0])["prompt"] == "red"
+
+
+def test_pictures_are_not_replaced(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "2") == 0
+    path = tmp_path / "0001-seed1-red.png"
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "3") == 2
+    assert capsys.readouterr().err.startswith(f"tandemrt generate: {path}: already there")
+    assert path.read_bytes() == before
+    assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "3", "--force") == 0
+    assert path.read_bytes() != before
+    assert names(tmp_path) == [path.name]
+
+
+def test_a_long_prompt_is_cut_and_reported(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, tmp_path, "--prompt", "red blue " * 9 + "x", "--json", *STEPS) == 0
+    stdout, stderr = capsys.readouterr()
+    (dropped,) = json.loads(stdout)["dropped_text"]
+    assert dropped["text"].endswith("blue x")
+    assert f"warning: {dropped['tokens']} tokens too many" in stderr
+
+
+def test_strict_prompts_are_refused_before_any_is_painted(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["--prompt", "red", "--prompt", "red blue " * 9]
+    assert generate(bundle, tmp_path / "out", *prompts, "--strict-prompts", *STEPS) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_runs_without_torch(bundle: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers', 'onnx')))\n"
+        "from tandemrt.runtime.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["generate", str(bundle), "--prompt", "red", "--seed", "1", "--output-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+    assert names(tmp_path) == ["0001-seed1-red.png"]
+
+
+BAD_INPUT = {
+    "not a bundle": (["--prompt", "red"], 1, "no-such-bundle: not a bundle folder"),
+    "size": (["--prompt", "red", "--size", "60"], 2, "height: not usable, got 60, expected a positive multiple of 16"),
+    "size 0": (["--prompt", "red", "--size", "0"], 2, "height: not usable, got 0"),
+    "size of words": (["--prompt", "red", "--size", "big"], 2, "--size: not a size, got 'big'"),
+    "size twice": (["--prompt", "red", "--size", "64", "--width", "64"], 2, "--size: given beside --width"),
+    "no steps": (["--prompt", "red", "--steps", "0,0"], 2, "steps: number of steps in all, got 0, expected 1 or more"),
+    "unknown denoiser": (["--prompt", "red", "--steps", "unit:5"], 2, "steps: unknown denoiser, got 'unit'"),
+    "steps of words": (["--prompt", "red", "--steps", "ten"], 2, "steps: not a number of steps, got 'ten'"),
+    "steps twice": (["--prompt", "red", "--steps", "4", "--num-inference-steps", "4"], 2, "steps: given beside"),
+    "guidance": (["--prompt", "red", "--guidance-scale", "nan"], 2, "guidance_scale: not usable, got nan"),
+    "interval": (["--prompt", "red", "--guidance-interval", "0.8,0.2"], 2, "guidance_interval: fractions"),
+    "interval of one": (["--prompt", "red", "--guidance-interval", "0.8"], 2, "--guidance-interval: not an interval"),
+    "seed": (["--prompt", "red", "--seed", str(2**64)], 2, f"seed: out of range, got {2**64}"),
+    "last seed": (["--prompt", "red", "--seed", str(2**64 - 1), "--batch-size", "2"], 2, "seed: out of range"),
+    "pictures": (["--prompt", "red", "--batch-size", "0"], 2, "num_images_per_prompt: not usable, got 0"),
+    "no prompt": ([], 2, "--prompt: no prompt given"),
+    "not text": (["--prompt", "r\udcffd"], 2, "--prompt: not text at character 1, got 'r\\udcffd'"),
+    "solver": (["--prompt", "red", "--solver", "magic"], 2, "solver: "),
+    "solver key": (["--prompt", "red", "--solver-config", "use_magic=true"], 2, "use_magic"),
+    "solver value": (["--prompt", "red", "--solver-config", "use_karras_sigmas=True"], 2, "--solver-config use_karras"),
+    "time steps": (["--prompt", "red", "--timesteps", "999,x"], 2, "--timesteps: not time steps, got '999,x'"),
+    "decoder": (["--prompt", "red", "--decoder", "vae"], 2, "decoder: unknown, got 'vae', expected one of vae_decoder"),
+    "target": (["--prompt", "red", "--target", "cuda"], 2, "target: backend, got 'cuda'"),
+    "absent target": (["--prompt", "red", "--target", "tensorrt:sm90:fp16"], 1, "target: this version of tandemrt"),
+    "precision": (
+        ["--prompt", "red", "--target", "onnxruntime:cpu:fp16"],
+        1,
+        "text_encoder: precision of the exported",
+    ),
+    "threads": (["--prompt", "red", "--threads", "0"], 2, "--threads: number of threads, got 0, expected 1 or more"),
+    "previews": (["--prompt", "red", "--previews", "-1"], 2, "previews: not usable, got -1"),
+    "seed device": (["--prompt", "red", "--seed-device", "tpu"], 2, "argument --seed-device: invalid choice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_no_folder(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    arguments, status, message = BAD_INPUT[case]
+    opened = Path("no-such-bundle") if case == "not a bundle" else bundle
+    assert generate(opened, tmp_path / "out", *arguments) == status
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("tandemrt generate: ")
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"red\nbl\xe5\n", "not UTF-8 at line 2, byte 6, got b'\\xe5\\n', expected UTF-8 text"),
+        ("red".encode("utf-16"), "not UTF-8 at line 1, byte 0"),
+        (b"\n \n", "holds no prompt"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_prompts_files(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert generate(bundle, tmp_path / "out", "--prompts-file", str(file)) == 2
+    stderr = capsys.readouterr().err
+    assert str(file) in stderr
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    assert generate(bundle, out, "--prompt", "red", *STEPS) == 1
+    assert capsys.readouterr().err.startswith(f"tandemrt generate: {out}: cannot be written (")
+    assert out.read_text() == "mine"
+
+
+def test_nothing_is_made_where_the_backend_is_missing(bundle: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['onnxruntime'] = None\n"
+        "from tandemrt.runtime.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["generate", str(bundle), "--prompt", "red", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "tandemrt[cpu]"' in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(bundle: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the full disk: the write of the picture fails in the middle."""
+    command = [sys.executable, "-m", "tandemrt.runtime.cli", "generate", str(bundle), "--prompt", "red", "--seed", "1"]
+    done = subprocess.run(
+        [*command, "--size", "256", "--output-dir", str(tmp_path / "out"), *STEPS],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"tandemrt generate: {tmp_path / 'out' / '0001-seed1-red.png'}: cannot be written (")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("A red circle, left of a blue square", "a-red-circle-left-of-a-blue-square"),
+        ("../../etc/passwd\x00", "etc-passwd"),
+        ("红色的圆", "prompt"),
+        ("x" * 100, "x" * 40),
+        ("a" * 39 + " b", "a" * 39),
+    ],
+)
+def test_slugs_are_safe_file_names(prompt: str, expected: str) -> None:
+    assert slug(prompt) == expected
+
+
+def test_settings_are_json_or_bare_words() -> None:
+    pairs = ["a=true", "b=0.5", 'c="x y"', "d=trailing", "e=null", "f=[1, 2]"]
+    assert parse_settings("--x", pairs) == {
+        "a": True, "b": 0.5, "c": "x y", "d": "trailing", "e": None, "f": [1, 2]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", ["a", "=1", "a=True", "a=NaN", "a=", "a b=1"])
+def test_other_settings_are_refused(pair: str) -> None:
+    with pytest.raises(ArgumentError, match="--x"):
+        parse_settings("--x", [pair])
+
+
+def test_a_setting_twice_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="twice"):
+        parse_settings("--x", ["a=1", "a=2"])
+
+
+def test_sizes_are_width_by_height() -> None:
+    assert parse_size("64") == (64, 64)
+    assert parse_size("768x512") == (768, 512)
+    with pytest.raises(RequestError, match="768x"):
+        parse_size("768x")
+
+
+def test_lines_of_a_prompts_file_end_at_newlines_alone(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\u2028still one\ntwo".encode())
+    assert prompts_from_file(file) == ("one\u2028still one", "two")

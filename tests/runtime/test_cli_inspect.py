@@ -1,0 +1,104 @@
+"""`tandemrt inspect` and `tandemrt verify` on a bundle of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.cli.inspect_bundle import size_text, worst_evidence
+from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence
+
+from .tiny_bundle import write_tiny_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_tiny_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_inspect_shows_every_component(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle)]) == 0
+    stdout = capsys.readouterr().out
+    for name in ("text_encoder", "unet", "unet_small", "vae_decoder", "vae_decoder_tiny"):
+        assert f"\n{name} " in stdout
+    assert Bundle.open(bundle).digest in stdout
+    assert "(batch, 4, height, width)" in stdout
+    assert "DPMSolverMultistepScheduler" in stdout
+
+
+def test_inspect_as_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    stdout, stderr = capsys.readouterr()
+    facts = json.loads(stdout)
+    assert stderr == ""
+    manifest = Bundle.open(bundle).manifest
+    assert facts["files"] == len(manifest.files)
+    assert list(facts["components"]) == list(manifest.components)
+    unet = facts["components"]["unet"]
+    # Model and external data.
+    assert unet["size_bytes"] == sum(path.stat().st_size for path in (bundle / "unet").iterdir())
+    assert unet["worst_evidence"]["max_relative_error"]["threshold"] == 1e-4
+    assert facts["latent"] == msgspec.to_builtins(manifest.latent)
+
+
+def test_inspect_needs_no_backend(bundle: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('onnxruntime', 'openvino', 'tensorrt', 'torch', 'onnx')))\n"
+        "from tandemrt.runtime.cli import main\n"
+        f"sys.exit(main(['inspect', {str(bundle)!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_worst_evidence_is_the_one_closest_to_its_threshold(bundle: Path) -> None:
+    figures = [(1e-3, 1e-1), (5e-5, 1e-4), (1e-6, 1e-4)]
+    evidence = tuple(Evidence(metric="m", value=value, threshold=limit, input_shapes={}) for value, limit in figures)
+    component = msgspec.structs.replace(Bundle.open(bundle).manifest.components["unet"], evidence=evidence)
+    assert worst_evidence(component) == {"m": evidence[1]}
+
+
+def test_sizes() -> None:
+    assert [size_text(size) for size in (12, 2_500, 3_400_000, 2_000_000_000)] == [
+        "0.0 kB",
+        "2.5 kB",
+        "3.4 MB",
+        "2.0 GB",
+    ]
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "generate"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "newer", "not a bundle"])
+def test_a_damaged_bundle_is_one_line(
+    bundle: Path, capsys: pytest.CaptureFixture[str], command: str, damage: str
+) -> None:
+    model, manifest = bundle / "unet_small" / "model.onnx", bundle / MANIFEST_NAME
+    raw = model.read_bytes()
+    if damage == "flipped":
+        model.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    elif damage == "truncated":
+        model.write_bytes(raw[:-1])
+    elif damage == "missing":
+        model.unlink()
+    elif damage == "newer":
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    else:
+        manifest.unlink()
+    named = {"newer": str(manifest), "not a bundle": str(bundle)}.get(damage, str(model))
+    out = bundle.parent / "out"
+    prompt = ["--prompt", "red", "--output-dir", str(out)] if command == "generate" else []
+    assert main([command, str(bundle), *prompt]) == 1
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith(f"tandemrt {command}: {named}: ")
+    assert stderr.count("\n") == 1
+    assert not out.exists()
