@@ -177,7 +177,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], name:
     assert main([name, "--help"]) == 0
     stdout = capsys.readouterr().out
     assert f"usage: tandemrt {name}" in stdout
-    assert f"example:\n  tandemrt {name}" in stdout
+    assert f"\n  tandemrt {name}" in stdout
     assert "--json" in stdout
 
 

@@ -1,0 +1,141 @@
+"""`tandemrt verify`: whether a bundle still is what was exported, and, given its sources, what PyTorch computes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..bundle import Bundle
+from ..errors import ArgumentError, BundleError
+from ..manifest import Evidence
+from .columns import aligned
+from .inspect_bundle import size_text
+from .reporter import Reporter
+
+MAIN = "checkpoint"
+DIGESTS = "the folder holds the files of the manifest and no others, each of its size and sha256"
+
+EPILOG = """\
+examples:
+  tandemrt verify bundle/
+  tandemrt verify bundle/ --checkpoint stable-diffusion-v1-5/ --small small-sd/
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyPlan:
+    """What to check; `sources` is empty, or holds the main checkpoint under `checkpoint` and others by component."""
+
+    bundle: Path
+    sources: Mapping[str, Path]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Check that a bundle is complete and unchanged: every file's size and sha256 against the manifest. With "
+        "--checkpoint, also run every component whose source is given in ONNX Runtime and in PyTorch and compare them, "
+        'as the export did; this needs pip install "tandemrt[export,cpu]". A digest proves integrity, not authorship.'
+    )
+    parser.epilog = EPILOG
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    group = parser.add_argument_group("sources, as they were given to `tandemrt export`")
+    group.add_argument("--checkpoint", type=Path, metavar="DIR", help="the checkpoint the bundle was exported from")
+    group.add_argument("--small", type=Path, metavar="DIR", help="what unet_small was exported from")
+    group.add_argument("--tiny-vae", type=Path, metavar="DIR", help="what vae_decoder_tiny was exported from")
+    group.add_argument(
+        "--add", action="append", default=[], metavar="NAME=DIR", help="what another component was exported from"
+    )
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
+    """The command line as a plan.
+
+    Raises:
+        ArgumentError: a source that is not NAME=DIR, is given twice, or comes without the main checkpoint.
+    """
+    named = [(MAIN, namespace.checkpoint), ("unet_small", namespace.small), ("vae_decoder_tiny", namespace.tiny_vae)]
+    pairs = [(name, folder) for name, folder in named if folder is not None]
+    for pair in namespace.add:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise ArgumentError("--add", "not a source", got=pair, expected="NAME=DIR such as unet_small=small-sd")
+        pairs.append((name, Path(folder)))
+    sources = dict(pairs)
+    if len(sources) != len(pairs):
+        raise ArgumentError("--add", "a component given twice", got=", ".join(name for name, _ in pairs))
+    if sources and MAIN not in sources:
+        remedy = "Give --checkpoint as well: its text encoder and VAE make the inputs of the comparison."
+        raise ArgumentError("--checkpoint", "not given beside other sources", remedy=remedy)
+    return VerifyPlan(namespace.bundle, sources)
+
+
+def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
+    """What was checked and what was not.
+
+    Raises:
+        BundleError: the bundle is damaged, or a component is farther from PyTorch than its threshold.
+        ArgumentError: a source is given for a component the bundle has not.
+        CheckpointError: a source is not what the component was exported from.
+    """
+    bundle = Bundle.open(plan.bundle)
+    components = bundle.manifest.components
+    unknown = [name for name in plan.sources if name != MAIN and name not in components]
+    if unknown:
+        raise ArgumentError("--add", "no such component", got=unknown[0], expected=f"one of {', '.join(components)}")
+    parity: Mapping[str, Sequence[Evidence]] = {}
+    if plan.sources:
+        verify_bundle = importlib.import_module("tandemrt.export.verify").verify_bundle
+        parity = verify_bundle(bundle, plan.sources, reporter.progress)
+        _require_close(parity, bundle.path)
+    return {
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "files": len(bundle.manifest.files),
+        "size_bytes": sum(record.size for record in bundle.manifest.files.values()),
+        "digests": DIGESTS,
+        "parity": {name: msgspec.to_builtins(list(evidence)) for name, evidence in parity.items()},
+        "parity_not_checked": [name for name in components if name not in parity],
+    }
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{result['path']}: {result['files']} files, {size_text(result['size_bytes'])}, digest {result['digest']}"
+    yield f"checked: {result['digests']}"
+    if result["parity"]:
+        yield "checked: the difference from PyTorch, worst of every component"
+        rows = ((name, _worst(evidence)) for name, evidence in result["parity"].items())
+        yield from aligned(
+            [
+                (name, worst["metric"], f"{worst['value']:.2g}", f"at most {worst['threshold']:g}")
+                for name, worst in rows
+            ],
+            indent="  ",
+        )
+    if result["parity_not_checked"]:
+        names = ", ".join(result["parity_not_checked"])
+        option = "--small, --tiny-vae or --add NAME=DIR" if result["parity"] else "--checkpoint DIR"
+        yield f"not checked: the difference from PyTorch of {names}; give {option}"
+
+
+def _require_close(parity: Mapping[str, Sequence[Evidence]], path: Path) -> None:
+    for name, evidence in parity.items():
+        for comparison in evidence:
+            # Written so that NaN is refused.
+            if not comparison.value <= comparison.threshold:
+                raise BundleError(
+                    f"{path}: {name}",
+                    f"{comparison.metric} to PyTorch at {comparison.input_shapes}",
+                    got=comparison.value,
+                    expected=f"at most {comparison.threshold:g}",
+                    remedy="Export the bundle again; if that passes, this machine's onnxruntime computes otherwise.",
+                )
+
+
+def _worst(evidence: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(evidence, key=lambda comparison: float(comparison["value"]))
