@@ -98,7 +98,7 @@ def spaced_sigmas(spacing: SigmaSpacing, sigma_max: float, sigma_min: float, cou
         start, end = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
         karras: Float64 = (start + ramp * (end - start)) ** 7
         return karras
-    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), count))
+    return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), count))
 
 
 def timesteps_from_sigmas(sigmas: Float64, training_sigmas: Float64) -> Float64:

@@ -1,7 +1,12 @@
 """Solvers: a diffusers scheduler class and its configuration, compiled into a table.
 
 Every solver is one pure function from a schedule to rows, and one line in `_CLASSES`. Call arguments of diffusers'
-`step` beyond eta (s_churn, s_tmin, s_tmax, s_noise, use_clipped_model_output, LMS's order) are not covered.
+`step` beyond eta (s_churn, s_tmin, s_tmax, s_noise, use_clipped_model_output, LMS's order) are not covered, nor are
+`set_timesteps`' sigmas, mu and strength.
+
+Where a table knowingly differs from diffusers: coefficients are float64 throughout; noise that diffusers draws to
+multiply it by 0 (only ever after the last noise that counts) is not drawn; `trailing` spacing never takes the stray
+step at time step −1; UniPC's bh1 ends at σ = 0 with the denoised estimate, where diffusers computes 0 · ∞.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from ..errors import PlanError
 from ..table import Table
@@ -29,28 +36,31 @@ AnySchedule = TypeVar("AnySchedule", AlphaSchedule, SigmaSchedule)
 
 @dataclass(frozen=True, slots=True)
 class _Class(Generic[AnySchedule]):
-    """How a scheduler class is compiled, and which arguments diffusers gives it."""
+    """How a scheduler class is compiled, and which arguments diffusers gives it.
+
+    timesteps_from: the lowest explicit time step; None where `set_timesteps` takes none.
+    """
 
     rows: Callable[[AnySchedule], Iterator[Row]]
     schedule: Callable[[Request], AnySchedule]
-    takes_timesteps: bool = False
+    timesteps_from: int | None = None
     takes_eta: bool = False
 
 
 _CLASSES: Mapping[str, _Class[Any]] = {
     "DDIMScheduler": _Class(ddim, spaced_schedule, takes_eta=True),
-    "DDPMScheduler": _Class(ddpm, spaced_schedule, takes_timesteps=True),
+    "DDPMScheduler": _Class(ddpm, spaced_schedule, timesteps_from=0),
     "PNDMScheduler": _Class(pndm, spaced_schedule),
-    "LCMScheduler": _Class(lcm, distilled_schedule, takes_timesteps=True),
-    "TCDScheduler": _Class(tcd, distilled_schedule, takes_timesteps=True, takes_eta=True),
-    "EulerDiscreteScheduler": _Class(euler, exploding_schedule, takes_timesteps=True),
+    "LCMScheduler": _Class(lcm, distilled_schedule, timesteps_from=0),
+    "TCDScheduler": _Class(tcd, distilled_schedule, timesteps_from=0, takes_eta=True),
+    "EulerDiscreteScheduler": _Class(euler, exploding_schedule, timesteps_from=0),
     "EulerAncestralDiscreteScheduler": _Class(euler_ancestral, exploding_schedule),
-    "HeunDiscreteScheduler": _Class(heun, exploding_schedule, takes_timesteps=True),
+    "HeunDiscreteScheduler": _Class(heun, exploding_schedule, timesteps_from=0),
     "LMSDiscreteScheduler": _Class(lms, exploding_schedule),
-    "DPMSolverMultistepScheduler": _Class(dpmsolver_multistep, preserving_schedule, takes_timesteps=True),
+    "DPMSolverMultistepScheduler": _Class(dpmsolver_multistep, preserving_schedule, timesteps_from=0),
     "DEISMultistepScheduler": _Class(deis, preserving_schedule),
     "UniPCMultistepScheduler": _Class(unipc, preserving_schedule),
-    "FlowMatchEulerDiscreteScheduler": _Class(flow_euler, flow_schedule, takes_timesteps=True),
+    "FlowMatchEulerDiscreteScheduler": _Class(flow_euler, flow_schedule, timesteps_from=1),
 }
 
 
@@ -146,8 +156,10 @@ def compile_table(
         timesteps=_checked_timesteps(class_name, timesteps, effective),
         eta=_checked_eta(class_name, eta),
     )
-    schedule = compiled.schedule(request)
-    return table_from_rows(class_name, compiled.rows(schedule), schedule.init_noise_sigma)
+    # A configuration that divides by zero is found in the table, and reported with the row it strikes.
+    with np.errstate(all="ignore"):
+        schedule = compiled.schedule(request)
+        return table_from_rows(class_name, compiled.rows(schedule), schedule.init_noise_sigma)
 
 
 def _require_same_process(name: str, class_name: str, base_config: Mapping[str, Any]) -> None:
@@ -169,9 +181,8 @@ def _checked_steps(steps: int | None, timesteps: Sequence[int] | None, num_train
         expected = f"a whole number in 1..{num_train_timesteps}"
         raise PlanError("num_inference_steps", "cannot be used", got=steps, expected=expected)
     if timesteps is not None and len(timesteps) != steps:
-        raise PlanError(
-            "timesteps", "how many there are", got=len(timesteps), expected=f"{steps}, as num_inference_steps"
-        )
+        expected = f"{steps}, as num_inference_steps"
+        raise PlanError("timesteps", "how many there are", got=len(timesteps), expected=expected)
     return steps
 
 
@@ -180,21 +191,22 @@ def _checked_timesteps(
 ) -> tuple[int, ...] | None:
     if timesteps is None:
         return None
-    takers = [known for known, compiled in _CLASSES.items() if compiled.takes_timesteps]
-    if class_name not in takers:
+    lowest = _CLASSES[class_name].timesteps_from
+    if lowest is None:
+        takers = [known for known, compiled in _CLASSES.items() if compiled.timesteps_from is not None]
+        expected = f"one of {', '.join(takers)}"
         raise PlanError(
-            "timesteps", f"{class_name} takes no explicit time steps", expected=f"one of {', '.join(takers)}"
+            "timesteps", f"{class_name} takes no explicit time steps", got=list(timesteps), expected=expected
         )
     respaced = [key for key, value in config.items() if key.startswith("use_") and value]
     if respaced:
         raise PlanError("timesteps", f"explicit time steps together with {respaced[0]}", expected="one of the two")
-    chosen, end = tuple(timesteps), config["num_train_timesteps"]
+    chosen, highest = tuple(timesteps), lowest + config["num_train_timesteps"] - 1
     whole = all(isinstance(t, int) and not isinstance(t, bool) for t in chosen)
     falling = whole and all(later < earlier for earlier, later in pairwise(chosen))
-    if not falling or not 0 <= chosen[-1] <= chosen[0] < end:
-        raise PlanError(
-            "timesteps", "cannot be used", got=list(chosen), expected=f"falling whole numbers in {end - 1}..0"
-        )
+    if not falling or not lowest <= chosen[-1] <= chosen[0] <= highest:
+        expected = f"falling whole numbers in {highest}..{lowest}"
+        raise PlanError("timesteps", "cannot be used", got=list(chosen), expected=expected)
     return chosen
 
 

@@ -217,7 +217,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         **_SIGMA_RANGE,
         **_FINAL_SIGMA,
         "use_lu_lambdas": flag(False),
-        "algorithm_type": one_of("dpmsolver++", "sde-dpmsolver++", "deis"),
+        "algorithm_type": one_of("dpmsolver++", "sde-dpmsolver++"),
         "solver_order": whole(2, 1, 3),
         "solver_type": one_of(*_FOREIGN_SOLVER_TYPES),
         "lower_order_final": flag(True),

@@ -54,18 +54,16 @@ def table_from_rows(solver: str, rows: Iterable[Row], init_noise_sigma: float) -
     Raises:
         PlanError: a coefficient is infinite or NaN; the time step is named.
     """
-    # A configuration that divides by zero is found below, and reported with the row it strikes.
-    with np.errstate(all="ignore"):
-        rows = tuple(rows)
+    rows = tuple(rows)
     width = len(rows[0].model_input)
     model_input = np.stack([row.model_input for row in rows])
     denoised = np.stack([row.denoised for row in rows])
+    timesteps = np.array([row.timestep for row in rows], np.float64)
     state = np.zeros((len(rows), width - 2, width))
     for n, row in enumerate(rows):
         state[n, : len(row.state)] = row.state
-    finite = (
-        np.isfinite(state).all(axis=(1, 2)) & np.isfinite(model_input).all(axis=1) & np.isfinite(denoised).all(axis=1)
-    )
+    everything = np.concatenate([timesteps[:, None], model_input, denoised, state.reshape(len(rows), -1)], axis=1)
+    finite = np.isfinite(everything).all(axis=1)
     if not finite.all():
         bad = rows[int(np.argmin(finite))]
         raise PlanError(
@@ -77,7 +75,7 @@ def table_from_rows(solver: str, rows: Iterable[Row], init_noise_sigma: float) -
     kept = _slots_read(state[:, :, :-2], model_input[:, :-2], denoised[:, :-2])
     return Table(
         solver=solver,
-        timesteps=np.array([row.timestep for row in rows], np.float64),
+        timesteps=timesteps,
         steps=np.array([row.step for row in rows], np.int64),
         model_input=model_input[:, kept],
         transition=state[:, kept][:, :, kept],

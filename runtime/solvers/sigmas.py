@@ -87,9 +87,9 @@ def preserving_schedule(request: Request) -> SigmaSchedule:
     if np.count_nonzero(timesteps == timesteps[0]) > 1:
         raise PlanError(
             "num_inference_steps",
-            f"too many for {request.class_name}: the first time step {timesteps[0]:g} comes twice",
+            f"{request.class_name} would visit its first time step {timesteps[0]:g} twice",
             got=request.steps,
-            remedy="Ask for fewer steps.",
+            remedy="Ask for fewer steps, or use another sigma spacing.",
         )
     sigmas = np.append(sigmas, _final_sigma(request, spacing, sigmas, training))
     return SigmaSchedule(config, timesteps, sigmas, 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ class AlphaSchedule:
     eta: float
     timesteps: tuple[int, ...]
     alphas_cumprod: Float64
-    final_alpha_cumprod: float
+    final_alpha_cumprod: np.float64
     init_noise_sigma: float = 1.0
 
     @property
@@ -39,7 +38,8 @@ class AlphaSchedule:
         """Training steps per inference step, rounded down."""
         return int(self.config["num_train_timesteps"]) // len(self.timesteps)
 
-    def alpha_cumprod(self, timestep: int) -> float:
+    def alpha_cumprod(self, timestep: int) -> np.float64:
+        """ᾱ at a time step, in numpy's arithmetic, where a division by zero goes on as infinity."""
         if timestep < 0:
             return self.final_alpha_cumprod
         if timestep >= len(self.alphas_cumprod):
@@ -50,12 +50,13 @@ class AlphaSchedule:
                 expected=f"0..{len(self.alphas_cumprod) - 1}",
                 remedy="Ask for fewer steps, or use a smaller steps_offset.",
             )
-        return float(self.alphas_cumprod[timestep])
+        level: np.float64 = self.alphas_cumprod[timestep]
+        return level
 
     def split(self, timestep: int, model_input: Form, output: Form) -> tuple[Form, Form]:
         """The denoised estimate and the noise of a model's output at a time step."""
         alpha_cumprod = self.alpha_cumprod(timestep)
-        alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
+        alpha, sigma = np.sqrt(alpha_cumprod), np.sqrt(1 - alpha_cumprod)
         return denoised_and_noise(self.config["prediction_type"], alpha, sigma, model_input, output)
 
 
@@ -102,7 +103,7 @@ def _schedule(request: Request, timesteps: tuple[int, ...]) -> AlphaSchedule:
         eta=request.eta,
         timesteps=timesteps,
         alphas_cumprod=alphas_cumprod,
-        final_alpha_cumprod=1.0 if to_one else float(alphas_cumprod[0]),
+        final_alpha_cumprod=np.float64(1) if to_one else alphas_cumprod[0],
     )
 
 
@@ -112,9 +113,9 @@ def ddim(schedule: AlphaSchedule) -> Iterator[Row]:
     for n, t in enumerate(schedule.timesteps):
         now, then = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t - schedule.stride)
         denoised, noise = schedule.split(t, x, output)
-        deviation = schedule.eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
-        direction = math.sqrt(max(1 - then - deviation**2, 0.0))
-        yield Row(t, n, x, (math.sqrt(then) * denoised + direction * noise + deviation * z,), denoised)
+        deviation = schedule.eta * np.sqrt((1 - then) / (1 - now) * (1 - now / then))
+        direction = np.sqrt(max(1 - then - deviation**2, 0.0))
+        yield Row(t, n, x, (np.sqrt(then) * denoised + direction * noise + deviation * z,), denoised)
 
 
 def ddpm(schedule: AlphaSchedule) -> Iterator[Row]:
@@ -122,13 +123,13 @@ def ddpm(schedule: AlphaSchedule) -> Iterator[Row]:
     x, _, output, z = basis(0)
     for n, (t, previous) in enumerate(_with_next(schedule.timesteps, -1)):
         now = schedule.alpha_cumprod(t)
-        then = schedule.alpha_cumprod(previous) if previous >= 0 else 1.0
+        then = schedule.alpha_cumprod(previous) if previous >= 0 else np.float64(1)
         denoised, _ = schedule.split(t, x, output)
         beta = 1 - now / then
         posterior = max((1 - then) / (1 - now) * beta, 1e-20)
         variance = beta if schedule.config["variance_type"] == "fixed_large" else posterior
-        deviation = math.sqrt(variance) if t > 0 else 0.0
-        mean = math.sqrt(then) * beta / (1 - now) * denoised + math.sqrt(now / then) * (1 - then) / (1 - now) * x
+        deviation = np.sqrt(variance) if t > 0 else 0.0
+        mean = np.sqrt(then) * beta / (1 - now) * denoised + np.sqrt(now / then) * (1 - then) / (1 - now) * x
         yield Row(t, n, x, (mean + deviation * z,), denoised)
 
 
@@ -140,10 +141,10 @@ def lcm(schedule: AlphaSchedule) -> Iterator[Row]:
         prediction, _ = schedule.split(t, x, output)
         scaled = t * schedule.config["timestep_scaling"]
         skip = _LCM_SIGMA_DATA**2 / (scaled**2 + _LCM_SIGMA_DATA**2)
-        out = scaled / math.sqrt(scaled**2 + _LCM_SIGMA_DATA**2)
+        out = scaled / np.sqrt(scaled**2 + _LCM_SIGMA_DATA**2)
         denoised = out * prediction + skip * x
         then = schedule.alpha_cumprod(following)
-        renoised = math.sqrt(then) * denoised + math.sqrt(1 - then) * z
+        renoised = np.sqrt(then) * denoised + np.sqrt(1 - then) * z
         yield Row(t, n, x, (denoised if n == last else renoised,), denoised)
 
 
@@ -156,9 +157,9 @@ def tcd(schedule: AlphaSchedule) -> Iterator[Row]:
         towards = int(np.floor(np.float32(1 - schedule.eta) * np.float32(following)))
         then, between = schedule.alpha_cumprod(following), schedule.alpha_cumprod(towards)
         denoised, noise = schedule.split(t, x, output)
-        solved = math.sqrt(between) * denoised + math.sqrt(1 - between) * noise
+        solved = np.sqrt(between) * denoised + np.sqrt(1 - between) * noise
         ratio = then / between
-        renoised = math.sqrt(ratio) * solved + math.sqrt(1 - ratio) * z
+        renoised = np.sqrt(ratio) * solved + np.sqrt(1 - ratio) * z
         yield Row(t, n, x, (renoised if schedule.eta > 0 and n < last else solved,), denoised)
 
 
@@ -190,13 +191,13 @@ def pndm(schedule: AlphaSchedule) -> Iterator[Row]:
         yield Row(t, n, x, (kept * x + moved * mixed, *predictions[:3]), schedule.split(t, x, output)[0])
 
 
-def _pndm_transfer(schedule: AlphaSchedule, t: int, previous: int) -> tuple[float, float]:
+def _pndm_transfer(schedule: AlphaSchedule, t: int, previous: int) -> tuple[np.float64, np.float64]:
     """What x and the model's output are multiplied by to go from one time step to another (equation 9)."""
     now, then = schedule.alpha_cumprod(t), schedule.alpha_cumprod(previous)
-    kept = math.sqrt(then / now)
-    moved = -(then - now) / (now * math.sqrt(1 - then) + math.sqrt(now * (1 - now) * then))
+    kept = np.sqrt(then / now)
+    moved = -(then - now) / (now * np.sqrt(1 - then) + np.sqrt(now * (1 - now) * then))
     if schedule.config["prediction_type"] == "v_prediction":
-        return kept + moved * math.sqrt(1 - now), moved * math.sqrt(now)
+        return kept + moved * np.sqrt(1 - now), moved * np.sqrt(now)
     return kept, moved
 
 
