@@ -22,6 +22,10 @@ SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
     "steps_offset": 1,
+    # Not read by DPM-Solver++, but by the solvers one may switch to, as in Stable Diffusion's configuration.
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
 }
 
 _UNET = {
@@ -140,7 +144,7 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
 
 def scheduler() -> DPMSolverMultistepScheduler:
     """DPM-Solver++ 2M, Hybrid-SD's choice."""
-    return DPMSolverMultistepScheduler(**SCHEDULER)
+    return DPMSolverMultistepScheduler.from_config(SCHEDULER)
 
 
 def _pruned_shapes(unet: UNet2DConditionModel, pruning: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
