@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -59,12 +60,12 @@ class PromptTokenizer:
         Raises:
             BundleError: the file is too large, no tokenizer, or without padding token.
         """
-        self._max_length = max_length
-        self._tokenizer = _loaded(path)
+        self._path, self._max_length = path, max_length
+        raw = _capped_bytes(path)
+        with _usable(path):
+            self._tokenizer = _loaded(raw)
+            self._begin, self._end = _surrounding_ids(self._tokenizer)
         self._pad_id = _pad_id(self._tokenizer, path)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._begin, self._end = _surrounding_ids(self._tokenizer)
         if max_length <= len(self._begin) + len(self._end):
             raise BundleError(
                 str(path), "room for text", got=max_length, expected=f"over {len(self._begin) + len(self._end)} tokens"
@@ -76,6 +77,7 @@ class PromptTokenizer:
         Raises:
             RequestError: no prompts; a prompt that is no string, holds half a surrogate pair or is over 64 KiB; with
                 `strict`, a prompt that does not fit.
+            BundleError: the tokenizer fails on a prompt.
         """
         if isinstance(prompts, str) or not prompts:
             got = "one string" if isinstance(prompts, str) else prompts
@@ -86,7 +88,8 @@ class PromptTokenizer:
         dropped = []
         room = self._max_length - len(self._begin) - len(self._end)
         for row, prompt in zip(ids, prompts, strict=True):
-            encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+            with _usable(self._path):
+                encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
             kept = [*self._begin, *encoding.ids[:room], *self._end]
             row[: len(kept)] = kept
             if len(encoding.ids) > room:
@@ -130,17 +133,24 @@ def _refuse(dropped: DroppedText, room: int) -> NoReturn:
     )
 
 
-def _loaded(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer  # noqa: PLC0415 (loads when it is used)
-
-    raw = _capped_bytes(path)
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Name the file in whatever the library raises: its Rust code panics on some hostile files, with no Exception."""
     try:
-        # A panic of the library's Rust code is no Exception; a hostile file must not end the process with one.
-        return Tokenizer.from_str(raw.decode("utf-8"))
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise BundleError(str(path), f"not a tokenizer ({error})", remedy="Export the bundle again.") from error
+        raise BundleError(str(path), f"not a usable tokenizer ({error})", remedy="Export the bundle again.") from error
+
+
+def _loaded(raw: bytes) -> Tokenizer:
+    from tokenizers import Tokenizer  # noqa: PLC0415 (loads when it is used)
+
+    tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _capped_bytes(path: Path) -> bytes:

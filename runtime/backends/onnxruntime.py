@@ -162,7 +162,7 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or 0
     # Every model has its own threads: spinning ones would take the cores from the model that runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # The file's content must not choose its parser: ONNX Runtime would take its own flatbuffer format as well.
+    # The file's name must not choose its parser: ONNX Runtime would read its own flatbuffer format from an .ort file.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     provider = _PROVIDERS[target.device]
     try:
