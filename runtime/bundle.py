@@ -12,8 +12,6 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +25,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 MAX_PATH_CHARACTERS = 255
 MAX_EXTENT = 1 << 16
 LARGE_FILE_BYTES = 4 << 20
+HASHING_THREADS = 4
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -239,12 +238,16 @@ def _check_entry(path: Path, status: os.stat_result) -> None:
 
 
 def _check_digests(root: Path, files: dict[str, FileRecord]) -> None:
-    # hashlib lets go of the interpreter's lock, so large files are hashed side by side; threads cost small ones more.
-    large = sum(record.size >= LARGE_FILE_BYTES for record in files.values())
     names = sorted(files, key=lambda name: -files[name].size)
-    with ThreadPoolExecutor(4) if large > 1 else nullcontext() as pool:
-        hashed = (pool.map if pool else map)(lambda name: _sha256(root / name), names)
-        digests = dict(zip(names, hashed, strict=True))
+    paths = [root / name for name in names]
+    if sum(record.size >= LARGE_FILE_BYTES for record in files.values()) > 1:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 (small bundles open without it)
+
+        # hashlib lets go of the interpreter's lock, so large files are hashed side by side.
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            digests = dict(zip(names, pool.map(_sha256, paths), strict=True))
+    else:
+        digests = dict(zip(names, map(_sha256, paths), strict=True))
     for name, record in files.items():
         if digests[name] != record.sha256:
             raise BundleError(

@@ -527,6 +527,17 @@ def test_the_message_says_what_to_do(bundle: Path, tmp_path: Path) -> None:
         Bundle.open(bundle)
 
 
+def test_large_files_are_hashed_side_by_side_and_still_compared(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandemrt.runtime.bundle.LARGE_FILE_BYTES", 1)
+    Bundle.open(bundle)
+    path = bundle / "unet_small" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"unet_small/model\.onnx: sha256, got '[0-9a-f]{64}', expected [0-9a-f]{64}"):
+        Bundle.open(bundle)
+
+
 def test_a_file_that_cannot_be_read_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
