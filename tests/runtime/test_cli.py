@@ -22,7 +22,8 @@ from tandemrt.runtime.errors import BundleError, RequestError
 
 from .tiny_bundle import write_tiny_bundle
 
-NEVER_FOR_HELP = {"numpy", "PIL", "torch", "onnxruntime", "rich", "msgspec", "tokenizers", "tandemrt.export"}
+# numpy, Pillow and msgspec come with the package itself, which offers `Pipeline` by name.
+NEVER_FOR_HELP = {"torch", "onnxruntime", "onnx", "rich", "tokenizers", "tandemrt.export", "tandemrt.bench"}
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,19 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "commands:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["generate", "inspect", "verify", "doctor"])
+@pytest.mark.parametrize("name", program.COMMANDS)
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert main([name, "--help"]) == 0
     stdout = capsys.readouterr().out
     assert f"usage: tandemrt {name}" in stdout
-    assert f"\n  tandemrt {name}" in stdout
+    assert program.COMMANDS[name].plans == ("--print-plan" in stdout)
     assert "--json" in stdout
+
+
+@pytest.mark.parametrize("name", ["export", "generate", "inspect", "verify", "doctor"])
+def test_a_command_shows_an_example(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    main([name, "--help"])
+    assert f"\n  tandemrt {name}" in capsys.readouterr().out
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
