@@ -55,7 +55,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, path: Path, max_length: int) -> None:
-        """Load `tokenizer.json`, with the padding token named in `tokenizer_config.json` beside it.
+        """Load `tokenizer.json`; where it states no padding, `tokenizer_config.json` beside it names the token.
 
         Raises:
             BundleError: the file is too large, no tokenizer, or without padding token.
@@ -64,8 +64,11 @@ class PromptTokenizer:
         raw = _capped_bytes(path)
         with _usable(path):
             self._tokenizer = _loaded(raw)
+            padding = self._tokenizer.padding
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
             self._begin, self._end = _surrounding_ids(self._tokenizer)
-        self._pad_id = _pad_id(self._tokenizer, path)
+        self._pad_id = int(padding["pad_id"]) if padding else _named_pad_id(self._tokenizer, path)
         if max_length <= len(self._begin) + len(self._end):
             raise BundleError(
                 str(path), "room for text", got=max_length, expected=f"over {len(self._begin) + len(self._end)} tokens"
@@ -147,10 +150,7 @@ def _usable(path: Path) -> Iterator[None]:
 def _loaded(raw: bytes) -> Tokenizer:
     from tokenizers import Tokenizer  # noqa: PLC0415 (loads when it is used)
 
-    tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return Tokenizer.from_str(raw.decode("utf-8"))
 
 
 def _capped_bytes(path: Path) -> bytes:
@@ -164,8 +164,8 @@ def _capped_bytes(path: Path) -> bytes:
     return raw
 
 
-def _pad_id(tokenizer: Tokenizer, path: Path) -> int:
-    """The padding token's id: Stable Diffusion 1 pads with the end token, 2 with `!`, so it is never guessed."""
+def _named_pad_id(tokenizer: Tokenizer, path: Path) -> int:
+    """The id of the token the settings name; Stable Diffusion 1 pads with the end token, 2 with `!`."""
     settings = path.with_name("tokenizer_config.json")
     try:
         stated = msgspec.json.decode(_capped_bytes(settings), type=_Settings).pad_token

@@ -145,6 +145,15 @@ def test_output_shapes_follow_symbols_and_products(tiny: Path) -> None:
     assert binding.outputs["sample"].shape == (2, 3, 24, 40)
 
 
+@pytest.mark.parametrize("stated", ["2*n", "2 * n", "n * 2", "n*m"])
+def test_products_need_no_run_at_binding(stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
+    inputs = {"x": (TensorProto.FLOAT, ["n"]), "z": (TensorProto.FLOAT, ["m"])}
+    session = open_session(saved(tmp_path, [node], inputs, {"y": (TensorProto.FLOAT, [stated])}), CPU)
+    monkeypatch.setattr(session, "run", None)
+    assert session.bind({"x": (3,), "z": (2,)}).outputs["y"].shape == (6,)
+
+
 @pytest.mark.parametrize("stated", [[None, None], ["rows", "columns"], ["n//1 + n", "(m - 1) + 1"]])
 def test_output_shapes_that_no_symbol_explains_are_measured(stated: list[Any], tmp_path: Path) -> None:
     node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)

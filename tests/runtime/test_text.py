@@ -204,18 +204,21 @@ def test_padding_is_what_the_settings_say(spelling: object, writable: Path) -> N
     assert ids == [vocabulary[BOS], vocabulary["red</w>"], vocabulary[EOS]] + [vocabulary["!"]] * (MAX_LENGTH - 3)
 
 
-def test_truncation_and_padding_in_the_file_do_not_count(writable: Path) -> None:
+def test_of_the_file_s_own_truncation_and_padding_only_the_padding_id_counts(writable: Path) -> None:
+    """Exporters store transformers' padding id there; Stable Diffusion 2's settings alone would name another token."""
     path = writable / "tokenizer" / "tokenizer.json"
-    plain = PromptTokenizer(path, MAX_LENGTH).tokenize(["red blue", "red " * 20])
+    prompts = ["red blue", "red " * 20]
+    plain = PromptTokenizer(path, MAX_LENGTH).tokenize(prompts)
     edited = json.loads(path.read_text())
     edited["truncation"] = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     edited["padding"] = {
-        "strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+        "strategy": {"Fixed": 99}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 7, "pad_type_id": 0,
         "pad_token": "x",
     }  # fmt: skip
     path.write_text(json.dumps(edited))
-    changed = PromptTokenizer(path, MAX_LENGTH).tokenize(["red blue", "red " * 20])
-    np.testing.assert_array_equal(changed.ids, plain.ids)
+    changed = PromptTokenizer(path, MAX_LENGTH).tokenize(prompts)
+    assert changed.ids[0].tolist() == [*plain.ids[0, :4].tolist(), *[7] * (MAX_LENGTH - 4)]
+    np.testing.assert_array_equal(changed.ids[1], plain.ids[1])
     assert changed.dropped == plain.dropped
 
 
