@@ -100,9 +100,11 @@ def run(
 
     model: (row, timestep, scaled sample) to output. noise: (row, shape) to noise.
     """
-    sample, drawn = first, []
-    model_inputs, samples, denoised = [], [], []
-    row = 0
+    sample, row = first, 0
+    drawn: list[int] = []
+    model_inputs: list[torch.Tensor] = []
+    samples: list[torch.Tensor] = []
+    denoised: list[torch.Tensor] = []
 
     def randn_tensor(shape: torch.Size, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
         drawn.append(row)
@@ -134,14 +136,26 @@ def table_coefficients(table: Table) -> Coefficients:
     """The same coefficients, as a compiled table has them."""
     rows = table.rows
     inputs = np.eye(1 + 2 * rows)
-    state = np.zeros((1 + table.history, len(inputs)))
-    state[0] = inputs[0]
+    return run_table(table, inputs[0], lambda row, _, __: inputs[1 + row], lambda row: inputs[1 + rows + row])
+
+
+def run_table(
+    table: Table,
+    first: Float64,
+    model: Callable[[int, float, Float64], Float64],
+    noise: Callable[[int], Float64],
+) -> Coefficients:
+    """The sampling loop on a table, as `run` is on a scheduler: (K,) vectors in place of tensors."""
+    state = np.zeros((1 + table.history, len(first)))
+    state[0] = first
     model_inputs, samples, denoised = [], [], []
-    for n in range(rows):
-        output, noise = inputs[1 + n], inputs[1 + rows + n]
+    for n in range(table.rows):
         model_inputs.append(table.model_input[n] @ state)
+        output = model(n, float(table.timesteps[n]), model_inputs[-1])
         denoised.append(table.denoised_state[n] @ state + table.denoised_prediction[n] * output)
-        state = table.transition[n] @ state + np.outer(table.prediction[n], output) + np.outer(table.noise[n], noise)
+        state = table.transition[n] @ state + np.outer(table.prediction[n], output)
+        if table.draws_noise[n]:
+            state = state + np.outer(table.noise[n], noise(n))
         samples.append(state[0])
     return Coefficients(
         timesteps=table.timesteps,
