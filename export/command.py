@@ -1,0 +1,132 @@
+"""The `export` command: its arguments, and what it reports. Nothing heavy is imported before there is work to do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..runtime.errors import ArgumentError
+from .plan import Added, ExportPlan
+from .sources import describe
+
+DESCRIPTION = (
+    "Turn a Stable Diffusion checkpoint into a verified ONNX bundle. Every component is compared with PyTorch before "
+    "anything is published; one that misses its threshold leaves nothing behind."
+)
+EPILOG = """\
+example:
+  tandemrt export stable-diffusion-v1-5/ bundle/ --small small-sd/ --tiny-vae taesd/
+"""
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def progress(self, message: str, done: int, total: int) -> None:
+        """Say what is being done, with `done` of `total` steps behind."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tandemrt export`."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a diffusers directory (model_index.json)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to make; must not exist, see --force")
+    parser.add_argument(
+        "--small",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a small UNet to run in tandem with the large one; short for --add unet_small=CHECKPOINT",
+    )
+    parser.add_argument(
+        "--tiny-vae", type=Path, metavar="DIR", help="a tiny autoencoder; short for --add vae_decoder_tiny=DIR"
+    )
+    parser.add_argument(
+        "--add",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a further denoiser (unet_NAME) or decoder (vae_decoder_NAME); may be given several times",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="precision of weights and arithmetic (default: fp32); inputs and outputs are fp32 in both",
+    )
+    parser.add_argument("--guidance-scale", type=float, metavar="F", help="the bundle's default guidance scale")
+    parser.add_argument(
+        "--num-inference-steps", "--denoising-steps", type=int, metavar="N", help="the bundle's default number of steps"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is a bundle already")
+
+
+def plan_from_arguments(args: argparse.Namespace) -> ExportPlan:
+    """The plan that the arguments describe.
+
+    Raises:
+        ArgumentError: a value that cannot be used.
+    """
+    added = [Added("unet_small", args.small)] if args.small is not None else []
+    if args.tiny_vae is not None:
+        added.append(Added("vae_decoder_tiny", args.tiny_vae))
+    return ExportPlan(
+        checkpoint=args.checkpoint,
+        out=args.out,
+        added=(*added, *map(_added, args.add)),
+        dtype=args.dtype,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        force=args.force,
+    )
+
+
+def plan_facts(plan: ExportPlan) -> dict[str, Any]:
+    """What `--print-plan` shows; see `describe`."""
+    return describe(plan)
+
+
+def run(plan: ExportPlan, console: Reporter) -> dict[str, Any]:
+    """Do what the plan says; the result is in JSON's types.
+
+    Raises:
+        CheckpointError, ExportError: see `export_bundle`.
+    """
+    from ..runtime.manifest import MANIFEST_NAME, decode  # noqa: PLC0415
+    from .bundle import export_bundle  # noqa: PLC0415 — imports torch, which takes seconds
+
+    out = export_bundle(plan, console.progress)
+    manifest = decode((out / MANIFEST_NAME).read_bytes(), str(out / MANIFEST_NAME))
+    return {
+        "bundle": str(out),
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "components": {
+            name: {
+                "parameters": component.parameters,
+                "precision": component.precision,
+                "fp32_islands": len(component.fp32_islands),
+                "max_relative_error": max(each.value for each in component.evidence),
+                "threshold": component.evidence[0].threshold,
+            }
+            for name, component in manifest.components.items()
+        },
+    }
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    """The bundle and how close to PyTorch its components are, as lines of text."""
+    yield f"{result['bundle']}: {result['bytes'] / 1e6:.1f} MB"
+    for name, component in result["components"].items():
+        islands = f", {component['fp32_islands']} fp32 islands" if component["fp32_islands"] else ""
+        yield (
+            f"  {name}: {component['parameters']:,} parameters, {component['precision']}{islands}, max_relative_error "
+            f"{component['max_relative_error']:.2g} (at most {component['threshold']:g})"
+        )
+
+
+def _added(text: str) -> Added:
+    name, separator, folder = text.partition("=")
+    if not separator or not folder:
+        raise ArgumentError("--add", "value", got=text, expected="NAME=DIR", remedy="For example --add unet_one=DIR.")
+    return Added(name, Path(folder))

@@ -1,0 +1,185 @@
+"""A folder that appears whole or not at all: built beside its place, then put there in one step.
+
+Temporary folders are locked (flock) while their maker lives, so that the next run can tell a killed run's leftovers
+from another run's work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import MANIFEST_NAME
+
+_PART = ".tandemrt-part-"
+_OLD = ".tandemrt-old-"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP)
+
+
+class Staging:
+    """A temporary folder beside `out`, removed on leaving unless `publish` put it in `out`'s place.
+
+    Raises, on entering:
+        ExportError: `out` exists and may not be replaced, or its parent cannot be written.
+    """
+
+    def __init__(self, out: Path, *, force: bool) -> None:
+        self.out, self._force = Path(os.path.abspath(out)), force  # noqa: PTH100 — resolve() would follow a link at `out`
+        self.folder = self.out
+        self._lock = -1
+
+    def __enter__(self) -> Staging:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            _restore(self.out)
+            require_free(self.out, force=self._force)
+            sweep(self.out.parent)
+            self.folder, self._lock = _new_locked_folder(self.out)
+        except OSError as error:
+            raise writing_failed(self.out, error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # After an exchange the temporary name holds the old bundle; after a plain rename it is gone.
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+    def publish(self) -> None:
+        """Flush everything to disk, then put the folder in `out`'s place; what was there is kept until that is done.
+
+        Raises:
+            ExportError: `out` came into being meanwhile, or the file system failed.
+        """
+        try:
+            _sync(self.folder)
+            require_free(self.out, force=self._force)
+            if self.out.exists():
+                _swap(self.folder, self.out)
+            else:
+                self.folder.rename(self.out)
+            _sync_one(self.out.parent)
+        except OSError as error:
+            raise writing_failed(self.out, error) from error
+
+
+def require_free(out: Path, *, force: bool) -> None:
+    """Check that a bundle may be put at `out`.
+
+    Raises:
+        ExportError: it exists, and either `force` is not given or it is no bundle, which is never replaced.
+    """
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ExportError(str(out), "exists already", remedy="Give another folder, or --force to replace a bundle.")
+    if out.is_symlink() or not out.is_dir() or not ((out / MANIFEST_NAME).is_file() or not any(out.iterdir())):
+        raise ExportError(
+            str(out),
+            "exists and is no bundle, so --force does not replace it",
+            expected=f"a folder with {MANIFEST_NAME}",
+            remedy="Give another folder.",
+        )
+
+
+def sweep(parent: Path) -> None:
+    """Remove the temporary folders in `parent` whose makers are gone."""
+    for leftover in parent.glob(f".*{_PART}*"):
+        lock = _try_lock(leftover)
+        if lock is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(lock)
+
+
+def writing_failed(out: Path, error: OSError) -> ExportError:
+    """The error for a file system that refused; it names the path and, when the disk is full, what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "Free space or give another folder." if full else "Give a folder that can be written."
+    return ExportError(str(error.filename or out), f"cannot be written ({error.strerror or error})", remedy=remedy)
+
+
+def _new_locked_folder(out: Path) -> tuple[Path, int]:
+    while True:
+        folder = out.with_name(f".{out.name}{_PART}{secrets.token_hex(4)}")
+        folder.mkdir(mode=0o755)
+        lock = _try_lock(folder)
+        # Between mkdir and flock another run may have taken the folder for a leftover and removed it.
+        if lock is not None:
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Lock a folder for as long as the descriptor is open; None where another process holds it or it is gone."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _swap(new: Path, out: Path) -> None:
+    """Exchange two folders; where the file system cannot, move the old one aside and back again on failure."""
+    if _exchange(new, out):
+        return
+    aside = out.with_name(f".{out.name}{_OLD}{secrets.token_hex(4)}")
+    out.rename(aside)
+    try:
+        new.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """Undo a swap that was killed half-way: an old bundle moved aside goes back, or goes away if a new one is there."""
+    for aside in [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}{_OLD}")]:
+        if os.path.lexists(out):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(out)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux renameat2); False where the C library or the file system does not offer it."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_OFFERED:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _sync(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync_one(Path(root) / name)
+        _sync_one(Path(root))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+"""Inputs such as a generation would feed: real token ids, latents of pictures at several noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..runtime.manifest import LatentSpace, SchedulerDefaults
+from .modules import Graph
+
+Inputs = dict[str, npt.NDArray[np.generic]]
+
+PROMPTS = (
+    "",
+    "a red circle left of a blue square on a white background",
+    "An oil painting of two sailing boats in a storm, at dusk; highly detailed!",
+)
+# Latent height and width as shares of the model's own size, and the batch: square, landscape, tall, in two batch sizes.
+_CASES = ((1.0, 1.0, 1), (0.5, 0.75, 2), (1.25, 0.5, 1), (1.0, 1.0, 2))
+# From pure noise to a nearly finished picture; 417.25 is such a step between two as Karras spacings give.
+_TIMESTEPS = (999.0, 417.25, 1.0)
+
+
+class Samples:
+    """Where the inputs for comparisons come from; the same ones at every export.
+
+    token_ids: (len(PROMPTS), max_length) int64. encode_text, encode_picture: the checkpoint's own models.
+    sample_size: the latent size the model was made for.
+    """
+
+    def __init__(
+        self,
+        token_ids: npt.NDArray[np.int64],
+        encode_text: Callable[[Tensor], Sequence[Tensor]],
+        encode_picture: Callable[[Tensor], Tensor],
+        latent: LatentSpace,
+        scheduler: SchedulerDefaults,
+        sample_size: int,
+    ) -> None:
+        self._ids, self._latent, self._size = token_ids, latent, sample_size
+        self._encode_picture = encode_picture
+        self._alphas = _alphas_cumprod(scheduler)
+        with torch.inference_mode():
+            self._embeddings = encode_text(torch.from_numpy(token_ids))[0].numpy()
+
+    def cases(self, graph: Graph) -> tuple[Inputs, ...]:
+        """At least three shapes and two batch sizes of inputs for a graph."""
+        make = {
+            "text_encoder": self._text,
+            "denoiser": self._denoiser,
+            "vae_decoder": self._decoder,
+            "vae_encoder": self._encoder,
+        }[graph.role]
+        return tuple(make(graph, *case) for case in _CASES)
+
+    def _text(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
+        length = max(1, round(self._ids.shape[1] * min(height, width)))
+        ids = self._ids[np.arange(1, batch + 1) % len(self._ids), :length]
+        return {"input_ids": ids.copy()}
+
+    def _denoiser(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
+        clean = self._latents(*self._sizes(height, width, graph.multiple), batch)
+        rows = np.arange(batch)
+        timestep = np.array([_TIMESTEPS[(row + batch) % len(_TIMESTEPS)] for row in rows], np.float32)
+        alpha = self._alphas[np.minimum(timestep.astype(int), len(self._alphas) - 1)].reshape(-1, 1, 1, 1)
+        noise = np.random.default_rng(clean.shape[2:]).standard_normal(clean.shape)
+        return {
+            "sample": (np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise).astype(np.float32),
+            "timestep": timestep,
+            "encoder_hidden_states": self._embeddings[(rows + 1) % len(self._embeddings)],
+        }
+
+    def _decoder(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
+        latents = self._latents(*self._sizes(height, width, 1), batch)
+        scaled = latents / self._latent.scaling_factor + self._latent.shift_factor
+        return {"latent_sample": scaled.astype(np.float32)}
+
+    def _encoder(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
+        return {"sample": _pictures(*self._picture_size(*self._sizes(height, width, 1)), batch)}
+
+    def _latents(self, height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
+        """Latents of pictures, scaled as denoisers see them."""
+        with torch.inference_mode():
+            pictures = torch.from_numpy(_pictures(*self._picture_size(height, width), batch))
+            latents: npt.NDArray[np.float32] = self._encode_picture(pictures)[:, : self._latent.channels].numpy()
+        return (latents - np.float32(self._latent.shift_factor)) * np.float32(self._latent.scaling_factor)
+
+    def _sizes(self, height: float, width: float, multiple: int) -> tuple[int, int]:
+        one, other = (max(1, round(self._size * share / multiple)) * multiple for share in (height, width))
+        return one, other
+
+    def _picture_size(self, height: int, width: int) -> tuple[int, int]:
+        return height * self._latent.downsampling, width * self._latent.downsampling
+
+
+def _pictures(height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
+    """Smooth backgrounds with a disc and some grain, (batch, 3, height, width) in -1..1."""
+    rng = np.random.default_rng((height, width, batch))
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    slope = rng.uniform(-0.5, 0.5, (batch, 3, 2, 1, 1))
+    picture = slope[:, :, 0] * x + slope[:, :, 1] * y
+    disc = (x - rng.uniform(-0.3, 0.3)) ** 2 + (y - rng.uniform(-0.3, 0.3)) ** 2 < 0.3
+    picture = np.where(disc, rng.uniform(-0.9, 0.9, (batch, 3, 1, 1)), picture)
+    grainy = picture + rng.normal(0, 0.02, picture.shape)
+    return np.clip(grainy, -1, 1).astype(np.float32)
+
+
+def _alphas_cumprod(scheduler: SchedulerDefaults) -> npt.NDArray[np.float64]:
+    """How much of a picture is left at every training time step, for the common beta schedules; else the cosine one."""
+    config = scheduler.config
+    steps = int(config.get("num_train_timesteps", 1000))
+    first, last = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if kind == "scaled_linear":
+        betas = np.linspace(first**0.5, last**0.5, steps) ** 2
+    elif kind == "linear":
+        betas = np.linspace(first, last, steps)
+    else:
+        return np.asarray(np.cos(np.linspace(0, 0.999, steps) * np.pi / 2) ** 2)
+    return np.asarray(np.cumprod(1 - betas))

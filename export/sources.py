@@ -1,0 +1,79 @@
+"""Everything an export reads, found and checked before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .agreement import latent_space, prediction_type, require_decoder, require_denoiser, require_main, spatial_multiple
+from .checkpoint import Checkpoint, DenoiserSource, Part, read_checkpoint, read_decoder, read_denoiser
+from .plan import ExportPlan
+from .publish import require_free
+from .weights import source_digest
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A checkpoint and the further denoisers and decoders that go into its bundle, by name."""
+
+    main: Checkpoint
+    denoisers: Mapping[str, DenoiserSource]
+    decoders: Mapping[str, Part]
+
+    def digest(self, part: Part) -> str:
+        """The sha256 over a part's configuration and weights."""
+        return source_digest(part.files)
+
+
+def read_sources(plan: ExportPlan) -> Sources:
+    """Find every model of a plan and check that they fit together; weights themselves are not read yet.
+
+    Raises:
+        CheckpointError: a folder is no checkpoint of a supported kind, or models disagree.
+        ExportError: `plan.out` exists and may not be replaced.
+    """
+    require_free(plan.out, force=plan.force)
+    main = read_checkpoint(plan.checkpoint)
+    require_main(main)
+    sources = Sources(
+        main,
+        {added.name: read_denoiser(added.folder) for added in plan.added if added.role == "denoiser"},
+        {added.name: read_decoder(added.folder) for added in plan.added if added.role == "vae_decoder"},
+    )
+    for name, denoiser in sources.denoisers.items():
+        require_denoiser(name, denoiser, main)
+    for name, decoder in sources.decoders.items():
+        require_decoder(name, decoder, main)
+    return sources
+
+
+def describe(plan: ExportPlan) -> dict[str, Any]:
+    """What an export would do, in JSON's types: the plan, the models found, and what they share.
+
+    Raises:
+        CheckpointError, ExportError: as `read_sources`.
+    """
+    sources = read_sources(plan)
+    main, latent = sources.main, latent_space(sources.main.vae)
+    parts = {"text_encoder": main.text_encoder, "unet": main.unet}
+    parts |= {name: source.unet for name, source in sources.denoisers.items()}
+    parts |= {"vae": main.vae, **sources.decoders}
+    return {
+        **plan.as_json(),
+        "components": {
+            name: {"class_name": part.class_name, "folder": str(part.folder), "parameters": part.weights.parameters}
+            for name, part in parts.items()
+        },
+        "latent": {
+            "channels": latent.channels,
+            "downsampling": latent.downsampling,
+            "scaling_factor": latent.scaling_factor,
+            "shift_factor": latent.shift_factor,
+        },
+        "prediction_type": prediction_type(main.scheduler),
+        "scheduler": main.scheduler.class_name,
+        "spatial_multiple": max(
+            spatial_multiple(part) for part in (main.unet, *(s.unet for s in sources.denoisers.values()))
+        ),
+    }

@@ -1,0 +1,93 @@
+"""CLIP tokenizers as one `tokenizer.json` that the tokenizers library reads alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from transformers import CLIPTokenizer
+
+from ..runtime.errors import CheckpointError, ExportError
+from .graph import quiet
+from .samples import PROMPTS
+from .weights import read_json
+
+TOKENIZER_JSON = "tokenizer.json"
+_REQUIRED = ("vocab.json", "merges.txt", "tokenizer_config.json")
+_OPTIONAL = ("special_tokens_map.json", "added_tokens.json")
+# What a wrong normalizer, pre-tokenizer or post-processor would show on.
+_PROBES = (
+    *PROMPTS,
+    "A RED Circle",
+    "  two\t spaces\n",
+    "it's 1234 cats' café naïve Ångström",
+    "日本語 の 絵 🙂",
+    "<|endoftext|> and <|startoftext|>",
+    "word " * 200,
+)
+
+
+def export_tokenizer(source: Path, folder: Path, longest: int) -> int:
+    """Copy a CLIP tokenizer's files to `folder`, add `tokenizer.json`, and return the length prompts are padded to.
+
+    `tokenizer.json` pads and truncates to that length, so that reading it alone gives CLIPTokenizer's ids. `longest` is
+    how many positions the text encoder has.
+
+    Raises:
+        CheckpointError: a file is missing or unusable, or no sensible length is stated.
+        ExportError: the ids differ from CLIPTokenizer's.
+    """
+    for name in _REQUIRED:
+        if not (source / name).is_file():
+            raise CheckpointError(str(source / name), "missing", expected=f"{', '.join(_REQUIRED)} in {source}")
+    stated = read_json(source / "tokenizer_config.json").get("model_max_length", longest)
+    if not isinstance(stated, int | float) or stated < 3:
+        raise CheckpointError(str(source), "model_max_length", got=stated, expected="a whole number from 3 up")
+    length = int(min(stated, longest))
+    folder.mkdir()
+    for name in (*_REQUIRED, *_OPTIONAL):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    reference = load_clip_tokenizer(folder)
+    alone = Tokenizer.from_str(reference.backend_tokenizer.to_str())
+    alone.enable_truncation(length)
+    alone.enable_padding(length=length, pad_id=reference.pad_token_id, pad_token=reference.pad_token)
+    alone.save(str(folder / TOKENIZER_JSON))
+    _require_equal_ids(folder, reference, length)
+    return length
+
+
+def token_ids(folder: Path) -> npt.NDArray[np.int64]:
+    """The ids of the sample prompts, (len(PROMPTS), length) int64, by `tokenizer.json` alone."""
+    alone = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    return np.array([encoding.ids for encoding in alone.encode_batch(list(PROMPTS))], np.int64)
+
+
+def load_clip_tokenizer(folder: Path) -> Any:
+    """transformers' CLIPTokenizer of a folder.
+
+    Raises:
+        CheckpointError: the folder's files do not make one.
+    """
+    try:
+        with quiet():
+            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged vocabulary
+        raise CheckpointError(str(folder), f"not a CLIP tokenizer ({error})", remedy="Download it again.") from error
+
+
+def _require_equal_ids(folder: Path, reference: Any, length: int) -> None:
+    alone = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    for text in _PROBES:
+        expected = reference(text, padding="max_length", max_length=length, truncation=True).input_ids
+        if alone.encode(text).ids != expected:
+            raise ExportError(
+                str(folder.name),
+                f"ids of {text[:40]!r} by {TOKENIZER_JSON}",
+                got=alone.encode(text).ids,
+                expected=str(expected),
+            )
