@@ -41,10 +41,10 @@ class Budget:
     large_even: int = 1_800
     large_weighted: int = 1_500
     small: int = 1_300
-    pairs: int = 25_600
-    one_step: int = 2_000
-    vae_kl: int = 2_000
-    vae_small: int = 1_800
+    pairs: int = 20_480
+    one_step: int = 1_800
+    vae_kl: int = 1_600
+    vae_small: int = 1_400
 
 
 class Data:
