@@ -16,7 +16,8 @@ Float32 = npt.NDArray[np.float32]
 
 def pixels_from_decoded(decoded: Float32) -> Float32:
     """A decoder's output (B, 3, H, W) in [-1, 1] as (B, H, W, 3) float32 in [0, 1]."""
-    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
+    pixels: Float32 = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
+    return pixels
 
 
 def image_from_pixels(pixels: Float32) -> Image.Image:

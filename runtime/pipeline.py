@@ -68,7 +68,7 @@ def _takes_request(
 
     def decorate(method: Callable[[Pipeline, Request], R]) -> Callable[Concatenate[Pipeline, P], R]:
         @functools.wraps(method)
-        def call(self: Pipeline, *args: P.args, **kwargs: P.kwargs) -> R:
+        def call(self: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
             return method(self, make(*args, **kwargs))
 
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)

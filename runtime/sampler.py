@@ -31,7 +31,8 @@ class State:
     @property
     def latents(self) -> Float32:
         """The latent x: (B, C, h, w) float32."""
-        return self.arrays[0]
+        latents: Float32 = self.arrays[0]
+        return latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ class _Denoised:
     vectors: Float32
 
     def __call__(self) -> Float32:
-        result = np.empty_like(self.vectors[0])
+        result: Float32 = np.empty_like(self.vectors[0])
         _combine(self.terms, self.vectors, result, np.empty_like(result))
         return result
 

@@ -56,5 +56,4 @@ class Table:
     @property
     def draws_noise(self) -> npt.NDArray[np.bool_]:
         """(N,) whether a row needs fresh noise."""
-        needed: npt.NDArray[np.bool_] = self.noise.any(axis=1)
-        return needed
+        return np.asarray(self.noise.any(axis=1))
