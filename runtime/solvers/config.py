@@ -1,4 +1,7 @@
-"""Scheduler configurations: which keys each diffusers scheduler class knows, and which of their values work here."""
+"""Scheduler configurations: which keys each diffusers scheduler class knows, and which of their values work here.
+
+Longer than most modules because it is a table: thirteen classes, some 230 keys.
+"""
 
 from __future__ import annotations
 
