@@ -41,10 +41,10 @@ class Budget:
     large_even: int = 1_800
     large_weighted: int = 1_500
     small: int = 1_300
-    pairs: int = 20_480
-    one_step: int = 1_800
-    vae_kl: int = 1_600
-    vae_small: int = 1_400
+    pairs: int = 16_384
+    one_step: int = 1_600
+    vae_kl: int = 1_800
+    vae_small: int = 1_300
 
 
 class Data:
@@ -284,17 +284,17 @@ class Trainer:
         self._save("small", **{"": unet})
 
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, the large model's picture of it in 10 steps at guidance 2, and the prompt's tokens, made once."""
+        """Noise, the large model's picture of it in 8 steps at guidance 2, and the prompt's tokens, made once."""
         file = self._file("pairs")
         if not file.exists():
             teacher, text = self._teacher()
             generator = torch.Generator().manual_seed(13)
-            chosen = torch.randint(len(self.latents), (self._budget.pairs,), generator=generator)
+            chosen = torch.randint(self._budget.pool, (self._budget.pairs,), generator=generator)
             tokens = self.data.tokens[chosen]
             noise = torch.randn((len(tokens), 4, 8, 8), generator=generator)
             started, parts = time.monotonic(), []
             for part_noise, part_tokens in zip(noise.split(256), tokens.split(256), strict=True):
-                parts.append(sample(teacher, text, part_noise, part_tokens, self.tokenizer, steps=10))
+                parts.append(sample(teacher, text, part_noise, part_tokens, self.tokenizer, steps=8))
                 if len(parts) % 16 == 0:
                     self._log(stage="pairs", done=len(parts) * 256, seconds=round(time.monotonic() - started))
             save_file({"noise": noise, "latents": torch.cat(parts).contiguous(), "tokens": tokens}, file)
