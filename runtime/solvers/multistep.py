@@ -176,7 +176,7 @@ class _UniPCStep:
         """Weights of the predictions up to the step's beginning, newest first."""
         if self._order == 1:
             return np.zeros(1)
-        # At order 2 the paper's B(h) is chosen so that 1/2 serves for the solution.
+        # At order 2 diffusers takes 1/2 for the solution, which is that to the order needed.
         rhos = np.array([0.5]) if self._order == 2 else self._solution(self._order - 1)
         return self._weights(rhos, self._places[:-1])
 
@@ -191,7 +191,7 @@ class _UniPCStep:
         return np.append(-differences.sum(), differences)
 
     def _solution(self, size: int) -> Float64:
-        """The paper's ρ, from R ρ = b (equation 10): one row for each power of the places."""
+        """The paper's ρ, from R ρ = b: one row for each power of the places."""
         powers = np.vander(self._places[:size], size, increasing=True).T
         targets, phi = [], np.expm1(self.h) / self.h - 1
         for k in range(1, size + 1):

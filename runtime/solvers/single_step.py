@@ -134,7 +134,7 @@ def ddpm(schedule: AlphaSchedule) -> Iterator[Row]:
 
 
 def lcm(schedule: AlphaSchedule) -> Iterator[Row]:
-    """Luo et al. 2023 (2310.04378), algorithm 3, with the boundary condition of its equation 9."""
+    """Luo et al. 2023 (2310.04378), multistep sampling of a consistency model; the skip weights as in diffusers."""
     x, _, output, z = basis(0)
     last = len(schedule.timesteps) - 1
     for n, (t, following) in enumerate(_with_next(schedule.timesteps, 0)):
@@ -149,7 +149,7 @@ def lcm(schedule: AlphaSchedule) -> Iterator[Row]:
 
 
 def tcd(schedule: AlphaSchedule) -> Iterator[Row]:
-    """Zheng et al. 2024 (2402.19159), algorithm 4; diffusers' `eta` is the paper's γ."""
+    """Zheng et al. 2024 (2402.19159), strategic stochastic sampling; diffusers' `eta` is the paper's γ."""
     x, _, output, z = basis(0)
     last = len(schedule.timesteps) - 1
     for n, (t, following) in enumerate(_with_next(schedule.timesteps, 0)):
@@ -163,7 +163,7 @@ def tcd(schedule: AlphaSchedule) -> Iterator[Row]:
         yield Row(t, n, x, (renoised if schedule.eta > 0 and n < last else solved,), denoised)
 
 
-# Adams–Bashforth weights on the newest prediction first (Liu et al. 2022, 2202.09778, equation 12 and appendix).
+# Adams–Bashforth weights on the newest prediction first (Liu et al. 2022, 2202.09778, equation 12).
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
