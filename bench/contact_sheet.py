@@ -18,6 +18,7 @@ PAPER, INK, FAINT, LINE = (252, 251, 248), (28, 30, 34), (112, 116, 124), (214, 
 RIGHT, WRONG = (24, 128, 72), (190, 44, 44)
 
 Pixels = npt.NDArray[np.uint8]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def _paste_picture(
         draw.line([(cx - 4, cy + 4), (cx + 4, cy - 4)], fill=PAPER, width=2)
 
 
-def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -90,5 +91,5 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, wi
     return lines
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)

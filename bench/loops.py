@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tandemrt.runtime.backends.base import Array
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Conditioning, Sampler
@@ -38,8 +39,8 @@ class StubBinding:
     """Buffers of a model that does nothing; its output always holds `prediction`."""
 
     def __init__(self, input_shapes: Mapping[str, tuple[int, ...]], prediction: Float32) -> None:
-        self.inputs = {name: np.zeros(shape, np.float32) for name, shape in input_shapes.items()}
-        self.outputs = {"out_sample": prediction}
+        self.inputs: Mapping[str, Array] = {name: np.zeros(shape, np.float32) for name, shape in input_shapes.items()}
+        self.outputs: Mapping[str, Array] = {"out_sample": prediction}
 
     def run(self) -> None:
         """Answer at once."""
@@ -48,12 +49,14 @@ class StubBinding:
 class StubSession:
     """A denoiser that answers at once, behind the interface of every backend."""
 
-    inputs = (
+    inputs: tuple[TensorSpec, ...] = (
         TensorSpec(name="sample", dtype="float32", shape=("batch", 4, "height", "width")),
         TensorSpec(name="timestep", dtype="int64", shape=("batch",)),
         TensorSpec(name="encoder_hidden_states", dtype="float32", shape=("batch", 77, 768)),
     )
-    outputs = (TensorSpec(name="out_sample", dtype="float32", shape=("batch", 4, "height", "width")),)
+    outputs: tuple[TensorSpec, ...] = (
+        TensorSpec(name="out_sample", dtype="float32", shape=("batch", 4, "height", "width")),
+    )
 
     def __init__(self) -> None:
         self._prediction = normal((2, *LATENT_SHAPE[1:]))
@@ -119,7 +122,8 @@ def diffusers_loop(scheduler_class: str) -> Callable[[], Float32]:
             unconditional, conditional = unet(both, timestep, encoder_hidden_states=text, return_dict=False)[0].chunk(2)
             guided = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
             latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
-        return latents.numpy()
+        made: Float32 = latents.numpy()
+        return made
 
     return generate
 

@@ -79,7 +79,7 @@ def opening_figures(bundle: Path, checkpoint: Path, repeats: int) -> list[dict[s
     digest when it opens and loads a model when it is first needed, so the first picture is what to compare.
     """
     request = (PROMPT, str(STEPS), str(GUIDANCE_SCALE))
-    programs = {
+    programs: dict[str, tuple[str, tuple[str, ...]]] = {
         "tandemrt": (_OPENINGS["tandemrt"], (str(bundle), *request)),
         "diffusers": (_OPENINGS["diffusers"], (str(checkpoint), *request)),
     }

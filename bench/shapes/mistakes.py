@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from .scenes import BACKGROUNDS, COLORS, SHAPES, Item, Scene
@@ -14,19 +13,19 @@ Mistake = Callable[[Scene, random.Random], "Scene | None"]
 
 def other_color(scene: Scene, rng: random.Random) -> Scene:
     """One item has another color."""
-    return _with_one_item_changed(scene, rng, "color", tuple(COLORS))
+    return _with_one_item_changed(scene, rng, lambda item: replace(item, color=_other(rng, COLORS, item.color)))
 
 
 def other_shape(scene: Scene, rng: random.Random) -> Scene:
     """One item has another shape."""
-    return _with_one_item_changed(scene, rng, "shape", SHAPES)
+    return _with_one_item_changed(scene, rng, lambda item: replace(item, shape=_other(rng, SHAPES, item.shape)))
 
 
 def other_background(scene: Scene, rng: random.Random) -> Scene | None:
     """The background is another than the caption names; None where it names none."""
     if not scene.names_background:
         return None
-    return replace(scene, background=rng.choice([name for name in BACKGROUNDS if name != scene.background]))
+    return replace(scene, background=_other(rng, BACKGROUNDS, scene.background))
 
 
 def swapped(scene: Scene, rng: random.Random) -> Scene | None:
@@ -65,12 +64,15 @@ def with_one_mistake(scenes: Sequence[Scene], seed: int) -> tuple[Scene, ...]:
     return tuple(wrong)
 
 
-def _with_one_item_changed(scene: Scene, rng: random.Random, field: str, choices: tuple[str, ...]) -> Scene:
-    index = rng.randrange(len(scene.items))
-    item = scene.items[index]
-    value = rng.choice([choice for choice in choices if choice != getattr(item, field)])
-    changed = dataclasses.replace(item, **{field: value})
-    return replace(scene, items=(*scene.items[:index], changed, *scene.items[index + 1 :]))
+def _with_one_item_changed(scene: Scene, rng: random.Random, changed: Callable[[Item], Item]) -> Scene:
+    items = list(scene.items)
+    index = rng.randrange(len(items))
+    items[index] = changed(items[index])
+    return replace(scene, items=tuple(items))
+
+
+def _other(rng: random.Random, choices: Iterable[str], taken: str) -> str:
+    return rng.choice([choice for choice in choices if choice != taken])
 
 
 def _at_places_of(items: tuple[Item, ...], places: tuple[Item, ...]) -> tuple[Item, ...]:

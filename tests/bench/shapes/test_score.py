@@ -1,14 +1,16 @@
 """The score table from a real bundle, on a tiny number of prompts."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from tandemrt.bench.shapes import accuracy, score
-from tandemrt.bench.shapes.bundle import expected_digests, export_plan, is_current
+from tandemrt.bench.shapes.bundle import ensure_bundle, expected_digests, export_plan, is_current
 from tandemrt.bench.shapes.decoders import encoded
 from tandemrt.bench.shapes.scenes import render, scenes
+from tandemrt.export import bundle as export
 from tandemrt.runtime import Pipeline
 
 DECODERS = ["vae_decoder", "vae_decoder_small", "vae_decoder_tiny"]
@@ -78,3 +80,15 @@ def test_a_bundle_is_current_only_for_the_weights_it_was_made_from(shapes_bundle
     assert not is_current(shapes_bundle, {**digests, "unet_small": "0" * 64})
     assert not is_current(shapes_bundle, {name: digest for name, digest in digests.items() if name != "unet_small"})
     assert not is_current(tmp_path / "bundle", digests)
+
+
+def test_a_bundle_is_exported_only_where_none_or_an_outdated_one_is(shapes_bundle, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(export, "export_bundle", lambda plan, _: plans.append(plan))
+    assert ensure_bundle(tmp_path / "new") == tmp_path / "new"
+    assert ensure_bundle(shapes_bundle) == shapes_bundle
+    outdated = tmp_path / "outdated"
+    shutil.copytree(shapes_bundle, outdated)
+    (outdated / "unet_small" / "model.onnx").write_bytes(b"damaged")
+    ensure_bundle(outdated)
+    assert [(plan.out, plan.force) for plan in plans] == [(tmp_path / "new", False), (outdated, True)]
