@@ -89,10 +89,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     guidance_scale = _guidance_scale(manifest, schedule)
     total = sum(count for _, count in runs)
     default = _default_scheduler(manifest, runs)
-    class_name, config = default.class_name, default.config
-    if schedule.solver is not None:
-        class_name, config = resolve_solver(schedule.solver, config)
-    config = {**config, **(schedule.solver_config or {})}
+    class_name, config = resolve_solver(schedule.solver or default.class_name, default.config, schedule.solver_config)
     table = compile_table(class_name, config, total, timesteps=schedule.timesteps, eta=schedule.eta)
     by_step = [name for name, count in runs for _ in range(count)]
     start, end = schedule.guidance_interval

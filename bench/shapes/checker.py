@@ -65,7 +65,8 @@ def check(picture: Pixels, scene: Scene) -> Verdict:
     if items and scene.relation is not None:
         axis = 0 if scene.relation == "left of" else 1
         ordered = sorted(found, key=lambda f: f.center[axis])
-        in_order = [(f.shape, f.color) for f in ordered] == wanted
+        apart = [abs(first - second) for first, second in zip(found[0].center, found[1].center, strict=True)]
+        in_order = [(f.shape, f.color) for f in ordered] == wanted and apart[axis] > apart[1 - axis]
     return Verdict(not scene.names_background or background == scene.background, items, in_order)
 
 

@@ -1,4 +1,4 @@
-"""Train the shapes family from nothing: `python -m tandemrt.bench.shapes.train --work DIR --out DIR`.
+"""Train the shapes family from nothing: `python -m tandemrt.bench.shapes.train` at the root.
 
 Each stage leaves one fp32 safetensors file in the work directory and is skipped when that file is there, so an
 interrupted training goes on where it was. The last stage writes the fp16 family to the output directory.
@@ -450,7 +450,7 @@ def sample(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/shapes-training"), help="where stages keep their state")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the family goes")
+    parser.add_argument("--out", type=Path, default=Path("bench/shapes/weights"), help="where the family goes")
     parser.add_argument("--rehearse", action="store_true", help="a few steps of everything: checks the script")
     arguments = parser.parse_args()
     few = Budget(512, 20, 10, 10, 20, 256, 20, 20, 20)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tandemrt.export.unet import load_unet
+from tandemrt.export.checkpoint import read_denoiser
+from tandemrt.export.modules import denoiser_graph
 from tandemrt.runtime import Pipeline
 
 WEIGHTS = Path(__file__).parents[2] / "bench" / "shapes" / "weights"
@@ -59,6 +60,12 @@ def reference() -> StableDiffusionPipeline:
     return pipeline
 
 
+def scheduler(class_name: str, overrides: dict[str, Any]) -> Any:
+    """A diffusers scheduler from the checkpoint's configuration."""
+    config = getattr(diffusers, class_name).load_config(WEIGHTS / "large" / "scheduler")
+    return getattr(diffusers, class_name).from_config(config, **overrides)
+
+
 def diffusers_picture(pipeline: StableDiffusionPipeline, **arguments: Any) -> np.ndarray:
     defaults = {"prompt": PROMPT, "num_inference_steps": 8, "guidance_scale": 2.0, "height": 64, "width": 64}
     generator = torch.Generator().manual_seed(7)
@@ -75,8 +82,7 @@ def our_picture(pipeline: Pipeline, **arguments: Any) -> np.ndarray:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_paints_diffusers_picture(pipe: Pipeline, reference: StableDiffusionPipeline, name: str) -> None:
     class_name, overrides, solver, eta = SOLVERS[name]
-    scheduler = getattr(diffusers, class_name).from_config(reference.scheduler.config, **overrides)
-    reference.scheduler = scheduler
+    reference.scheduler = scheduler(class_name, overrides)
     expected = diffusers_picture(reference, eta=eta)
     ours = our_picture(pipe, solver=solver, solver_config=overrides, eta=eta)
     assert psnr_db(ours, expected) >= MINIMUM_PSNR_DB
@@ -97,7 +103,7 @@ def test_every_solver_paints_diffusers_picture(pipe: Pipeline, reference: Stable
 def test_arguments_mean_what_they_mean_in_diffusers(
     pipe: Pipeline, reference: StableDiffusionPipeline, arguments: dict[str, Any]
 ) -> None:
-    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    reference.scheduler = scheduler("DDIMScheduler", {})
     expected = diffusers_picture(reference, **arguments)
     assert psnr_db(our_picture(pipe, solver="ddim", **arguments), expected) >= MINIMUM_PSNR_DB
 
@@ -108,8 +114,8 @@ def test_tandem_equals_swapping_unets_inside_diffusers(
     pipe: Pipeline, reference: StableDiffusionPipeline, name: str, large_steps: int
 ) -> None:
     class_name, overrides, solver, _ = SOLVERS[name]
-    reference.scheduler = getattr(diffusers, class_name).from_config(reference.scheduler.config, **overrides)
-    large, small = reference.unet, load_unet(WEIGHTS / "small" / "unet")
+    reference.scheduler = scheduler(class_name, overrides)
+    large, small = reference.unet, denoiser_graph(read_denoiser(WEIGHTS / "small").unet, 128).module.unet
     steps = {"unet": large_steps, "unet_small": 8 - large_steps}
     # diffusers' loop counts model calls; PNDM makes one more call than steps, the second step taking two.
     calls_by_large = large_steps + (1 if name == "pndm" and large_steps > 1 else 0)
@@ -132,7 +138,7 @@ def test_tandem_equals_swapping_unets_inside_diffusers(
 
 def test_another_seed_is_far_away(pipe: Pipeline, reference: StableDiffusionPipeline) -> None:
     """The threshold above tells pictures apart."""
-    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    reference.scheduler = scheduler("DDIMScheduler", {})
     expected = diffusers_picture(reference)
     other = np.stack(pipe(PROMPT, steps=8, seed=8, solver="ddim", guidance_scale=2.0, output_type="np").images)
     assert psnr_db(other, expected) < MINIMUM_PSNR_DB - 10
