@@ -81,6 +81,30 @@ def spatial_multiple(unet: Part) -> int:
     return int(2 ** (len(blocks) - 1))
 
 
+def text_width(checkpoint: Checkpoint) -> int:
+    """How wide the text encoder's hidden states are.
+
+    Raises:
+        CheckpointError: its configuration states no sensible width.
+    """
+    encoder = checkpoint.text_encoder
+    return _whole(str(encoder.folder / "config.json"), encoder.config, "hidden_size", 512)
+
+
+def sample_size(unet: Part) -> tuple[int, int]:
+    """Height and width of the latents a UNet was made for; 64 where it does not say.
+
+    Raises:
+        CheckpointError: neither a whole number nor two of them.
+    """
+    stated = unet.config.get("sample_size") or 64
+    sizes = stated if isinstance(stated, list) else [stated, stated]
+    if len(sizes) != 2 or any(not isinstance(size, int) or not 1 <= size <= 4096 for size in sizes):
+        where = f"{unet.folder / 'config.json'}: sample_size"
+        raise CheckpointError(where, "value", got=stated, expected="a whole number from 1 to 4096, or two")
+    return sizes[0], sizes[1]
+
+
 def require_main(checkpoint: Checkpoint) -> None:
     """Check that a checkpoint's own UNet, VAE and text encoder fit together.
 
@@ -89,7 +113,8 @@ def require_main(checkpoint: Checkpoint) -> None:
     """
     _require_unet("unet", checkpoint.unet, checkpoint)
     prediction_type(checkpoint.scheduler)
-    width = _text_width(checkpoint)
+    sample_size(checkpoint.unet)
+    width = text_width(checkpoint)
     if checkpoint.unet.config.get("cross_attention_dim", 1280) != width:
         raise CheckpointError(
             "unet: cross_attention_dim",
@@ -106,7 +131,7 @@ def require_denoiser(name: str, source: DenoiserSource, checkpoint: Checkpoint) 
         CheckpointError: latent space, noise schedule, prediction type or text conditioning differ; both are named.
     """
     _require_unet(name, source.unet, checkpoint)
-    width = _text_width(checkpoint)
+    width = text_width(checkpoint)
     _require_equal(
         f"{name}: cross_attention_dim",
         "text conditioning width",
@@ -162,11 +187,6 @@ def _require_equal(where: str, what: str, got: object, main: object) -> None:
 
 def _noise_fact(scheduler: SchedulerDefaults, key: str) -> Any:
     return scheduler.config.get(key, _NOISE_DEFAULTS[key])
-
-
-def _text_width(checkpoint: Checkpoint) -> int:
-    encoder = checkpoint.text_encoder
-    return _whole(str(encoder.folder / "config.json"), encoder.config, "hidden_size", 512)
 
 
 def _stages(vae: Part) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,7 @@ from ..runtime.manifest import (
     Defaults,
     Evidence,
     FileRecord,
-    LatentSpace,
     Manifest,
-    SchedulerDefaults,
     Source,
     TextConditioning,
     decode,
@@ -31,16 +27,16 @@ from ..runtime.manifest import (
     file_sha256,
 )
 from .agreement import latent_space, prediction_type
-from .checkpoint import Part
-from .graph import onnx_from_module, quiet, save
+from .graph import MODEL_NAME, onnx_from_module, save
 from .half import find_islands, half_from_float
-from .modules import Graph, decoder_graph, denoiser_graph, encoder_graph, text_encoder_graph
-from .parity import verify
+from .jobs import Job, jobs, samples
+from .modules import Graph
+from .parity import compare, require_close
 from .plan import ExportPlan, Progress, no_progress
-from .publish import Staging, writing_failed
+from .publish import Staging, require_free, writing_failed
 from .samples import Samples
 from .sources import Sources, read_sources
-from .tokenizer import export_tokenizer, token_ids
+from .tokenizer import export_tokenizer
 
 _PRODUCERS = ("tandemrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 _STEPS_PER_COMPONENT = 3
@@ -54,7 +50,8 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
         ExportError: torch could not export a part, a part missed its parity threshold, or the bundle cannot be written.
             Nothing was published; a bundle that was there is still there.
     """
-    sources = read_sources(plan)
+    require_free(plan.out, force=plan.force)
+    sources = read_sources(plan.checkpoint, plan.added)
     with Staging(plan.out, force=plan.force) as staging:
         try:
             manifest = _Export(plan, sources, staging.folder, progress).run()
@@ -62,17 +59,9 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
         except OSError as error:
             raise writing_failed(staging.out, error) from error
         staging.publish()
+    total = _STEPS_PER_COMPONENT * len(manifest.components) + 1
+    progress("bundle: publish", total, total)
     return staging.out
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One component to make: the part it comes from and how its graph is built."""
-
-    name: str
-    part: Part
-    graph: Callable[[], Graph]
-    scheduler: SchedulerDefaults | None = None
 
 
 class _Export:
@@ -80,73 +69,55 @@ class _Export:
 
     def __init__(self, plan: ExportPlan, sources: Sources, folder: Path, progress: Progress) -> None:
         self._plan, self._sources, self._folder, self._progress = plan, sources, folder, progress
-        self._latent: LatentSpace = latent_space(sources.main.vae)
-        self._text_width = int(sources.main.text_encoder.config.get("hidden_size", 512))
-        self._done, self._total = 0, 0
-        self._samples: Samples | None = None
+        self._jobs = tuple(jobs(sources))
+        self._done, self._total = 0, _STEPS_PER_COMPONENT * len(self._jobs) + 1
 
     def run(self) -> Manifest:
         """Write everything but the manifest to the folder."""
         main = self._sources.main
         positions = int(main.text_encoder.config.get("max_position_embeddings", 77))
         length = export_tokenizer(main.tokenizer, self._folder / "tokenizer", positions)
-        jobs = list(self._jobs())
-        self._total = _STEPS_PER_COMPONENT * len(jobs) + 1
-        components = {job.name: self._component(job) for job in jobs}
-        self._progress("publish", self._done, self._total)
+        inputs = samples(self._sources, self._folder / "tokenizer")
+        components = {job.name: self._component(job, inputs) for job in self._jobs}
+        self._step("bundle: publish")
         self._write_pipeline_files()
-        defaults = Defaults(height=self._pixels(0), width=self._pixels(1))
-        wanted = {"num_inference_steps": self._plan.num_inference_steps, "guidance_scale": self._plan.guidance_scale}
-        given = {key: value for key, value in wanted.items() if value is not None}
         return Manifest(
             format=FORMAT,
             producers={name: version(name) for name in _PRODUCERS},
             components=components,
             files=_file_records(self._folder),
-            latent=self._latent,
-            text=TextConditioning(max_length=length, width=self._text_width),
+            latent=latent_space(main.vae),
+            text=TextConditioning(max_length=length, width=self._sources.text_width),
             scheduler=main.scheduler,
-            defaults=msgspec.structs.replace(defaults, **given),
+            defaults=self._defaults(),
         )
 
-    def _jobs(self) -> Iterator[_Job]:
-        main, width = self._sources.main, self._text_width
-        yield _Job("text_encoder", main.text_encoder, lambda: text_encoder_graph(main.text_encoder))
-        yield _Job("unet", main.unet, lambda: denoiser_graph(main.unet, width))
-        for name, source in self._sources.denoisers.items():
-            own = source.scheduler if source.scheduler != main.scheduler else None
-            yield _Job(name, source.unet, lambda part=source.unet: denoiser_graph(part, width), own)
-        for name, vae in {"vae_decoder": main.vae, **self._sources.decoders}.items():
-            yield _Job(name, vae, lambda part=vae: decoder_graph(part, self._latent))
-        yield _Job("vae_encoder", main.vae, lambda: encoder_graph(main.vae))
-
-    def _component(self, job: _Job) -> Component:
+    def _component(self, job: Job, inputs: Samples) -> Component:
         """Load, export and verify one model; only this one is in memory meanwhile."""
         self._step(f"{job.name}: load")
-        with quiet():
-            graph = job.graph()
-            samples = self._samples_from(graph)
+        graph = job.graph()
+        cases = inputs.cases(graph)
         self._step(f"{job.name}: export {graph.parameters / 1e6:.1f} M parameters")
         folder = self._folder / job.name
         folder.mkdir()
-        cases = samples.cases(graph)
         model = onnx_from_module(job.name, graph)
         islands: tuple[str, ...] = ()
         if self._plan.dtype == "fp16":
-            kept = find_islands(model, self._folder / f"{job.name}.audit", cases)
+            kept = find_islands(model, cases)
             islands = tuple(str(node.name) for node in model.graph if node in kept)
             half_from_float(model, kept)
         path = write_model(model, folder)
         _write_json(folder / "config.json", dict(graph.config))
         self._step(f"{job.name}: verify")
-        evidence = verify(job.name, graph, path, cases, self._plan.dtype)
-        return self._entry(job, graph, islands, evidence)
+        comparisons = compare(job.name, graph, path, cases, self._plan.dtype)
+        require_close(job.name, comparisons)
+        return self._entry(job, graph, islands, tuple(each.evidence for each in comparisons))
 
-    def _entry(self, job: _Job, graph: Graph, islands: tuple[str, ...], evidence: tuple[Evidence, ...]) -> Component:
+    def _entry(self, job: Job, graph: Graph, islands: tuple[str, ...], evidence: tuple[Evidence, ...]) -> Component:
         denoiser = graph.role == "denoiser"
         return Component(
             role=graph.role,
-            model=f"{job.name}/model.onnx",
+            model=f"{job.name}/{MODEL_NAME}",
             inputs=graph.inputs,
             outputs=graph.outputs,
             precision=self._plan.dtype,
@@ -159,20 +130,12 @@ class _Export:
             evidence=evidence,
         )
 
-    def _samples_from(self, graph: Graph) -> Samples:
-        """The inputs to compare on, made when the text encoder, which comes first, is there."""
-        if self._samples is None:
-            with quiet():
-                encoder = encoder_graph(self._sources.main.vae)
-            self._samples = Samples(
-                token_ids(self._folder / "tokenizer"),
-                graph.module,
-                encoder.module,
-                self._latent,
-                self._sources.main.scheduler,
-                max(self._sample_size()),
-            )
-        return self._samples
+    def _defaults(self) -> Defaults:
+        factor = latent_space(self._sources.main.vae).downsampling
+        height, width = (size * factor for size in self._sources.sample_size)
+        wanted = {"num_inference_steps": self._plan.num_inference_steps, "guidance_scale": self._plan.guidance_scale}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        return msgspec.structs.replace(Defaults(height=height, width=width), **given)
 
     def _write_pipeline_files(self) -> None:
         """`model_index.json` and the scheduler's configuration, as optimum's ORT pipelines read them."""
@@ -192,14 +155,6 @@ class _Export:
             "vae": ["diffusers", main.vae.class_name],
         }
         _write_json(self._folder / "model_index.json", index)
-
-    def _sample_size(self) -> tuple[int, int]:
-        size = self._sources.main.unet.config.get("sample_size") or 64
-        height, width = size if isinstance(size, list) else (size, size)
-        return int(height), int(width)
-
-    def _pixels(self, axis: int) -> int:
-        return self._sample_size()[axis] * self._latent.downsampling
 
     def _step(self, message: str) -> None:
         self._progress(message, self._done, self._total)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
 from .plan import Added, ExportPlan
 from .sources import describe
@@ -21,15 +22,8 @@ example:
 """
 
 
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def progress(self, message: str, done: int, total: int) -> None:
-        """Say what is being done, with `done` of `total` steps behind."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `tandemrt export`."""
+    """Declare the arguments of `tandemrt export`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a diffusers directory (model_index.json)")
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to make; must not exist, see --force")
@@ -87,7 +81,7 @@ def plan_facts(plan: ExportPlan) -> dict[str, Any]:
     return describe(plan)
 
 
-def run(plan: ExportPlan, console: Reporter) -> dict[str, Any]:
+def run(plan: ExportPlan, reporter: Reporter) -> dict[str, Any]:
     """Do what the plan says; the result is in JSON's types.
 
     Raises:
@@ -96,7 +90,7 @@ def run(plan: ExportPlan, console: Reporter) -> dict[str, Any]:
     from ..runtime.manifest import MANIFEST_NAME, decode  # noqa: PLC0415
     from .bundle import export_bundle  # noqa: PLC0415 — imports torch, which takes seconds
 
-    out = export_bundle(plan, console.progress)
+    out = export_bundle(plan, reporter.progress)
     manifest = decode((out / MANIFEST_NAME).read_bytes(), str(out / MANIFEST_NAME))
     return {
         "bundle": str(out),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -67,13 +68,10 @@ def half_from_float(model: ir.Model, islands: frozenset[ir.Node]) -> None:
         del model.graph.initializers[name]
 
 
-def find_islands(model: ir.Model, folder: Path, cases: Iterable[Inputs]) -> frozenset[ir.Node]:
-    """The nodes that must stay float32: by kind, and those that touch a value near float16's range on real inputs.
-
-    `folder` takes a copy of the graph for the measurement; it is removed again.
-    """
+def find_islands(model: ir.Model, cases: Iterable[Inputs]) -> frozenset[ir.Node]:
+    """The nodes that must stay float32: by kind, and those that touch a value near float16's range on real inputs."""
     values = [value for node in model.graph for value in node.outputs if value.dtype == _FLOAT]
-    large = _large_values(model, values, folder, cases)
+    large = _large_values(model, values, cases)
     large |= {
         value
         for value in model.graph.initializers.values()
@@ -88,11 +86,31 @@ def find_islands(model: ir.Model, folder: Path, cases: Iterable[Inputs]) -> froz
     return frozenset(islands)
 
 
+def save_with_roundings(model: Path, folder: Path) -> Path:
+    """Write a copy of a float16 model to `folder` in which no runtime can skip the rounding of a float16 value.
+
+    An Identity stands behind every float16 result: ONNX Runtime's CPU provider, which lacks most float16 kernels,
+    computes in float32 and merges the casts it puts around neighbouring nodes, but not across another node.
+    """
+    copy = ir.load(model)
+    for node in list(copy.graph):
+        for value in node.outputs:
+            if value.dtype == _HALF and not value.is_graph_output():
+                barrier = ir.node("Identity", [value], name=f"{value.name}_rounded")
+                rounded = barrier.outputs[0]
+                rounded.name, rounded.type = f"{value.name}_rounded", value.type
+                value.replace_all_uses_with(rounded)
+                barrier.replace_input_with(0, value)
+                copy.graph.insert_after(node, barrier)
+    return save(copy, folder)
+
+
 class _Casts:
     """Versions of values in the other precision, each made once."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph, self._made = graph, {}
+        self._graph = graph
+        self._made: dict[ir.Value, ir.Value] = {}
 
     def version(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """`value` in the precision asked for: itself, a converted weight, or a Cast right behind its producer."""
@@ -143,20 +161,17 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
     return found
 
 
-def _large_values(model: ir.Model, values: list[ir.Value], folder: Path, cases: Iterable[Inputs]) -> set[ir.Value]:
+def _large_values(model: ir.Model, values: list[ir.Value], cases: Iterable[Inputs]) -> set[ir.Value]:
     """The values whose magnitude comes near float16's range, measured by a copy of the graph that returns maxima."""
-    folder.mkdir()
-    path = save(_with_maxima(model, [str(value.name) for value in values]), folder)
     import onnxruntime  # noqa: PLC0415 — an extra of its own: onnxruntime or onnxruntime-gpu
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     large: set[ir.Value] = set()
-    for inputs in cases:
-        maxima: npt.NDArray[np.float32] = np.array(session.run([_MAX_MAGNITUDE], dict(inputs))[0])
-        large.update(value for value, maximum in zip(values, maxima, strict=True) if not maximum <= OVERFLOW_RISK)
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+    with TemporaryDirectory() as folder:
+        path = save(_with_maxima(model, [str(value.name) for value in values]), Path(folder))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for inputs in cases:
+            maxima: npt.NDArray[np.float32] = np.array(session.run([_MAX_MAGNITUDE], dict(inputs))[0])
+            large.update(value for value, maximum in zip(values, maxima, strict=True) if not maximum <= OVERFLOW_RISK)
     return large
 
 

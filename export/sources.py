@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .agreement import latent_space, prediction_type, require_decoder, require_denoiser, require_main, spatial_multiple
+from .agreement import (
+    latent_space,
+    prediction_type,
+    require_decoder,
+    require_denoiser,
+    require_main,
+    sample_size,
+    spatial_multiple,
+    text_width,
+)
 from .checkpoint import Checkpoint, DenoiserSource, Part, read_checkpoint, read_decoder, read_denoiser
-from .plan import ExportPlan
+from .plan import Added, ExportPlan
 from .publish import require_free
 from .weights import source_digest
+
+MAIN = "checkpoint"
+"""What the main checkpoint is called where sources are given by name."""
 
 
 @dataclass(frozen=True)
@@ -21,25 +34,33 @@ class Sources:
     denoisers: Mapping[str, DenoiserSource]
     decoders: Mapping[str, Part]
 
+    @property
+    def text_width(self) -> int:
+        """How wide the text encoder's hidden states are."""
+        return text_width(self.main)
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of the latents the main denoiser was made for."""
+        return sample_size(self.main.unet)
+
     def digest(self, part: Part) -> str:
         """The sha256 over a part's configuration and weights."""
         return source_digest(part.files)
 
 
-def read_sources(plan: ExportPlan) -> Sources:
-    """Find every model of a plan and check that they fit together; weights themselves are not read yet.
+def read_sources(checkpoint: Path, added: Sequence[Added]) -> Sources:
+    """Find every model of a bundle and check that they fit together; weights themselves are not read yet.
 
     Raises:
         CheckpointError: a folder is no checkpoint of a supported kind, or models disagree.
-        ExportError: `plan.out` exists and may not be replaced.
     """
-    require_free(plan.out, force=plan.force)
-    main = read_checkpoint(plan.checkpoint)
+    main = read_checkpoint(checkpoint)
     require_main(main)
     sources = Sources(
         main,
-        {added.name: read_denoiser(added.folder) for added in plan.added if added.role == "denoiser"},
-        {added.name: read_decoder(added.folder) for added in plan.added if added.role == "vae_decoder"},
+        {each.name: read_denoiser(each.folder) for each in added if each.role == "denoiser"},
+        {each.name: read_decoder(each.folder) for each in added if each.role == "vae_decoder"},
     )
     for name, denoiser in sources.denoisers.items():
         require_denoiser(name, denoiser, main)
@@ -52,9 +73,11 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
     """What an export would do, in JSON's types: the plan, the models found, and what they share.
 
     Raises:
-        CheckpointError, ExportError: as `read_sources`.
+        CheckpointError: as `read_sources`.
+        ExportError: `plan.out` exists and may not be replaced.
     """
-    sources = read_sources(plan)
+    require_free(plan.out, force=plan.force)
+    sources = read_sources(plan.checkpoint, plan.added)
     main, latent = sources.main, latent_space(sources.main.vae)
     parts = {"text_encoder": main.text_encoder, "unet": main.unet}
     parts |= {name: source.unet for name, source in sources.denoisers.items()}

@@ -1,0 +1,70 @@
+"""The components of a bundle: from which part of the sources each is made, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.manifest import SchedulerDefaults
+from .agreement import latent_space
+from .checkpoint import Part
+from .graph import quiet
+from .modules import Graph, decoder_graph, denoiser_graph, encoder_graph, text_encoder_graph
+from .samples import Samples
+from .sources import Sources
+from .tokenizer import token_ids
+
+
+@dataclass(frozen=True)
+class Job:
+    """One component to make: the part it comes from and how its graph is built.
+
+    scheduler: the denoiser's own, where it differs from the bundle's.
+    """
+
+    name: str
+    part: Part
+    build: Callable[[], Graph]
+    scheduler: SchedulerDefaults | None = None
+
+    def graph(self) -> Graph:
+        """Read the weights and build the graph.
+
+        Raises:
+            CheckpointError: the weights are damaged or do not fit the configuration.
+        """
+        with quiet():
+            return self.build()
+
+
+def jobs(sources: Sources) -> Iterator[Job]:
+    """Every component of the bundle that `sources` make, in the manifest's order."""
+    main, latent, width = sources.main, latent_space(sources.main.vae), sources.text_width
+    yield Job("text_encoder", main.text_encoder, lambda: text_encoder_graph(main.text_encoder))
+    yield Job("unet", main.unet, lambda: denoiser_graph(main.unet, width))
+    for name, source in sources.denoisers.items():
+        own = source.scheduler if source.scheduler != main.scheduler else None
+        yield Job(name, source.unet, lambda part=source.unet: denoiser_graph(part, width), own)  # type: ignore[misc]
+    for name, vae in {"vae_decoder": main.vae, **sources.decoders}.items():
+        yield Job(name, vae, lambda part=vae: decoder_graph(part, latent))  # type: ignore[misc]
+    yield Job("vae_encoder", main.vae, lambda: encoder_graph(main.vae))
+
+
+def samples(sources: Sources, tokenizer: Path) -> Samples:
+    """The inputs to compare components on, from the main checkpoint's own models and an exported tokenizer's folder.
+
+    Raises:
+        CheckpointError: as `Job.graph`.
+    """
+    main = sources.main
+    with quiet():
+        text, picture = text_encoder_graph(main.text_encoder), encoder_graph(main.vae)
+    return Samples(
+        token_ids(tokenizer),
+        text.module,
+        picture.module,
+        latent_space(main.vae),
+        main.scheduler,
+        max(sources.sample_size),
+    )

@@ -1,0 +1,55 @@
+"""A bundle on disk compared with the checkpoints it was exported from, as the export did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..runtime.bundle import Bundle
+from ..runtime.errors import CheckpointError
+from ..runtime.manifest import Evidence
+from .jobs import Job, jobs, samples
+from .parity import compare
+from .plan import Added, Progress, no_progress
+from .sources import MAIN, Sources, read_sources
+
+
+def verify_bundle(
+    bundle: Bundle, sources: Mapping[str, Path], progress: Progress = no_progress
+) -> dict[str, Sequence[Evidence]]:
+    """Run the components whose sources are given in ONNX Runtime and in PyTorch on the export's sample inputs.
+
+    sources: the main checkpoint under `checkpoint`, further ones under their component's name.
+
+    Returns the figures by component; whether they are within their thresholds is for the caller to judge.
+
+    Raises:
+        CheckpointError: a source is no checkpoint, or not the one that its component was exported from.
+        ExportError: ONNX Runtime cannot run a component.
+    """
+    added = tuple(Added(name, folder) for name, folder in sources.items() if name != MAIN)
+    found = read_sources(sources[MAIN], added)
+    wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
+    for job in wanted:
+        _require_source(job, found, bundle)
+    inputs = samples(found, bundle.path / "tokenizer")
+    results: dict[str, Sequence[Evidence]] = {}
+    for done, job in enumerate(wanted):
+        progress(f"{job.name}: verify", done, len(wanted))
+        component, graph = bundle.component(job.name), job.graph()
+        comparisons = compare(job.name, graph, bundle.path / component.model, inputs.cases(graph), component.precision)
+        results[job.name] = tuple(each.evidence for each in comparisons)
+    progress("verify", len(wanted), len(wanted))
+    return results
+
+
+def _require_source(job: Job, sources: Sources, bundle: Bundle) -> None:
+    digest, expected = sources.digest(job.part), bundle.component(job.name).source.sha256
+    if digest != expected:
+        raise CheckpointError(
+            f"{job.name}: {job.part.folder}",
+            "not what the component was exported from; sha256 of config and weights",
+            got=digest,
+            expected=expected,
+            remedy="Give the folder that the bundle was exported from.",
+        )
