@@ -174,6 +174,8 @@ def checked_array(where: str, array: Float32, shape: tuple[int | None, ...]) -> 
 
 
 def _texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(value, str | Sequence):
+        raise RequestError("prompt", "type", got=type(value).__name__, expected="a string or a sequence of strings")
     return (value,) if isinstance(value, str) else tuple(value)
 
 

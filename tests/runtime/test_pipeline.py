@@ -1,0 +1,252 @@
+"""The pipeline on a miniature bundle: requests, streams, threads, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandemrt.runtime import CancelledError, ExecutionError, Pipeline, PlanError, RequestError, TargetError
+from tandemrt.runtime.images import image_from_pixels
+
+from .tiny_bundle import MAX_LENGTH, TEXT_WIDTH, resign, write_tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+def pictures(pipeline: Pipeline, **arguments: Any) -> np.ndarray:
+    settings = {"prompt": "red blue", "seed": 7, "num_inference_steps": 4, "output_type": "np", **arguments}
+    return np.stack(pipeline(**settings).images)
+
+
+def test_same_seed_same_picture_other_seed_other_picture(pipe: Pipeline) -> None:
+    np.testing.assert_array_equal(pictures(pipe), pictures(pipe))
+    assert np.abs(pictures(pipe) - pictures(pipe, seed=8)).max() > 1e-3
+    assert np.abs(pictures(pipe) - pictures(pipe, prompt="blue red")).max() > 1e-5
+
+
+def test_defaults_and_facts_of_an_output(pipe: Pipeline) -> None:
+    out = pipe("red", seed=1)
+    assert out.plan.steps == (("unet", 10),)
+    assert out.images[0].size == (64, 64)
+    assert out.latents.shape == (1, 4, 8, 8)
+    assert out.latents.dtype == np.float32
+    assert out.seeds == (1,)
+    assert out.dropped_text == ()
+    assert len(out.timings.rows) == 10
+    assert out.timings.denoise_ms <= out.timings.total_ms
+
+
+def test_output_types_show_the_same_picture(pipe: Pipeline) -> None:
+    image = pipe("red blue", seed=7, num_inference_steps=4).images[0]
+    array = pictures(pipe)[0]
+    assert array.dtype == np.float32
+    assert array.shape == (64, 64, 3)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(image_from_pixels(array)))
+    assert pipe("red", seed=7, num_inference_steps=1, output_type="latent").images == ()
+
+
+def test_a_random_seed_is_reported_and_reproduces(pipe: Pipeline) -> None:
+    first = pipe("red", num_inference_steps=2, output_type="np")
+    again = pipe("red", num_inference_steps=2, output_type="np", seed=first.seeds)
+    np.testing.assert_array_equal(first.images[0], again.images[0])
+
+
+def test_batches_order_prompts_then_pictures(pipe: Pipeline) -> None:
+    both = pictures(pipe, prompt=["red", "blue"], num_images_per_prompt=2, seed=[1, 2, 3, 4])
+    assert both.shape == (4, 64, 64, 3)
+    for index, (prompt, seed) in enumerate([("red", 1), ("red", 2), ("blue", 3), ("blue", 4)]):
+        np.testing.assert_allclose(both[index], pictures(pipe, prompt=prompt, seed=[seed])[0], atol=1e-5)
+
+
+def test_one_seed_for_a_batch_is_one_generator(pipe: Pipeline) -> None:
+    batch = pictures(pipe, prompt=["red", "red"])
+    np.testing.assert_allclose(batch[0], pictures(pipe, prompt="red")[0], atol=1e-5)
+    assert np.abs(batch[0] - batch[1]).max() > 1e-3
+
+
+def test_latents_and_embeddings_stand_in_for_seed_and_text(pipe: Pipeline) -> None:
+    noise = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+    np.testing.assert_array_equal(pictures(pipe, latents=noise, seed=1), pictures(pipe, latents=noise, seed=2))
+    embeds = np.random.default_rng(1).normal(size=(1, MAX_LENGTH, TEXT_WIDTH)).astype(np.float32)
+    with_embeds = pictures(pipe, prompt=None, prompt_embeds=embeds)
+    assert np.abs(with_embeds - pictures(pipe)).max() > 1e-5
+    guided = pictures(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=-embeds)
+    assert np.abs(with_embeds - guided).max() > 1e-5
+
+
+def test_negative_prompts_count_only_under_guidance(pipe: Pipeline) -> None:
+    assert np.abs(pictures(pipe, negative_prompt="blue") - pictures(pipe)).max() > 1e-5
+    np.testing.assert_array_equal(
+        pictures(pipe, negative_prompt="blue", guidance_scale=1.0), pictures(pipe, guidance_scale=1.0)
+    )
+
+
+def test_tandem_lies_between_its_models(pipe: Pipeline) -> None:
+    large, small = (pictures(pipe, num_inference_steps=None, steps={name: 6}) for name in ("unet", "unet_small"))
+    tandem = pictures(pipe, num_inference_steps=None, steps={"unet": 3, "unet_small": 3})
+    assert 0 < np.abs(tandem - large).mean() < np.abs(small - large).mean()
+
+
+def test_over_long_prompts_are_cut_and_reported_or_refused(pipe: Pipeline) -> None:
+    out = pipe("red " * 30 + "blue", seed=1, num_inference_steps=1)
+    assert out.dropped_text[0].text.endswith("blue")
+    with pytest.raises(RequestError, match="too long"):
+        pipe("red " * 30 + "blue", num_inference_steps=1, strict_prompts=True)
+
+
+def test_stream_tells_each_row_and_ends_with_the_calls_picture(pipe: Pipeline) -> None:
+    stream = pipe.stream("red blue", seed=7, steps={"unet": 3, "unet_small": 2}, previews=2, output_type="np")
+    events = list(stream)
+    assert [event.row for event in events] == [0, 1, 2, 3, 4]
+    assert {event.rows for event in events} == {5}
+    assert [event.timing.denoiser for event in events] == ["unet"] * 3 + ["unet_small"] * 2
+    assert [len(event.preview) for event in events] == [0, 1, 0, 1, 0]
+    assert events[1].preview[0].size == (64, 64)
+    np.testing.assert_array_equal(
+        stream.result().images[0],
+        pictures(pipe, num_inference_steps=None, steps={"unet": 3, "unet_small": 2})[0],
+    )
+
+
+def test_result_runs_what_is_left(pipe: Pipeline) -> None:
+    stream = pipe.stream("red blue", seed=7, num_inference_steps=4, output_type="np")
+    next(stream)
+    np.testing.assert_array_equal(stream.result().images[0], pictures(pipe)[0])
+    assert stream.result() is stream.result()
+
+
+def test_cancelling_stops_before_the_next_row_and_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
+    stream = pipe.stream("red", seed=7, num_inference_steps=50)
+    next(stream)
+    canceller = threading.Thread(target=stream.cancel)
+    canceller.start()
+    canceller.join()
+    with pytest.raises(CancelledError, match="after row 1 of 50"):
+        list(stream)
+    with pytest.raises(ExecutionError, match="no result"):
+        stream.result()
+    assert len(pipe("red", num_inference_steps=1).images) == 1
+
+
+def test_threads_paint_what_one_thread_paints(pipe: Pipeline) -> None:
+    jobs = [
+        {"seed": seed, "prompt": prompt, "height": size}
+        for seed in range(4)
+        for prompt in ("red", "blue")
+        for size in (64, 32)
+    ]
+    serial = [pictures(pipe, **job) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        parallel = list(pool.map(lambda job: pictures(pipe, **job), jobs))
+    for one, other in zip(serial, parallel, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    shutil.rmtree(tmp_path / "bundle" / "unet_small")
+    shutil.copytree(tmp_path / "bundle" / "unet", tmp_path / "bundle" / "unet_small")
+    resign(tmp_path / "bundle")
+    with Pipeline.open(tmp_path / "bundle", threads=1) as pipeline:
+        for solver in ("dpmsolver++", "euler_a", "pndm", "unipc"):
+            whole = pictures(pipeline, num_inference_steps=6, solver=solver)
+            for first in range(1, 6):
+                steps = {"unet": first, "unet_small": 6 - first}
+                split = pictures(pipeline, num_inference_steps=None, steps=steps, solver=solver)
+                np.testing.assert_array_equal(split, whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"prompt": []}, RequestError, "prompt: an empty list"),
+        ({"prompt": None}, RequestError, "exactly one of prompt and prompt_embeds"),
+        ({"prompt": "\ud800"}, RequestError, "prompt"),
+        ({"prompt": 5}, RequestError, "prompt"),
+        ({"prompt": "x" * 3_000_000}, RequestError, "prompt"),
+        ({"height": 60}, RequestError, "height.*got 60, expected a positive multiple of 16"),
+        ({"width": 0}, RequestError, "width.*got 0"),
+        ({"width": 64.0}, RequestError, "width"),
+        ({"num_inference_steps": 0}, PlanError, "got 0"),
+        ({"num_inference_steps": 5000}, PlanError, "5000"),
+        ({"num_inference_steps": 5, "steps": 5}, RequestError, "steps: given beside"),
+        ({"num_inference_steps": None, "steps": {"unet_huge": 3}}, PlanError, "unet_huge"),
+        ({"guidance_scale": math.nan}, RequestError, "guidance_scale.*got nan"),
+        ({"seed": -(2**63) - 1}, RequestError, "seed"),
+        ({"seed": 2**64}, RequestError, "seed"),
+        ({"seed": 1.5}, RequestError, "seed"),
+        ({"seed": [1, 2]}, RequestError, "seed.*got 2"),
+        ({"seed_device": "tpu"}, Exception, "tpu"),
+        ({"decoder": "vae_decoder_huge"}, RequestError, "vae_decoder_huge.*expected one of vae_decoder"),
+        ({"num_images_per_prompt": 0}, RequestError, "num_images_per_prompt"),
+        ({"negative_prompt": ["a", "b", "c"]}, RequestError, "negative_prompt.*got 3"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, RequestError, "latents.*float64"),
+        ({"latents": np.zeros((1, 4, 9, 8), np.float32)}, RequestError, "latents.*shape"),
+        ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, RequestError, "latents.*NaN"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 5, 3), np.float32)}, RequestError, "prompt_embeds.*shape"),
+        ({"output_type": "jpeg"}, RequestError, "output_type.*jpeg"),
+        ({"previews": -1}, RequestError, "previews"),
+        ({"solver": "magic"}, PlanError, "magic"),
+        ({"solver": "ddim", "solver_config": {"use_karras_sigmas": True}}, PlanError, "use_karras_sigmas"),
+        ({"guidance_interval": (0.5, 2.0)}, PlanError, "guidance_interval"),
+    ],
+)
+def test_unusable_requests_are_refused_in_one_line(
+    pipe: Pipeline, arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        pictures(pipe, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_arguments_are_a_type_error(pipe: Pipeline) -> None:
+    with pytest.raises(TypeError, match="guidance"):
+        pipe("red", guidance=3.0)  # type: ignore[call-arg]
+
+
+def test_a_closed_pipeline_refuses_and_closes_again(bundle: Path) -> None:
+    pipeline = Pipeline.open(bundle)
+    pipeline("red", num_inference_steps=1)
+    pipeline.close()
+    pipeline.close()
+    with pytest.raises(ExecutionError, match="closed"):
+        pipeline("red", num_inference_steps=1)
+
+
+def test_a_target_that_is_not_here_is_refused_when_opening(bundle: Path) -> None:
+    with pytest.raises(TargetError, match="openvino"):
+        Pipeline.open(bundle, target="openvino:cpu:bf16")
+
+
+def test_a_picture_needs_no_torch(bundle: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys
+for name in ("torch", "diffusers", "transformers", "onnx"):
+    sys.modules[name] = None
+from tandemrt.runtime import Pipeline
+with Pipeline.open({str(bundle)!r}) as pipe:
+    pipe("red", steps={{"unet": 2, "unet_small": 2}}, seed=7).images[0].save({str(tmp_path / "out.png")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert (tmp_path / "out.png").stat().st_size > 100
