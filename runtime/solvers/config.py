@@ -156,7 +156,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         **_ZERO_SNR,
         **_NO_THRESHOLDING,
         **_CLIPPING_BY_DEFAULT,
-        "variance_type": one_of("fixed_small", "fixed_small_log", "fixed_large"),
+        # None, as DPM-Solver++ configurations carry it, is diffusers' plain posterior variance: fixed_small.
+        "variance_type": one_of("fixed_small", "fixed_small_log", "fixed_large", None),
     },
     "PNDMScheduler": {
         **_training(0.0001, 0.02, *_LINEAR),

@@ -117,8 +117,8 @@ def test_tandem_equals_swapping_unets_inside_diffusers(
     reference.scheduler = scheduler(class_name, overrides)
     large, small = reference.unet, denoiser_graph(read_denoiser(WEIGHTS / "small").unet, 128).module.unet
     steps = {"unet": large_steps, "unet_small": 8 - large_steps}
-    # diffusers' loop counts model calls; PNDM makes one more call than steps, the second step taking two.
-    calls_by_large = large_steps + (1 if name == "pndm" and large_steps > 1 else 0)
+    # diffusers' loop counts model calls; PNDM makes one more call than steps, the first step taking two.
+    calls_by_large = large_steps + (1 if name == "pndm" and large_steps else 0)
 
     def swap(
         pipeline: StableDiffusionPipeline, call: int, _timestep: object, tensors: dict[str, Any]

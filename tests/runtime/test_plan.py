@@ -84,9 +84,10 @@ def test_a_denoiser_may_come_back() -> None:
     assert compiled.steps == (("unet", 2), ("unet_small", 3), ("unet", 1))
 
 
-def test_pndm_calls_the_second_steps_denoiser_twice() -> None:
+def test_pndm_calls_the_first_steps_denoiser_twice() -> None:
     compiled = plan(steps={"unet": 2, "unet_small": 3}, solver="pndm")
     assert compiled.denoisers == ("unet",) * 3 + ("unet_small",) * 3
+    assert compiled.table.steps.tolist() == [0, 0, 1, 2, 3, 4]
     assert compiled.steps == (("unet", 2), ("unet_small", 3))
 
 

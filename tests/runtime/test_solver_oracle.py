@@ -111,7 +111,7 @@ def varied_single_step() -> Iterator[Case]:
         for to_one in (True, False):
             yield Case(ddim, {"clip_sample": False, "set_alpha_to_one": to_one}, eta=eta)
         yield Case(ddim, {"clip_sample": False, "timestep_spacing": "trailing"}, eta=eta)
-    for variance in ("fixed_small", "fixed_small_log", "fixed_large"):
+    for variance in ("fixed_small", "fixed_small_log", "fixed_large", None):
         yield Case(ddpm, {"clip_sample": False, "variance_type": variance, "timestep_spacing": "linspace"})
     for schedule in ("sigmoid", "laplace"):
         yield Case(ddpm, {"clip_sample": False, "beta_schedule": schedule})
