@@ -40,9 +40,9 @@ _UNET = {
 }
 # Inner ResNet widths and heads in Hybrid-SD's order: down 0, down 1, up 0.0, 0.1, 1.0, 1.1.
 SMALL_PRUNING = {
-    "block_mid_channels": (32, 64, 64, 32, 32, 32),
-    "block_selfattn_heads": (0, 2, 1, 1, 0, 0),
-    "block_crossattn_heads": (0, 2, 2, 1, 0, 0),
+    "block_mid_channels": (32, 32, 32, 32, 32, 32),
+    "block_selfattn_heads": (0, 1, 1, 1, 0, 0),
+    "block_crossattn_heads": (0, 1, 1, 1, 0, 0),
 }
 ONE_STEP_PRUNING = {
     "block_mid_channels": (64, 96, 96, 64, 32, 32),
