@@ -91,6 +91,16 @@ def text_width(checkpoint: Checkpoint) -> int:
     return _whole(str(encoder.folder / "config.json"), encoder.config, "hidden_size", 512)
 
 
+def text_limits(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many positions and how many tokens the text encoder knows.
+
+    Raises:
+        CheckpointError: its configuration states no sensible numbers.
+    """
+    where, config = str(checkpoint.text_encoder.folder / "config.json"), checkpoint.text_encoder.config
+    return _whole(where, config, "max_position_embeddings", 77), _whole(where, config, "vocab_size", 49408)
+
+
 def sample_size(unet: Part) -> tuple[int, int]:
     """Height and width of the latents a UNet was made for; 64 where it does not say.
 

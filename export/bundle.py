@@ -26,7 +26,7 @@ from ..runtime.manifest import (
     encode,
     file_sha256,
 )
-from .agreement import latent_space, prediction_type
+from .agreement import latent_space, prediction_type, text_limits
 from .graph import MODEL_NAME, onnx_from_module, save
 from .half import find_islands, half_from_float
 from .jobs import Job, jobs, samples
@@ -75,8 +75,8 @@ class _Export:
     def run(self) -> Manifest:
         """Write everything but the manifest to the folder."""
         main = self._sources.main
-        positions = int(main.text_encoder.config.get("max_position_embeddings", 77))
-        length = export_tokenizer(main.tokenizer, self._folder / "tokenizer", positions)
+        positions, vocabulary = text_limits(main)
+        length = export_tokenizer(main.tokenizer, self._folder / "tokenizer", positions, vocabulary)
         inputs = samples(self._sources, self._folder / "tokenizer")
         components = {job.name: self._component(job, inputs) for job in self._jobs}
         self._step("bundle: publish")

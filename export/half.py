@@ -57,7 +57,7 @@ def half_from_float(model: ir.Model, islands: frozenset[ir.Node]) -> None:
             _make_attributes_half(node)
             for value in node.outputs:
                 if value in floats:
-                    value.dtype = _HALF
+                    value.type = ir.TensorType(_HALF)
     for index, value in enumerate(results):
         if value.dtype == _HALF:
             name, value.name = value.name, f"{value.name}_half"

@@ -199,7 +199,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], part: Part) -> None:
     where, expected = str(part.weights.path), {name: tuple(t.shape) for name, t in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     misfits = [
-        f"{name} {found[name]} for {expected[name]}"
+        f"{name} {found[name]} instead of {expected[name]}"
         for name in found.keys() & expected
         if found[name] != expected[name]
     ]

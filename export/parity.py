@@ -20,8 +20,8 @@ from .modules import Graph
 from .samples import Inputs
 
 METRIC = "max_relative_error"
-# At least five times what the shapes family shows: 6e-6 in fp32, 6e-3 in fp16, both by a KL decoder.
-THRESHOLDS: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 3e-2}
+# The shapes family shows at most 6e-6 in fp32 and 4e-3 in fp16, both by its KL decoder.
+THRESHOLDS: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ _PROBES = (
 )
 
 
-def export_tokenizer(source: Path, folder: Path, longest: int) -> int:
+def export_tokenizer(source: Path, folder: Path, longest: int, vocabulary: int) -> int:
     """Copy a CLIP tokenizer's files to `folder`, add `tokenizer.json`, and return the length prompts are padded to.
 
     `tokenizer.json` pads and truncates to that length, so that reading it alone gives CLIPTokenizer's ids. `longest` is
-    how many positions the text encoder has.
+    how many positions the text encoder has, `vocabulary` how many tokens.
 
     Raises:
         CheckpointError: a file is missing or unusable, or no sensible length is stated.
@@ -54,6 +54,11 @@ def export_tokenizer(source: Path, folder: Path, longest: int) -> int:
             shutil.copyfile(source / name, folder / name)
     reference = load_clip_tokenizer(folder)
     alone = Tokenizer.from_str(reference.backend_tokenizer.to_str())
+    largest = max(alone.get_vocab().values())
+    if largest >= vocabulary:
+        raise CheckpointError(
+            str(source / "vocab.json"), "largest token id", got=largest, expected=f"below {vocabulary}"
+        )
     alone.enable_truncation(length)
     alone.enable_padding(length=length, pad_id=reference.pad_token_id, pad_token=reference.pad_token)
     alone.save(str(folder / TOKENIZER_JSON))

@@ -1,0 +1,22 @@
+"""Fixtures that several folders' tests share."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shapes family as an fp32 bundle, exported once per run, whichever worker asks first. Not to be written to."""
+    from tandemrt.bench.shapes.bundle import ensure_bundle  # noqa: PLC0415 — most tests need none of its imports
+
+    base = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist every worker has a folder of its own inside the run's.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "shapes_bundle.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return ensure_bundle(shared / "shapes_bundle")

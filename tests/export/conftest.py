@@ -1,0 +1,42 @@
+"""Checkpoints and graphs that the export's tests share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tandemrt.export.bundle import export_bundle
+from tandemrt.export.plan import Added, ExportPlan
+
+from .mini import tiny_vae, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint; not to be written to."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the small checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny autoencoder's folder; not to be written to."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def half_bundle(checkpoint: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint with a tiny decoder, as an fp16 bundle; not to be written to."""
+    out = tmp_path_factory.mktemp("half") / "bundle"
+    return export_bundle(ExportPlan(checkpoint, out, (Added("vae_decoder_tiny", tiny),), dtype="fp16"))

@@ -1,0 +1,254 @@
+"""Checkpoints on disk and whether their models fit together: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tandemrt.export.agreement import latent_space
+from tandemrt.export.bundle import export_bundle
+from tandemrt.export.checkpoint import read_checkpoint, read_decoder, read_denoiser
+from tandemrt.export.modules import decoder_graph, denoiser_graph, text_encoder_graph
+from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.sources import read_sources
+from tandemrt.runtime.errors import CheckpointError
+
+from .mini import TEXT_WIDTH, UNET_FILE, edit_json, edit_tensors, kl_vae, tiny_vae, unet
+
+Damage = Callable[[Path], object]
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no index": (lambda c: (c / "model_index.json").unlink(), "not a checkpoint, expected a diffusers directory"),
+    "index is no JSON": (lambda c: (c / "model_index.json").write_text("{"), r"model_index\.json: not JSON"),
+    "other pipeline": (
+        lambda c: edit_json(c / "model_index.json", _class_name="FluxPipeline"),
+        "got 'FluxPipeline', expected StableDiffusionPipeline",
+    ),
+    "code of its own": (
+        lambda c: edit_json(c / "model_index.json", unet=["my_unet", "MyUNet"]),
+        "unet: library, got 'my_unet', expected diffusers",
+    ),
+    "class of another kind": (
+        lambda c: edit_json(c / "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"]),
+        "got 'AsymmetricAutoencoderKL', expected AutoencoderKL or AutoencoderTiny",
+    ),
+    "further component": (
+        lambda c: edit_json(c / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+        "component that is not supported, got 'text_encoder_2'",
+    ),
+    "scheduler that is none": (
+        lambda c: edit_json(c / "model_index.json", scheduler=["diffusers", "os.system"]),
+        r"scheduler: class, got 'os\.system'",
+    ),
+    "missing folder": (lambda c: shutil.rmtree(c / "unet"), "missing component unet"),
+    "missing config": (lambda c: (c / "vae" / "config.json").unlink(), r"vae: no vae here, expected config\.json"),
+    "missing weights": (lambda c: (c / "unet" / UNET_FILE).unlink(), "no weights"),
+    "config of another class": (
+        lambda c: edit_json(c / "unet" / "config.json", _class_name="UNet2DModel"),
+        "got 'UNet2DModel', expected UNet2DConditionModel",
+    ),
+    "infinite scheduler value": (
+        lambda c: edit_json(c / "scheduler" / "scheduler_config.json", beta_end=float("inf")),
+        "beta_end: scheduler value, got inf",
+    ),
+    "SDXL conditioning": (
+        lambda c: edit_json(c / "unet" / "config.json", addition_embed_type="text_time"),
+        "unet: addition_embed_type: conditioning that is not supported, got 'text_time'",
+    ),
+    "inpainting UNet": (
+        lambda c: edit_json(c / "unet" / "config.json", in_channels=9),
+        "in_channels.*got 9, expected 4",
+    ),
+    "text of another width": (
+        lambda c: edit_json(c / "unet" / "config.json", cross_attention_dim=768),
+        f"text conditioning width, got 768, expected {TEXT_WIDTH}",
+    ),
+    "unknown prediction": (
+        lambda c: edit_json(c / "scheduler" / "scheduler_config.json", prediction_type="score"),
+        "prediction_type: kind, got 'score'",
+    ),
+    "latent statistics": (
+        lambda c: edit_json(c / "vae" / "config.json", latents_mean=[0, 0, 0, 0]),
+        "per-channel latent statistics",
+    ),
+    "no tokenizer merges": (lambda c: (c / "tokenizer" / "merges.txt").unlink(), r"merges\.txt: missing"),
+    "broken tokenizer": (lambda c: (c / "tokenizer" / "vocab.json").write_text("[]"), "not a CLIP tokenizer"),
+    "text encoder truncated": (
+        lambda c: _cut(c / "text_encoder" / "model.safetensors"),
+        r"model\.safetensors: truncated",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_leaves_nothing(
+    damage: str, own_checkpoint: Path, tmp_path: Path
+) -> None:
+    break_it, complaint = DAMAGES[damage]
+    break_it(own_checkpoint)
+    with pytest.raises(CheckpointError, match=complaint) as caught:
+        export_bundle(ExportPlan(own_checkpoint, tmp_path / "out"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path: None, "no such checkpoint"),
+        (lambda path: path.write_bytes(b""), "a single file is not supported.*from_single_file"),
+        (lambda path: (path.mkdir(), (path / "tandem.json").touch()), "a bundle already"),
+    ],
+)
+def test_what_is_no_directory_of_diffusers_is_told_apart(tmp_path: Path, make: Damage, complaint: str) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(CheckpointError, match=complaint):
+        read_checkpoint(tmp_path / "x")
+
+
+def test_infinity_that_diffusers_writes_by_default_is_left_out(own_checkpoint: Path) -> None:
+    edit_json(own_checkpoint / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
+    config = read_checkpoint(own_checkpoint).scheduler.config
+    assert "lambda_min_clipped" not in config
+    assert json.loads(json.dumps(config, allow_nan=False)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("conv_in.bias"), r"missing weights: conv_in\.bias"),
+        (lambda t: t.update(extra=torch.ones(1)), "no place for: extra"),
+        (
+            lambda t: t.update({"conv_out.bias": torch.ones(7)}),
+            r"weights of another shape: conv_out\.bias \(7,\) instead of \(4,\)",
+        ),
+        (lambda t: t["conv_in.bias"].fill_(float("nan")), r"NaN or infinite weights in conv_in\.bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(own_checkpoint: Path, change: Damage, complaint: str) -> None:
+    edit_tensors(own_checkpoint / "unet" / UNET_FILE, change)
+    with pytest.raises(CheckpointError, match=complaint):
+        denoiser_graph(read_denoiser(own_checkpoint).unet, TEXT_WIDTH)
+
+
+def test_a_configuration_that_builds_nothing_is_refused(own_checkpoint: Path) -> None:
+    edit_json(own_checkpoint / "unet" / "config.json", down_block_types=["NoSuchBlock"] * 2)
+    with pytest.raises(CheckpointError, match="UNet2DConditionModel cannot be built from it"):
+        denoiser_graph(read_denoiser(own_checkpoint).unet, TEXT_WIDTH)
+
+
+def test_names_of_older_libraries_are_understood(own_checkpoint: Path) -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".attentions." in name]:
+            older = name
+            for new, before in old.items():
+                older = older.replace(f".{new}.", f".{before}.")
+            tensors[older] = tensors.pop(name)
+
+    def prefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"text_model.{name}"] = tensors.pop(name)
+        tensors["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+
+    checkpoint = read_checkpoint(own_checkpoint)
+    before = decoder_graph(checkpoint.vae, latent_space(checkpoint.vae)).module.state_dict()
+    edit_tensors(own_checkpoint / "vae" / UNET_FILE, rename)
+    edit_tensors(own_checkpoint / "text_encoder" / "model.safetensors", prefix)
+    checkpoint = read_checkpoint(own_checkpoint)
+    after = decoder_graph(checkpoint.vae, latent_space(checkpoint.vae)).module.state_dict()
+    assert any(".attentions." in name for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert text_encoder_graph(checkpoint.text_encoder).parameters > 0
+
+
+def test_a_denoiser_is_found_in_a_pipeline_a_holder_and_its_own_folder(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint / "unet", tmp_path / "holder" / "unet")
+    found = [read_denoiser(folder) for folder in (checkpoint, tmp_path / "holder", checkpoint / "unet")]
+    assert len({source.unet.weights.parameters for source in found}) == 1
+    assert [source.scheduler is not None for source in found] == [True, False, False]
+    assert read_decoder(checkpoint).folder == checkpoint / "vae"
+
+
+SMALL_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "text width": (
+        lambda s: edit_json(s / "unet" / "config.json", cross_attention_dim=20),
+        "unet_small: cross_attention_dim: text conditioning width, got 20, expected 16 as in the main",
+    ),
+    "latent channels": (
+        lambda s: edit_json(s / "unet" / "config.json", in_channels=16),
+        "unet_small: in_channels: latent channels, got 16, expected 4",
+    ),
+    "prediction": (
+        lambda s: edit_json(s / "scheduler" / "scheduler_config.json", prediction_type="v_prediction"),
+        "unet_small: prediction_type: prediction type, got 'v_prediction', expected 'epsilon'",
+    ),
+    "noise": (
+        lambda s: edit_json(s / "scheduler" / "scheduler_config.json", beta_end=0.02),
+        r"unet_small: beta_end: noise schedule, got 0\.02, expected 0\.012",
+    ),
+    "latent scale": (
+        lambda s: edit_json(s / "vae" / "config.json", scaling_factor=0.13025),
+        r"unet_small: scaling_factor: latent space, got 0\.13025, expected 0\.18215",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SMALL_DAMAGES)
+def test_a_small_model_that_does_not_fit_is_refused_with_both_values(
+    damage: str, checkpoint: Path, own_checkpoint: Path
+) -> None:
+    break_it, complaint = SMALL_DAMAGES[damage]
+    break_it(own_checkpoint)
+    with pytest.raises(CheckpointError, match=complaint):
+        read_sources(checkpoint, (Added("unet_small", own_checkpoint),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"latent_channels": 16}, "latent_channels: latent space, got 16, expected 4"),
+        ({"scaling_factor": 0.13025}, r"scaling_factor: latent space, got 0\.13025, expected 0\.18215"),
+        ({"block_out_channels": [8, 8, 8]}, "downsampling: latent space, got 4, expected 2"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_is_refused(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, object], complaint: str
+) -> None:
+    kl_vae().save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=f"vae_decoder_other: {complaint}"):
+        read_sources(checkpoint, (Added("vae_decoder_other", tmp_path),))
+
+
+def test_a_tiny_decoder_reads_the_latents_of_the_bundle(checkpoint: Path, tiny: Path) -> None:
+    """It is fed latent / scaling_factor as every decoder is, and must see the latent as its own pipeline feeds it."""
+    main = latent_space(read_checkpoint(checkpoint).vae)
+    graph = decoder_graph(read_decoder(tiny), main)
+    latent = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(3))
+    stock = tiny_vae().from_pretrained(tiny)
+    with torch.inference_mode():
+        expected = stock.decode(latent / stock.config.scaling_factor).sample
+        assert torch.allclose(graph.module(latent / main.scaling_factor), expected, atol=1e-5)
+
+
+def test_pruned_widths_come_from_the_tensors(own_checkpoint: Path) -> None:
+    narrow = unet()
+    block = narrow.down_blocks[1].resnets[0]
+    shapes = {"down_blocks.1.resnets.0.conv1.weight": (block.conv1.out_channels // 2,)}
+    from tandemrt.export.pruned import resize_inner_widths  # noqa: PLC0415
+
+    resize_inner_widths(narrow, shapes)
+    narrow.save_pretrained(own_checkpoint / "unet")
+    graph = denoiser_graph(read_denoiser(own_checkpoint).unet, TEXT_WIDTH)
+    assert graph.parameters == sum(weight.numel() for weight in narrow.parameters())
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])

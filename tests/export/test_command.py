@@ -1,0 +1,101 @@
+"""The `export` command: its arguments, and what it does before torch is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandemrt.export import bundle as bundles
+from tandemrt.export.command import add_arguments, plan_facts, plan_from_arguments, run, summary
+from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.runtime.errors import ArgumentError, ExportError
+
+
+def parse(*arguments: str) -> ExportPlan:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return plan_from_arguments(parser.parse_args(arguments))
+
+
+def test_small_and_tiny_are_short_for_add() -> None:
+    short = parse("c", "out", "--small", "s", "--tiny-vae", "t", "--add", "unet_one_step=o")
+    names = ("unet_small=s", "vae_decoder_tiny=t", "unet_one_step=o")
+    assert short == parse("c", "out", *(word for name in names for word in ("--add", name)))
+    assert [added.role for added in short.added] == ["denoiser", "vae_decoder", "denoiser"]
+
+
+def test_options_reach_the_plan() -> None:
+    plan = parse("c", "out", "--dtype", "fp16", "--guidance-scale", "2", "--denoising-steps", "8", "--force")
+    assert plan == ExportPlan(Path("c"), Path("out"), (), "fp16", 2.0, 8, force=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--add", "unet_small"], "--add: value, got 'unet_small', expected NAME=DIR"),
+        (["--add", "unet="], "--add: value"),
+        (["--add", "Unet_x=d"], "component name, got 'Unet_x', expected unet_NAME or vae_decoder_NAME"),
+        (["--add", "../x=d"], "component name"),
+        (["--add", "unet_/../x=d"], "component name"),
+        (["--small", "d", "--add", "unet_small=e"], "component named twice, got 'unet_small'"),
+        (["--guidance-scale", "nan"], "--guidance-scale: guidance, got nan"),
+        (["--guidance-scale", "-1"], "--guidance-scale: guidance, got -1"),
+        (["--num-inference-steps", "0"], r"--num-inference-steps: steps, got 0, expected 1\.\.1000"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(ArgumentError, match=complaint):
+        parse("c", "out", *arguments)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="--dtype: precision, got 'int8', expected fp32 or fp16"):
+        ExportPlan(Path("c"), Path("o"), dtype="int8")  # type: ignore[arg-type]
+
+
+def test_the_plan_is_shown_without_torch(checkpoint: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, json; sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from tandemrt.export.command import plan_facts\n"
+        "from tandemrt.export.plan import Added, ExportPlan\n"
+        "plan = ExportPlan(Path(sys.argv[1]), Path(sys.argv[2]), (Added('unet_small', Path(sys.argv[1])),))\n"
+        "print(json.dumps(plan_facts(plan)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(checkpoint), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    facts = json.loads(done.stdout)
+    assert list(facts["components"]) == ["text_encoder", "unet", "unet_small", "vae"]
+    assert facts["latent"]["downsampling"] == 2
+    assert facts["prediction_type"] == "epsilon"
+    assert facts["spatial_multiple"] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_an_export_that_cannot_be_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="exists already"):
+        plan_facts(ExportPlan(checkpoint, tmp_path))
+
+
+def test_a_run_reports_every_component(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Console:
+        def progress(self, label: str, done: int, total: int) -> None: ...
+        def line(self, text: str) -> None: ...
+        def warn(self, text: str) -> None: ...
+
+    monkeypatch.setattr(bundles, "export_bundle", lambda plan, progress: half_bundle)
+    result = run(ExportPlan(Path("c"), half_bundle, (Added("vae_decoder_tiny", Path("t")),)), Console())
+    assert json.loads(json.dumps(result)) == result
+    assert result["bundle"] == str(half_bundle)
+    lines = list(summary(result))
+    assert len(lines) == 1 + len(result["components"])
+    assert "fp32 islands" in "".join(lines)
