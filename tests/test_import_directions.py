@@ -64,6 +64,8 @@ RULES = {
         lazy_third_party=ANYTHING,
     ),
     "bench/shapes/family.py": BENCH_BUILDER,
+    "bench/shapes/inheritance.py": BENCH_BUILDER,
+    "bench/shapes/learning.py": BENCH_BUILDER,
     "bench/shapes/train.py": BENCH_BUILDER,
 }
 

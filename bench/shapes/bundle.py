@@ -65,13 +65,23 @@ def expected_digests(plan: ExportPlan) -> dict[str, str]:
 
 
 def is_current(out: Path, digests: Mapping[str, str]) -> bool:
-    """Whether `out` is an undamaged bundle made by this version from sources with these digests."""
+    """Whether `out` is an undamaged bundle, made as it would be now: same sources, defaults and package versions."""
     try:
         manifest = Bundle.open(out).manifest
     except BundleError:
         return False
-    same_version = manifest.producers.get("tandemrt") == metadata.version("tandemrt")
-    return same_version and _source_digests(manifest) == digests
+    made_with = {name: _installed_version(name) for name in manifest.producers}
+    defaults = (manifest.defaults.num_inference_steps, manifest.defaults.guidance_scale)
+    return (
+        made_with == manifest.producers and defaults == (STEPS, GUIDANCE_SCALE) and _source_digests(manifest) == digests
+    )
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _source_digests(manifest: Manifest) -> dict[str, str]:

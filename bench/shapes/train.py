@@ -11,25 +11,26 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+
+from tandemrt.runtime import ArgumentError
 
 from . import family
-from .scenes import render, scenes
+from .inheritance import inherit
+from .learning import Data, Ema, cosine, picture_loss, ready_to_train, sample, tokens_of
+from .scenes import scenes
 
 SEED = 20260101
-GUIDANCE = 2.0
 STAGES = ("vae_tiny", "large", "small", "one_step", "vae_kl", "vae_small")
+LOG = "training-log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,52 +48,13 @@ class Budget:
     vae_small: int = 800
 
 
-class Data:
-    """Rendered training scenes, made once and kept in memory."""
-
-    def __init__(self, budget: Budget, tokenizer: CLIPTokenizer) -> None:
-        self._scenes = scenes(SEED, budget.pool, "train")
-        self.pictures = torch.from_numpy(np.stack([render(scene) for scene in self._scenes])).permute(0, 3, 1, 2)
-        self._tokenizer = tokenizer
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Caption tokens: (pool, 24) int64."""
-        return tokens_of(self._tokenizer, [scene.caption for scene in self._scenes])
-
-    def picture_batches(self, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-        """Pictures in [-1, 1]: (size, 3, 64, 64) float32, channels last."""
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            index = torch.randint(len(self.pictures), (size,), generator=generator)
-            yield (self.pictures[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-class Ema:
-    """An exponential moving average of a module's parameters."""
-
-    def __init__(self, *modules: nn.Module, decay: float = 0.999) -> None:
-        self._live = [parameter for module in modules for parameter in module.parameters()]
-        self._mean = [parameter.detach().clone() for parameter in self._live]
-        self._decay, self._updates = decay, 0
-
-    def update(self) -> None:
-        self._updates += 1
-        weight = 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(self._mean, [p.detach() for p in self._live], weight)
-
-    def copy_to_modules(self) -> None:
-        with torch.no_grad():
-            for live, mean in zip(self._live, self._mean, strict=True):
-                live.copy_(mean)
-
-
 class Trainer:
     """Runs the stages in order and writes one line of JSON per hundred steps."""
 
     def __init__(self, work: Path, budget: Budget) -> None:
         self._work, self._budget = work, budget
         work.mkdir(parents=True, exist_ok=True)
+        self._require_same_budget()
         captions = (scene.caption for scene in scenes(SEED, 4_000, "train"))
         self.tokenizer = family.train_tokenizer(captions, work / "tokenizer")
         self._schedule = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -100,7 +62,7 @@ class Trainer:
 
     @cached_property
     def data(self) -> Data:
-        return Data(self._budget, self.tokenizer)
+        return Data(SEED, self._budget.pool, self.tokenizer)
 
     @cached_property
     def latents(self) -> Tensor:
@@ -134,9 +96,21 @@ class Trainer:
             for prefix, module in modules.items()
             for name, value in module.state_dict().items()
         }
+        self._write(stage, state)
+
+    def _write(self, stage: str, tensors: dict[str, Tensor]) -> None:
         part = self._file(stage).with_suffix(".part")
-        save_file(state, part)
+        save_file(tensors, part)
         part.rename(self._file(stage))
+
+    def _require_same_budget(self) -> None:
+        """Refuse to go on from stages that had another budget."""
+        file, budget = self._work / "budget.json", asdict(self._budget)
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != budget:
+            raise ArgumentError(
+                "--work", "stages trained with another budget", got=str(self._work), remedy="Give another folder."
+            )
+        file.write_text(json.dumps(budget), encoding="utf-8")
 
     def _log(self, **facts: object) -> None:
         line = json.dumps(facts)
@@ -297,7 +271,7 @@ class Trainer:
                 parts.append(sample(teacher, text, part_noise, part_tokens, self.tokenizer, steps=8))
                 if len(parts) % 16 == 0:
                     self._log(stage="pairs", done=len(parts) * 256, seconds=round(time.monotonic() - started))
-            save_file({"noise": noise, "latents": torch.cat(parts).contiguous(), "tokens": tokens}, file)
+            self._write("pairs", {"noise": noise, "latents": torch.cat(parts).contiguous(), "tokens": tokens})
         pairs = load_file(file)
         return pairs["noise"], pairs["latents"], pairs["tokens"]
 
@@ -326,7 +300,13 @@ class Trainer:
         self._save("one_step", **{"": unet})
 
     def publish(self, out: Path) -> None:
-        """Write the family as fp16 safetensors in diffusers layout, the training log beside it."""
+        """Write the family as fp16 safetensors in diffusers layout, the training log beside it.
+
+        Raises:
+            ArgumentError: `out` exists and holds something else.
+        """
+        if out.exists() and not (out / LOG).is_file():
+            raise ArgumentError("--out", "exists and is no trained family", got=str(out), remedy="Give another folder.")
         part = out.with_name(out.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -352,112 +332,28 @@ class Trainer:
         }
         index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
         (part / "large" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        shutil.copy(self._work / "log.jsonl", part / "training-log.jsonl")
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.copy(self._work / "log.jsonl", part / LOG)
+        old = out.with_name(out.name + ".old")
+        if out.exists():
+            out.rename(old)
         part.rename(out)
-
-
-def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Padded token ids: (len(captions), 24) int64."""
-    encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=family.TEXT_LENGTH)
-    return torch.tensor(encoded["input_ids"])
-
-
-def picture_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
-    """L1, squared error and the L1 of the horizontal and vertical differences."""
-    difference = decoded - pictures
-    gradients = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-    return difference.abs().mean() + difference.square().mean() + 0.5 * gradients
-
-
-def cosine(peak: float, steps: int) -> Callable[[int], float]:
-    """A learning rate that warms up over 100 steps and falls to 1% of `peak`."""
-    return lambda n: peak * min(1.0, (n + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(n / steps, 1.0))))
-
-
-def ready_to_train(unet: nn.Module) -> nn.Module:
-    """The memory layout and attention that are fastest on CPUs; the last convolution stays in fp32."""
-    unet.set_attn_processor(AttnProcessor())
-    forward = unet.conv_out.forward
-
-    def forward_fp32(hidden: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return forward(hidden.float())
-
-    unet.conv_out.forward = forward_fp32
-    return unet.train().to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def inherit(unet: nn.Module, large: nn.Module) -> None:
-    """Fill a pruned UNet from the large one: the first layer of each down block, the first and last of each up block.
-
-    Inside narrowed ResNet blocks the channels with the largest weights are kept, as Hybrid-SD's significance score
-    does; narrowed attentions keep their first heads.
-    """
-    source = large.state_dict()
-    for name, target in unet.state_dict().items():
-        tensor = source[_origin(name)]
-        if tensor.shape != target.shape and ".resnets." not in name:
-            tensor = tensor[tuple(slice(0, size) for size in target.shape)]
-        if tensor.shape == target.shape:
-            target.copy_(tensor)
-    for name, block in unet.named_modules():
-        if isinstance(block, ResnetBlock2D):
-            _inherit_channels(block, large.get_submodule(_origin(name)))
-
-
-def _origin(name: str) -> str:
-    """The large UNet's name for a tensor or module of the one-layer UNet."""
-    parts = name.split(".")
-    if parts[0] == "up_blocks" and parts[2] in ("resnets", "attentions") and parts[3] == "1":
-        parts[3] = "2"
-    return ".".join(parts)
-
-
-def _inherit_channels(block: ResnetBlock2D, origin: ResnetBlock2D) -> None:
-    width = block.conv1.out_channels
-    score = origin.conv1.weight.abs().sum((1, 2, 3)) * origin.conv2.weight.abs().sum((0, 2, 3))
-    kept = score.topk(width).indices.sort().values
-    block.conv1.weight.copy_(origin.conv1.weight[kept])
-    block.conv1.bias.copy_(origin.conv1.bias[kept])
-    block.time_emb_proj.weight.copy_(origin.time_emb_proj.weight[kept])
-    block.time_emb_proj.bias.copy_(origin.time_emb_proj.bias[kept])
-    block.norm2.weight.copy_(origin.norm2.weight[kept])
-    block.norm2.bias.copy_(origin.norm2.bias[kept])
-    block.conv2.weight.copy_(origin.conv2.weight[:, kept])
-
-
-@torch.no_grad()
-def sample(
-    unet: nn.Module, text: CLIPTextModel, noise: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer, steps: int
-) -> Tensor:
-    """DPM-Solver++ 2M at guidance 2 from `noise` (B, 4, 8, 8): latents of the same shape, float32."""
-    scheduler = family.scheduler()
-    scheduler.set_timesteps(steps)
-    empty = tokens_of(tokenizer, [""]).expand(len(tokens), -1)
-    latents = noise.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = text(torch.cat([empty, tokens])).last_hidden_state
-        for timestep in scheduler.timesteps:
-            both = unet(torch.cat([latents, latents]), timestep, hidden).sample.float()
-            unconditional, conditional = both.chunk(2)
-            guided = unconditional + GUIDANCE * (conditional - unconditional)
-            latents = scheduler.step(guided, timestep, latents).prev_sample
-    return latents
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/shapes-training"), help="where stages keep their state")
     parser.add_argument("--out", type=Path, default=Path("bench/shapes/weights"), help="where the family goes")
-    parser.add_argument("--rehearse", action="store_true", help="a few steps of everything: checks the script")
+    parser.add_argument("--rehearse", action="store_true", help="a few steps of everything, into out/shapes-rehearsal")
     arguments = parser.parse_args()
-    few = Budget(512, 20, 10, 10, 20, 256, 20, 20, 20)
-    trainer = Trainer(arguments.work, few if arguments.rehearse else Budget())
+    budget, work, out = Budget(), arguments.work, arguments.out
+    if arguments.rehearse:
+        budget = Budget(512, 20, 10, 10, 20, 256, 20, 20, 20)
+        work, out = Path("out/shapes-rehearsal/work"), Path("out/shapes-rehearsal/weights")
+    trainer = Trainer(work, budget)
     for stage in STAGES:
         trainer.run(stage)
-    trainer.publish(arguments.out)
+    trainer.publish(out)
 
 
 if __name__ == "__main__":

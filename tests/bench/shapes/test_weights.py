@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from tandemrt.bench.shapes import family, scenes, train
+from tandemrt.bench.shapes import family, inheritance, scenes, train
 
 WEIGHTS = Path(family.__file__).parent / "weights"
 MODELS = {
@@ -74,7 +74,7 @@ def test_the_tokenizer_knows_every_word_of_a_caption_and_none_is_cut(tokenizer):
 
 def test_a_pruned_model_inherits_the_large_ones_outer_layers_and_its_strongest_channels():
     large, small = family.large_unet(), family.pruned_unet(family.SMALL_PRUNING)
-    train.inherit(small, large)
+    inheritance.inherit(small, large)
     assert small.conv_in.weight.equal(large.conv_in.weight)
     # One of two layers per block: of three upward ones the first and the last are kept.
     last, origin = small.up_blocks[0].resnets[1], large.up_blocks[0].resnets[2]
