@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from tandemrt.bench.shapes import family, inheritance, scenes, train
+from tandemrt.bench.shapes import family, inheritance, scenes
 
 WEIGHTS = Path(family.__file__).parent / "weights"
 MODELS = {
