@@ -11,15 +11,16 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from . import manifest as manifests
 from .errors import BundleError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Component, FileRecord, Manifest
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Component, FileRecord, Manifest, TensorSpec
 from .onnx_files import external_files
+from .tensors import check_loaded, check_role
 
 TOKENIZER = "tokenizer/tokenizer.json"
 MAX_PATH_CHARACTERS = 255
@@ -33,6 +34,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # O_NONBLOCK: a pipe put in a file's place must not hang the open. The flags are absent on Windows.
 _READ_ONLY = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _COPY_AGAIN = "Copy the bundle again, or export it again."
+_CHANGED = "It was changed after the bundle was opened: open the bundle again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,32 @@ class Bundle:
     def model_path(self, name: str) -> Path:
         """Where the ONNX model of component `name` lies; raises BundleError as `component` does."""
         return self.path / self.component(name).model
+
+    def check_component(self, name: str) -> None:
+        """Compare the files that component `name` is loaded from with the manifest once more.
+
+        They may have been replaced since the bundle was opened. A text encoder's files are its tokenizer's too.
+
+        Raises:
+            BundleError: a file is missing, is no regular file of one name, or has another size or content.
+        """
+        component, files = self.component(name), self.manifest.files
+        _check_files(self.path, {component.model: files[component.model]})
+        _check_external_files(self.path, component, files)
+        folder = posixpath.dirname(component.model)
+        others = {
+            posixpath.normpath(posixpath.join(folder, path)) for path in external_files(self.path / component.model)
+        }
+        if component.role == "text_encoder":
+            others.add(TOKENIZER)
+        _check_files(self.path, {other: files[other] for other in sorted(others)})
+
+    def check_tensors(self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        """Raise BundleError unless the model loaded for component `name` has the tensors its manifest lists."""
+        component = self.component(name)
+        where = _shown(self.path / component.model)
+        check_loaded(where, inputs, component.inputs)
+        check_loaded(where, outputs, component.outputs)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -139,6 +167,7 @@ def _check_components(manifest: Manifest, where: str) -> None:
             raise BundleError(where, f"model of component {name!r}", got=component.model[:256], expected=expected)
         if component.role == "denoiser" and component.prediction_type is None:
             raise BundleError(where, f"denoiser {name!r} without a prediction type", remedy="Export the bundle again.")
+        check_role(where, name, component)
     for role in ("text_encoder", "denoiser", "vae_decoder"):
         if not any(component.role == role for component in manifest.components.values()):
             raise BundleError(where, f"no component with role {role!r}", remedy="Export the bundle again.")
@@ -237,7 +266,7 @@ def _check_entry(path: Path, status: os.stat_result) -> None:
         )
 
 
-def _check_digests(root: Path, files: dict[str, FileRecord]) -> None:
+def _check_digests(root: Path, files: dict[str, FileRecord], remedy: str = _COPY_AGAIN) -> None:
     names = sorted(files, key=lambda name: -files[name].size)
     paths = [root / name for name in names]
     if sum(record.size >= LARGE_FILE_BYTES for record in files.values()) > 1:
@@ -250,9 +279,26 @@ def _check_digests(root: Path, files: dict[str, FileRecord]) -> None:
         digests = dict(zip(names, map(_sha256, paths), strict=True))
     for name, record in files.items():
         if digests[name] != record.sha256:
+            raise BundleError(_shown(root / name), "sha256", got=digests[name], expected=record.sha256, remedy=remedy)
+
+
+def _check_files(root: Path, files: dict[str, FileRecord]) -> None:
+    """These files, without looking at what else lies in the folder."""
+    for name, record in files.items():
+        path = root / name
+        try:
+            for folder in path.relative_to(root).parents[:-1]:
+                if not stat.S_ISDIR((root / folder).lstat().st_mode):
+                    raise BundleError(_shown(root / folder), "not a folder", remedy=_COPY_AGAIN)
+            status = path.lstat()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        _check_entry(path, status)
+        if status.st_size != record.size:
             raise BundleError(
-                _shown(root / name), "sha256", got=digests[name], expected=record.sha256, remedy=_COPY_AGAIN
+                _shown(path), "size", got=status.st_size, expected=f"{record.size} bytes", remedy=_CHANGED
             )
+    _check_digests(root, files, _CHANGED)
 
 
 def _sha256(path: Path) -> str:

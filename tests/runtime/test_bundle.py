@@ -565,6 +565,31 @@ def test_pooled_or_unusual_but_valid_manifests_open(bundle: Path) -> None:
     assert Bundle.open(bundle).model_path("unet_third") == bundle / "unet_small" / "model.onnx"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "edit"),
+    [
+        ("unet", "inputs", lambda specs: specs[:-1]),
+        ("unet", "inputs", lambda specs: (*specs, msgspec.structs.replace(specs[0], name="time_ids"))),
+        ("unet_small", "outputs", lambda specs: (msgspec.structs.replace(specs[0], name="noise"),)),
+        ("text_encoder", "inputs", lambda specs: (msgspec.structs.replace(specs[0], name="tokens"),)),
+        ("text_encoder", "outputs", lambda specs: specs[1:]),
+        ("vae_decoder", "inputs", lambda specs: (specs[0], specs[0])),
+        ("vae_decoder", "outputs", lambda specs: ()),
+    ],
+)
+def test_a_component_has_the_tensors_of_its_role(
+    name: str, kind: str, edit: Callable[[Any], Any], bundle: Path
+) -> None:
+    def changed(manifest: Manifest) -> Manifest:
+        component = manifest.components[name]
+        component = msgspec.structs.replace(component, **{kind: edit(getattr(component, kind))})
+        return msgspec.structs.replace(manifest, components={**manifest.components, name: component})
+
+    resign(bundle, changed)
+    with pytest.raises(BundleError, match=f"{kind} of .* '{name}', got "):
+        Bundle.open(bundle)
+
+
 def test_opening_imports_no_parser(bundle: Path) -> None:
     """Checking is done by the standard library and msgspec; no model or tokenizer library is there to be attacked."""
     code = (
