@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 _ABSENT = object()
+_SHOWN_CHARACTERS = 1000
 
 
 class TandemError(Exception):
@@ -30,10 +31,20 @@ class TandemError(Exception):
         self.where, self.what, self.expected, self.remedy = where, what, expected, remedy
         message = f"{where}: {what}"
         if got is not _ABSENT:
-            message += f", got {got!r}"
+            message += f", got {_shown(got)}"
         if expected is not None:
             message += f", expected {expected}"
         super().__init__(f"{message}. {remedy}".rstrip())
+
+
+def _shown(got: object) -> str:
+    """`got` in one line of bounded length, whatever a caller passed."""
+    try:
+        text = repr(got)
+    except Exception:  # Python refuses to print whole numbers of thousands of digits; other objects raise at will
+        return f"a {type(got).__name__} that cannot be shown"
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 class ArgumentError(TandemError):

@@ -13,16 +13,18 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from PIL import Image
 
+from .arguments import whole_number
 from .backends import open_session
 from .backends.base import Session
 from .bundle import Bundle
-from .errors import CancelledError, ExecutionError, RequestError
+from .errors import ArgumentError, BundleError, CancelledError, ExecutionError, RequestError
 from .images import Float32, image_from_pixels, pixels_from_decoded
+from .manifest import TextConditioning
 from .output import Output, RowTiming, StepEvent, Timings
 from .plan import Plan, compile_plan
 from .request import Noise, Request, checked_array
 from .sampler import Conditioning, Sampler
-from .targets import Target, check_runnable, parse_target
+from .targets import Target, check_installed, check_runnable, parse_target
 from .text import DroppedText, PromptEncoder
 
 P = ParamSpec("P")
@@ -57,7 +59,10 @@ class Stream(Iterator[StepEvent]):
         return self._output
 
     def cancel(self) -> None:
-        """Stop after the row that is running, from any thread: asking for the next event then raises CancelledError."""
+        """Stop after the row that is running, or before the first, from any thread.
+
+        Asking for the next event then raises CancelledError.
+        """
         self._cancelled.set()
 
 
@@ -97,14 +102,19 @@ class Pipeline:
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
-            ArgumentError: there is no such target.
+            ArgumentError: there is no such target, or `threads` is no whole number of 1 or more.
             TargetError: the target is not available here, or names another precision than the bundle has.
         """
-        opened, wanted = Bundle.open(bundle), parse_target(target)
+        wanted = parse_target(target)
         check_runnable(wanted)
+        check_installed(wanted)
+        count = None if threads is None else whole_number(threads)
+        if threads is not None and (count is None or count < 1):
+            raise ArgumentError("threads", "number of threads", got=threads, expected="1 or more")
+        opened = Bundle.open(bundle)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
-        return cls(opened, wanted, threads)
+        return cls(opened, wanted, count)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -140,6 +150,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
+        _check_embeddings(request, manifest.text)
         if request.latents is not None:
             checked_array("latents", request.latents, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
@@ -148,11 +159,13 @@ class Pipeline:
     def _run(
         self, request: Request, plan: Plan, noise: Noise, decoders: tuple[str, str], cancelled: threading.Event
     ) -> Generator[StepEvent, None, Output]:
+        _stop_if(cancelled, 0, plan)
         began = time.perf_counter()
         conditioning, dropped = self._conditioning(request, guided=any(plan.guided))
         text_ms = _since(began)
         sessions = {name: self._session(name) for name in dict.fromkeys(plan.denoisers)}
         sampler = Sampler(plan, sessions, conditioning, noise.draw)
+        _stop_if(cancelled, 0, plan)
         state = sampler.start(noise.draw() if request.latents is None else request.latents)
         rows: list[RowTiming] = []
         for done in sampler.run(state):
@@ -161,8 +174,7 @@ class Pipeline:
             preview = _images(self._decode(decoders[1], done.denoised())) if wanted else ()
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
             yield StepEvent(done.row, plan.table.rows, step, timestep, rows[-1], preview)
-            if cancelled.is_set():
-                raise CancelledError("generation", f"cancelled after row {done.row + 1} of {plan.table.rows}")
+            _stop_if(cancelled, done.row + 1, plan)
         decoding = time.perf_counter()
         pixels = () if request.output_type == "latent" else tuple(self._decode(decoders[0], state.latents))
         timings = Timings(text_ms, tuple(rows), _since(decoding), _since(began))
@@ -171,29 +183,20 @@ class Pipeline:
 
     def _conditioning(self, request: Request, *, guided: bool) -> tuple[Conditioning, tuple[DroppedText, ...]]:
         """The text embeddings of both branches, repeated for each picture, and the text that was cut."""
-        conditional, dropped = self._embeddings("prompt", request.prompts, request.prompt_embeds, request)
+        conditional, dropped = self._embeddings(request.prompts, request.prompt_embeds, request)
         unconditional = None
         if guided:
             texts = ("",) if request.negative_prompts is None else request.negative_prompts
-            negative = self._embeddings("negative_prompt", texts, request.negative_prompt_embeds, request)
-            dropped += negative[1]
-            if negative[0].shape[1] != conditional.shape[1] or len(negative[0]) not in (1, request.batch):
-                raise RequestError(
-                    "negative_prompt_embeds",
-                    "shape",
-                    got=negative[0].shape,
-                    expected=f"as the prompt's {conditional.shape}",
-                )
-            unconditional = np.broadcast_to(negative[0], conditional.shape).repeat(
-                request.num_images_per_prompt, axis=0
-            )
+            negative, cut = self._embeddings(texts, request.negative_prompt_embeds, request)
+            dropped += cut
+            unconditional = np.broadcast_to(negative, conditional.shape).repeat(request.num_images_per_prompt, axis=0)
         return Conditioning(conditional.repeat(request.num_images_per_prompt, axis=0), unconditional), dropped
 
     def _embeddings(
-        self, name: str, texts: tuple[str, ...] | None, embeds: Float32 | None, request: Request
+        self, texts: tuple[str, ...] | None, embeds: Float32 | None, request: Request
     ) -> tuple[Float32, tuple[DroppedText, ...]]:
         if embeds is not None:
-            return checked_array(f"{name}_embeds", embeds, (None, None, self.bundle.manifest.text.width)), ()
+            return embeds, ()
         return self._encoder.encode(texts or (), strict=request.strict_prompts)
 
     @functools.cached_property
@@ -205,9 +208,19 @@ class Pipeline:
             if self._closed:
                 raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
             if name not in self._sessions:
-                path = self.bundle.model_path(name)
-                self._sessions[name] = open_session(path, self.target, threads=self._threads)
+                self._sessions[name] = self._opened(name)
             return self._sessions[name]
+
+    def _opened(self, name: str) -> Session:
+        """A model whose files still are what the manifest says, and whose tensors are."""
+        self.bundle.check_component(name)
+        session = open_session(self.bundle.model_path(name), self.target, threads=self._threads)
+        try:
+            self.bundle.check_tensors(name, session.inputs, session.outputs)
+        except BundleError:
+            session.close()
+            raise
+        return session
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
         """The decoder asked for; without a name the bundle's first, or its tiny one."""
@@ -232,8 +245,25 @@ class Pipeline:
             yield pixels_from_decoded(decoded)[0]
 
 
+def _check_embeddings(request: Request, text: TextConditioning) -> None:
+    """Raise RequestError unless given embeddings fit the denoisers and each other."""
+    tokens = text.max_length
+    if request.prompt_embeds is not None:
+        tokens = request.prompt_embeds.shape[1]
+        checked_array("prompt_embeds", request.prompt_embeds, (None, max(tokens, 1), text.width))
+    negative = request.negative_prompt_embeds
+    if negative is not None:
+        prompts = 1 if len(negative) == 1 else request.batch
+        checked_array("negative_prompt_embeds", negative, (prompts, tokens, text.width))
+
+
 def _images(pixels: Iterator[Float32] | tuple[Float32, ...]) -> tuple[Image.Image, ...]:
     return tuple(image_from_pixels(picture) for picture in pixels)
+
+
+def _stop_if(cancelled: threading.Event, rows: int, plan: Plan) -> None:
+    if cancelled.is_set():
+        raise CancelledError("generation", f"cancelled after row {rows} of {plan.table.rows}")
 
 
 def _since(began: float) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from .arguments import finite_number, whole_number
 from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
 from .solvers import compile_table, resolve_solver
 from .table import Table
+
+MAX_STEP_DIGITS = 9
 
 Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
 
@@ -81,22 +85,22 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     Where all steps go to one denoiser that brings its own scheduler (a one-step model), that scheduler is the default.
 
     Raises:
-        PlanError: steps that sum to 0, are negative or name an unknown denoiser; an unknown solver or a scheduler key
-            it does not support; a guidance interval outside 0..1.
+        PlanError: an argument is of another type than `Schedule` says; steps that sum to 0, are negative or name an
+            unknown denoiser; an unknown solver or a scheduler key it does not support; a guidance interval outside
+            0..1.
         RequestError: guidance that is negative, NaN or infinite.
     """
-    runs = _runs(manifest, schedule)
+    timesteps = _timesteps(schedule)
+    runs = _runs(manifest, schedule, timesteps)
     guidance_scale = _guidance_scale(manifest, schedule)
+    start, end = _guidance_interval(schedule)
+    _require_solver(schedule)
     total = sum(count for _, count in runs)
     default = _default_scheduler(manifest, runs)
-    class_name, config = resolve_solver(schedule.solver or default.class_name, default.config, schedule.solver_config)
-    table = compile_table(class_name, config, total, timesteps=schedule.timesteps, eta=schedule.eta)
+    solver = default.class_name if schedule.solver is None else schedule.solver
+    class_name, config = resolve_solver(solver, default.config, schedule.solver_config)
+    table = compile_table(class_name, config, total, timesteps=timesteps, eta=schedule.eta)
     by_step = [name for name, count in runs for _ in range(count)]
-    start, end = schedule.guidance_interval
-    if not 0 <= start <= end <= 1:
-        raise PlanError(
-            "guidance_interval", "fractions of the steps", got=(start, end), expected="0 <= start <= end <= 1"
-        )
     on = [guidance_scale > 1 and start <= step / total < end for step in range(total)]
     return Plan(
         table=table,
@@ -115,7 +119,7 @@ def parse_steps(text: str, denoisers: Sequence[str]) -> tuple[tuple[str, int], .
     runs: list[tuple[str, int]] = []
     for index, part in enumerate(text.split(",")):
         name, _, count = part.strip().rpartition(":")
-        if not count.isascii() or not count.isdigit():
+        if not count.isascii() or not count.isdigit() or len(count) > MAX_STEP_DIGITS:
             raise PlanError(
                 "steps", "not a number of steps", got=part, expected="such as 25, 10,15 or unet:10,unet_small:15"
             )
@@ -130,26 +134,75 @@ def parse_steps(text: str, denoisers: Sequence[str]) -> tuple[tuple[str, int], .
     return tuple(runs)
 
 
-def _runs(manifest: Manifest, schedule: Schedule) -> tuple[tuple[str, int], ...]:
+def _runs(manifest: Manifest, schedule: Schedule, timesteps: tuple[int, ...] | None) -> tuple[tuple[str, int], ...]:
     """The schedule's steps as pairs of denoiser and count, checked; denoisers with no step are dropped."""
     denoisers = manifest.names("denoiser")
-    steps = schedule.steps
+    steps: object = schedule.steps
     if steps is None:
-        steps = len(schedule.timesteps) if schedule.timesteps is not None else manifest.defaults.num_inference_steps
-    if isinstance(steps, int):
-        steps = ((denoisers[0], steps),)
-    runs = tuple(steps.items() if isinstance(steps, Mapping) else steps)
-    for name, count in runs:
+        steps = manifest.defaults.num_inference_steps if timesteps is None else len(timesteps)
+    runs = []
+    for name, given in _pairs(steps, denoisers[0]):
         if name not in denoisers:
             raise PlanError("steps", "unknown denoiser", got=name, expected=f"one of {', '.join(denoisers)}")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise PlanError(f"steps: {name}", "number of steps", got=count, expected="a whole number, 0 or more")
+        count = whole_number(given)
+        if count is None or count < 0:
+            raise PlanError(f"steps: {name}", "number of steps", got=given, expected="a whole number, 0 or more")
+        runs.append((name, count))
     total = sum(count for _, count in runs)
     if total == 0:
         raise PlanError("steps", "number of steps in all", got=0, expected="1 or more")
-    if schedule.timesteps is not None and len(schedule.timesteps) != total:
-        raise PlanError("timesteps", "how many there are", got=len(schedule.timesteps), expected=f"{total}, one a step")
+    if timesteps is not None and len(timesteps) != total:
+        raise PlanError("timesteps", "how many there are", got=len(timesteps), expected=f"{total}, one a step")
     return tuple((name, count) for name, count in runs if count)
+
+
+def _pairs(steps: object, first: str) -> tuple[tuple[str, object], ...]:
+    """What `Schedule.steps` may be as pairs of a name and a count, neither of them checked further."""
+    if whole_number(steps) is not None:
+        return ((first, steps),)
+    if isinstance(steps, Mapping):
+        pairs = tuple(steps.items())
+    elif isinstance(steps, Sequence) and not isinstance(steps, str | bytes):
+        pairs = tuple(steps)
+    else:
+        pairs = (steps,)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            expected = 'a whole number, or numbers by denoiser such as {"unet": 10, "unet_small": 15}'
+            raise PlanError("steps", "not usable", got=steps, expected=expected)
+    return pairs
+
+
+def _timesteps(schedule: Schedule) -> tuple[int, ...] | None:
+    given: object = schedule.timesteps
+    if given is None:
+        return None
+    listed = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | bytes) and np.ndim(given) != 0
+    numbers = [whole_number(timestep) for timestep in given] if listed else [None]  # type: ignore[attr-defined]
+    whole = tuple(number for number in numbers if number is not None)
+    if len(whole) != len(numbers):
+        raise PlanError("timesteps", "not usable", got=given, expected="a sequence of whole numbers")
+    return whole
+
+
+def _require_solver(schedule: Schedule) -> None:
+    solver: object = schedule.solver
+    config: object = schedule.solver_config
+    if solver is not None and not isinstance(solver, str):
+        raise PlanError("solver", "type", got=solver, expected="a name such as 'ddim'")
+    if config is not None and not (isinstance(config, Mapping) and all(isinstance(key, str) for key in config)):
+        expected = 'keys and values such as {"use_karras_sigmas": True}'
+        raise PlanError("solver_config", "type", got=config, expected=expected)
+
+
+def _guidance_interval(schedule: Schedule) -> tuple[float, float]:
+    given: object = schedule.guidance_interval
+    ends = [finite_number(end) for end in given] if isinstance(given, tuple | list) and len(given) == 2 else [None] * 2
+    start, end = ends
+    if start is None or end is None or not 0 <= start <= end <= 1:
+        expected = "two fractions of the steps, 0 <= start <= end <= 1"
+        raise PlanError("guidance_interval", "not usable", got=given, expected=expected)
+    return start, end
 
 
 def _default_scheduler(manifest: Manifest, runs: Sequence[tuple[str, int]]) -> SchedulerDefaults:
@@ -159,7 +212,8 @@ def _default_scheduler(manifest: Manifest, runs: Sequence[tuple[str, int]]) -> S
 
 
 def _guidance_scale(manifest: Manifest, schedule: Schedule) -> float:
-    scale = manifest.defaults.guidance_scale if schedule.guidance_scale is None else schedule.guidance_scale
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-        raise RequestError("guidance_scale", "not usable", got=scale, expected="a finite number, 0 or more")
-    return float(scale)
+    given = manifest.defaults.guidance_scale if schedule.guidance_scale is None else schedule.guidance_scale
+    scale = finite_number(given)
+    if scale is None or scale < 0:
+        raise RequestError("guidance_scale", "not usable", got=given, expected="a finite number, 0 or more")
+    return scale

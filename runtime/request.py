@@ -11,12 +11,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import whole_number
 from .errors import RequestError
 from .manifest import Manifest
 from .plan import Schedule, Steps
 from .rng import new_generator
 
 Float32 = npt.NDArray[np.float32]
+MAX_SIDE = 16_384
+MAX_PICTURES = 4096
+MAX_PIXELS = 1 << 28
+
 OutputType = Literal["pil", "np", "latent"]
 
 
@@ -75,12 +80,22 @@ class Request:
             raise RequestError("negative_prompt", "given beside negative_prompt_embeds", remedy="Give one of them.")
         if self.steps is not None and self.num_inference_steps is not None:
             raise RequestError("steps", "given beside num_inference_steps", remedy="Give one of them.")
+        if self.num_inference_steps is not None and whole_number(self.num_inference_steps) is None:
+            got = self.num_inference_steps
+            raise RequestError("num_inference_steps", "not usable", got=got, expected="a whole number, 1 or more")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = getattr(self, name)
+            if embeds is not None:
+                checked_array(name, embeds, (None, None, None))
         if self.output_type not in ("pil", "np", "latent"):
             raise RequestError("output_type", "unknown", got=self.output_type, expected="pil, np or latent")
-        _require_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
-        _require_whole("previews", self.previews, 0)
-        if self.prompts is not None and not self.prompts:
-            raise RequestError("prompt", "an empty list", expected="at least one prompt")
+        require_pictures(self.num_images_per_prompt)
+        previews = whole_number(self.previews)
+        if previews is None or previews < 0:
+            raise RequestError("previews", "not usable", got=self.previews, expected="a whole number, 0 or more")
+        if self.batch == 0:
+            name = "prompt" if self.prompt_embeds is None else "prompt_embeds"
+            raise RequestError(name, "an empty list", expected="at least one prompt")
         negatives = self.negative_prompts
         if negatives is not None and len(negatives) not in (1, self.batch):
             raise RequestError(
@@ -94,11 +109,11 @@ class Request:
 
     @cached_property
     def prompts(self) -> tuple[str, ...] | None:
-        return None if self.prompt is None else _texts(self.prompt)
+        return None if self.prompt is None else _texts("prompt", self.prompt)
 
     @cached_property
     def negative_prompts(self) -> tuple[str, ...] | None:
-        return None if self.negative_prompt is None else _texts(self.negative_prompt)
+        return None if self.negative_prompt is None else _texts("negative_prompt", self.negative_prompt)
 
     @property
     def batch(self) -> int:
@@ -109,7 +124,7 @@ class Request:
     @property
     def pictures(self) -> int:
         """How many pictures: prompts times `num_images_per_prompt`."""
-        return self.batch * self.num_images_per_prompt
+        return self.batch * int(self.num_images_per_prompt)
 
     @property
     def schedule(self) -> Schedule:
@@ -127,15 +142,21 @@ class Request:
         """The latent's shape (pictures, C, h, w) for these denoisers.
 
         Raises:
-            RequestError: a size is not a positive multiple of what decoder and denoisers need.
+            RequestError: a size is not a positive multiple of what decoder and denoisers need, or is over the bounds:
+                16384 pixels a side, 2**28 pixels in all pictures together.
         """
         multiple = max(manifest.components[name].spatial_multiple for name in denoisers)
         pixels = multiple * manifest.latent.downsampling
-        height = manifest.defaults.height if self.height is None else self.height
-        width = manifest.defaults.width if self.width is None else self.width
-        for name, value in (("height", height), ("width", width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % pixels:
-                raise RequestError(name, "not usable", got=value, expected=f"a positive multiple of {pixels} pixels")
+        height = _side("height", manifest.defaults.height if self.height is None else self.height, pixels)
+        width = _side("width", manifest.defaults.width if self.width is None else self.width, pixels)
+        if self.pictures * height * width > MAX_PIXELS:
+            raise RequestError(
+                "height, width",
+                "pixels of all pictures together",
+                got=f"{self.pictures} x {height} x {width}",
+                expected=f"at most {MAX_PIXELS}",
+                remedy="Ask for a smaller size, or for fewer pictures at once.",
+            )
         factor = manifest.latent.downsampling
         return self.pictures, manifest.latent.channels, height // factor, width // factor
 
@@ -173,12 +194,23 @@ def checked_array(where: str, array: Float32, shape: tuple[int | None, ...]) -> 
     return array
 
 
-def _texts(value: str | Sequence[str]) -> tuple[str, ...]:
+def require_pictures(value: object) -> None:
+    """Raise RequestError when `value` is no usable `num_images_per_prompt`."""
+    pictures = whole_number(value)
+    if pictures is None or not 1 <= pictures <= MAX_PICTURES:
+        expected = f"a whole number in 1..{MAX_PICTURES}"
+        raise RequestError("num_images_per_prompt", "not usable", got=value, expected=expected)
+
+
+def _side(name: str, given: object, multiple: int) -> int:
+    pixels = whole_number(given)
+    if pixels is None or not 0 < pixels <= MAX_SIDE or pixels % multiple:
+        expected = f"a positive multiple of {multiple} pixels, at most {MAX_SIDE}"
+        raise RequestError(name, "not usable", got=given, expected=expected)
+    return pixels
+
+
+def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(value, str | Sequence):
-        raise RequestError("prompt", "type", got=type(value).__name__, expected="a string or a sequence of strings")
+        raise RequestError(name, "type", got=type(value).__name__, expected="a string or a sequence of strings")
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _require_whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise RequestError(name, "not usable", got=value, expected=f"a whole number, {low} or more")

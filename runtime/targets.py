@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import ArgumentError, TargetError
@@ -107,6 +108,16 @@ def check_runnable(target: Target) -> None:
         )
 
 
+def check_installed(target: Target) -> None:
+    """Raise TargetError when the package that runs `target` is not installed; it is not imported."""
+    try:
+        found = find_spec(target.backend) is not None
+    except ValueError:  # a module without a spec is imported already
+        found = True
+    if not found:
+        raise TargetError(target.backend, "is not installed", remedy=f"Run `{install_hint(target.backend)}`.")
+
+
 def install_hint(backend: str) -> str:
     """The command that installs what `backend` needs."""
     return f'pip install "tandemrt[{_BACKENDS[backend].extra}]"'
@@ -133,8 +144,9 @@ def _status(name: str, backend: _Backend) -> BackendStatus:
             import onnxruntime  # noqa: PLC0415 (heavy)
 
             devices = tuple(onnxruntime.get_available_providers())
-        except ImportError as error:
-            missing.append(f"{name} is installed but cannot be imported ({error}): reinstall it")
+        except Exception as error:  # a damaged installation fails in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            missing.append(f"{name} is installed but cannot be imported ({reason}): reinstall it")
     targets = () if missing else tuple(Target(name, device) for device in backend.runs_on)
     if not backend.runs_on:
         missing.append("this version of tandemrt does not run bundles on it yet")

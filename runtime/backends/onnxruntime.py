@@ -148,9 +148,9 @@ class OnnxRuntimeBinding:
 def _onnxruntime() -> Any:
     try:
         import onnxruntime  # noqa: PLC0415 (heavy, and of an extra)
-    except ImportError as error:
+    except Exception as error:  # a damaged installation fails in any way
         raise TargetError(
-            "onnxruntime", f"cannot be imported ({error})", remedy=f"Run `{install_hint('onnxruntime')}`."
+            "onnxruntime", f"cannot be imported ({_one_line(error)})", remedy=f"Run `{install_hint('onnxruntime')}`."
         ) from error
     return onnxruntime
 

@@ -85,7 +85,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def _training(start: float, end: float, *schedules: str) -> dict[str, Key]:
@@ -342,7 +347,7 @@ def effective_config(class_name: str, config: Mapping[str, Any]) -> Config:
     keys, given = require_class(class_name), known_keys(class_name, config)
     effective = {name: given.get(name, key.default) for name, key in keys.items()}
     for name, key in keys.items():
-        if not key.accepts(effective[name]):
+        if not _accepted(key, effective[name]):
             origin = "" if name in given else " (diffusers' default for this class)"
             raise PlanError(
                 f"{class_name}: {name}", f"unsupported value{origin}", got=effective[name], expected=key.expected
@@ -352,6 +357,13 @@ def effective_config(class_name: str, config: Mapping[str, Any]) -> Config:
     if betas is not None and len(betas) != count:
         raise PlanError(f"{class_name}: trained_betas", "how many there are", got=len(betas), expected=f"{count}")
     return effective
+
+
+def _accepted(key: Key, value: Any) -> bool:
+    try:
+        return key.accepts(value)
+    except (TypeError, ValueError):  # values such as arrays have no one truth when compared
+        return False
 
 
 def _require_one_sigma_spacing(class_name: str, config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandemrt.runtime import CancelledError, ExecutionError, Pipeline, PlanError, RequestError, TargetError
+from tandemrt.runtime import (
+    ArgumentError,
+    BundleError,
+    CancelledError,
+    ExecutionError,
+    Pipeline,
+    PlanError,
+    RequestError,
+    TargetError,
+)
 from tandemrt.runtime.images import image_from_pixels
+from tandemrt.runtime.sampler import Sampler
 
 from .tiny_bundle import MAX_LENGTH, TEXT_WIDTH, resign, write_tiny_bundle
 
@@ -149,6 +160,14 @@ def test_cancelling_stops_before_the_next_row_and_leaves_the_pipeline_usable(pip
     assert len(pipe("red", num_inference_steps=1).images) == 1
 
 
+def test_cancelling_before_the_first_row_runs_none(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = pipe.stream("red", seed=7, num_inference_steps=2)
+    stream.cancel()
+    monkeypatch.setattr(Sampler, "run", None)
+    with pytest.raises(CancelledError, match="after row 0 of 2"):
+        next(stream)
+
+
 def test_threads_paint_what_one_thread_paints(pipe: Pipeline) -> None:
     jobs = [
         {"seed": seed, "prompt": prompt, "height": size}
@@ -197,7 +216,7 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
         ({"seed": 2**64}, RequestError, "seed"),
         ({"seed": 1.5}, RequestError, "seed"),
         ({"seed": [1, 2]}, RequestError, "seed.*got 2"),
-        ({"seed_device": "tpu"}, Exception, "tpu"),
+        ({"seed_device": "tpu"}, ArgumentError, "tpu"),
         ({"decoder": "vae_decoder_huge"}, RequestError, "vae_decoder_huge.*expected one of vae_decoder"),
         ({"num_images_per_prompt": 0}, RequestError, "num_images_per_prompt"),
         ({"negative_prompt": ["a", "b", "c"]}, RequestError, "negative_prompt.*got 3"),
@@ -210,6 +229,36 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
         ({"solver": "magic"}, PlanError, "magic"),
         ({"solver": "ddim", "solver_config": {"use_karras_sigmas": True}}, PlanError, "use_karras_sigmas"),
         ({"guidance_interval": (0.5, 2.0)}, PlanError, "guidance_interval"),
+        ({"guidance_interval": None}, PlanError, "guidance_interval.*got None"),
+        ({"guidance_interval": ("0", "1")}, PlanError, "guidance_interval.*got .'0', '1'"),
+        ({"guidance_interval": (0,)}, PlanError, "guidance_interval"),
+        ({"num_inference_steps": 2.5}, RequestError, "num_inference_steps.*got 2.5"),
+        ({"num_inference_steps": 10**5000}, PlanError, "num_inference_steps|steps"),
+        ({"num_inference_steps": None, "steps": "10,15"}, PlanError, "steps.*got '10,15'"),
+        ({"num_inference_steps": None, "steps": [10, 15]}, PlanError, r"steps.*got \[10, 15\]"),
+        ({"num_inference_steps": None, "steps": 2.5}, PlanError, "steps.*got 2.5"),
+        ({"num_inference_steps": None, "steps": [("unet", 1, 2)]}, PlanError, "steps"),
+        ({"num_inference_steps": None, "steps": {"unet": True}}, PlanError, "steps: unet.*got True"),
+        ({"solver": ["a"]}, PlanError, r"solver.*got \['a'\]"),
+        ({"solver": ""}, PlanError, "solver.*got ''"),
+        ({"solver_config": [1]}, PlanError, r"solver_config.*got \[1\]"),
+        ({"solver_config": {1: 2}}, PlanError, "solver_config"),
+        ({"solver_config": {"beta_start": np.zeros((3, 3))}}, PlanError, "beta_start"),
+        ({"solver_config": {"beta_start": 10**400}}, PlanError, "beta_start"),
+        ({"solver_config": {"beta_schedule": np.zeros((3, 3))}}, PlanError, "beta_schedule"),
+        ({"timesteps": 5}, PlanError, "timesteps.*got 5"),
+        ({"timesteps": "999,1"}, PlanError, "timesteps"),
+        ({"guidance_scale": "5"}, RequestError, "guidance_scale.*got '5'"),
+        ({"guidance_scale": 10**400}, RequestError, "guidance_scale"),
+        ({"negative_prompt": 5}, RequestError, "negative_prompt.*got 'int'"),
+        ({"prompt": None, "prompt_embeds": 3.0}, RequestError, "prompt_embeds.*got 'float'"),
+        ({"prompt": None, "prompt_embeds": np.zeros((0, 5, 8), np.float32)}, RequestError, "prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 0, 8), np.float32)}, RequestError, "prompt_embeds"),
+        ({"negative_prompt_embeds": np.zeros((1, 5, 8), np.float32)}, RequestError, "negative_prompt_embeds.*shape"),
+        ({"negative_prompt_embeds": [1]}, RequestError, "negative_prompt_embeds.*got 'list'"),
+        ({"height": 999_936}, RequestError, "height.*got 999936.*at most 16384"),
+        ({"height": 16_384, "width": 16_384, "num_images_per_prompt": 2}, RequestError, "pixels of all pictures"),
+        ({"num_images_per_prompt": 10**9}, RequestError, "num_images_per_prompt"),
     ],
 )
 def test_unusable_requests_are_refused_in_one_line(
@@ -218,6 +267,23 @@ def test_unusable_requests_are_refused_in_one_line(
     with pytest.raises(error, match=words) as caught:
         pictures(pipe, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("embeds", ["prompt_embeds", "negative_prompt_embeds"])
+def test_embeddings_are_checked_before_anything_runs(pipe: Pipeline, embeds: str) -> None:
+    narrow = np.zeros((1, MAX_LENGTH, TEXT_WIDTH - 1), np.float32)
+    with pytest.raises(RequestError, match=f"{embeds}: shape"):
+        pipe.stream(None if embeds == "prompt_embeds" else "red", guidance_scale=1.0, **{embeds: narrow})
+
+
+def test_numpy_numbers_are_numbers(pipe: Pipeline) -> None:
+    numbers = {"num_inference_steps": np.int64(4), "guidance_scale": np.float32(5), "height": np.int32(64)}
+    np.testing.assert_array_equal(pictures(pipe, **numbers, num_images_per_prompt=np.int64(1)), pictures(pipe))
+    steps = {"unet": np.int64(2), "unet_small": np.uint8(1)}
+    plan = pipe("red", steps=steps, guidance_interval=(np.float64(0), 1)).plan
+    assert plan.steps == (("unet", 2), ("unet_small", 1))
+    times = np.array([900, 500, 1])
+    assert pipe("red", timesteps=times, solver="lcm").plan.table.timesteps.tolist() == times.tolist()
 
 
 def test_unknown_arguments_are_a_type_error(pipe: Pipeline) -> None:
@@ -237,6 +303,62 @@ def test_a_closed_pipeline_refuses_and_closes_again(bundle: Path) -> None:
 def test_a_target_that_is_not_here_is_refused_when_opening(bundle: Path) -> None:
     with pytest.raises(TargetError, match="openvino"):
         Pipeline.open(bundle, target="openvino:cpu:bf16")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_a_thread_count_that_cannot_be_is_refused_when_opening(bundle: Path, threads: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"threads.*expected 1 or more"):
+        Pipeline.open(bundle, threads=threads)
+
+
+def test_a_missing_onnxruntime_is_told_when_opening(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(TargetError, match=r"onnxruntime: is not installed.*tandemrt\[cpu\]"):
+        Pipeline.open(bundle)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder/model.onnx",
+        "tokenizer/tokenizer.json",
+        "unet/model.onnx",
+        "unet/model.onnx.data",
+        "vae_decoder/model.onnx",
+    ],
+)
+@pytest.mark.parametrize("kind", ["bytes", "size", "link", "folder"])
+def test_what_was_replaced_after_opening_is_not_loaded(tmp_path: Path, name: str, kind: str) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    path = tmp_path / "bundle" / name
+    with Pipeline.open(tmp_path / "bundle", threads=1) as pipeline:
+        if kind == "link":
+            path.rename(tmp_path / "elsewhere")
+            path.symlink_to(tmp_path / "elsewhere")
+        elif kind == "folder":
+            path.parent.rename(tmp_path / "elsewhere")
+            path.parent.symlink_to(tmp_path / "elsewhere")
+        else:
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if kind == "bytes" else data + b" ")
+        with pytest.raises(BundleError, match=re.escape(str(path.parent if kind == "folder" else path))):
+            pipeline("red", num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("unet", "vae_decoder"), ("text_encoder", "unet_small"), ("vae_decoder", "text_encoder")],
+)
+def test_a_model_with_other_tensors_than_listed_is_refused(tmp_path: Path, name: str, other: str) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    shutil.rmtree(tmp_path / "bundle" / name)
+    shutil.copytree(tmp_path / "bundle" / other, tmp_path / "bundle" / name)
+    resign(tmp_path / "bundle")
+    with (
+        Pipeline.open(tmp_path / "bundle", threads=1) as pipeline,
+        pytest.raises(BundleError, match=f"{name}/model.onnx: tensors of the model, got .*, expected "),
+    ):
+        pipeline("red", num_inference_steps=1)
 
 
 def test_a_picture_needs_no_torch(bundle: Path, tmp_path: Path) -> None:
