@@ -12,7 +12,9 @@ from .errors import (
     TandemError,
     TargetError,
 )
-from .pipeline import Pipeline
+from .output import Output, StepEvent, Timings
+from .pipeline import Pipeline, Stream
+from .request import Request
 
 __all__ = [
     "ArgumentError",
@@ -21,9 +23,14 @@ __all__ = [
     "CheckpointError",
     "ExecutionError",
     "ExportError",
+    "Output",
     "Pipeline",
     "PlanError",
+    "Request",
     "RequestError",
+    "StepEvent",
+    "Stream",
     "TandemError",
     "TargetError",
+    "Timings",
 ]

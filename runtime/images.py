@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
+
+from .files import write_whole
 
 Float32 = npt.NDArray[np.float32]
 
@@ -25,21 +25,14 @@ def image_from_pixels(pixels: Float32) -> Image.Image:
     return Image.fromarray((pixels * np.float32(255)).round().astype(np.uint8))
 
 
-def save_png(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
+def save_png(image: Image.Image, path: Path, facts: Mapping[str, str], *, replace: bool = True) -> None:
     """Write a PNG whose text chunks hold `facts`; the file appears whole or not at all.
 
     Raises:
+        FileExistsError: a file of that name is there, and `replace` is off.
         OSError: the folder cannot be written or is full.
     """
     info = PngImagePlugin.PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            image.save(stream, "PNG", pnginfo=info)
-        Path(part).chmod(0o644)
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda stream: image.save(stream, "PNG", pnginfo=info), replace=replace)

@@ -160,6 +160,7 @@ def _pairs(steps: object, first: str) -> tuple[tuple[str, object], ...]:
     """What `Schedule.steps` may be as pairs of a name and a count, neither of them checked further."""
     if whole_number(steps) is not None:
         return ((first, steps),)
+    pairs: tuple[Any, ...]
     if isinstance(steps, Mapping):
         pairs = tuple(steps.items())
     elif isinstance(steps, Sequence) and not isinstance(steps, str | bytes):
@@ -200,8 +201,8 @@ def _guidance_interval(schedule: Schedule) -> tuple[float, float]:
     ends = [finite_number(end) for end in given] if isinstance(given, tuple | list) and len(given) == 2 else [None] * 2
     start, end = ends
     if start is None or end is None or not 0 <= start <= end <= 1:
-        expected = "two fractions of the steps, 0 <= start <= end <= 1"
-        raise PlanError("guidance_interval", "not usable", got=given, expected=expected)
+        expected = "two numbers, 0 <= start <= end <= 1"
+        raise PlanError("guidance_interval", "fractions of the steps", got=given, expected=expected)
     return start, end
 
 

@@ -45,10 +45,6 @@ class Table:
         return len(self.timesteps)
 
     @property
-    def num_inference_steps(self) -> int:
-        return int(self.steps[-1]) + 1
-
-    @property
     def history(self) -> int:
         """H, how many earlier predictions the state carries."""
         return int(self.model_input.shape[1]) - 1

@@ -107,7 +107,8 @@ class _Job:
         for event in stream:
             self.reporter.progress(label, event.row + 1, event.rows)
             for seed, image in zip(request["seed"], event.preview, strict=bool(event.preview)):
-                write_picture(image, names.preview(seed, event.row), self._texts(request, seed))
+                texts = {**self._texts(request, seed), "row": str(event.row + 1)}
+                write_picture(image, names.preview(seed, event.row), texts, force=self.plan.force)
         yield from self._written(stream.result(), request, names)
 
     def _written(self, output: Output, request: Mapping[str, Any], names: Names) -> Iterator[dict[str, Any]]:
@@ -116,7 +117,7 @@ class _Job:
         images = cast("tuple[Image.Image, ...]", output.images)
         for seed, image in zip(output.seeds, images, strict=True):
             path = names.picture(seed)
-            write_picture(image, path, self._texts(request, seed))
+            write_picture(image, path, self._texts(request, seed), force=self.plan.force)
             self.reporter.line(str(path))
             yield {
                 "path": str(path),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..request import require_pictures
 from .prompts import gathered_prompts, require_text
 from .values import parse_interval, parse_settings, parse_size, parse_timesteps
 
@@ -18,6 +19,7 @@ example:
 
 Each PNG holds as text what painted it: prompt, negative_prompt, seed, plan, bundle (its digest), target, tandemrt (the
 version), and request, the arguments that `Pipeline.open(bundle)(**request)` paints it from again.
+A preview holds those of its final picture, and row, the number of rows of the plan that had run when it was painted.
 """
 
 
@@ -166,6 +168,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
         raise RequestError("--threads", "number of threads", got=namespace.threads, expected="1 or more")
     if namespace.negative_prompt is not None:
         require_text("--negative-prompt", namespace.negative_prompt)
+    require_pictures(namespace.num_images_per_prompt)
     parsed = {
         "prompts": gathered_prompts(namespace.prompt, namespace.prompts_file),
         "solver_config": parse_settings("--solver-config", namespace.solver_config),

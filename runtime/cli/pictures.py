@@ -67,31 +67,39 @@ def check_folder(files: Iterable[Path], *, force: bool) -> None:
         TandemError: a folder cannot be written.
     """
     files = tuple(files)
-    taken = [path for path in files if path.exists() or path.is_symlink()]
-    if taken and not force:
-        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-        remedy = "Give --force to replace, another --seed or another --output-dir."
-        raise ArgumentError(str(taken[0]), f"already there{more}; pictures are not replaced", remedy=remedy)
-    for folder in sorted({path.parent for path in files}):
-        nearest = next(part for part in (folder, *folder.parents) if part.exists())
-        try:
+    place = files[0].parent
+    try:
+        taken = [path for path in files if path.exists() or path.is_symlink()]
+        if taken and not force:
+            raise _taken(taken[0], more=len(taken) - 1)
+        for place in sorted({path.parent for path in files}):
+            nearest = next(part for part in (place, *place.parents) if part.exists())
             with tempfile.TemporaryFile(dir=nearest):
                 pass
-        except OSError as error:
-            raise _unwritable(nearest, error) from error
+    except OSError as error:
+        raise _unwritable(place, error) from error
 
 
-def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str]) -> None:
-    """Write a PNG whole or not at all, in a folder that is made if need be.
+def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str], *, force: bool) -> None:
+    """Write a PNG whole or not at all, in a folder that is made if need be; nothing is replaced without `force`.
 
     Raises:
+        ArgumentError: a file of that name has appeared meanwhile.
         TandemError: the folder cannot be written, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image, path, facts)
+        save_png(image, path, facts, replace=force)
+    except FileExistsError as error:
+        raise _taken(path) from error
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _taken(path: Path, more: int = 0) -> ArgumentError:
+    others = f" and {more} more" if more else ""
+    remedy = "Give --force to replace, another --seed or another --output-dir."
+    return ArgumentError(str(path), f"already there{others}; pictures are not replaced", remedy=remedy)
 
 
 def _unwritable(path: Path, error: OSError) -> TandemError:

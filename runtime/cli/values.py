@@ -69,7 +69,7 @@ def parse_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
             raise ArgumentError(option, "a key given twice", got=key)
         try:
             settings[key] = json.loads(value, parse_constant=_refuse)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not _BARE_WORD.fullmatch(value):
                 expected = 'JSON such as true, 0.5 or "trailing", or a lower-case word'
                 raise ArgumentError(f"{option} {key}", "value", got=value, expected=expected) from error

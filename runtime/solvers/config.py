@@ -14,6 +14,8 @@ from ..errors import PlanError
 
 Config: TypeAlias = dict[str, Any]
 
+MAX_TIMESTEPS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -95,7 +97,7 @@ def _is_real(value: Any) -> bool:
 
 def _training(start: float, end: float, *schedules: str) -> dict[str, Key]:
     return {
-        "num_train_timesteps": whole(1000, 2),
+        "num_train_timesteps": whole(1000, 2, MAX_TIMESTEPS),
         "beta_start": real(start, 0, 1),
         "beta_end": real(end, 0, 1),
         "beta_schedule": one_of(*schedules),
@@ -104,7 +106,7 @@ def _training(start: float, end: float, *schedules: str) -> dict[str, Key]:
 
 
 def _spaced(default: str, *others: str) -> dict[str, Key]:
-    return {"timestep_spacing": one_of(default, *others), "steps_offset": whole(0, 0)}
+    return {"timestep_spacing": one_of(default, *others), "steps_offset": whole(0, 0, MAX_TIMESTEPS)}
 
 
 _LINEAR = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -137,7 +139,7 @@ _CONSISTENCY = {
     **_EPSILON,
     **_ZERO_SNR,
     **_SPACING_UNREAD,
-    "original_inference_steps": whole(50, 1),
+    "original_inference_steps": whole(50, 1, MAX_TIMESTEPS),
     "set_alpha_to_one": unread(True),
 }
 
@@ -266,7 +268,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "shift_terminal": only(None),
     },
     "FlowMatchEulerDiscreteScheduler": {
-        "num_train_timesteps": whole(1000, 2),
+        "num_train_timesteps": whole(1000, 2, MAX_TIMESTEPS),
         "shift": Key(1.0, lambda value: _is_real(value) and 0 < value < math.inf, "a number above 0"),
         **_NO_DYNAMIC_SHIFTING,
         "base_shift": unread(0.5),

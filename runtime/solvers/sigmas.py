@@ -137,6 +137,13 @@ def _requested_timesteps(request: Request, fractional: bool, last_timestep: int 
 def _last_timestep(config: Config, training: Float64) -> int:
     """Where counting down begins: training steps noisier than lambda_min_clipped are left out (DPM-Solver++ only)."""
     clipped = np.count_nonzero(-np.log(training) < config.get("lambda_min_clipped", -np.inf))
+    if clipped == len(training):
+        raise PlanError(
+            "lambda_min_clipped",
+            "leaves out every training step",
+            got=config["lambda_min_clipped"],
+            expected=f"at most {-np.log(training[0]):.4g}, the highest of the training schedule",
+        )
     return len(training) - int(clipped)
 
 

@@ -72,6 +72,19 @@ def test_doctor_sees_two_onnxruntimes(
     assert "onnxruntime and onnxruntime-gpu overwrite each other's files: uninstall both" in ort["missing"][0]
 
 
+def test_doctor_survives_a_broken_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise OSError('libonnxruntime.so: file\\ntoo short')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (ort,) = (backend for backend in facts["backends"] if backend["backend"] == "onnxruntime")
+    assert ort["targets"] == []
+    assert "cannot be imported (OSError: libonnxruntime.so: file too short)" in ort["missing"][0]
+
+
 def test_cpuinfo_of_x86_and_arm() -> None:
     x86 = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor\t: 1\nflags\t: none\n"
     assert parse_cpuinfo(x86) == ("AMD EPYC", {"fpu", "avx2", "avx512_vnni"})

@@ -143,6 +143,50 @@ def test_previews_lie_beside_the_pictures(bundle: Path, tmp_path: Path) -> None:
     previews = ["previews/0001-seed1-red-row002.png", "previews/0001-seed1-red-row004.png"]
     assert names(tmp_path) == ["0001-seed1-red.png", *previews]
     assert texts(tmp_path / previews[0])["prompt"] == "red"
+    assert [texts(tmp_path / preview)["row"] for preview in previews] == ["2", "4"]
+    assert "row" not in texts(tmp_path / "0001-seed1-red.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "999936"], "at most 16384"),
+        (["--steps", "9" * 5000], "not a number of steps"),
+        (["--solver-config", "beta_start=" + "[" * 100_000], "--solver-config beta_start: value"),
+        (["--batch-size", "1000000000"], "num_images_per_prompt"),
+    ],
+)
+def test_outsized_options_end_in_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert generate(bundle, tmp_path, "--prompt", "red", *arguments) == 2
+    stderr = capsys.readouterr().err
+    assert words in stderr
+    assert "unexpectedly" not in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_a_folder_of_an_impossible_name_ends_in_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(bundle, tmp_path / ("x" * 300), "--prompt", "red") == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_picture_that_appears_meanwhile_is_not_replaced(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "0001-seed1-red.png"
+
+    def appears(*_: object, **__: object) -> None:
+        path.write_bytes(b"another's")
+
+    monkeypatch.setattr("tandemrt.runtime.cli.generate.check_folder", appears)
+    assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "1") == 2
+    assert "already there" in capsys.readouterr().err
+    assert path.read_bytes() == b"another's"
+    assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "1", "--force") == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_pictures_are_not_replaced(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

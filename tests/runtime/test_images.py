@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,36 @@ def test_png_carries_its_facts(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as read:
         assert read.text == {"prompt": "ein grüner Stern ☆", "seed": "7"}  # type: ignore[attr-defined]
         assert read.getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_a_picture_follows_the_umask_and_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named_when_synced = []
+    monkeypatch.setattr(os, "fsync", lambda _: named_when_synced.append((tmp_path / "a.png").exists()))
+    before = os.umask(0o027)
+    try:
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
+    assert named_when_synced == [False]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_without_replace_a_name_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {}, replace=False)
+    before = (tmp_path / "a.png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError):
+        save_png(Image.new("RGB", (9, 9)), tmp_path / "a.png", {}, replace=False)
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_a_failed_save_leaves_the_old_picture_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

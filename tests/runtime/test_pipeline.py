@@ -10,12 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from inspect import ismodule
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tandemrt import runtime
 from tandemrt.runtime import (
     ArgumentError,
     BundleError,
@@ -246,6 +248,13 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
         ({"solver_config": {"beta_start": np.zeros((3, 3))}}, PlanError, "beta_start"),
         ({"solver_config": {"beta_start": 10**400}}, PlanError, "beta_start"),
         ({"solver_config": {"beta_schedule": np.zeros((3, 3))}}, PlanError, "beta_schedule"),
+        ({"solver_config": {"num_train_timesteps": 10**13}}, PlanError, "num_train_timesteps.*2..100000"),
+        ({"solver_config": {"steps_offset": 10**13}}, PlanError, "steps_offset"),
+        (
+            {"solver_config": {"lambda_min_clipped": 5, "timestep_spacing": "trailing"}},
+            PlanError,
+            "lambda_min_clipped.*got 5",
+        ),
         ({"timesteps": 5}, PlanError, "timesteps.*got 5"),
         ({"timesteps": "999,1"}, PlanError, "timesteps"),
         ({"guidance_scale": "5"}, RequestError, "guidance_scale.*got '5'"),
@@ -284,6 +293,11 @@ def test_numpy_numbers_are_numbers(pipe: Pipeline) -> None:
     assert plan.steps == (("unet", 2), ("unet_small", 1))
     times = np.array([900, 500, 1])
     assert pipe("red", timesteps=times, solver="lcm").plan.table.timesteps.tolist() == times.tolist()
+
+
+def test_all_public_names_are_listed() -> None:
+    public = {name for name, value in vars(runtime).items() if not name.startswith("_") and not ismodule(value)}
+    assert public == set(runtime.__all__)
 
 
 def test_unknown_arguments_are_a_type_error(pipe: Pipeline) -> None:

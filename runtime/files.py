@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
+    """Let `write` fill a file beside `path`, and give it that name when it is complete and on the disk.
+
+    The file's mode follows the umask. With `replace` off, a file that has the name by then stays as it is.
+
+    Raises:
+        FileExistsError: the name is taken and `replace` is off.
+        OSError: the folder cannot be written or is full.
+    """
+    part = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        with part.open("xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if not replace:
+            _claim(part, path)
+        if part.exists():
+            part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _claim(part: Path, path: Path) -> None:
+    """Give `part` the name `path` as well; on file systems without links, an empty file takes the name first."""
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        path.open("xb").close()
+    else:
+        part.unlink()
