@@ -181,7 +181,11 @@ def test_a_defect_between_export_and_verification_publishes_nothing(
     def write_wrong(model: ir.Model, folder: Path) -> Path:
         path = write(model, folder)
         damaged = onnx.load(path)
-        for weight in (each for each in damaged.graph.initializer if each.data_type == onnx.TensorProto.FLOAT):
+        for weight in (
+            each
+            for each in damaged.graph.initializer
+            if each.data_type == onnx.TensorProto.FLOAT and len(each.dims) == 2
+        ):
             values = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
             weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
         onnx.save(damaged, path)
