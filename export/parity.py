@@ -20,7 +20,7 @@ from .modules import Graph
 from .samples import Inputs
 
 METRIC = "max_relative_error"
-# The shapes family shows at most 6e-6 in fp32 and 4e-3 in fp16, both by its KL decoder.
+# Seen at most: 1.7e-5 in fp32 and 4.3e-3 in fp16 over the shapes family, 3e-6 in fp32 on SD1.5's UNet.
 THRESHOLDS: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
 
 
