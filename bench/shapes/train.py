@@ -31,6 +31,15 @@ from .scenes import scenes
 SEED = 20260101
 STAGES = ("vae_tiny", "large", "small", "one_step", "vae_kl", "vae_small")
 LOG = "training-log.jsonl"
+# Where each stage's modules are published: the prefix of their names in the stage's file, the folder.
+PUBLISHED = {
+    "vae_tiny": {"": "vae_tiny"},
+    "large": {"unet.": "large/unet", "text_encoder.": "large/text_encoder"},
+    "small": {"": "small/unet"},
+    "one_step": {"": "one_step/unet"},
+    "vae_kl": {"": "large/vae"},
+    "vae_small": {"": "vae_small"},
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,17 @@ class Trainer:
         started = time.monotonic()
         getattr(self, f"_train_{stage}")()
         self._log(stage=stage, done=True, seconds=round(time.monotonic() - started))
+
+    def adopt(self, stage: str, published: Path) -> None:
+        """Take a stage's weights from a published family instead of training them."""
+        state = {
+            f"{prefix}{name}": tensor.float() if tensor.is_floating_point() else tensor
+            for prefix, folder in PUBLISHED[stage].items()
+            for file in (published / folder).glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        self._write(stage, state)
+        self._log(stage=stage, adopted=True)
 
     def load(self, stage: str, module: nn.Module, prefix: str = "") -> nn.Module:
         """Fill `module` with a finished stage's weights and freeze it."""
@@ -310,15 +330,18 @@ class Trainer:
         part = out.with_name(out.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        unets = {"large": family.large_unet(), "small": family.pruned_unet(family.SMALL_PRUNING)}
-        unets["one_step"] = family.pruned_unet(family.ONE_STEP_PRUNING)
-        for stage, unet in unets.items():
-            self.load(stage, unet, "unet." if stage == "large" else "").half().save_pretrained(part / stage / "unet")
-        text = self.load("large", family.text_encoder(self.tokenizer), "text_encoder.")
-        text.half().save_pretrained(part / "large" / "text_encoder")
-        self.load("vae_kl", family.kl_vae()).half().save_pretrained(part / "large" / "vae")
-        self.load("vae_small", family.small_vae()).half().save_pretrained(part / "vae_small")
-        self.load("vae_tiny", family.tiny_vae()).half().save_pretrained(part / "vae_tiny")
+        modules = {
+            "large/unet": family.large_unet(),
+            "large/text_encoder": family.text_encoder(self.tokenizer),
+            "large/vae": family.kl_vae(),
+            "small/unet": family.pruned_unet(family.SMALL_PRUNING),
+            "one_step/unet": family.pruned_unet(family.ONE_STEP_PRUNING),
+            "vae_small": family.small_vae(),
+            "vae_tiny": family.tiny_vae(),
+        }
+        for stage, folders in PUBLISHED.items():
+            for prefix, folder in folders.items():
+                self.load(stage, modules[folder], prefix).half().save_pretrained(part / folder)
         shutil.copytree(self._work / "tokenizer", part / "large" / "tokenizer")
         family.scheduler().save_pretrained(part / "large" / "scheduler")
         parts = {
@@ -344,6 +367,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/shapes-training"), help="where stages keep their state")
     parser.add_argument("--out", type=Path, default=Path("bench/shapes/weights"), help="where the family goes")
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, metavar="STAGE", help="train these stages; take the others from --out"
+    )
     parser.add_argument("--rehearse", action="store_true", help="a few steps of everything, into out/shapes-rehearsal")
     arguments = parser.parse_args()
     budget, work, out = Budget(), arguments.work, arguments.out
@@ -352,7 +378,10 @@ def main() -> None:
         work, out = Path("out/shapes-rehearsal/work"), Path("out/shapes-rehearsal/weights")
     trainer = Trainer(work, budget)
     for stage in STAGES:
-        trainer.run(stage)
+        if arguments.only and stage not in arguments.only:
+            trainer.adopt(stage, arguments.out)
+        else:
+            trainer.run(stage)
     trainer.publish(out)
 
 

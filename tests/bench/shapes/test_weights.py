@@ -82,3 +82,30 @@ def test_a_pruned_model_inherits_the_large_ones_outer_layers_and_its_strongest_c
     kept = score.topk(last.conv1.out_channels).indices.sort().values
     assert last.conv1.weight.equal(origin.conv1.weight[kept])
     assert last.conv2.weight.equal(origin.conv2.weight[:, kept])
+
+
+def test_publishing_what_is_published_changes_no_weight(tmp_path):
+    trainer = train.Trainer(tmp_path / "work", train.Budget())
+    for stage in train.STAGES:
+        trainer.adopt(stage, WEIGHTS)
+    trainer.publish(tmp_path / "out")
+    for path in WEIGHTS.rglob("*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "out" / path.relative_to(WEIGHTS))
+        assert before.keys() == after.keys()
+        assert all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_publishing_over_something_else_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
+    trainer = train.Trainer(tmp_path / "work", train.Budget())
+    with pytest.raises(ArgumentError, match="no trained family"):
+        trainer.publish(tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_stages_of_another_budget_are_not_gone_on_from(tmp_path):
+    train.Trainer(tmp_path / "work", train.Budget())
+    train.Trainer(tmp_path / "work", train.Budget())
+    with pytest.raises(ArgumentError, match="another budget"):
+        train.Trainer(tmp_path / "work", train.Budget(small=1))
