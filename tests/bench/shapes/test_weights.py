@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from tandemrt.bench.shapes import family, inheritance, scenes
+from tandemrt.bench.shapes import family, inheritance, scenes, train
+from tandemrt.runtime import ArgumentError
 
 WEIGHTS = Path(family.__file__).parent / "weights"
 MODELS = {
