@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from .samples import Samples
 from .sources import Sources, read_sources
 from .tokenizer import export_tokenizer
 
-_PRODUCERS = ("tandemrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+_PRODUCERS = ("tandemrt", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+# Distributions of one module, of which one is installed.
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _STEPS_PER_COMPONENT = 3
 
 
@@ -69,6 +72,7 @@ class _Export:
 
     def __init__(self, plan: ExportPlan, sources: Sources, folder: Path, progress: Progress) -> None:
         self._plan, self._sources, self._folder, self._progress = plan, sources, folder, progress
+        self._producers = _installed_versions()
         self._jobs = tuple(jobs(sources))
         self._done, self._total = 0, _STEPS_PER_COMPONENT * len(self._jobs) + 1
 
@@ -83,7 +87,7 @@ class _Export:
         self._write_pipeline_files()
         return Manifest(
             format=FORMAT,
-            producers={name: version(name) for name in _PRODUCERS},
+            producers=self._producers,
             components=components,
             files=_file_records(self._folder),
             latent=latent_space(main.vae),
@@ -144,7 +148,7 @@ class _Export:
         shutil.copyfile(main.scheduler_config, self._folder / "scheduler" / "scheduler_config.json")
         index: dict[str, Any] = {
             "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": version("diffusers"),
+            "_diffusers_version": self._producers["diffusers"],
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
@@ -164,6 +168,14 @@ class _Export:
 def write_model(model: ir.Model, folder: Path) -> Path:
     """Write a component's graph; what is verified afterwards is what this left on disk."""
     return save(model, folder)
+
+
+def _installed_versions() -> dict[str, str]:
+    found = {name: version(name) for name in _PRODUCERS}
+    for name in _RUNTIMES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:

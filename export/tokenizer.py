@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,7 @@ def export_tokenizer(source: Path, folder: Path, longest: int, vocabulary: int) 
     for name in _REQUIRED:
         if not (source / name).is_file():
             raise CheckpointError(str(source / name), "missing", expected=f"{', '.join(_REQUIRED)} in {source}")
-    stated = read_json(source / "tokenizer_config.json").get("model_max_length", longest)
-    if not isinstance(stated, int | float) or stated < 3:
-        raise CheckpointError(str(source), "model_max_length", got=stated, expected="a whole number from 3 up")
-    length = int(min(stated, longest))
+    length = _stated_length(source / "tokenizer_config.json", longest)
     folder.mkdir()
     for name in (*_REQUIRED, *_OPTIONAL):
         if (source / name).is_file():
@@ -61,7 +59,8 @@ def export_tokenizer(source: Path, folder: Path, longest: int, vocabulary: int) 
         )
     alone.enable_truncation(length)
     alone.enable_padding(length=length, pad_id=reference.pad_token_id, pad_token=reference.pad_token)
-    alone.save(str(folder / TOKENIZER_JSON))
+    # Not `alone.save`: on a full disk it raises bare Exception, which says nothing of errno.
+    (folder / TOKENIZER_JSON).write_text(alone.to_str(pretty=True), encoding="utf-8")
     _require_equal_ids(folder, reference, length)
     return length
 
@@ -83,6 +82,15 @@ def load_clip_tokenizer(folder: Path) -> Any:
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged vocabulary
         raise CheckpointError(str(folder), f"not a CLIP tokenizer ({error})", remedy="Download it again.") from error
+
+
+def _stated_length(path: Path, longest: int) -> int:
+    stated = read_json(path).get("model_max_length", longest)
+    # A whole number is finite, however many digits it has; `isfinite` would overflow on it.
+    finite = isinstance(stated, int) or (isinstance(stated, float) and math.isfinite(stated))
+    if not finite or stated < 3:
+        raise CheckpointError(str(path), "model_max_length", got=stated, expected="a finite number from 3 up")
+    return int(min(stated, longest))
 
 
 def _require_equal_ids(folder: Path, reference: Any, length: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,48 @@ def test_a_full_disk_while_exporting_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_with_the_tokenizer_is_one_line(checkpoint: Path, half_bundle: Path, tmp_path: Path) -> None:
+    largest = max(path.stat().st_size for path in (checkpoint / "tokenizer").iterdir())
+    written = (half_bundle / "tokenizer" / "tokenizer.json").stat().st_size
+    assert largest < written - 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (written - 1, hard))
+    try:
+        with pytest.raises(ExportError, match=r"out: cannot be written \(File too large\)"):
+            export_bundle(ExportPlan(checkpoint, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_runtime_for_gpus_is_recorded_under_its_own_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3" if name == "onnxruntime-gpu" else metadata.version(name)
+
+    monkeypatch.setattr(bundles, "version", installed)
+    _stand_in_for_graphs(tmp_path, monkeypatch)
+    producers = Bundle.open(export_bundle(ExportPlan(checkpoint, tmp_path / "out"))).manifest.producers
+    assert producers["onnxruntime-gpu"] == "1.2.3"
+    assert "onnxruntime" not in producers
+
+
+def test_a_package_that_is_not_installed_is_noticed_before_any_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(bundles, "version", installed)
+    monkeypatch.setattr(bundles, "export_tokenizer", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(metadata.PackageNotFoundError):
+        export_bundle(ExportPlan(checkpoint, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_at_out_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="exists already"):
         export_bundle(ExportPlan(Path("no such checkpoint"), tmp_path))
@@ -242,10 +286,7 @@ def test_a_denoisers_own_scheduler_and_the_defaults_are_recorded(
     """What the manifest says of parts; the graphs themselves are stood in for."""
     edit_json(own_checkpoint / "scheduler" / "scheduler_config.json", timestep_spacing="trailing")
     added = (Added("unet_one", own_checkpoint), Added("unet_same", checkpoint), Added("vae_decoder_tiny", tiny))
-    model = ir.load(tmp_path_model(tmp_path))
-    monkeypatch.setattr(bundles, "onnx_from_module", lambda name, graph: model)
-    monkeypatch.setattr(bundles, "compare", lambda *_: ())
-    monkeypatch.setattr(bundles, "require_close", lambda *_: None)
+    _stand_in_for_graphs(tmp_path, monkeypatch)
     plan = ExportPlan(checkpoint, tmp_path / "out", added, guidance_scale=2.0, num_inference_steps=8)
     seen: list[tuple[str, int, int]] = []
     manifest = Bundle.open(export_bundle(plan, lambda *step: seen.append(step))).manifest
@@ -258,6 +299,13 @@ def test_a_denoisers_own_scheduler_and_the_defaults_are_recorded(
     total = 3 * len(manifest.components) + 1
     assert [done for _, done, _ in seen] == list(range(total + 1))
     assert {of for _, _, of in seen} == {total}
+
+
+def _stand_in_for_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ir.load(tmp_path_model(folder))
+    monkeypatch.setattr(bundles, "onnx_from_module", lambda name, graph: model)
+    monkeypatch.setattr(bundles, "compare", lambda *_: ())
+    monkeypatch.setattr(bundles, "require_close", lambda *_: None)
 
 
 def tmp_path_model(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def test_ids_the_text_encoder_has_no_place_for_are_refused(tmp_path: Path) -> No
         export_tokenizer(TOKENIZER, tmp_path / "tokenizer", longest=77, vocabulary=500)
 
 
-def test_a_length_that_makes_no_sense_is_refused(tmp_path: Path, own_checkpoint: Path) -> None:
-    edit_json(own_checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length="long")
-    with pytest.raises(CheckpointError, match="model_max_length, got 'long'"):
+@pytest.mark.parametrize("length", ["long", 2, math.nan, math.inf])
+def test_a_length_that_makes_no_sense_is_refused(tmp_path: Path, own_checkpoint: Path, length: object) -> None:
+    edit_json(own_checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(
+        CheckpointError, match=rf"tokenizer_config\.json: model_max_length, got {length!r}, expected a fin"
+    ):
         export_tokenizer(own_checkpoint / "tokenizer", tmp_path / "tokenizer", longest=77, vocabulary=592)
