@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import CheckpointError, PlanError
 from ..runtime.manifest import LatentSpace, PredictionType, SchedulerDefaults
+from ..runtime.solvers import compile_table, resolve_solver
+from ..runtime.solvers.config import KEYS, require_class
 from .checkpoint import Checkpoint, Config, DenoiserSource, Part
 
 # UNet keys that add inputs or layers which the runtime does not feed; None or the value given switches them off.
@@ -20,14 +22,17 @@ _UNSUPPORTED_UNET_KEYS: dict[str, Any] = {
     "time_cond_proj_dim": None,
     "dual_cross_attention": False,
 }
-# What diffusers' scheduler classes take where a configuration is silent.
-_NOISE_DEFAULTS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-}
+_NOISE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+# Enough for every order of every solver to be reached.
+_STEPS_TRIED = 4
 _SCALING_DEFAULTS = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _REMEDY = "Use models of one family."
@@ -63,7 +68,7 @@ def prediction_type(scheduler: SchedulerDefaults) -> PredictionType:
     Raises:
         CheckpointError: not one of the three kinds.
     """
-    kind = _noise_fact(scheduler, "prediction_type")
+    kind = _noise_fact(scheduler, "prediction_type") or "epsilon"
     if kind not in _PREDICTION_TYPES:
         raise CheckpointError(
             f"{scheduler.class_name}: prediction_type", "kind", got=kind, expected=", ".join(_PREDICTION_TYPES)
@@ -116,13 +121,14 @@ def sample_size(unet: Part) -> tuple[int, int]:
 
 
 def require_main(checkpoint: Checkpoint) -> None:
-    """Check that a checkpoint's own UNet, VAE and text encoder fit together.
+    """Check that a checkpoint's own UNet, VAE and text encoder fit together, and that its scheduler can be run.
 
     Raises:
-        CheckpointError: they do not; both values are named.
+        CheckpointError: they do not, and both values are named; or it cannot, and the key is named.
     """
     _require_unet("unet", checkpoint.unet, checkpoint)
     prediction_type(checkpoint.scheduler)
+    _require_scheduler("scheduler", checkpoint.scheduler)
     sample_size(checkpoint.unet)
     width = text_width(checkpoint)
     if checkpoint.unet.config.get("cross_attention_dim", 1280) != width:
@@ -138,7 +144,8 @@ def require_denoiser(name: str, source: DenoiserSource, checkpoint: Checkpoint) 
     """Check that a further denoiser can take over from the main one in mid-generation.
 
     Raises:
-        CheckpointError: latent space, noise schedule, prediction type or text conditioning differ; both are named.
+        CheckpointError: latent space, noise schedule, prediction type or text conditioning differ, and both are named;
+            or its own scheduler cannot be run.
     """
     _require_unet(name, source.unet, checkpoint)
     width = text_width(checkpoint)
@@ -149,7 +156,8 @@ def require_denoiser(name: str, source: DenoiserSource, checkpoint: Checkpoint) 
         width,
     )
     if source.scheduler is not None:
-        for key in _NOISE_DEFAULTS:
+        _require_scheduler(f"{name}: scheduler", source.scheduler)
+        for key in _NOISE_KEYS:
             ours, theirs = _noise_fact(checkpoint.scheduler, key), _noise_fact(source.scheduler, key)
             what = "prediction type" if key == "prediction_type" else "noise schedule"
             _require_equal(f"{name}: {key}", what, theirs, ours)
@@ -189,6 +197,19 @@ def _require_unet(name: str, unet: Part, checkpoint: Checkpoint) -> None:
     spatial_multiple(unet)
 
 
+def _require_scheduler(where: str, scheduler: SchedulerDefaults) -> None:
+    """Check that a bundle's default schedule, which is this scheduler's, compiles."""
+    try:
+        require_class(scheduler.class_name)
+        compile_table(*resolve_solver(scheduler.class_name, scheduler.config), _STEPS_TRIED)
+    except PlanError as error:
+        raise CheckpointError(
+            where,
+            f"cannot be run ({str(error).rstrip('.')})",
+            remedy="Save the checkpoint with a scheduler that is supported.",
+        ) from error
+
+
 def _require_equal(where: str, what: str, got: object, main: object) -> None:
     same = math.isclose(got, main, rel_tol=1e-6) if _is_number(got) and _is_number(main) else got == main  # type: ignore[arg-type]
     if not same:
@@ -196,7 +217,11 @@ def _require_equal(where: str, what: str, got: object, main: object) -> None:
 
 
 def _noise_fact(scheduler: SchedulerDefaults, key: str) -> Any:
-    return scheduler.config.get(key, _NOISE_DEFAULTS[key])
+    """The value diffusers' class goes by: None for a key that it does not know."""
+    known = KEYS.get(scheduler.class_name, {}).get(key)
+    value = scheduler.config.get(key, known.default) if known is not None else None
+    # The one key of which the classes that lack it, and null, mean false.
+    return bool(value) if key == "rescale_betas_zero_snr" else value
 
 
 def _stages(vae: Part) -> int:

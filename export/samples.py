@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.manifest import LatentSpace, SchedulerDefaults
+from ..runtime.schedule import training_alphas_cumprod
+from ..runtime.solvers.config import effective_config
 from .modules import Graph
 
 Inputs = dict[str, npt.NDArray[np.generic]]
@@ -110,15 +112,8 @@ def _pictures(height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
 
 
 def _alphas_cumprod(scheduler: SchedulerDefaults) -> npt.NDArray[np.float64]:
-    """How much of a picture is left at every training time step, for the common beta schedules; else the cosine one."""
-    config = scheduler.config
-    steps = int(config.get("num_train_timesteps", 1000))
-    first, last = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
-    kind = config.get("beta_schedule", "linear")
-    if kind == "scaled_linear":
-        betas = np.linspace(first**0.5, last**0.5, steps) ** 2
-    elif kind == "linear":
-        betas = np.linspace(first, last, steps)
-    else:
-        return np.asarray(np.cos(np.linspace(0, 0.999, steps) * np.pi / 2) ** 2)
-    return np.asarray(np.cumprod(1 - betas))
+    """How much of a picture's variance is left at every training time step; (1 − σ)² for rectified flow."""
+    config = effective_config(scheduler.class_name, scheduler.config)
+    if "beta_schedule" not in config:
+        return np.linspace(1, 0, config["num_train_timesteps"]) ** 2
+    return training_alphas_cumprod(config)

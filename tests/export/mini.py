@@ -40,9 +40,8 @@ def write_checkpoint(folder: Path) -> Path:
     )
     text.save_pretrained(folder / "text_encoder")
     kl_vae().save_pretrained(folder / "vae")
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",

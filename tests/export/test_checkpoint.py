@@ -7,16 +7,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from tandemrt.export.agreement import latent_space
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.checkpoint import read_checkpoint, read_decoder, read_denoiser
 from tandemrt.export.modules import decoder_graph, denoiser_graph, text_encoder_graph
 from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.samples import _alphas_cumprod
 from tandemrt.export.sources import read_sources
 from tandemrt.runtime.errors import CheckpointError
+from tandemrt.runtime.manifest import SchedulerDefaults
 
 from .mini import TEXT_WIDTH, UNET_FILE, edit_json, edit_tensors, kl_vae, tiny_vae, unet
 
@@ -71,6 +75,22 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown prediction": (
         lambda c: edit_json(c / "scheduler" / "scheduler_config.json", prediction_type="score"),
         "prediction_type: kind, got 'score'",
+    ),
+    "null beta": (
+        lambda c: edit_json(c / "scheduler" / "scheduler_config.json", beta_start=None),
+        "scheduler: cannot be run .DDIMScheduler: beta_start: unsupported value, got None",
+    ),
+    "training steps that are no number": (
+        lambda c: edit_json(c / "scheduler" / "scheduler_config.json", num_train_timesteps="x"),
+        "DDIMScheduler: num_train_timesteps: unsupported value, got 'x'",
+    ),
+    "thresholding": (
+        lambda c: edit_json(c / "scheduler" / "scheduler_config.json", thresholding=True),
+        "DDIMScheduler: thresholding: unsupported value, got True, expected False",
+    ),
+    "scheduler of an unknown class": (
+        lambda c: edit_json(c / "scheduler" / "scheduler_config.json", _class_name="KarrasVeScheduler"),
+        "scheduler: cannot be run .*got 'KarrasVeScheduler', expected one of DDIMScheduler",
     ),
     "latent statistics": (
         lambda c: edit_json(c / "vae" / "config.json", latents_mean=[0, 0, 0, 0]),
@@ -193,6 +213,18 @@ SMALL_DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda s: edit_json(s / "scheduler" / "scheduler_config.json", beta_end=0.02),
         r"unet_small: beta_end: noise schedule, got 0\.02, expected 0\.012",
     ),
+    "zero terminal SNR": (
+        lambda s: edit_json(s / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True),
+        "unet_small: rescale_betas_zero_snr: noise schedule, got True, expected False",
+    ),
+    "betas": (
+        lambda s: edit_json(s / "scheduler" / "scheduler_config.json", trained_betas=[0.01] * 1000),
+        "unet_small: trained_betas: noise schedule, got .*expected None",
+    ),
+    "a scheduler that cannot be run": (
+        lambda s: edit_json(s / "scheduler" / "scheduler_config.json", thresholding=True),
+        "unet_small: scheduler: cannot be run .DDIMScheduler: thresholding",
+    ),
     "latent scale": (
         lambda s: edit_json(s / "vae" / "config.json", scaling_factor=0.13025),
         r"unet_small: scaling_factor: latent space, got 0\.13025, expected 0\.18215",
@@ -208,6 +240,23 @@ def test_a_small_model_that_does_not_fit_is_refused_with_both_values(
     break_it(own_checkpoint)
     with pytest.raises(CheckpointError, match=complaint):
         read_sources(checkpoint, (Added("unet_small", own_checkpoint),))
+
+
+def test_a_schedule_left_to_a_class_is_the_schedule_of_that_class(checkpoint: Path, own_checkpoint: Path) -> None:
+    config = {"_class_name": "LCMScheduler"}
+    (own_checkpoint / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    sources = read_sources(checkpoint, (Added("unet_small", own_checkpoint),))
+    assert sources.denoisers["unet_small"].scheduler == SchedulerDefaults(class_name="LCMScheduler", config={})
+
+
+def test_samples_are_as_noisy_as_in_training() -> None:
+    config = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500}
+    expected = DDIMScheduler(**config).alphas_cumprod.numpy()
+    scheduler = SchedulerDefaults(class_name="DDIMScheduler", config={**config, "clip_sample": False})
+    np.testing.assert_allclose(_alphas_cumprod(scheduler), expected, rtol=1e-5)
+    flow = _alphas_cumprod(SchedulerDefaults(class_name="FlowMatchEulerDiscreteScheduler", config={}))
+    assert (flow[0], flow[-1]) == (1, 0)
+    assert np.all(np.diff(flow) < 0)
 
 
 @pytest.mark.parametrize(
