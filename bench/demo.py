@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError, TandemError
 from tandemrt.runtime.images import save_png
 
@@ -27,13 +28,6 @@ TITLE = "A large and a small model painting in tandem"
 
 _PAINTING = {"onnxruntime": "cpu", "scipy": "bench"}
 _EXPORTING = dict.fromkeys(("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript"), "export")
-
-
-class Reporter(Protocol):
-    """What the command line gives a command to speak through."""
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        """Say that `done` of `total` parts of `label` are finished."""
 
 
 @dataclass(frozen=True, slots=True)

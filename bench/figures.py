@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tandemrt.runtime.files import write_whole
 
 
 def spread(samples: Sequence[float]) -> dict[str, float | int]:
@@ -31,15 +31,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: the folder cannot be written or is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(part).chmod(0o644)
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda stream: stream.write(text.encode("utf-8")))
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

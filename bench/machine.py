@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from tandemrt.runtime.cli import machine
 
 _DISTRIBUTIONS = (
     "tandemrt",
@@ -29,12 +30,13 @@ def machine_facts() -> dict[str, Any]:
 
     `load_average` is the one-minute load when asked: a figure taken beside other work is known by it.
     """
+    facts = machine.machine_facts()
     return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "processor": facts["processor"] or platform.machine(),
+        "cores": facts["usable_cores"],
+        "memory_gib": facts["memory_gib"],
         "load_average": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": facts["system"],
         "python": platform.python_version(),
         "versions": _versions(),
     }
@@ -47,12 +49,6 @@ def described(facts: dict[str, Any]) -> str:
         f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['system']}, "
         f"Python {facts['python']}, {versions}; load average {facts['load_average']} when it began."
     )
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _versions() -> dict[str, str]:

@@ -107,13 +107,13 @@ class _Export:
         model = onnx_from_module(job.name, graph)
         islands: tuple[str, ...] = ()
         if self._plan.dtype == "fp16":
-            kept = find_islands(model, cases)
+            kept = find_islands(model, cases, self._folder)
             islands = tuple(str(node.name) for node in model.graph if node in kept)
             half_from_float(model, kept)
         path = write_model(model, folder)
         _write_json(folder / "config.json", dict(graph.config))
         self._step(f"{job.name}: verify")
-        comparisons = compare(job.name, graph, path, cases, self._plan.dtype)
+        comparisons = compare(job.name, graph, path, cases, self._plan.dtype, self._folder)
         require_close(job.name, comparisons)
         return self._entry(job, graph, islands, tuple(each.evidence for each in comparisons))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.cli.reporter import Reporter
-from ..runtime.errors import ArgumentError
+from ..runtime.cli.values import parse_sources
 from .plan import Added, ExportPlan
 from .sources import describe
 
@@ -62,13 +62,10 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan:
     Raises:
         ArgumentError: a value that cannot be used.
     """
-    added = [Added("unet_small", args.small)] if args.small is not None else []
-    if args.tiny_vae is not None:
-        added.append(Added("vae_decoder_tiny", args.tiny_vae))
     return ExportPlan(
         checkpoint=args.checkpoint,
         out=args.out,
-        added=(*added, *map(_added, args.add)),
+        added=tuple(Added(name, folder) for name, folder in parse_sources(args).items()),
         dtype=args.dtype,
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
@@ -117,10 +114,3 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
             f"  {name}: {component['parameters']:,} parameters, {component['precision']}{islands}, max_relative_error "
             f"{component['max_relative_error']:.2g} (at most {component['threshold']:g})"
         )
-
-
-def _added(text: str) -> Added:
-    name, separator, folder = text.partition("=")
-    if not separator or not folder:
-        raise ArgumentError("--add", "value", got=text, expected="NAME=DIR", remedy="For example --add unet_one=DIR.")
-    return Added(name, Path(folder))

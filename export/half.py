@@ -68,10 +68,13 @@ def half_from_float(model: ir.Model, islands: frozenset[ir.Node]) -> None:
         del model.graph.initializers[name]
 
 
-def find_islands(model: ir.Model, cases: Iterable[Inputs]) -> frozenset[ir.Node]:
-    """The nodes that must stay float32: by kind, and those that touch a value near float16's range on real inputs."""
+def find_islands(model: ir.Model, cases: Iterable[Inputs], scratch: Path) -> frozenset[ir.Node]:
+    """The nodes that must stay float32: by kind, and those that touch a value near float16's range on real inputs.
+
+    A copy of the graph that is run to find these lies in the folder `scratch` meanwhile.
+    """
     values = [value for node in model.graph for value in node.outputs if value.dtype == _FLOAT]
-    large = _large_values(model, values, cases)
+    large = _large_values(model, values, cases, scratch)
     large |= {
         value
         for value in model.graph.initializers.values()
@@ -161,12 +164,12 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
     return found
 
 
-def _large_values(model: ir.Model, values: list[ir.Value], cases: Iterable[Inputs]) -> set[ir.Value]:
+def _large_values(model: ir.Model, values: list[ir.Value], cases: Iterable[Inputs], scratch: Path) -> set[ir.Value]:
     """The values whose magnitude comes near float16's range, measured by a copy of the graph that returns maxima."""
     import onnxruntime  # noqa: PLC0415 — an extra of its own: onnxruntime or onnxruntime-gpu
 
     large: set[ir.Value] = set()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=scratch) as folder:
         path = save(_with_maxima(model, [str(value.name) for value in values]), Path(folder))
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         for inputs in cases:

@@ -33,17 +33,18 @@ class Comparison:
 
 
 def compare(
-    name: str, graph: Graph, model: Path, cases: Iterable[Inputs], precision: Precision
+    name: str, graph: Graph, model: Path, cases: Iterable[Inputs], precision: Precision, scratch: Path | None = None
 ) -> tuple[Comparison, ...]:
     """Run a graph on disk in ONNX Runtime's CPU provider and its torch module in float32 on the same inputs.
 
     ONNX Runtime's CPU provider computes float16 graphs in float32 and drops the roundings between; a float16 graph is
-    therefore run in a copy that rounds every float16 value, as a GPU does.
+    therefore run in a copy that rounds every float16 value, as a GPU does. The copy lies in `scratch` meanwhile (the
+    system's folder for temporary files where None is given).
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the graph, or an output's shape differs.
     """
-    with _runnable(name, model, precision) as run:
+    with _runnable(name, model, precision, scratch) as run:
         return tuple(_compared(name, graph, run, inputs, THRESHOLDS[precision]) for inputs in cases)
 
 
@@ -55,7 +56,7 @@ def require_close(name: str, comparisons: Sequence[Comparison]) -> None:
     """
     worst = max(comparisons, key=lambda each: each.evidence.value)
     evidence = worst.evidence
-    if not evidence.value <= evidence.threshold:
+    if not evidence.holds:
         raise ExportError(
             f"{name}: {worst.output}",
             f"{evidence.metric} to PyTorch at {evidence.input_shapes}",
@@ -89,11 +90,11 @@ def _compared(name: str, graph: Graph, run: _OnnxRun, inputs: Inputs, threshold:
 
 
 @contextlib.contextmanager
-def _runnable(name: str, model: Path, precision: Precision) -> Iterator[_OnnxRun]:
+def _runnable(name: str, model: Path, precision: Precision, scratch: Path | None) -> Iterator[_OnnxRun]:
     if precision == "fp32":
         yield _OnnxRun(name, model, optimized=True)
         return
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=scratch) as folder:
         yield _OnnxRun(name, save_with_roundings(model, Path(folder)), optimized=False)
 
 

@@ -22,9 +22,6 @@ from .plan import Added, ExportPlan
 from .publish import require_free
 from .weights import source_digest
 
-MAIN = "checkpoint"
-"""What the main checkpoint is called where sources are given by name."""
-
 
 @dataclass(frozen=True)
 class Sources:

@@ -11,15 +11,15 @@ from ..runtime.manifest import Evidence
 from .jobs import Job, jobs, samples
 from .parity import compare
 from .plan import Added, Progress, no_progress
-from .sources import MAIN, Sources, read_sources
+from .sources import Sources, read_sources
 
 
 def verify_bundle(
-    bundle: Bundle, sources: Mapping[str, Path], progress: Progress = no_progress
+    bundle: Bundle, checkpoint: Path, added: Mapping[str, Path], progress: Progress = no_progress
 ) -> dict[str, Sequence[Evidence]]:
     """Run the components whose sources are given in ONNX Runtime and in PyTorch on the export's sample inputs.
 
-    sources: the main checkpoint under `checkpoint`, further ones under their component's name.
+    added: the sources of further denoisers and decoders, by component.
 
     Returns the figures by component; whether they are within their thresholds is for the caller to judge.
 
@@ -27,8 +27,7 @@ def verify_bundle(
         CheckpointError: a source is no checkpoint, or not the one that its component was exported from.
         ExportError: ONNX Runtime cannot run a component.
     """
-    added = tuple(Added(name, folder) for name, folder in sources.items() if name != MAIN)
-    found = read_sources(sources[MAIN], added)
+    found = read_sources(checkpoint, tuple(Added(name, folder) for name, folder in added.items()))
     wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
     for job in wanted:
         _require_source(job, found, bundle)

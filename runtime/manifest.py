@@ -57,6 +57,11 @@ class Evidence(Frozen, frozen=True, kw_only=True):
     threshold: float
     input_shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def holds(self) -> bool:
+        """Whether the value is within the threshold; NaN is not."""
+        return self.value <= self.threshold
+
 
 class Source(Frozen, frozen=True, kw_only=True):
     """Where a component came from: the class its `config.json` names, a digest over configuration and weights."""

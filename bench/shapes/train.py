@@ -50,11 +50,11 @@ class Budget:
     vae_tiny: int = 6_500
     large_even: int = 1_800
     large_weighted: int = 1_500
-    small: int = 850
-    pairs: int = 16_384
-    one_step: int = 1_600
-    vae_kl: int = 1_200
-    vae_small: int = 800
+    small: int = 1_600
+    pairs: int = 32_768
+    one_step: int = 4_000
+    vae_kl: int = 3_600
+    vae_small: int = 3_000
 
 
 class Trainer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ArgumentError, RequestError
@@ -75,6 +77,24 @@ def parse_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
                 raise ArgumentError(f"{option} {key}", "value", got=value, expected=expected) from error
             settings[key] = value
     return settings
+
+
+def parse_sources(namespace: argparse.Namespace) -> dict[str, Path]:
+    """The folders that `--small`, `--tiny-vae` and `--add NAME=DIR` name, by component.
+
+    Raises:
+        ArgumentError: not NAME=DIR, or a component given twice.
+    """
+    named = (("unet_small", namespace.small), ("vae_decoder_tiny", namespace.tiny_vae))
+    sources = {name: folder for name, folder in named if folder is not None}
+    for pair in namespace.add:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise ArgumentError("--add", "not a source", got=pair, expected="NAME=DIR such as unet_one_step=one-step")
+        if name in sources:
+            raise ArgumentError("--add", "a component given twice", got=name, expected="every name once")
+        sources[name] = Path(folder)
+    return sources
 
 
 def _refuse(constant: str) -> NoReturn:

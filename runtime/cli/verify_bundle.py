@@ -17,8 +17,8 @@ from ..manifest import Evidence
 from .columns import aligned
 from .inspect_bundle import size_text
 from .reporter import Reporter
+from .values import parse_sources
 
-MAIN = "checkpoint"
 DIGESTS = "the folder holds the files of the manifest and no others, each of its size and sha256"
 
 EPILOG = """\
@@ -30,10 +30,14 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class VerifyPlan:
-    """What to check; `sources` is empty, or holds the main checkpoint under `checkpoint` and others by component."""
+    """What to check.
+
+    checkpoint: what the bundle was exported from, where that is to be compared. added: further sources by component.
+    """
 
     bundle: Path
-    sources: Mapping[str, Path]
+    checkpoint: Path | None
+    added: Mapping[str, Path]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,20 +63,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
     Raises:
         ArgumentError: a source that is not NAME=DIR, is given twice, or comes without the main checkpoint.
     """
-    named = [(MAIN, namespace.checkpoint), ("unet_small", namespace.small), ("vae_decoder_tiny", namespace.tiny_vae)]
-    pairs = [(name, folder) for name, folder in named if folder is not None]
-    for pair in namespace.add:
-        name, equals, folder = pair.partition("=")
-        if not (name and equals and folder):
-            raise ArgumentError("--add", "not a source", got=pair, expected="NAME=DIR such as unet_small=small-sd")
-        pairs.append((name, Path(folder)))
-    sources = dict(pairs)
-    if len(sources) != len(pairs):
-        raise ArgumentError("--add", "a component given twice", got=", ".join(name for name, _ in pairs))
-    if sources and MAIN not in sources:
+    added = parse_sources(namespace)
+    if added and namespace.checkpoint is None:
         remedy = "Give --checkpoint as well: its text encoder and VAE make the inputs of the comparison."
         raise ArgumentError("--checkpoint", "not given beside other sources", remedy=remedy)
-    return VerifyPlan(namespace.bundle, sources)
+    return VerifyPlan(namespace.bundle, namespace.checkpoint, added)
 
 
 def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
@@ -85,13 +80,13 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
     """
     bundle = Bundle.open(plan.bundle)
     components = bundle.manifest.components
-    unknown = [name for name in plan.sources if name != MAIN and name not in components]
+    unknown = [name for name in plan.added if name not in components]
     if unknown:
         raise ArgumentError("--add", "no such component", got=unknown[0], expected=f"one of {', '.join(components)}")
     parity: Mapping[str, Sequence[Evidence]] = {}
-    if plan.sources:
+    if plan.checkpoint is not None:
         verify_bundle = importlib.import_module("tandemrt.export.verify").verify_bundle
-        parity = verify_bundle(bundle, plan.sources, reporter.progress)
+        parity = verify_bundle(bundle, plan.checkpoint, plan.added, reporter.progress)
         _require_close(parity, bundle.path)
     return {
         "path": str(bundle.path),
@@ -126,8 +121,7 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 def _require_close(parity: Mapping[str, Sequence[Evidence]], path: Path) -> None:
     for name, evidence in parity.items():
         for comparison in evidence:
-            # Written so that NaN is refused.
-            if not comparison.value <= comparison.threshold:
+            if not comparison.holds:
                 raise BundleError(
                     f"{path}: {name}",
                     f"{comparison.metric} to PyTorch at {comparison.input_shapes}",

@@ -37,12 +37,12 @@ def test_options_reach_the_plan() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--add", "unet_small"], "--add: value, got 'unet_small', expected NAME=DIR"),
-        (["--add", "unet="], "--add: value"),
+        (["--add", "unet_small"], "--add: not a source, got 'unet_small', expected NAME=DIR"),
+        (["--add", "unet="], "--add: not a source"),
         (["--add", "Unet_x=d"], "component name, got 'Unet_x', expected unet_NAME or vae_decoder_NAME"),
         (["--add", "../x=d"], "component name"),
         (["--add", "unet_/../x=d"], "component name"),
-        (["--small", "d", "--add", "unet_small=e"], "component named twice, got 'unet_small'"),
+        (["--small", "d", "--add", "unet_small=e"], "a component given twice, got 'unet_small'"),
         (["--guidance-scale", "nan"], "--guidance-scale: guidance, got nan"),
         (["--guidance-scale", "-1"], "--guidance-scale: guidance, got -1"),
         (["--num-inference-steps", "0"], r"--num-inference-steps: steps, got 0, expected 1\.\.1000"),

@@ -113,7 +113,7 @@ def test_one_wrong_weight_is_noticed(
 ) -> None:
     decoder, model = exported[0], exported[1].clone()
     if precision == "fp16":
-        half_from_float(model, find_islands(model, [LATENT]))
+        half_from_float(model, find_islands(model, [LATENT], tmp_path))
     path = save(model, tmp_path)
     require_close("decoder", compare("decoder", decoder, path, [LATENT], precision))
     damaged = onnx.load(path)
@@ -181,7 +181,7 @@ def test_islands_save_what_would_overflow(checkpoint: Path, tmp_path: Path) -> N
         graph.module.decoder.conv_in.weight.mul_(3e5)
     model = onnx_from_module("vae_decoder", graph)
     by_kind = frozenset(node for node in model.graph if node.op_type in ("InstanceNormalization", "Softmax"))
-    audited = find_islands(model, [LATENT])
+    audited = find_islands(model, [LATENT], tmp_path)
     names = {node.name for node in audited}
     assert "decoder.conv_in/Conv" in names
     assert "decoder.conv_out/Conv" not in names

@@ -34,9 +34,9 @@ class Comparison(ModuleType):
         self.parity, self.asked = parity, {}
 
     def verify_bundle(
-        self, bundle: Bundle, sources: Mapping[str, Path], progress: Callable[[str, int, int], None]
+        self, bundle: Bundle, checkpoint: Path, added: Mapping[str, Path], progress: Callable[[str, int, int], None]
     ) -> Parity:
-        self.asked = dict(sources)
+        self.asked = {"checkpoint": checkpoint, **added}
         progress("unet: verify", 1, 1)
         return self.parity
 

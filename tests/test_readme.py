@@ -1,0 +1,61 @@
+"""The README's examples run, and its commands and files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.cli.program import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMAND_LINES = [
+    line
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+    if line.startswith("tandemrt ")
+]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_examples_run(code: str, shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(shapes_bundle, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    with Image.open("out.png") as picture:
+        assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_have_the_options_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = shlex.split(line, comments=True)[1]
+    assert main([name, "--help"]) == 0
+    offered = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    assert set(re.findall(r"--[a-z][a-z-]*", line)) <= offered
+
+
+def test_every_command_is_shown() -> None:
+    assert {shlex.split(line, comments=True)[1] for line in COMMAND_LINES} == set(COMMANDS)
+
+
+def test_generate_example_runs(shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(shapes_bundle, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    (line,) = (line for line in COMMAND_LINES if line.startswith("tandemrt generate bundle "))
+    assert main(shlex.split(line)[1:]) == 0
+    assert len(list(tmp_path.rglob("*.png"))) == 1
+
+
+def test_links_lead_to_files() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
