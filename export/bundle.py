@@ -26,6 +26,7 @@ from ..runtime.manifest import (
     decode,
     encode,
     file_sha256,
+    write,
 )
 from .agreement import latent_space, prediction_type, text_limits
 from .graph import MODEL_NAME, onnx_from_module, save
@@ -58,7 +59,8 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
     with Staging(plan.out, force=plan.force) as staging:
         try:
             manifest = _Export(plan, sources, staging.folder, progress).run()
-            (staging.folder / MANIFEST_NAME).write_bytes(_checked(manifest))
+            _require_readable(manifest)
+            write(manifest, staging.folder)
         except OSError as error:
             raise writing_failed(staging.out, error) from error
         staging.publish()
@@ -190,13 +192,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _checked(manifest: Manifest) -> bytes:
-    """The manifest's bytes, which a runtime reads back as the same manifest."""
-    raw = encode(manifest)
+def _require_readable(manifest: Manifest) -> None:
+    """Check that a runtime reads the manifest's bytes back as the same manifest."""
     try:
-        same = decode(raw, MANIFEST_NAME) == manifest
+        same = decode(encode(manifest), MANIFEST_NAME) == manifest
     except BundleError as error:
         raise ExportError(MANIFEST_NAME, f"cannot be read back ({error})") from error
     if not same:
         raise ExportError(MANIFEST_NAME, "does not read back as it was written")
-    return raw

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from . import manifest as manifests
 from .errors import BundleError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Component, FileRecord, Manifest, TensorSpec
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Component, FileRecord, Manifest, TensorSpec
 from .onnx_files import external_files
 from .tensors import check_loaded, check_role
 
@@ -56,9 +56,11 @@ class Bundle:
             BundleError: not a bundle, damaged, of a newer format, with files too many or too few, or reaching outside.
         """
         path = Path(path)
-        raw = _manifest_bytes(path)
+        _require_bundle(path)
+        raw = _start_of(path / MANIFEST_NAME, MAX_MANIFEST_BYTES + 1)
         where = _shown(path / MANIFEST_NAME)
         manifest = manifests.decode(raw, where)
+        _check_seal(path, raw)
         _check_listing(manifest.files, where)
         _check_components(manifest, where)
         _check_facts(manifest, where)
@@ -114,19 +116,41 @@ class Bundle:
         return self.path / TOKENIZER
 
 
-def _manifest_bytes(folder: Path) -> bytes:
-    path = folder / MANIFEST_NAME
+def _require_bundle(folder: Path) -> None:
     remedy = "Make a bundle with `tandemrt export CHECKPOINT OUT`, or check the path."
     try:
         if not folder.is_dir():
             raise BundleError(_shown(folder), "not a bundle folder", remedy=remedy)
-        if not os.path.lexists(path):
+        if not os.path.lexists(folder / MANIFEST_NAME):
             raise BundleError(_shown(folder), f"not a bundle: it holds no {MANIFEST_NAME}", remedy=remedy)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder / MANIFEST_NAME, error) from error
+
+
+def _start_of(path: Path, size: int) -> bytes:
+    """A file's first `size` bytes, once it is known for a regular file of one name."""
+    try:
         _check_entry(path, path.lstat())
         with _opened(path) as stream:
-            return stream.read(MAX_MANIFEST_BYTES + 1)
-    except (OSError, ValueError) as error:
+            return stream.read(size)
+    except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _check_seal(folder: Path, raw: bytes) -> None:
+    """Compare the manifest with its seal: one flipped bit in a number would give another valid manifest."""
+    if not os.path.lexists(folder / SEAL_NAME):
+        raise BundleError(_shown(folder / SEAL_NAME), "is missing", remedy=_COPY_AGAIN)
+    expected = manifests.seal(raw)
+    sealed = _start_of(folder / SEAL_NAME, len(expected) + 1)
+    if sealed != expected:
+        raise BundleError(
+            _shown(folder / MANIFEST_NAME),
+            "sha256",
+            got=hashlib.sha256(raw).hexdigest(),
+            expected=f"the one in {SEAL_NAME}",
+            remedy=_COPY_AGAIN,
+        )
 
 
 def _check_listing(files: dict[str, FileRecord], where: str) -> None:
@@ -150,7 +174,7 @@ def _check_listing(files: dict[str, FileRecord], where: str) -> None:
                 )
             if depth < len(segments) and prefix in files:
                 raise BundleError(where, "a path that is both file and folder", got=prefix)
-        if name.lower() == MANIFEST_NAME:
+        if name.lower() in (MANIFEST_NAME, SEAL_NAME):
             raise BundleError(where, "a manifest that lists itself", got=name)
         if record.size < 0:
             raise BundleError(where, f"size of {name!r}", got=record.size, expected="0 or more bytes")
@@ -206,7 +230,7 @@ def _check_folder(root: Path, files: dict[str, FileRecord]) -> None:
     found = set()
     try:
         for name, entry in _entries(root, "", _folders(files)):
-            if name == MANIFEST_NAME:
+            if name in (MANIFEST_NAME, SEAL_NAME):
                 continue
             path = root / name
             if name not in files:

@@ -1,4 +1,4 @@
-"""The bundle manifest, `tandem.json`: its types, reading and writing.
+"""The bundle manifest, `tandem.json`: its types, reading and writing; `tandem.sha256` beside it is its seal.
 
 `tandem.schema.json` beside this file is its JSON Schema, as `python -m tandemrt.runtime.manifest` prints it.
 """
@@ -15,6 +15,7 @@ from .errors import BundleError
 
 FORMAT = 1
 MANIFEST_NAME = "tandem.json"
+SEAL_NAME = "tandem.sha256"
 MAX_MANIFEST_BYTES = 4 << 20
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
@@ -127,7 +128,7 @@ class Defaults(Frozen, frozen=True, kw_only=True):
 
 
 class Manifest(Frozen, frozen=True, kw_only=True):
-    """Everything a runtime needs to know of a bundle; `files` lists every file but the manifest itself."""
+    """Everything a runtime needs to know of a bundle; `files` lists every file but the manifest and its seal."""
 
     format: int
     producers: dict[str, str]
@@ -168,6 +169,22 @@ def decode(raw: bytes, where: str) -> Manifest:
 def encode(manifest: Manifest) -> bytes:
     """The manifest as indented JSON with a final newline."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def seal(raw: bytes) -> bytes:
+    """What `tandem.sha256` must hold for a manifest's bytes: the line that `sha256sum tandem.json` prints."""
+    return f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST_NAME}\n".encode()
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    """Write a manifest and its seal.
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+    """
+    raw = encode(manifest)
+    (folder / MANIFEST_NAME).write_bytes(raw)
+    (folder / SEAL_NAME).write_bytes(seal(raw))
 
 
 def file_sha256(path: Path) -> str:

@@ -66,6 +66,7 @@ RULES = {
     "bench/shapes/family.py": BENCH_BUILDER,
     "bench/shapes/inheritance.py": BENCH_BUILDER,
     "bench/shapes/learning.py": BENCH_BUILDER,
+    "bench/shapes/publishing.py": BENCH_BUILDER,
     "bench/shapes/train.py": BENCH_BUILDER,
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,20 +25,11 @@ from tandemrt.runtime import ArgumentError
 from . import family
 from .inheritance import inherit
 from .learning import Data, Ema, cosine, picture_loss, ready_to_train, sample, tokens_of
+from .publishing import LOG, publish, read_log, read_published
 from .scenes import scenes
 
 SEED = 20260101
 STAGES = ("vae_tiny", "large", "small", "one_step", "vae_kl", "vae_small")
-LOG = "training-log.jsonl"
-# Where each stage's modules are published: the prefix of their names in the stage's file, the folder.
-PUBLISHED = {
-    "vae_tiny": {"": "vae_tiny"},
-    "large": {"unet.": "large/unet", "text_encoder.": "large/text_encoder"},
-    "small": {"": "small/unet"},
-    "one_step": {"": "one_step/unet"},
-    "vae_kl": {"": "large/vae"},
-    "vae_small": {"": "vae_small"},
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Trainer:
     """Runs the stages in order and writes one line of JSON per hundred steps."""
 
     def __init__(self, work: Path, budget: Budget) -> None:
-        self._work, self._budget = work, budget
+        self.work, self._budget = work, budget
         work.mkdir(parents=True, exist_ok=True)
         self._require_same_budget()
         captions = (scene.caption for scene in scenes(SEED, 4_000, "train"))
@@ -91,15 +81,12 @@ class Trainer:
         self._log(stage=stage, done=True, seconds=round(time.monotonic() - started))
 
     def adopt(self, stage: str, published: Path) -> None:
-        """Take a stage's weights from a published family instead of training them."""
-        state = {
-            f"{prefix}{name}": tensor.float() if tensor.is_floating_point() else tensor
-            for prefix, folder in PUBLISHED[stage].items()
-            for file in (published / folder).glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-        }
-        self._write(stage, state)
-        self._log(stage=stage, adopted=True)
+        """Take a stage's weights and what was logged of it from a published family instead of training it."""
+        if self._file(stage).exists():
+            return
+        for facts in read_log(stage, published):
+            self._log(**facts)
+        self._write(stage, read_published(stage, published))
 
     def load(self, stage: str, module: nn.Module, prefix: str = "") -> nn.Module:
         """Fill `module` with a finished stage's weights and freeze it."""
@@ -108,7 +95,7 @@ class Trainer:
         return module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def _file(self, stage: str) -> Path:
-        return self._work / f"{stage}.safetensors"
+        return self.work / f"{stage}.safetensors"
 
     def _save(self, stage: str, **modules: nn.Module) -> None:
         state = {
@@ -125,17 +112,17 @@ class Trainer:
 
     def _require_same_budget(self) -> None:
         """Refuse to go on from stages that had another budget."""
-        file, budget = self._work / "budget.json", asdict(self._budget)
+        file, budget = self.work / "budget.json", asdict(self._budget)
         if file.exists() and json.loads(file.read_text(encoding="utf-8")) != budget:
             raise ArgumentError(
-                "--work", "stages trained with another budget", got=str(self._work), remedy="Give another folder."
+                "--work", "stages trained with another budget", got=str(self.work), remedy="Give another folder."
             )
         file.write_text(json.dumps(budget), encoding="utf-8")
 
     def _log(self, **facts: object) -> None:
         line = json.dumps(facts)
         print(line, flush=True)
-        with (self._work / "log.jsonl").open("a", encoding="utf-8") as log:
+        with (self.work / LOG).open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
     def _optimize(
@@ -290,7 +277,7 @@ class Trainer:
             for part_noise, part_tokens in zip(noise.split(256), tokens.split(256), strict=True):
                 parts.append(sample(teacher, text, part_noise, part_tokens, self.tokenizer, steps=8))
                 if len(parts) % 16 == 0:
-                    self._log(stage="pairs", done=len(parts) * 256, seconds=round(time.monotonic() - started))
+                    self._log(stage="one_step", pairs=len(parts) * 256, seconds=round(time.monotonic() - started))
             self._write("pairs", {"noise": noise, "latents": torch.cat(parts).contiguous(), "tokens": tokens})
         pairs = load_file(file)
         return pairs["noise"], pairs["latents"], pairs["tokens"]
@@ -319,49 +306,6 @@ class Trainer:
         self._optimize("one_step", [unet], losses(), cosine(1e-3, self._budget.one_step))
         self._save("one_step", **{"": unet})
 
-    def publish(self, out: Path) -> None:
-        """Write the family as fp16 safetensors in diffusers layout, the training log beside it.
-
-        Raises:
-            ArgumentError: `out` exists and holds something else.
-        """
-        if out.exists() and not (out / LOG).is_file():
-            raise ArgumentError("--out", "exists and is no trained family", got=str(out), remedy="Give another folder.")
-        part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        modules = {
-            "large/unet": family.large_unet(),
-            "large/text_encoder": family.text_encoder(self.tokenizer),
-            "large/vae": family.kl_vae(),
-            "small/unet": family.pruned_unet(family.SMALL_PRUNING),
-            "one_step/unet": family.pruned_unet(family.ONE_STEP_PRUNING),
-            "vae_small": family.small_vae(),
-            "vae_tiny": family.tiny_vae(),
-        }
-        for stage, folders in PUBLISHED.items():
-            for prefix, folder in folders.items():
-                self.load(stage, modules[folder], prefix).half().save_pretrained(part / folder)
-        shutil.copytree(self._work / "tokenizer", part / "large" / "tokenizer")
-        family.scheduler().save_pretrained(part / "large" / "scheduler")
-        parts = {
-            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-        }
-        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
-        (part / "large" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        shutil.copy(self._work / "log.jsonl", part / LOG)
-        old = out.with_name(out.name + ".old")
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -382,7 +326,7 @@ def main() -> None:
             trainer.adopt(stage, arguments.out)
         else:
             trainer.run(stage)
-    trainer.publish(out)
+    publish(trainer, out)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,12 @@ def test_arguments_that_cannot_be_used_are_named(arguments: list[str], complaint
         parse("c", "out", *arguments)
 
 
+def test_a_plan_names_every_component_once() -> None:
+    twice = (Added("unet_small", Path("d")), Added("unet_small", Path("e")))
+    with pytest.raises(ArgumentError, match="component named twice, got 'unet_small'"):
+        ExportPlan(Path("c"), Path("o"), twice)
+
+
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ArgumentError, match="--dtype: precision, got 'int8', expected fp32 or fp16"):
         ExportPlan(Path("c"), Path("o"), dtype="int8")  # type: ignore[arg-type]

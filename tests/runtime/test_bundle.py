@@ -22,21 +22,21 @@ from onnx import TensorProto, helper
 
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError
-from tandemrt.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from tandemrt.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Manifest, seal, write
 
-from .tiny_bundle import resign, write_manifest, write_tiny_bundle
+from .tiny_bundle import resign, write_tiny_bundle
 
 Files = dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """Damage to a bundle folder; the error must name `file`. `rewrites` is the one file it changes, if it is one."""
+    """Damage to a bundle folder; the error must name `file`. `rewrites` are the files it changes, if it adds none."""
 
     name: str
     file: str
     apply: Callable[[Path], object]
-    rewrites: str = ""
+    rewrites: tuple[str, ...] = ()
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,23 @@ def rebuilt(folder: Path, files: Files) -> None:
 def rewritten(what: str, name: str, data: bytes, *, named: str | None = None) -> Corruption:
     """The file `name` with other bytes; the error names that file unless `named` says otherwise."""
     apply: Callable[[Path], object] = lambda folder: (folder / name).write_bytes(data)  # noqa: E731
-    return Corruption(what, name if named is None else named, apply, rewrites=name)
+    return Corruption(what, name if named is None else named, apply, rewrites=(name,))
+
+
+def forged(what: str, raw: bytes, *, named: str = MANIFEST_NAME) -> Corruption:
+    """Another manifest, sealed as an author of a hostile bundle would seal it."""
+    return Corruption(what, named, lambda folder: write_sealed(folder, raw), rewrites=(MANIFEST_NAME, SEAL_NAME))
+
+
+def write_sealed(folder: Path, raw: bytes) -> None:
+    (folder / MANIFEST_NAME).write_bytes(raw)
+    (folder / SEAL_NAME).write_bytes(seal(raw))
 
 
 def restored(folder: Path, files: Files, corruption: Corruption) -> None:
-    if corruption.rewrites:
-        (folder / corruption.rewrites).write_bytes(files[corruption.rewrites])
-    else:
+    for name in corruption.rewrites:
+        (folder / name).write_bytes(files[name])
+    if not corruption.rewrites:
         rebuilt(folder, files)
 
 
@@ -83,37 +93,26 @@ def edited(raw: bytes, edit: Callable[[dict[str, Any]], object]) -> bytes:
 
 def bit_flips(files: Files) -> Iterator[Corruption]:
     rng = random.Random(1)
-    for name in sorted(files.keys() - {MANIFEST_NAME}):
-        data = files[name]
-        for _ in range(70):
+    for name, data in sorted(files.items()):
+        for _ in range(400 if name == MANIFEST_NAME else 70):
             at, bit = rng.randrange(len(data)), rng.randrange(8)
             flipped = bytearray(data)
             flipped[at] ^= 1 << bit
-            yield rewritten(f"{name} byte {at} bit {bit}", name, bytes(flipped))
-
-
-def manifest_bit_flips(files: Files) -> Iterator[Corruption]:
-    """Flips in the manifest's list of files; that of a plain number elsewhere no reader can notice."""
-    rng = random.Random(2)
-    raw = files[MANIFEST_NAME]
-    start, end = raw.index(b'"files"'), raw.index(b'"latent"')
-    for at in rng.sample(range(start, end), 400):
-        bit = rng.randrange(8)
-        flipped = bytearray(raw)
-        flipped[at] ^= 1 << bit
-        yield rewritten(f"manifest byte {at} bit {bit}", MANIFEST_NAME, bytes(flipped), named="")
+            yield rewritten(f"{name} byte {at} bit {bit}", name, bytes(flipped), named=blamed(name))
 
 
 def truncations(files: Files) -> Iterator[Corruption]:
     rng = random.Random(3)
     for name, data in sorted(files.items()):
-        # The manifest ends in a newline, which JSON does not miss.
-        lengths = range(len(data) - (name == MANIFEST_NAME))
-        for length in {0, lengths[-1], *rng.sample(lengths, min(40, len(lengths)))}:
-            yield rewritten(f"{name} cut to {length}", name, data[:length])
-        if name != MANIFEST_NAME:
-            for more in (b"\0", b"\n", data):
-                yield rewritten(f"{name} grown by {len(more)}", name, data + more)
+        for length in {0, len(data) - 1, *rng.sample(range(len(data)), min(40, len(data)))}:
+            yield rewritten(f"{name} cut to {length}", name, data[:length], named=blamed(name))
+        for more in (b"\0", b"\n", data):
+            yield rewritten(f"{name} grown by {len(more)}", name, data + more, named=blamed(name))
+
+
+def blamed(name: str) -> str:
+    """The file an error names when `name` is damaged: the manifest does not fit a damaged seal."""
+    return MANIFEST_NAME if name == SEAL_NAME else name
 
 
 def swaps(files: Files) -> Iterator[Corruption]:
@@ -194,6 +193,7 @@ HOSTILE_PATHS = (
     "$HOME/model.onnx", "unet/model.onnx.", "unet./model.onnx", "u\u0308net/model.onnx", "\u202eunet/model.onnx",
     "file:///etc/passwd", "http://host/model.onnx", "unet/%2e%2e/model.onnx", "a/" * 200 + "b", "x" * 300,
     "unet/model.onnx:stream", "*", "unet/*.onnx", "unet/model.onnx|cat", "-", "tandem.json", "TANDEM.JSON",
+    "tandem.sha256",
 )  # fmt: skip
 
 
@@ -206,30 +206,30 @@ def path_escapes(files: Files) -> Iterator[Corruption]:
             def listed(manifest: dict[str, Any], path: str = path) -> None:
                 manifest["files"][path] = manifest["files"]["unet/model.onnx"]
 
-            yield rewritten(f"lists {path!r}", MANIFEST_NAME, edited(raw, listed))
+            yield forged(f"lists {path!r}", edited(raw, listed))
 
             def renamed(manifest: dict[str, Any], path: str = path) -> None:
                 manifest["files"][path] = manifest["files"].pop("unet/model.onnx")
                 manifest["components"]["unet"]["model"] = path
 
-            yield rewritten(f"unet is {path!r}", MANIFEST_NAME, edited(raw, renamed))
+            yield forged(f"unet is {path!r}", edited(raw, renamed))
 
         def model(manifest: dict[str, Any], path: str = path) -> None:
             manifest["components"]["unet"]["model"] = path
 
-        yield rewritten(f"model {path!r}", MANIFEST_NAME, edited(raw, model))
+        yield forged(f"model {path!r}", edited(raw, model))
 
 
 def case_collisions(files: Files) -> Iterator[Corruption]:
     raw = files[MANIFEST_NAME]
-    for name in sorted(files.keys() - {MANIFEST_NAME}):
+    for name in sorted(files.keys() - {MANIFEST_NAME, SEAL_NAME}):
         for other in (name.upper(), name.capitalize(), name.swapcase(), f"{Path(name).parent}/x.bin".upper()):
 
             def collided(root: Path, name: str = name, other: str = other) -> None:
                 def listed(manifest: dict[str, Any]) -> None:
                     manifest["files"][other] = manifest["files"][name]
 
-                (root / MANIFEST_NAME).write_bytes(edited(raw, listed))
+                write_sealed(root, edited(raw, listed))
                 (root / other.lstrip("/")).parent.mkdir(exist_ok=True)
                 (root / other.lstrip("/")).write_bytes(files[name])
 
@@ -239,7 +239,7 @@ def case_collisions(files: Files) -> Iterator[Corruption]:
     def nested(manifest: dict[str, Any]) -> None:
         manifest["files"]["unet/model.onnx/x.bin"] = manifest["files"]["unet/model.onnx"]
 
-    yield rewritten("a file that is a folder too", MANIFEST_NAME, edited(raw, nested))
+    yield forged("a file that is a folder too", edited(raw, nested))
 
 
 def set_at(path: str, value: object) -> Callable[[dict[str, Any]], object]:
@@ -316,21 +316,20 @@ RAW_MANIFESTS: dict[str, bytes] = {
 def foreign_manifests(files: Files) -> Iterator[Corruption]:
     raw = files[MANIFEST_NAME]
     for name, data in RAW_MANIFESTS.items():
-        yield rewritten(f"manifest: {name}", MANIFEST_NAME, data)
+        yield forged(f"manifest: {name}", data)
     for name, edit in MANIFEST_EDITS.items():
         # A well-formed record that lies is found out at the file it is about.
         at = "unet/model.onnx" if name in LIES_ABOUT_A_FILE else MANIFEST_NAME
-        yield rewritten(f"manifest: {name}", MANIFEST_NAME, edited(raw, edit), named=at)
+        yield forged(f"manifest: {name}", edited(raw, edit), named=at)
     for name in ("NaN", "Infinity", "-Infinity", "1e999"):
         text = raw.replace(b'"scaling_factor": 1.0', b'"scaling_factor": ' + name.encode())
-        yield rewritten(f"manifest: scaling {name}", MANIFEST_NAME, text)
+        yield forged(f"manifest: scaling {name}", text)
     for at in range(raw.index(b'"files"'), raw.index(b'"latent"') - 150, 20):
         yield rewritten(f"manifest: hole at {at}", MANIFEST_NAME, raw[:at] + raw[at + 150 :], named="")
 
 
 KINDS: dict[str, Callable[[Files], Iterator[Corruption]]] = {
     "bit_flips": bit_flips,
-    "manifest_bit_flips": manifest_bit_flips,
     "truncations": truncations,
     "swaps": swaps,
     "missing": missing,
@@ -522,6 +521,15 @@ def test_the_message_says_what_to_do(bundle: Path, tmp_path: Path) -> None:
     (bundle / "unet" / "model.onnx").write_bytes(b"half")
     with pytest.raises(BundleError, match=r"unet/model\.onnx: size, got 4, expected \d+ bytes\. Copy the bundle again"):
         Bundle.open(bundle)
+    with (bundle / MANIFEST_NAME).open("ab") as manifest_file:
+        manifest_file.write(b"\n")
+    with pytest.raises(
+        BundleError, match=r"json: sha256, got '[0-9a-f]{64}', expected the one in tandem.sha256\. Copy"
+    ):
+        Bundle.open(bundle)
+    (bundle / SEAL_NAME).unlink()
+    with pytest.raises(BundleError, match=r"tandem\.sha256: is missing\. Copy the bundle again"):
+        Bundle.open(bundle)
     resign(bundle, lambda manifest: msgspec.structs.replace(manifest, format=2))
     with pytest.raises(BundleError, match=r"bundle format, got 2, expected 1\. Upgrade tandemrt"):
         Bundle.open(bundle)
@@ -604,6 +612,6 @@ def test_opening_imports_no_parser(bundle: Path) -> None:
 def test_the_tiny_bundle_is_the_same_every_time(tmp_path: Path, pristine: Path) -> None:
     manifest = write_tiny_bundle(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(pristine)
-    write_manifest(tmp_path / "again", msgspec.structs.replace(manifest, format=7))
+    write(msgspec.structs.replace(manifest, format=7), tmp_path / "again")
     with pytest.raises(BundleError, match="got 7"):
         Bundle.open(tmp_path / "again")

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from tandemrt.runtime.manifest import (
     MANIFEST_NAME,
+    SEAL_NAME,
     Component,
     Defaults,
     Evidence,
@@ -26,8 +27,8 @@ from tandemrt.runtime.manifest import (
     Source,
     TensorSpec,
     TextConditioning,
-    encode,
     file_sha256,
+    write,
 )
 
 MAX_LENGTH = 12
@@ -73,27 +74,23 @@ def write_tiny_bundle(folder: Path) -> Manifest:
         scheduler=SCHEDULER,
         defaults=Defaults(height=64, width=64, num_inference_steps=10, guidance_scale=5.0),
     )
-    write_manifest(folder, manifest)
+    write(manifest, folder)
     return manifest
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """The records of every file under `folder` but the manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    """The records of every file under `folder` but the manifest and its seal."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST_NAME, SEAL_NAME))
     return {
         path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path))
         for path in paths
     }
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST_NAME).write_bytes(encode(manifest))
-
-
 def resign(folder: Path, edit: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> None:
     """List the files as they are now, as an author of a hostile bundle would, after `edit` of the manifest."""
     manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
-    write_manifest(folder, edit(msgspec.structs.replace(manifest, files=file_records(folder))))
+    write(edit(msgspec.structs.replace(manifest, files=file_records(folder))), folder)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from tandemrt.bench.shapes import family, inheritance, scenes, train
+from tandemrt.bench.shapes.publishing import LOG, publish
 from tandemrt.runtime import ArgumentError
 
 WEIGHTS = Path(family.__file__).parent / "weights"
@@ -85,11 +86,13 @@ def test_a_pruned_model_inherits_the_large_ones_outer_layers_and_its_strongest_c
     assert last.conv2.weight.equal(origin.conv2.weight[:, kept])
 
 
-def test_publishing_what_is_published_changes_no_weight(tmp_path):
+def test_publishing_what_is_published_changes_no_weight_and_no_log(tmp_path):
     trainer = train.Trainer(tmp_path / "work", train.Budget())
     for stage in train.STAGES:
         trainer.adopt(stage, WEIGHTS)
-    trainer.publish(tmp_path / "out")
+    publish(trainer, tmp_path / "out")
+    log, again = ((folder / LOG).read_text(encoding="utf-8").splitlines() for folder in (WEIGHTS, tmp_path / "out"))
+    assert sorted(again) == sorted(log)
     for path in WEIGHTS.rglob("*.safetensors"):
         before, after = load_file(path), load_file(tmp_path / "out" / path.relative_to(WEIGHTS))
         assert before.keys() == after.keys()
@@ -101,7 +104,7 @@ def test_publishing_over_something_else_is_refused(tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
     trainer = train.Trainer(tmp_path / "work", train.Budget())
     with pytest.raises(ArgumentError, match="no trained family"):
-        trainer.publish(tmp_path / "out")
+        publish(trainer, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").exists()
 
 
