@@ -51,7 +51,7 @@ class StubSession:
 
     inputs: tuple[TensorSpec, ...] = (
         TensorSpec(name="sample", dtype="float32", shape=("batch", 4, "height", "width")),
-        TensorSpec(name="timestep", dtype="int64", shape=("batch",)),
+        TensorSpec(name="timestep", dtype="float32", shape=("batch",)),
         TensorSpec(name="encoder_hidden_states", dtype="float32", shape=("batch", 77, 768)),
     )
     outputs: tuple[TensorSpec, ...] = (

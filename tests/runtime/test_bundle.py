@@ -598,6 +598,18 @@ def test_a_component_has_the_tensors_of_its_role(
         Bundle.open(bundle)
 
 
+def test_an_encoder_reads_pictures(bundle: Path) -> None:
+    def changed(manifest: Manifest) -> Manifest:
+        encoder = msgspec.structs.replace(manifest.components["vae_decoder"], role="vae_encoder")
+        return msgspec.structs.replace(manifest, components={**manifest.components, "vae_encoder": encoder})
+
+    resign(bundle, changed)
+    with pytest.raises(
+        BundleError, match=r"inputs of vae_encoder 'vae_encoder', got \['latent_sample'\], expected sample"
+    ):
+        Bundle.open(bundle)
+
+
 def test_opening_imports_no_parser(bundle: Path) -> None:
     """Checking is done by the standard library and msgspec; no model or tokenizer library is there to be attacked."""
     code = (
