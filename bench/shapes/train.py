@@ -40,10 +40,10 @@ class Budget:
     vae_tiny: int = 6_500
     large_even: int = 1_800
     large_weighted: int = 1_500
-    small: int = 1_600
+    small: int = 2_600
     pairs: int = 32_768
     one_step: int = 4_000
-    vae_kl: int = 3_600
+    vae_kl: int = 2_400
     vae_small: int = 3_000
 
 
