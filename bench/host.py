@@ -13,6 +13,7 @@ from typing import Any
 from .figures import markdown_table, write_json, write_text
 from .loops import LATENT_SHAPE, STEPS, step_overheads
 from .machine import described, machine_facts
+from .program import run_program
 from .starts import import_figures, opening_figures
 
 CHECKPOINT = Path(__file__).parent / "shapes" / "weights" / "large"
@@ -82,4 +83,4 @@ def _cell(figures: dict[str, float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

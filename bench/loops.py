@@ -74,13 +74,13 @@ def normal(shape: tuple[int, ...]) -> Float32:
 
 
 def runtime_loop(scheduler_class: str) -> Callable[[], Float32]:
-    """One generation by this runtime's sampler; returns the latents, (1, 4, 64, 64) float32."""
-    table = compile_table(scheduler_class, SCHEDULE, STEPS)
-    plan = Plan(table, ("unet",) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
+    """One generation by this runtime, its schedule compiled anew; returns the latents, (1, 4, 64, 64) float32."""
     conditioning = Conditioning(normal(TEXT_SHAPE), normal(TEXT_SHAPE))
     noise, sessions = normal(LATENT_SHAPE), {"unet": StubSession()}
 
     def generate() -> Float32:
+        table = compile_table(scheduler_class, SCHEDULE, STEPS)
+        plan = Plan(table, ("unet",) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
         sampler = Sampler(plan, sessions, conditioning, lambda: noise)
         state = sampler.start(noise)
         for _ in sampler.run(state):

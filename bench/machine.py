@@ -26,7 +26,7 @@ _DISTRIBUTIONS = (
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, usable cores, memory in GiB, load, system, Python, and the versions of what is installed.
+    """Processor, usable cores, memory in GiB, NVIDIA devices, load, system, Python, versions of what is installed.
 
     `load_average` is the one-minute load when asked: a figure taken beside other work is known by it.
     """
@@ -35,6 +35,7 @@ def machine_facts() -> dict[str, Any]:
         "processor": facts["processor"] or platform.machine(),
         "cores": facts["usable_cores"],
         "memory_gib": facts["memory_gib"],
+        "nvidia_devices": facts["nvidia_devices"],
         "load_average": round(os.getloadavg()[0], 2),
         "system": facts["system"],
         "python": platform.python_version(),
@@ -44,9 +45,10 @@ def machine_facts() -> dict[str, Any]:
 
 def described(facts: dict[str, Any]) -> str:
     """`machine_facts` in one sentence, for the foot of a table."""
+    devices = "".join(f"{device['name']}, " for device in facts["nvidia_devices"])
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['system']}, "
+        f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {devices}{facts['system']}, "
         f"Python {facts['python']}, {versions}; load average {facts['load_average']} when it began."
     )
 

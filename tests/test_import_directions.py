@@ -60,7 +60,7 @@ RULES = {
     "calibrate/": Rule(ours=frozenset({"runtime", "engines"}), third_party=frozenset({"numpy", "msgspec"})),
     "bench/": Rule(
         ours=frozenset(FOLDERS),
-        third_party=frozenset({"numpy", "scipy", "PIL", "msgspec", "psutil", "rich"}),
+        third_party=frozenset({"numpy", "scipy", "PIL", "msgspec", "rich"}),
         lazy_third_party=ANYTHING,
     ),
     "bench/shapes/family.py": BENCH_BUILDER,
@@ -201,7 +201,7 @@ for module in pkgutil.walk_packages(tandemrt.runtime.__path__, "tandemrt.runtime
 
 
 def test_runtime_imports_with_everything_heavy_blocked() -> None:
-    blocked = sorted({*TORCH_STACK, *BACKENDS, "onnx", "onnxscript", "peft", "scipy", "psutil", "polygraphy"})
+    blocked = sorted({*TORCH_STACK, *BACKENDS, "onnx", "onnxscript", "peft", "scipy", "polygraphy"})
     command = [sys.executable, "-c", IMPORT_EVERY_RUNTIME_MODULE, *blocked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -37,14 +37,34 @@ class Trained(Protocol):
         """Fill `module` with a stage's weights."""
 
 
+def require_family(out: Path) -> None:
+    """Check that a family may be put at `out`; the one that a killed publishing has moved aside is put back first.
+
+    Raises:
+        ArgumentError: `out` exists and holds something else.
+    """
+    old = _aside(out)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    if out.exists() and not (out / LOG).is_file():
+        raise ArgumentError("--out", "exists and is no trained family", got=str(out), remedy="Give another folder.")
+
+
 def read_published(stage: str, published: Path) -> dict[str, Tensor]:
-    """A stage's weights in float32, by their names in the stage's file."""
-    return {
+    """A stage's weights in float32, by their names in the stage's file.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    tensors = {
         f"{prefix}{name}": tensor.float() if tensor.is_floating_point() else tensor
         for prefix, folder in FOLDERS[stage].items()
         for file in (published / folder).glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
+    if not tensors:
+        raise ArgumentError("--out", f"no published weights of {stage}", got=str(published), remedy="Train it too.")
+    return tensors
 
 
 def read_log(stage: str, published: Path) -> list[dict[str, object]]:
@@ -59,10 +79,10 @@ def publish(trained: Trained, out: Path) -> None:
     Raises:
         ArgumentError: `out` exists and holds something else.
     """
-    if out.exists() and not (out / LOG).is_file():
-        raise ArgumentError("--out", "exists and is no trained family", got=str(out), remedy="Give another folder.")
-    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
-    shutil.rmtree(part, ignore_errors=True)
+    require_family(out)
+    part, old = out.with_name(out.name + ".part"), _aside(out)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     modules = {
         "large/unet": family.large_unet(),
@@ -84,6 +104,11 @@ def publish(trained: Trained, out: Path) -> None:
         out.rename(old)
     part.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(out: Path) -> Path:
+    """Where a family is moved while another takes its place."""
+    return out.with_name(out.name + ".old")
 
 
 def _model_index() -> dict[str, object]:

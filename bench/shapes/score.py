@@ -15,6 +15,7 @@ from tandemrt.runtime import Pipeline
 
 from ..figures import markdown_table, write_json, write_text
 from ..machine import described, machine_facts
+from ..program import run_program
 from .accuracy import GUIDANCE_SCALE, SCENES_SEED, WAYS, Pixels, Progress, Share, score_pictures, score_ways, size_of
 from .checker import check
 from .decoders import score_decoders
@@ -134,4 +135,4 @@ def _decibels(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

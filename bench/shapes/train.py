@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from tandemrt.runtime import ArgumentError
 
+from ..program import run_program
 from . import family
 from .inheritance import inherit
 from .learning import Data, Ema, cosine, picture_loss, ready_to_train, sample, tokens_of
-from .publishing import LOG, publish, read_log, read_published
+from .publishing import LOG, publish, read_log, read_published, require_family
 from .scenes import scenes
 
 SEED = 20260101
@@ -84,9 +85,9 @@ class Trainer:
         """Take a stage's weights and what was logged of it from a published family instead of training it."""
         if self._file(stage).exists():
             return
+        self._write(stage, read_published(stage, published))
         for facts in read_log(stage, published):
             self._log(**facts)
-        self._write(stage, read_published(stage, published))
 
     def load(self, stage: str, module: nn.Module, prefix: str = "") -> nn.Module:
         """Fill `module` with a finished stage's weights and freeze it."""
@@ -320,6 +321,7 @@ def main() -> None:
     if arguments.rehearse:
         budget = Budget(512, 20, 10, 10, 20, 256, 20, 20, 20)
         work, out = Path("out/shapes-rehearsal/work"), Path("out/shapes-rehearsal/weights")
+    require_family(out)
     trainer = Trainer(work, budget)
     for stage in STAGES:
         if arguments.only and stage not in arguments.only:
@@ -330,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from tandemrt.bench.shapes import family, inheritance, scenes, train
-from tandemrt.bench.shapes.publishing import LOG, publish
+from tandemrt.bench.shapes.publishing import LOG, publish, require_family
 from tandemrt.runtime import ArgumentError
 
 WEIGHTS = Path(family.__file__).parent / "weights"
@@ -106,6 +106,40 @@ def test_publishing_over_something_else_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match="no trained family"):
         publish(trainer, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_a_killed_publishing_is_mended_and_repeated(tmp_path):
+    trainer = train.Trainer(tmp_path / "work", train.Budget())
+    for stage in train.STAGES:
+        trainer.adopt(stage, WEIGHTS)
+    publish(trainer, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out.old")
+    require_family(tmp_path / "out")
+    assert (tmp_path / "out" / LOG).is_file()
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / LOG).touch()
+    publish(trainer, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "work"]
+
+
+def test_weights_that_are_not_there_are_not_adopted(tmp_path):
+    trainer = train.Trainer(tmp_path / "work", train.Budget())
+    with pytest.raises(ArgumentError, match="no published weights of small"):
+        trainer.adopt("small", tmp_path)
+
+
+def test_the_budget_is_the_one_of_the_published_weights():
+    budget, done = train.Budget(), {}
+    for line in (WEIGHTS / LOG).read_text(encoding="utf-8").splitlines():
+        facts = json.loads(line)
+        if "step" in facts:
+            assert facts["step"] == done.get(facts["stage"], 0) + 100, "one run a stage"
+            done[facts["stage"]] = facts["step"]
+        if "pairs" in facts:
+            done["pairs"] = facts["pairs"]
+    steps = {name: getattr(budget, name) for name in ("vae_tiny", "small", "pairs", "one_step", "vae_kl", "vae_small")}
+    # The published tiny autoencoder had its first 4,500 steps on older scenes; see the README beside the script.
+    assert done == {**steps, "vae_tiny": 2_000, "large": budget.large_even + budget.large_weighted}
 
 
 def test_stages_of_another_budget_are_not_gone_on_from(tmp_path):
