@@ -6,6 +6,7 @@ from another run's work.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -15,18 +16,21 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from ..runtime.errors import ExportError
-from ..runtime.manifest import MANIFEST_NAME
+from ..runtime.errors import BundleError, ExportError
+from ..runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, decode
 
 _PART = ".tandemrt-part-"
 _OLD = ".tandemrt-old-"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP)
+_HELD_OR_GONE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOENT)
 
 
 class Staging:
     """A temporary folder beside `out`, removed on leaving unless `publish` put it in `out`'s place.
+
+    Parents of `out` that had to be made go with it.
 
     Raises, on entering:
         ExportError: `out` exists and may not be replaced, or its parent cannot be written.
@@ -36,6 +40,7 @@ class Staging:
         self.out, self._force = Path(os.path.abspath(out)), force  # noqa: PTH100 — resolve() would follow a link at `out`
         self.folder = self.out
         self._lock = -1
+        self._new_parents = [parent for parent in self.out.parents if not os.path.lexists(parent)]
 
     def __enter__(self) -> Staging:
         try:
@@ -46,6 +51,8 @@ class Staging:
             self.folder, self._lock = _new_locked_folder(self.out)
         except OSError as error:
             raise writing_failed(self.out, error) from error
+        finally:
+            self._remove_empty_parents()
         return self
 
     def __exit__(
@@ -54,6 +61,7 @@ class Staging:
         # After an exchange the temporary name holds the old bundle; after a plain rename it is gone.
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
+        self._remove_empty_parents()
 
     def publish(self) -> None:
         """Flush everything to disk, then put the folder in `out`'s place; what was there is kept until that is done.
@@ -72,13 +80,24 @@ class Staging:
         except OSError as error:
             raise writing_failed(self.out, error) from error
 
+    def _remove_empty_parents(self) -> None:
+        for parent in self._new_parents:
+            with contextlib.suppress(OSError):  # rmdir spares a folder that holds anything
+                parent.rmdir()
+
 
 def require_free(out: Path, *, force: bool) -> None:
     """Check that a bundle may be put at `out`.
 
     Raises:
-        ExportError: it exists, and either `force` is not given or it is no bundle, which is never replaced.
+        ExportError: it lies inside a bundle, or exists, and either `force` is not given or it holds anything that is
+            not of a bundle, which is never replaced.
     """
+    for folder in Path(os.path.realpath(out.parent), out.name).absolute().parents:
+        if os.path.lexists(folder / MANIFEST_NAME):
+            raise ExportError(
+                str(out), f"lies inside the bundle {folder}, which it would break", remedy="Give another folder."
+            )
     if not os.path.lexists(out):
         return
     if not force:
@@ -90,15 +109,42 @@ def require_free(out: Path, *, force: bool) -> None:
             expected=f"a folder with {MANIFEST_NAME}",
             remedy="Give another folder.",
         )
+    _require_only_a_bundle(out)
+
+
+def _require_only_a_bundle(folder: Path) -> None:
+    """Check that all that would go with a folder is its manifest, its seal and the files that are listed."""
+    found = {path.relative_to(folder): path.is_dir() for path in folder.rglob("*")}
+    if not found:
+        return
+    try:
+        with (folder / MANIFEST_NAME).open("rb") as stream:
+            manifest = decode(stream.read(MAX_MANIFEST_BYTES + 1), str(folder / MANIFEST_NAME))
+    except (BundleError, OSError) as error:
+        raise ExportError(
+            str(folder),
+            f"--force cannot tell which of its files are a bundle's ({error})",
+            remedy="Remove the folder by hand, or give another.",
+        ) from error
+    files = {Path(name) for name in (*manifest.files, MANIFEST_NAME, SEAL_NAME)}
+    folders = {parent for file in files for parent in file.parents}
+    foreign = sorted(path for path, is_folder in found.items() if path not in (folders if is_folder else files))
+    if foreign:
+        raise ExportError(
+            str(folder / foreign[0]),
+            "is not of the bundle, so --force does not remove it",
+            remedy="Move it elsewhere, or give another folder.",
+        )
 
 
 def sweep(parent: Path) -> None:
     """Remove the temporary folders in `parent` whose makers are gone."""
     for leftover in parent.glob(f".*{_PART}*"):
-        lock = _try_lock(leftover)
-        if lock is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            os.close(lock)
+        with contextlib.suppress(OSError):  # another user's, or nothing that an export made
+            lock = _try_lock(leftover)
+            if lock is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+                os.close(lock)
 
 
 def writing_failed(out: Path, error: OSError) -> ExportError:
@@ -112,7 +158,11 @@ def _new_locked_folder(out: Path) -> tuple[Path, int]:
     while True:
         folder = out.with_name(f".{out.name}{_PART}{secrets.token_hex(4)}")
         folder.mkdir(mode=0o755)
-        lock = _try_lock(folder)
+        try:
+            lock = _try_lock(folder)
+        except OSError:
+            folder.rmdir()
+            raise
         # Between mkdir and flock another run may have taken the folder for a leftover and removed it.
         if lock is not None:
             if folder.exists():
@@ -122,15 +172,16 @@ def _new_locked_folder(out: Path) -> tuple[Path, int]:
 
 def _try_lock(folder: Path) -> int | None:
     """Lock a folder for as long as the descriptor is open; None where another process holds it or it is gone."""
+    lock = -1
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
+    except OSError as error:
+        if lock >= 0:
+            os.close(lock)
+        if error.errno in _HELD_OR_GONE:
+            return None
+        raise
     return lock
 
 
