@@ -169,10 +169,11 @@ def _require_entry(where: str, name: str, entry: list[Any]) -> None:
         raise CheckpointError(
             where, "component that is not supported", got=name, expected=f"only {', '.join((*CLASSES, 'scheduler'))}"
         )
-    library = _LIBRARIES.get(name, "transformers")
-    class_name = entry[1] if len(entry) == 2 else None
-    if entry[0] != library:
-        raise CheckpointError(f"{where}: {name}", "library", got=entry[0], expected=library)
+    if len(entry) != 2:
+        raise CheckpointError(f"{where}: {name}", "entry", got=entry, expected="a library and a class")
+    expected, (library, class_name) = _LIBRARIES.get(name, "transformers"), entry
+    if library != expected:
+        raise CheckpointError(f"{where}: {name}", "library", got=library, expected=expected)
     if name == "scheduler":
         if not isinstance(class_name, str) or not _SCHEDULER_CLASS.fullmatch(class_name):
             raise CheckpointError(f"{where}: {name}", "class", got=class_name, expected="a diffusers scheduler")
