@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from .publish import Staging, require_free, writing_failed
 from .samples import Samples
 from .sources import Sources, read_sources
 from .tokenizer import export_tokenizer
+from .weights import copy_source
 
 _PRODUCERS = ("tandemrt", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 # Distributions of one module, of which one is installed.
@@ -147,7 +147,7 @@ class _Export:
         """`model_index.json` and the scheduler's configuration, as optimum's ORT pipelines read them."""
         main = self._sources.main
         (self._folder / "scheduler").mkdir()
-        shutil.copyfile(main.scheduler_config, self._folder / "scheduler" / "scheduler_config.json")
+        copy_source(main.scheduler_config, self._folder / "scheduler" / "scheduler_config.json")
         index: dict[str, Any] = {
             "_class_name": "StableDiffusionPipeline",
             "_diffusers_version": self._producers["diffusers"],

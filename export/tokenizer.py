@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import CLIPTokenizer
 from ..runtime.errors import CheckpointError, ExportError
 from .graph import quiet
 from .samples import PROMPTS
-from .weights import read_json
+from .weights import copy_source, read_json
 
 TOKENIZER_JSON = "tokenizer.json"
 _REQUIRED = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -49,8 +48,11 @@ def export_tokenizer(source: Path, folder: Path, longest: int, vocabulary: int) 
     folder.mkdir()
     for name in (*_REQUIRED, *_OPTIONAL):
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            copy_source(source / name, folder / name)
     reference = load_clip_tokenizer(folder)
+    if reference.pad_token is None:
+        where = str(source / "tokenizer_config.json")
+        raise CheckpointError(where, "pad_token", got=None, expected="a token")
     alone = Tokenizer.from_str(reference.backend_tokenizer.to_str())
     largest = max(alone.get_vocab().values())
     if largest >= vocabulary:

@@ -116,8 +116,11 @@ def read_header(path: Path) -> WeightsFile:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         shapes = {name: tuple(int(length) for length in entry["shape"]) for name, entry in entries.items()}
         spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
-        wanted = {name: _ITEM_BYTES[entry["dtype"]] * _size(shapes[name]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        wanted = {
+            name: _item_bytes(f"{path}: {name}", entry["dtype"]) * _size(shapes[name])
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(str(path), f"not a safetensors header ({error!r})", remedy=_AGAIN) from error
     for name, span in spans.items():
         if len(span) != 2 or span[1] - span[0] != wanted[name] or span[0] < 0:
@@ -154,6 +157,20 @@ def load_tensors(file: WeightsFile) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def copy_source(source: Path, target: Path) -> None:
+    """Copy a small file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OSError: the copy cannot be written.
+    """
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(str(source), f"cannot be read ({error.strerror})", remedy="Check the file.") from error
+    target.write_bytes(content)
+
+
 def source_digest(paths: Iterable[Path]) -> str:
     """The sha256 over the names, sizes and contents of files, in the order of their names.
 
@@ -178,6 +195,18 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
     return ", ".join(ordered[:_NAMED]) + more
+
+
+def _item_bytes(where: str, dtype: str) -> int:
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(
+            where,
+            "dtype that is not supported",
+            got=dtype,
+            expected=f"one of {', '.join(_ITEM_BYTES)}",
+            remedy="Save the model again in one of them.",
+        )
+    return _ITEM_BYTES[dtype]
 
 
 def _size(shape: Iterable[int]) -> int:

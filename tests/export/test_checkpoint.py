@@ -45,6 +45,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda c: edit_json(c / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
         "component that is not supported, got 'text_encoder_2'",
     ),
+    "empty entry": (
+        lambda c: edit_json(c / "model_index.json", unet=[]),
+        r"unet: entry, got \[\], expected a library and a class",
+    ),
+    "entry of three": (
+        lambda c: edit_json(c / "model_index.json", scheduler=["diffusers", "DDIMScheduler", "x"]),
+        "scheduler: entry, got .*'x'",
+    ),
     "scheduler that is none": (
         lambda c: edit_json(c / "model_index.json", scheduler=["diffusers", "os.system"]),
         r"scheduler: class, got 'os\.system'",
@@ -97,6 +105,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "per-channel latent statistics",
     ),
     "no tokenizer merges": (lambda c: (c / "tokenizer" / "merges.txt").unlink(), r"merges\.txt: missing"),
+    "tokenizer without a padding token": (
+        lambda c: edit_json(c / "tokenizer" / "tokenizer_config.json", pad_token=None),
+        r"tokenizer_config\.json: pad_token, got None, expected a token",
+    ),
     "broken tokenizer": (lambda c: (c / "tokenizer" / "vocab.json").write_text("[]"), "not a CLIP tokenizer"),
     "text encoder truncated": (
         lambda c: _cut(c / "text_encoder" / "model.safetensors"),

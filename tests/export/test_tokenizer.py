@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,22 @@ def test_the_length_is_bounded_by_the_text_encoder(tmp_path: Path) -> None:
 def test_ids_the_text_encoder_has_no_place_for_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vocab\.json: largest token id, got 591, expected below 500"):
         export_tokenizer(TOKENIZER, tmp_path / "tokenizer", longest=77, vocabulary=500)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "tokenizer_config.json"])
+def test_a_file_that_cannot_be_read_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    read = Path.read_bytes
+
+    def refuse(self: Path) -> bytes:
+        if self == TOKENIZER / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        export_tokenizer(TOKENIZER, tmp_path / "tokenizer", longest=77, vocabulary=592)
 
 
 @pytest.mark.parametrize("length", ["long", 2, math.nan, math.inf])

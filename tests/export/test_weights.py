@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -58,7 +59,13 @@ def test_a_file_cut_or_grown_anywhere_is_refused_by_name(file: Path, data: st.Da
             "a: data_offsets, got .0, 4., expected a span of 8",
         ),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "data_offsets"),
-        ({"a": {"dtype": "X1", "shape": [2], "data_offsets": [0, 8]}}, "not a safetensors header"),
+        (
+            {"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}},
+            "x.safetensors: a: dtype that is not supported, got 'F8_E4M3', expected one of F64, F32",
+        ),
+        ({"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}, "not a safetensors header"),
+        ({"a": {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 8]}}, "not a safetensors header"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, math.inf]}}, "not a safetensors header"),
         ({"a": {"shape": [2]}}, "not a safetensors header"),
         (["a"], "not a safetensors header"),
     ],
