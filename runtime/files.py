@@ -27,22 +27,27 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: boo
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        if not replace:
-            _claim(part, path)
-        if part.exists():
+        if replace:
             part.replace(path)
+        else:
+            _give_free_name(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def _claim(part: Path, path: Path) -> None:
-    """Give `part` the name `path` as well; on file systems without links, an empty file takes the name first."""
+def _give_free_name(part: Path, path: Path) -> None:
+    """Rename `part` to `path`, unless that is taken; where there are no links, an empty file takes the name first."""
     try:
         os.link(part, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         path.open("xb").close()
+        try:
+            part.replace(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     else:
         part.unlink()

@@ -61,6 +61,17 @@ def test_without_replace_a_name_is_taken_once(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_name_that_was_taken_for_nothing_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(OSError, match="not permitted"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {}, replace=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_save_leaves_the_old_picture_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_png(Image.new("RGB", (8, 8), (1, 2, 3)), tmp_path / "a.png", {})
     before = (tmp_path / "a.png").read_bytes()
