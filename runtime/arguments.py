@@ -7,6 +7,10 @@ import operator
 
 import numpy as np
 
+from .errors import ArgumentError
+
+MAX_THREADS = 1024
+
 
 def whole_number(value: object) -> int | None:
     """`value` as an int, or None when it is no whole number."""
@@ -27,3 +31,17 @@ def finite_number(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def thread_count(where: str, value: object) -> int | None:
+    """`value` as a number of CPU threads; None, the backend's choice, stays None.
+
+    Raises:
+        ArgumentError: no whole number in 1..1024; `where` names it.
+    """
+    if value is None:
+        return None
+    count = whole_number(value)
+    if count is None or not 1 <= count <= MAX_THREADS:
+        raise ArgumentError(where, "number of threads", got=value, expected=f"a whole number in 1..{MAX_THREADS}")
+    return count

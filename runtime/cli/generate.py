@@ -30,24 +30,23 @@ LABEL_CHARACTERS = 32
 
 
 def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
-    """What would be painted, JSON-able: the bundle is read and the schedule compiled, nothing is run.
+    """What would be painted, JSON-able: all that `run` checks before it paints is checked, no model is loaded.
 
     Raises:
-        TandemError: the bundle or an argument cannot be used.
+        TandemError: the bundle, an argument or the target cannot be used, or the folder cannot be written.
     """
-    bundle = Bundle.open(plan.bundle)
-    requests = _requests(plan, bundle.manifest, 0 if plan.seed is None else plan.seed)
-    compiled = _compiled(requests[0], bundle.manifest)
-    seeded = plan.seed is not None
-    files = [names.picture(seed) for request, names in _named(plan, requests) for seed in request["seed"]]
-    return {
-        "bundle": {"path": str(bundle.path), "digest": bundle.digest},
-        "target": plan.target,
-        "requests": requests if seeded else [{**request, "seed": None} for request in requests],
-        "plan": compiled.facts(),
-        "dropped_text": [asdict(dropped) for dropped in _dropped_text(plan, bundle, compiled)],
-        "files": [str(path) for path in files] if seeded else None,
-    }
+    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
+        checked = _checked(plan, pipe, _seed(plan))
+        seeded = plan.seed is not None
+        files = [names.picture(seed) for request, names in checked.named for seed in request["seed"]]
+        return {
+            "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
+            "target": {"name": str(pipe.target), "reason": pipe.target.reason or "asked for"},
+            "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
+            "plan": checked.compiled.facts(),
+            "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
+            "files": [str(path) for path in files] if seeded else None,
+        }
 
 
 def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
@@ -57,30 +56,24 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
         TandemError: the bundle, an argument or the target cannot be used, or a file cannot be written.
     """
     began = time.perf_counter()
-    seed = secrets.randbits(32) if plan.seed is None else plan.seed
+    seed = _seed(plan)
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
-        requests = _requests(plan, pipe.bundle.manifest, seed)
-        compiled = _compiled(requests[0], pipe.bundle.manifest)
-        # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
-        pipe.stream(**requests[0], **_unrecorded(plan))
-        dropped_text = _dropped_text(plan, pipe.bundle, compiled)
-        named = _named(plan, requests)
-        check_folder(_files(plan, named, compiled), force=plan.force)
+        checked = _checked(plan, pipe, seed)
         facts = {
-            "plan": compiled.facts(),
+            "plan": checked.compiled.facts(),
             "bundle": pipe.bundle.digest,
             "target": str(pipe.target),
             "tandemrt": version("tandemrt"),
         }
-        for dropped in dropped_text:
+        for dropped in checked.dropped_text:
             reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
-        job = _Job(plan, pipe, facts, reporter)
-        images = [image for request, names in named for image in job.paint(request, names, len(named))]
+        job, count = _Job(plan, pipe, facts, reporter), len(checked.named)
+        images = [image for request, names in checked.named for image in job.paint(request, names, count)]
     return {
         **facts,
         "seed": seed,
         "images": images,
-        "dropped_text": [asdict(dropped) for dropped in dropped_text],
+        "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
         "seconds": round(time.perf_counter() - began, 3),
     }
 
@@ -89,6 +82,15 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     count = len(result["images"])
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}, seed {result['seed']}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What a run paints: for each prompt the arguments of `Request` and the files' names; the plan of them all."""
+
+    named: list[tuple[dict[str, Any], Names]]
+    compiled: Plan
+    dropped_text: tuple[DroppedText, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +163,20 @@ def _unrecorded(plan: GeneratePlan) -> dict[str, Any]:
     return {"previews": plan.previews, "strict_prompts": plan.strict_prompts}
 
 
-def _compiled(arguments: Mapping[str, Any], manifest: Manifest) -> Plan:
-    """The plan of a request, and the request checked against the bundle as far as that needs no model."""
-    request = Request(**arguments)
-    plan = compile_plan(manifest, request.schedule)
-    request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
-    return plan
+def _seed(plan: GeneratePlan) -> int:
+    return secrets.randbits(32) if plan.seed is None else plan.seed
+
+
+def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
+    """All that can be refused before a model is loaded."""
+    requests = _requests(plan, pipe.bundle.manifest, seed)
+    # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
+    pipe.stream(**requests[0], **_unrecorded(plan))
+    compiled = compile_plan(pipe.bundle.manifest, Request(**requests[0]).schedule)
+    dropped_text = _dropped_text(plan, pipe.bundle, compiled)
+    named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
+    check_folder(_files(plan, named, compiled), force=plan.force)
+    return _Checked(named, compiled, dropped_text)
 
 
 def _dropped_text(plan: GeneratePlan, bundle: Bundle, compiled: Plan) -> tuple[DroppedText, ...]:
@@ -174,12 +184,6 @@ def _dropped_text(plan: GeneratePlan, bundle: Bundle, compiled: Plan) -> tuple[D
     negative = [plan.negative_prompt] if plan.negative_prompt is not None and any(compiled.guided) else []
     tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.text.max_length)
     return tokenizer.tokenize([*plan.prompts, *negative], strict=plan.strict_prompts).dropped
-
-
-def _named(plan: GeneratePlan, requests: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Names]]:
-    return [
-        (request, Names(plan.output_dir, number, request["prompt"])) for number, request in enumerate(requests, start=1)
-    ]
 
 
 def _files(plan: GeneratePlan, named: list[tuple[dict[str, Any], Names]], compiled: Plan) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..arguments import thread_count
 from ..errors import RequestError
 from ..request import require_pictures
 from .prompts import gathered_prompts, require_text
@@ -164,8 +165,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
         if width is not None or height is not None:
             raise RequestError("--size", "given beside --width or --height", remedy="Give one of them.")
         width, height = parse_size(namespace.size)
-    if namespace.threads is not None and namespace.threads < 1:
-        raise RequestError("--threads", "number of threads", got=namespace.threads, expected="1 or more")
+    thread_count("--threads", namespace.threads)
     if namespace.negative_prompt is not None:
         require_text("--negative-prompt", namespace.negative_prompt)
     require_pictures(namespace.num_images_per_prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ..errors import ArgumentError, TandemError
 from ..images import save_png
+from ..manifest import MANIFEST_NAME
 
 SLUG_CHARACTERS = 40
 
@@ -63,7 +65,7 @@ def check_folder(files: Iterable[Path], *, force: bool) -> None:
     """Make sure that `files` can be written later; nothing is replaced without `force`. No folder is made yet.
 
     Raises:
-        ArgumentError: a file is already there.
+        ArgumentError: a file is already there, or would lie in a bundle, which may hold no other files.
         TandemError: a folder cannot be written.
     """
     files = tuple(files)
@@ -73,11 +75,19 @@ def check_folder(files: Iterable[Path], *, force: bool) -> None:
         if taken and not force:
             raise _taken(taken[0], more=len(taken) - 1)
         for place in sorted({path.parent for path in files}):
+            _require_outside_bundles(place)
             nearest = next(part for part in (place, *place.parents) if part.exists())
             with tempfile.TemporaryFile(dir=nearest):
                 pass
     except OSError as error:
         raise _unwritable(place, error) from error
+
+
+def _require_outside_bundles(folder: Path) -> None:
+    real = Path(os.path.realpath(folder))
+    bundle = next((part for part in (real, *real.parents) if os.path.lexists(part / MANIFEST_NAME)), None)
+    if bundle is not None:
+        raise ArgumentError(str(folder), f"inside the bundle {bundle}", remedy="Choose a folder outside the bundle.")
 
 
 def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str], *, force: bool) -> None:

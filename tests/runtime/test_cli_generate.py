@@ -127,6 +127,7 @@ def test_print_plan_writes_nothing(bundle: Path, tmp_path: Path, capsys: pytest.
     assert facts["plan"]["steps"] == [["unet", 2], ["unet_small", 2]]
     assert facts["files"] == [str(tmp_path / "out" / "0001-seed3-red.png")]
     assert facts["bundle"]["digest"] == Bundle.open(bundle).digest
+    assert facts["target"] == {"name": "onnxruntime:cpu", "reason": "the only target this version of tandemrt runs"}
     assert not (tmp_path / "out").exists()
 
 
@@ -194,12 +195,28 @@ def test_pictures_are_not_replaced(bundle: Path, tmp_path: Path, capsys: pytest.
     path = tmp_path / "0001-seed1-red.png"
     before = path.read_bytes()
     capsys.readouterr()
-    assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "3") == 2
-    assert capsys.readouterr().err.startswith(f"tandemrt generate: {path}: already there")
+    for only in ([], ["--print-plan"]):
+        assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "3", *only) == 2
+        assert capsys.readouterr().err.startswith(f"tandemrt generate: {path}: already there")
     assert path.read_bytes() == before
     assert generate(bundle, tmp_path, "--prompt", "red", "--seed", "1", "--steps", "3", "--force") == 0
     assert path.read_bytes() != before
     assert names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("inside", [".", "out", "unet/new", "link"])
+@pytest.mark.parametrize("only", [[], ["--print-plan"]])
+def test_pictures_do_not_go_into_a_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: str, only: list[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    write_tiny_bundle(bundle)
+    (tmp_path / "link").symlink_to(bundle / "unet")
+    out = tmp_path / "link" / "out" if inside == "link" else bundle / inside
+    assert generate(bundle, out, "--prompt", "red", "--seed", "1", "--steps", "1", *only) == 2
+    stderr = capsys.readouterr().err
+    assert f"{out}: inside the bundle {bundle}. Choose a folder outside the bundle." in stderr
+    Bundle.open(bundle)
 
 
 def test_a_long_prompt_is_cut_and_reported(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,19 +278,21 @@ BAD_INPUT = {
         1,
         "text_encoder: precision of the exported",
     ),
-    "threads": (["--prompt", "red", "--threads", "0"], 2, "--threads: number of threads, got 0, expected 1 or more"),
+    "no threads": (["--prompt", "red", "--threads", "0"], 2, "--threads: number of threads, got 0, expected a whole"),
+    "threads": (["--prompt", "red", "--threads", "3000000000"], 2, "--threads: number of threads, got 3000000000"),
     "previews": (["--prompt", "red", "--previews", "-1"], 2, "previews: not usable, got -1"),
     "seed device": (["--prompt", "red", "--seed-device", "tpu"], 2, "argument --seed-device: invalid choice"),
 }
 
 
+@pytest.mark.parametrize("only", [[], ["--print-plan"]])
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_no_folder(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, only: list[str]
 ) -> None:
     arguments, status, message = BAD_INPUT[case]
     opened = Path("no-such-bundle") if case == "not a bundle" else bundle
-    assert generate(opened, tmp_path / "out", *arguments) == status
+    assert generate(opened, tmp_path / "out", *arguments, *only) == status
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     assert stderr.count("\n") == 1
