@@ -13,11 +13,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from PIL import Image
 
-from .arguments import whole_number
+from .arguments import thread_count
 from .backends import open_session
 from .backends.base import Session
 from .bundle import Bundle
-from .errors import ArgumentError, BundleError, CancelledError, ExecutionError, RequestError
+from .errors import BundleError, CancelledError, ExecutionError, RequestError
 from .images import Float32, image_from_pixels, pixels_from_decoded
 from .manifest import TextConditioning
 from .output import Output, RowTiming, StepEvent, Timings
@@ -32,7 +32,10 @@ R = TypeVar("R")
 
 
 class Stream(Iterator[StepEvent]):
-    """Events of a running generation, one a row; `result` gives what it made."""
+    """Events of a running generation, one a row; `result` gives what it made.
+
+    One thread iterates or asks for the result; any may cancel.
+    """
 
     def __init__(self, events: Callable[[threading.Event], Generator[StepEvent, None, Output]]) -> None:
         self._cancelled = threading.Event()
@@ -102,15 +105,13 @@ class Pipeline:
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
-            ArgumentError: there is no such target, or `threads` is no whole number of 1 or more.
+            ArgumentError: there is no such target, or `threads` is no whole number in 1..1024.
             TargetError: the target is not available here, or names another precision than the bundle has.
         """
         wanted = parse_target(target)
         check_runnable(wanted)
         check_installed(wanted)
-        count = None if threads is None else whole_number(threads)
-        if threads is not None and (count is None or count < 1):
-            raise ArgumentError("threads", "number of threads", got=threads, expected="1 or more")
+        count = thread_count("threads", threads)
         opened = Bundle.open(bundle)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
@@ -150,7 +151,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
-        _check_embeddings(request, manifest.text)
+        _check_embeddings(request, manifest.text, guided=any(plan.guided))
         if request.latents is not None:
             checked_array("latents", request.latents, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
@@ -245,7 +246,7 @@ class Pipeline:
             yield pixels_from_decoded(decoded)[0]
 
 
-def _check_embeddings(request: Request, text: TextConditioning) -> None:
+def _check_embeddings(request: Request, text: TextConditioning, *, guided: bool) -> None:
     """Raise RequestError unless given embeddings fit the denoisers and each other."""
     tokens = text.max_length
     if request.prompt_embeds is not None:
@@ -255,6 +256,14 @@ def _check_embeddings(request: Request, text: TextConditioning) -> None:
     if negative is not None:
         prompts = 1 if len(negative) == 1 else request.batch
         checked_array("negative_prompt_embeds", negative, (prompts, tokens, text.width))
+    elif guided and tokens != text.max_length:
+        raise RequestError(
+            "prompt_embeds",
+            "tokens",
+            got=tokens,
+            expected=f"{text.max_length}, as the negative prompt has under guidance",
+            remedy="Give negative_prompt_embeds of as many tokens too.",
+        )
 
 
 def _images(pixels: Iterator[Float32] | tuple[Float32, ...]) -> tuple[Image.Image, ...]:

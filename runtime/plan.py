@@ -178,7 +178,8 @@ def _timesteps(schedule: Schedule) -> tuple[int, ...] | None:
     given: object = schedule.timesteps
     if given is None:
         return None
-    listed = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | bytes) and np.ndim(given) != 0
+    listed = given.ndim > 0 if isinstance(given, np.ndarray) else isinstance(given, Sequence)
+    listed = listed and not isinstance(given, str | bytes)
     numbers = [whole_number(timestep) for timestep in given] if listed else [None]  # type: ignore[attr-defined]
     whole = tuple(number for number in numbers if number is not None)
     if len(whole) != len(numbers):

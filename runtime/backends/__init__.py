@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ArgumentError
+from ..arguments import thread_count
 from ..targets import Target, check_runnable
 from .base import Session
 
@@ -12,16 +12,15 @@ from .base import Session
 def open_session(model: Path, target: Target, *, threads: int | None = None) -> Session:
     """Load a model on a target.
 
-    threads: how many CPU threads one run may use, 1 or more; the backend's choice otherwise.
+    threads: how many CPU threads one run may use, 1 to 1024; the backend's choice otherwise.
 
     Raises:
-        ArgumentError: `threads` is below 1.
+        ArgumentError: `threads` is no whole number in 1..1024.
         TargetError: the target is not supported, not installed, or was not granted.
         ExecutionError: the backend cannot load the model.
     """
     check_runnable(target)
-    if threads is not None and threads < 1:
-        raise ArgumentError("threads", "number of threads", got=threads, expected="1 or more")
+    threads = thread_count("threads", threads)
     from . import onnxruntime  # noqa: PLC0415 (a backend loads when it is used)
 
     return onnxruntime.OnnxRuntimeSession(model, target, threads)

@@ -226,6 +226,11 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
         ({"latents": np.zeros((1, 4, 9, 8), np.float32)}, RequestError, "latents.*shape"),
         ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, RequestError, "latents.*NaN"),
         ({"prompt": None, "prompt_embeds": np.zeros((1, 5, 3), np.float32)}, RequestError, "prompt_embeds.*shape"),
+        (
+            {"prompt": None, "prompt_embeds": np.zeros((1, 5, 8), np.float32)},
+            RequestError,
+            r"prompt_embeds: tokens, got 5, expected 12.*Give negative_prompt_embeds",
+        ),
         ({"output_type": "jpeg"}, RequestError, "output_type.*jpeg"),
         ({"previews": -1}, RequestError, "previews"),
         ({"solver": "magic"}, PlanError, "magic"),
@@ -256,6 +261,8 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
             "lambda_min_clipped.*got 5",
         ),
         ({"timesteps": 5}, PlanError, "timesteps.*got 5"),
+        ({"timesteps": [[1], [1, 2]]}, PlanError, r"timesteps.*got \[\[1\], \[1, 2\]\]"),
+        ({"timesteps": b"\2\1"}, PlanError, "timesteps"),
         ({"timesteps": "999,1"}, PlanError, "timesteps"),
         ({"guidance_scale": "5"}, RequestError, "guidance_scale.*got '5'"),
         ({"guidance_scale": 10**400}, RequestError, "guidance_scale"),
@@ -319,9 +326,9 @@ def test_a_target_that_is_not_here_is_refused_when_opening(bundle: Path) -> None
         Pipeline.open(bundle, target="openvino:cpu:bf16")
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025, 2**31])
 def test_a_thread_count_that_cannot_be_is_refused_when_opening(bundle: Path, threads: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"threads.*expected 1 or more"):
+    with pytest.raises(ArgumentError, match=r"threads.*expected a whole number in 1\.\.1024"):
         Pipeline.open(bundle, threads=threads)
 
 
