@@ -177,7 +177,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         **_CONSISTENCY,
         **_NO_THRESHOLDING,
         **_NO_CLIPPING,
-        "timestep_scaling": real(10.0, 0),
+        "timestep_scaling": real(10.0, 0, 1e6),
     },
     "TCDScheduler": {
         **_CONSISTENCY,
@@ -319,10 +319,12 @@ def known_keys(class_name: str, config: Mapping[str, Any]) -> Config:
     scheduler classes know.
 
     Raises:
-        PlanError: the class is unknown, or a key is known to no scheduler.
+        PlanError: the class is unknown, a key is known to no scheduler, or the private one read here is no list.
     """
     keys = require_class(class_name)
     defaulted = config.get("_use_default_values", ())
+    if not isinstance(defaulted, list | tuple):
+        raise PlanError(f"{class_name}: _use_default_values", "type", got=defaulted, expected="a list of keys")
     known = {}
     for name, value in config.items():
         if name.startswith("_") or name in defaulted:
