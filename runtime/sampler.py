@@ -87,41 +87,46 @@ class Sampler:
             ExecutionError: a model failed, or its prediction or the latent holds NaN or Inf; row and model are named.
         """
         end = len(self._rows) if until is None else until
-        shape = state.arrays.shape[1:]
-        batch = shape[0]
         # What a row reads: x, h1 … hH, the guided prediction ε, fresh noise z. It writes into the state's arrays.
-        vectors = np.zeros((len(state.arrays) + 2, *shape), np.float32)
-        scratch = np.empty(shape, np.float32)
-        prediction, noise = vectors[-2], vectors[-1]
+        vectors = np.zeros((len(state.arrays) + 2, *state.latents.shape), np.float32)
+        scratch = np.empty(state.latents.shape, np.float32)
         while state.row < end:
             began = time.perf_counter()
-            row = self._rows[state.row]
-            vectors[:-2] = state.arrays
-            binding = self._binding(row, shape)
-            sample = binding.inputs["sample"]
-            _combine(row.model_input, vectors, sample[:batch], scratch)
-            if row.guided:
-                sample[batch:] = sample[:batch]
-            binding.inputs["timestep"].fill(row.timestep)
-            called = time.perf_counter()
-            binding.run()
-            returned = time.perf_counter()
-            output = binding.outputs["out_sample"]
-            if row.guided:
-                np.subtract(output[batch:], output[:batch], out=prediction)
-                np.multiply(prediction, self._plan.guidance_scale, out=prediction)
-                np.add(prediction, output[:batch], out=prediction)
-            else:
-                prediction[...] = output
-            self._require_finite(prediction, state.row, "prediction")
-            if row.draws_noise:
-                noise[...] = self._draw_noise()
-            for target, terms in zip(state.arrays, row.update, strict=True):
-                _combine(terms, vectors, target, scratch)
-            self._require_finite(state.latents, state.row, "latent")
-            state.row += 1
+            # What overflows is raised as an error that names the row, without numpy's warning before it.
+            with np.errstate(over="ignore", invalid="ignore"):
+                model_ms = self._advance(state, vectors, scratch)
             total_ms = (time.perf_counter() - began) * 1e3
-            yield SampledRow(state.row - 1, (returned - called) * 1e3, total_ms, _Denoised(row.denoised, vectors))
+            yield SampledRow(state.row - 1, model_ms, total_ms, _Denoised(self._rows[state.row - 1].denoised, vectors))
+
+    def _advance(self, state: State, vectors: Float32, scratch: Float32) -> float:
+        """Run the state's row; returns the milliseconds its model took."""
+        row, batch = self._rows[state.row], len(scratch)
+        prediction, noise = vectors[-2], vectors[-1]
+        vectors[:-2] = state.arrays
+        binding = self._binding(row, scratch.shape)
+        sample = binding.inputs["sample"]
+        _combine(row.model_input, vectors, sample[:batch], scratch)
+        if row.guided:
+            sample[batch:] = sample[:batch]
+        binding.inputs["timestep"].fill(row.timestep)
+        called = time.perf_counter()
+        binding.run()
+        returned = time.perf_counter()
+        output = binding.outputs["out_sample"]
+        if row.guided:
+            np.subtract(output[batch:], output[:batch], out=prediction)
+            np.multiply(prediction, self._plan.guidance_scale, out=prediction)
+            np.add(prediction, output[:batch], out=prediction)
+        else:
+            prediction[...] = output
+        self._require_finite(prediction, state.row, "prediction")
+        if row.draws_noise:
+            noise[...] = self._draw_noise()
+        for target, terms in zip(state.arrays, row.update, strict=True):
+            _combine(terms, vectors, target, scratch)
+        self._require_finite(state.latents, state.row, "latent")
+        state.row += 1
+        return (returned - called) * 1e3
 
     def _binding(self, row: _Row, shape: tuple[int, ...]) -> Binding:
         """The denoiser's buffers for one or both guidance branches, with the text already in place."""
@@ -147,9 +152,8 @@ class Sampler:
 
     def _require_finite(self, values: Float32, row: int, what: str) -> None:
         # A finite sum proves all values finite at a fraction of the cost of looking at each.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if math.isfinite(float(values.sum())) or np.isfinite(values).all():
-                return
+        if math.isfinite(float(values.sum())) or np.isfinite(values).all():
+            return
         bad = int(np.count_nonzero(~np.isfinite(values)))
         timestep, name = self._plan.table.timesteps[row], self._plan.denoisers[row]
         raise ExecutionError(

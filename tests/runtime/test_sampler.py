@@ -163,6 +163,12 @@ def test_nan_is_caught_at_its_step_and_names_the_model() -> None:
     assert state.row == 3
 
 
+def test_guidance_that_overflows_is_an_error_and_no_warning() -> None:
+    runner = sampler(plan(2, guidance_scale=1e300), new_generator(0))
+    with pytest.raises(ExecutionError, match="NaN or Inf in the prediction"):
+        list(runner.run(runner.start(new_generator(1).randn(SHAPE))))
+
+
 def test_large_finite_values_are_no_alarm() -> None:
     compiled = plan(2, guidance_scale=1.0)
     runner = sampler(compiled, new_generator(0))
