@@ -5,32 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .errors import BundleError
-from .manifest import Component, TensorSpec
+from .manifest import Component, Dtype, TensorSpec
 
-# role -> the inputs a component of it has, and no others; the outputs it has at least
-_NEEDED: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
-    "text_encoder": (frozenset({"input_ids"}), frozenset({"last_hidden_state"})),
-    "denoiser": (frozenset({"sample", "timestep", "encoder_hidden_states"}), frozenset({"out_sample"})),
-    "vae_decoder": (frozenset({"latent_sample"}), frozenset({"sample"})),
+_FLOAT: Sequence[Dtype] = ("float32",)
+# role -> the inputs a component of it has, and no others; the outputs it has at least; and the types they may have
+_NEEDED: Mapping[str, tuple[Mapping[str, Sequence[Dtype]], Mapping[str, Sequence[Dtype]]]] = {
+    "text_encoder": ({"input_ids": ("int64", "int32")}, {"last_hidden_state": _FLOAT}),
+    # A time step of whole numbers would lose the fractions of Karras' schedule.
+    "denoiser": ({"sample": _FLOAT, "timestep": _FLOAT, "encoder_hidden_states": _FLOAT}, {"out_sample": _FLOAT}),
+    "vae_decoder": ({"latent_sample": _FLOAT}, {"sample": _FLOAT}),
     # Its output is a distribution's parameters or, of a tiny autoencoder, the latent itself.
-    "vae_encoder": (frozenset({"sample"}), frozenset()),
+    "vae_encoder": ({"sample": _FLOAT}, {}),
 }
 
 
 def check_role(where: str, name: str, component: Component) -> None:
-    """Raise BundleError when component `name` lists other tensors than its role needs."""
+    """Raise BundleError when component `name` lists other tensors than its role needs, or of other types."""
     inputs, outputs = _NEEDED[component.role]
     for kind, listed, needed in (("inputs", component.inputs, inputs), ("outputs", component.outputs, outputs)):
         names = [spec.name for spec in listed]
         # Nothing could be given to an input that is not known; an output may be left unread.
-        missing, unknown = needed - set(names), set(names) - needed if kind == "inputs" else ()
-        if missing or unknown or len(set(names)) != len(names):
-            expected = ", ".join(sorted(needed))
+        missing, unknown = needed.keys() - set(names), set(names) - needed.keys() if kind == "inputs" else ()
+        mistyped = any(spec.dtype not in needed.get(spec.name, (spec.dtype,)) for spec in listed)
+        if missing or unknown or mistyped or len(set(names)) != len(names):
             raise BundleError(
                 where,
                 f"{kind} of {component.role} {name!r}",
-                got=names,
-                expected=expected,
+                got=", ".join(f"{spec.name} {spec.dtype}" for spec in listed),
+                expected=", ".join(f"{needed_name} {' or '.join(types)}" for needed_name, types in needed.items()),
                 remedy="Export the bundle again.",
             )
 

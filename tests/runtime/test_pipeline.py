@@ -343,6 +343,7 @@ def test_a_missing_onnxruntime_is_told_when_opening(bundle: Path, monkeypatch: p
     [
         "text_encoder/model.onnx",
         "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
         "unet/model.onnx",
         "unet/model.onnx.data",
         "vae_decoder/model.onnx",
