@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import numpy.typing as npt
 from onnxscript import ir
 
 from ..runtime.errors import ExportError
 from .graph import save
 from .samples import Inputs
+from .session import OnnxRun
 
 # Sums over many values, and functions that magnify what float16 rounds away.
 ISLAND_OPS = frozenset(
@@ -72,6 +72,9 @@ def find_islands(model: ir.Model, cases: Iterable[Inputs], scratch: Path) -> fro
     """The nodes that must stay float32: by kind, and those that touch a value near float16's range on real inputs.
 
     A copy of the graph that is run to find these lies in the folder `scratch` meanwhile.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load or run that copy.
     """
     values = [value for node in model.graph for value in node.outputs if value.dtype == _FLOAT]
     large = _large_values(model, values, cases, scratch)
@@ -166,14 +169,12 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
 
 def _large_values(model: ir.Model, values: list[ir.Value], cases: Iterable[Inputs], scratch: Path) -> set[ir.Value]:
     """The values whose magnitude comes near float16's range, measured by a copy of the graph that returns maxima."""
-    import onnxruntime  # noqa: PLC0415 — an extra of its own: onnxruntime or onnxruntime-gpu
-
     large: set[ir.Value] = set()
     with TemporaryDirectory(dir=scratch) as folder:
         path = save(_with_maxima(model, [str(value.name) for value in values]), Path(folder))
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        run = OnnxRun(f"{model.graph.name}: search for fp32 islands", path, optimized=True)
         for inputs in cases:
-            maxima: npt.NDArray[np.float32] = np.array(session.run([_MAX_MAGNITUDE], dict(inputs))[0])
+            maxima = run(inputs)[-1]
             large.update(value for value, maximum in zip(values, maxima, strict=True) if not maximum <= OVERFLOW_RISK)
     return large
 

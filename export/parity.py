@@ -18,6 +18,7 @@ from ..runtime.manifest import Evidence, Precision
 from .half import save_with_roundings
 from .modules import Graph
 from .samples import Inputs
+from .session import OnnxRun
 
 METRIC = "max_relative_error"
 # Seen at most: 1.7e-5 in fp32 and 4.3e-3 in fp16 over the shapes family, 3e-6 in fp32 on SD1.5's UNet.
@@ -74,7 +75,7 @@ def max_relative_error(actual: npt.NDArray[Any], reference: npt.NDArray[Any]) ->
     return error if np.isfinite(error) else float("inf")
 
 
-def _compared(name: str, graph: Graph, run: _OnnxRun, inputs: Inputs, threshold: float) -> Comparison:
+def _compared(name: str, graph: Graph, run: OnnxRun, inputs: Inputs, threshold: float) -> Comparison:
     with torch.inference_mode():
         result = graph.module(*(torch.from_numpy(inputs[spec.name]) for spec in graph.inputs))
     references = [result] if isinstance(result, torch.Tensor) else list(result)
@@ -90,40 +91,9 @@ def _compared(name: str, graph: Graph, run: _OnnxRun, inputs: Inputs, threshold:
 
 
 @contextlib.contextmanager
-def _runnable(name: str, model: Path, precision: Precision, scratch: Path | None) -> Iterator[_OnnxRun]:
+def _runnable(name: str, model: Path, precision: Precision, scratch: Path | None) -> Iterator[OnnxRun]:
     if precision == "fp32":
-        yield _OnnxRun(name, model, optimized=True)
+        yield OnnxRun(name, model, optimized=True)
         return
     with TemporaryDirectory(dir=scratch) as folder:
-        yield _OnnxRun(name, save_with_roundings(model, Path(folder)), optimized=False)
-
-
-class _OnnxRun:
-    """One model in ONNX Runtime on the CPU."""
-
-    def __init__(self, name: str, model: Path, *, optimized: bool) -> None:
-        import onnxruntime  # noqa: PLC0415 — an extra of its own: onnxruntime or onnxruntime-gpu
-
-        self._name = name
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Spinning between nodes takes a core from whoever shares the machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimized:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no base class of their own
-            raise self._failed("does not load", error) from error
-
-    def __call__(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        try:
-            outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
-        except Exception as error:  # onnxruntime's errors have no base class of their own
-            raise self._failed("does not run", error) from error
-        return outputs
-
-    def _failed(self, what: str, error: Exception) -> ExportError:
-        first = str(error).strip().splitlines()[0]
-        return ExportError(self._name, f"the exported graph {what} in ONNX Runtime ({first})")
+        yield OnnxRun(name, save_with_roundings(model, Path(folder)), optimized=False)

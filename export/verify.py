@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..runtime.bundle import Bundle
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import CheckpointError, ExportError
 from ..runtime.manifest import Evidence
 from .jobs import Job, jobs, samples
 from .parity import compare
@@ -25,7 +25,7 @@ def verify_bundle(
 
     Raises:
         CheckpointError: a source is no checkpoint, or not the one that its component was exported from.
-        ExportError: ONNX Runtime cannot run a component.
+        ExportError: ONNX Runtime cannot run a component, or the copy that an fp16 one needs cannot be written.
     """
     found = read_sources(checkpoint, tuple(Added(name, folder) for name, folder in added.items()))
     wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
@@ -36,7 +36,15 @@ def verify_bundle(
     for done, job in enumerate(wanted):
         progress(f"{job.name}: verify", done, len(wanted))
         component, graph = bundle.component(job.name), job.graph()
-        comparisons = compare(job.name, graph, bundle.path / component.model, inputs.cases(graph), component.precision)
+        model, cases = bundle.path / component.model, inputs.cases(graph)
+        try:
+            comparisons = compare(job.name, graph, model, cases, component.precision)
+        except OSError as error:
+            raise ExportError(
+                str(error.filename or "temporary folder"),
+                f"cannot be written ({error.strerror or error})",
+                remedy="Let TMPDIR name a folder with space that can be written.",
+            ) from error
         results[job.name] = tuple(each.evidence for each in comparisons)
     progress("verify", len(wanted), len(wanted))
     return results

@@ -134,6 +134,28 @@ def test_a_graph_that_is_no_onnx_is_an_error_of_the_export(decoder: Graph, tmp_p
         compare("decoder", decoder, tmp_path / "model.onnx", [LATENT], "fp32")
 
 
+def test_a_search_for_islands_that_cannot_run_is_an_error_of_the_export(model: ir.Model, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="fp32 islands: the exported graph does not run in ONNX Runtime"):
+        find_islands(model, [{}], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_for_islands_leaves_cores_to_others(
+    model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    granted = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, path: str, options: onnxruntime.SessionOptions, **rest: object) -> None:
+            spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
+            granted.append((options.intra_op_num_threads, spinning))
+            super().__init__(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    find_islands(model, [LATENT], tmp_path)
+    assert granted == [(torch.get_num_threads(), "0")]
+
+
 def test_control_flow_over_values_is_an_error_of_the_export(decoder: Graph) -> None:
     class Branching(torch.nn.Module):
         def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""A graph on disk in ONNX Runtime's CPU provider, as every check of an export runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from ..runtime.errors import ExportError
+
+
+class OnnxRun:
+    """One model in ONNX Runtime on the CPU, called with arrays by name; `name` is the component's, for errors.
+
+    Raises, as calling it does:
+        ExportError: ONNX Runtime cannot load or run the graph.
+    """
+
+    def __init__(self, name: str, model: Path, *, optimized: bool) -> None:
+        import onnxruntime  # noqa: PLC0415 — an extra of its own: onnxruntime or onnxruntime-gpu
+
+        self._name = name
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Spinning between nodes takes a core from whoever shares the machine.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no base class of their own
+            raise self._failed("does not load", error) from error
+
+    def __call__(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        try:
+            outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
+        except Exception as error:  # onnxruntime's errors have no base class of their own
+            raise self._failed("does not run", error) from error
+        return outputs
+
+    def _failed(self, what: str, error: Exception) -> ExportError:
+        first = str(error).strip().splitlines()[0]
+        return ExportError(self._name, f"the exported graph {what} in ONNX Runtime ({first})")
