@@ -21,8 +21,10 @@ PROMPTS = (
     "a red circle left of a blue square on a white background",
     "An oil painting of two sailing boats in a storm, at dusk; highly detailed!",
 )
-# Latent height and width as shares of the model's own size, and the batch: square, landscape, tall, in two batch sizes.
-_CASES = ((1.0, 1.0, 1), (0.5, 0.75, 2), (1.25, 0.5, 1), (1.0, 1.0, 2))
+# Latent height and width and the text's length as shares of the model's own, and the batch: square, landscape, tall.
+_CASES = ((1.0, 1.0, 1.0, 1), (0.5, 0.75, 0.5, 2), (1.25, 0.5, 0.25, 1), (1.0, 1.0, 1.0, 2))
+# So many multiples at least stand for a share of 1: with fewer, cases would round to one size.
+_MULTIPLES = 4
 # From pure noise to a nearly finished picture; 417.25 is such a step between two as Karras spacings give.
 _TIMESTEPS = (999.0, 417.25, 1.0)
 
@@ -50,22 +52,23 @@ class Samples:
             self._embeddings = encode_text(torch.from_numpy(token_ids))[0].numpy()
 
     def cases(self, graph: Graph) -> tuple[Inputs, ...]:
-        """At least three shapes and two batch sizes of inputs for a graph."""
-        make = {
-            "text_encoder": self._text,
-            "denoiser": self._denoiser,
-            "vae_decoder": self._decoder,
-            "vae_encoder": self._encoder,
-        }[graph.role]
-        return tuple(make(graph, *case) for case in _CASES)
+        """Three shapes and two batch sizes of inputs for a graph, on every symbolic axis."""
+        return tuple(self._inputs(graph, *case) for case in _CASES)
 
-    def _text(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
-        length = max(1, round(self._ids.shape[1] * min(height, width)))
-        ids = self._ids[np.arange(1, batch + 1) % len(self._ids), :length]
-        return {"input_ids": ids.copy()}
+    def _inputs(self, graph: Graph, height: float, width: float, text: float, batch: int) -> Inputs:
+        length = max(1, round(self._ids.shape[1] * text))
+        if graph.role == "text_encoder":
+            return {"input_ids": self._ids[np.arange(1, batch + 1) % len(self._ids), :length].copy()}
+        if graph.role == "denoiser":
+            return self._denoiser(*self._sizes(height, width, graph.multiple), length, batch)
+        sizes = self._sizes(height, width, 1)
+        if graph.role == "vae_encoder":
+            return {"sample": _pictures(*self._picture_size(*sizes), batch)}
+        scaled = self._latents(*sizes, batch) / self._latent.scaling_factor + self._latent.shift_factor
+        return {"latent_sample": scaled.astype(np.float32)}
 
-    def _denoiser(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
-        clean = self._latents(*self._sizes(height, width, graph.multiple), batch)
+    def _denoiser(self, height: int, width: int, length: int, batch: int) -> Inputs:
+        clean = self._latents(height, width, batch)
         rows = np.arange(batch)
         timestep = np.array([_TIMESTEPS[(row + batch) % len(_TIMESTEPS)] for row in rows], np.float32)
         alpha = self._alphas[np.minimum(timestep.astype(int), len(self._alphas) - 1)].reshape(-1, 1, 1, 1)
@@ -73,16 +76,8 @@ class Samples:
         return {
             "sample": (np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise).astype(np.float32),
             "timestep": timestep,
-            "encoder_hidden_states": self._embeddings[(rows + 1) % len(self._embeddings)],
+            "encoder_hidden_states": self._embeddings[(rows + 1) % len(self._embeddings), :length],
         }
-
-    def _decoder(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
-        latents = self._latents(*self._sizes(height, width, 1), batch)
-        scaled = latents / self._latent.scaling_factor + self._latent.shift_factor
-        return {"latent_sample": scaled.astype(np.float32)}
-
-    def _encoder(self, graph: Graph, height: float, width: float, batch: int) -> Inputs:
-        return {"sample": _pictures(*self._picture_size(*self._sizes(height, width, 1)), batch)}
 
     def _latents(self, height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
         """Latents of pictures, scaled as denoisers see them."""
@@ -92,7 +87,8 @@ class Samples:
         return (latents - np.float32(self._latent.shift_factor)) * np.float32(self._latent.scaling_factor)
 
     def _sizes(self, height: float, width: float, multiple: int) -> tuple[int, int]:
-        one, other = (max(1, round(self._size * share / multiple)) * multiple for share in (height, width))
+        whole = max(self._size / multiple, _MULTIPLES)
+        one, other = (round(whole * share) * multiple for share in (height, width))
         return one, other
 
     def _picture_size(self, height: int, width: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -26,11 +26,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tandemrt.bench.shapes.bundle import WEIGHTS
 from tandemrt.export import bundle as bundles
 from tandemrt.export.bundle import export_bundle
+from tandemrt.export.jobs import jobs
 from tandemrt.export.parity import THRESHOLDS
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.publish import _PART
 from tandemrt.export.verify import verify_bundle
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import CheckpointError, ExportError
 from tandemrt.runtime.manifest import Manifest
 
@@ -81,10 +83,10 @@ def test_what_the_manifest_says_of_graphs_is_true(shapes_bundle: Path, manifest:
 
 def test_evidence_covers_three_shapes_and_two_batches(manifest: Manifest) -> None:
     for name, component in manifest.components.items():
-        main = component.inputs[0].name
-        shapes = {each.input_shapes[main] for each in component.evidence}
-        assert len({shape[2:] or shape[1:] for shape in shapes}) >= (2 if component.role == "text_encoder" else 3), name
-        assert len({shape[0] for shape in shapes}) >= 2, name
+        for axes in ("input_ids", "sample", "latent_sample", "encoder_hidden_states"):
+            shapes = {each.input_shapes[axes] for each in component.evidence if axes in each.input_shapes}
+            assert len({shape[2:] if len(shape) == 4 else shape[1:] for shape in shapes}) in (0, 3), name
+            assert not shapes or len({shape[0] for shape in shapes}) == 2, name
         assert all(0 < each.value <= each.threshold == THRESHOLDS["fp32"] for each in component.evidence), name
 
 
@@ -137,15 +139,21 @@ def test_the_layout_is_the_one_optimum_reads(shapes_bundle: Path) -> None:
     assert (shapes_bundle / "scheduler" / "scheduler_config.json").read_bytes() == source.read_bytes()
 
 
-def test_a_bundle_is_verified_against_its_sources(shapes_bundle: Path, manifest: Manifest) -> None:
-    found = verify_bundle(Bundle.open(shapes_bundle), WEIGHTS / "large", {"unet_small": WEIGHTS / "small"})
-    assert set(found) == {"text_encoder", "unet", "unet_small", "vae_decoder", "vae_encoder"}
-    for name, evidence in found.items():
+def test_a_bundle_is_verified_against_its_sources(
+    shapes_bundle: Path, manifest: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = ["--checkpoint", str(WEIGHTS / "large"), "--small", str(WEIGHTS / "small")]
+    assert main(["verify", str(shapes_bundle), *sources, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["parity"]) == {"text_encoder", "unet", "unet_small", "vae_decoder", "vae_encoder"}
+    assert found["parity_not_checked"] == ["unet_one_step", "vae_decoder_small", "vae_decoder_tiny"]
+    for name, evidence in found["parity"].items():
         # The same inputs again; floating point may differ with the number of threads.
-        assert [each.input_shapes for each in evidence] == [
-            each.input_shapes for each in manifest.components[name].evidence
+        assert [each["input_shapes"] for each in evidence] == [
+            {key: list(shape) for key, shape in each.input_shapes.items()}
+            for each in manifest.components[name].evidence
         ]
-        assert all(each.holds for each in evidence)
+        assert all(0 < each["value"] <= each["threshold"] == THRESHOLDS["fp32"] for each in evidence)
 
 
 def test_another_source_than_the_bundles_is_refused(shapes_bundle: Path) -> None:
@@ -166,6 +174,23 @@ def test_half_precision_is_listed_and_smaller(half_bundle: Path) -> None:
     assert "time_proj/Sin" in islands
     assert not any("Conv" in name or "MatMul" in name for name in islands)
     assert manifest.latent.scaling_factor == 0.18215
+
+
+def test_an_unusable_temporary_folder_is_an_error_of_the_export(
+    checkpoint: Path, half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ExportError, match=r"missing/.*cannot be written \(No such file.*\)\. Let TMPDIR name"):
+        verify_bundle(Bundle.open(half_bundle), checkpoint, {})
+
+
+def test_a_half_precision_export_writes_nowhere_but_beside_its_bundle(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(bundles, "jobs", lambda sources: [job for job in jobs(sources) if job.name == "vae_decoder"])
+    out = export_bundle(ExportPlan(checkpoint, tmp_path / "out", dtype="fp16"))
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_defect_between_export_and_verification_publishes_nothing(
@@ -252,33 +277,21 @@ def test_what_is_at_out_is_refused_before_anything_is_read(tmp_path: Path) -> No
         export_bundle(ExportPlan(Path("no such checkpoint"), tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("moment", "delay_s"), [("text_encoder: verify", 0), ("unet: export", 0.5), ("unet: verify", 0.05)]
-)
 def test_a_killed_export_leaves_the_old_bundle_and_is_swept(
-    checkpoint: Path,
-    half_bundle: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    moment: str,
-    delay_s: float,
+    checkpoint: Path, half_bundle: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(half_bundle, tmp_path / "out"))
-    temporary = tmp_path_factory.mktemp("system")
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", EXPORTER, str(checkpoint), str(out)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(temporary)},
     )
     assert child.stdout is not None
     for line in child.stdout:
-        if line.startswith(moment):
+        if line.startswith("text_encoder: verify"):
             break
-    time.sleep(delay_s)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    assert list(temporary.rglob("*.onnx*")) == []
     assert Bundle.open(out).digest == Bundle.open(half_bundle).digest
     assert len([path for path in tmp_path.iterdir() if _PART in path.name]) == 1
     (Path(shutil.copytree(checkpoint, tmp_path / "broken")) / "tokenizer" / "vocab.json").write_text("[]")
