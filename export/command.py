@@ -65,7 +65,7 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan:
     return ExportPlan(
         checkpoint=args.checkpoint,
         out=args.out,
-        added=tuple(Added(name, folder) for name, folder in parse_sources(args).items()),
+        added=tuple(Added(*source) for source in parse_sources(args.small, args.tiny_vae, args.add).items()),
         dtype=args.dtype,
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,

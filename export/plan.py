@@ -65,7 +65,7 @@ class ExportPlan:
         names = [added.name for added in self.added]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ArgumentError("--add", "component named twice", got=twice, expected="every name once")
+            raise ArgumentError("--add", "a component given twice", got=twice, expected="every name once")
         scale = self.guidance_scale
         if scale is not None and not (math.isfinite(scale) and scale >= 0):
             raise ArgumentError("--guidance-scale", "guidance", got=scale, expected="a finite number from 0 up")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ArgumentError, RequestError
+
+SHORT_FOR = {"unet_small": "--small", "vae_decoder_tiny": "--tiny-vae"}
+"""The components that have an option of their own beside `--add`."""
 
 _BARE_WORD = re.compile(r"[a-z][a-z0-9_+-]*")
 
@@ -79,15 +81,14 @@ def parse_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def parse_sources(namespace: argparse.Namespace) -> dict[str, Path]:
-    """The folders that `--small`, `--tiny-vae` and `--add NAME=DIR` name, by component.
+def parse_sources(small: Path | None, tiny_vae: Path | None, add: Sequence[str]) -> dict[str, Path]:
+    """The folders that `--small`, `--tiny-vae` and every `--add NAME=DIR` name, by component.
 
     Raises:
         ArgumentError: not NAME=DIR, or a component given twice.
     """
-    named = (("unet_small", namespace.small), ("vae_decoder_tiny", namespace.tiny_vae))
-    sources = {name: folder for name, folder in named if folder is not None}
-    for pair in namespace.add:
+    sources = {name: folder for name, folder in zip(SHORT_FOR, (small, tiny_vae), strict=True) if folder is not None}
+    for pair in add:
         name, equals, folder = pair.partition("=")
         if not (name and equals and folder):
             raise ArgumentError("--add", "not a source", got=pair, expected="NAME=DIR such as unet_one_step=one-step")

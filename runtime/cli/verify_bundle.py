@@ -17,7 +17,7 @@ from ..manifest import Evidence
 from .columns import aligned
 from .inspect_bundle import size_text
 from .reporter import Reporter
-from .values import parse_sources
+from .values import SHORT_FOR, parse_sources
 
 DIGESTS = "the folder holds the files of the manifest and no others, each of its size and sha256"
 
@@ -63,7 +63,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
     Raises:
         ArgumentError: a source that is not NAME=DIR, is given twice, or comes without the main checkpoint.
     """
-    added = parse_sources(namespace)
+    added = parse_sources(namespace.small, namespace.tiny_vae, namespace.add)
     if added and namespace.checkpoint is None:
         remedy = "Give --checkpoint as well: its text encoder and VAE make the inputs of the comparison."
         raise ArgumentError("--checkpoint", "not given beside other sources", remedy=remedy)
@@ -82,7 +82,8 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
     components = bundle.manifest.components
     unknown = [name for name in plan.added if name not in components]
     if unknown:
-        raise ArgumentError("--add", "no such component", got=unknown[0], expected=f"one of {', '.join(components)}")
+        option = f"{SHORT_FOR[unknown[0]]} or --add" if unknown[0] in SHORT_FOR else "--add"
+        raise ArgumentError(option, "no such component", got=unknown[0], expected=f"one of {', '.join(components)}")
     parity: Mapping[str, Sequence[Evidence]] = {}
     if plan.checkpoint is not None:
         verify_bundle = importlib.import_module("tandemrt.export.verify").verify_bundle

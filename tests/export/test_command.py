@@ -55,7 +55,7 @@ def test_arguments_that_cannot_be_used_are_named(arguments: list[str], complaint
 
 def test_a_plan_names_every_component_once() -> None:
     twice = (Added("unet_small", Path("d")), Added("unet_small", Path("e")))
-    with pytest.raises(ArgumentError, match="component named twice, got 'unet_small'"):
+    with pytest.raises(ArgumentError, match="a component given twice, got 'unet_small'"):
         ExportPlan(Path("c"), Path("o"), twice)
 
 
@@ -80,7 +80,7 @@ def test_the_plan_is_shown_without_torch(checkpoint: Path, tmp_path: Path) -> No
         check=True,
     )
     facts = json.loads(done.stdout)
-    assert list(facts["components"]) == ["text_encoder", "unet", "unet_small", "vae"]
+    assert list(facts["components"]) == ["text_encoder", "unet", "unet_small", "vae_decoder", "vae_encoder"]
     assert facts["latent"]["downsampling"] == 2
     assert facts["prediction_type"] == "epsilon"
     assert facts["spatial_multiple"] == 2

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import Evidence
 
-from .tiny_bundle import write_tiny_bundle
+from .tiny_bundle import resign, write_tiny_bundle
 
 Parity = Mapping[str, tuple[Evidence, ...]]
 
@@ -107,6 +109,17 @@ def test_a_checkpoint_without_torch_says_what_to_install(
     assert capsys.readouterr().err == (
         'tandemrt verify: needs torch, which cannot be imported here. Install it: pip install "tandemrt[export,cpu]"\n'
     )
+
+
+@pytest.mark.parametrize("options", [["--small", "s"], ["--add", "unet_small=s"]])
+def test_a_source_of_a_component_the_bundle_has_not_is_named_by_its_option(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    smaller = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    components = {name: each for name, each in Bundle.open(bundle).manifest.components.items() if name != "unet_small"}
+    resign(smaller, lambda manifest: msgspec.structs.replace(manifest, components=components))
+    assert main(["verify", str(smaller), "--checkpoint", "c", *options]) == 2
+    assert "--small or --add: no such component, got 'unet_small', expected one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
