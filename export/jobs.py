@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..runtime.manifest import SchedulerDefaults
@@ -40,15 +41,17 @@ class Job:
 
 def jobs(sources: Sources) -> Iterator[Job]:
     """Every component of the bundle that `sources` make, in the manifest's order."""
-    main, latent, width = sources.main, latent_space(sources.main.vae), sources.text_width
-    yield Job("text_encoder", main.text_encoder, lambda: text_encoder_graph(main.text_encoder))
-    yield Job("unet", main.unet, lambda: denoiser_graph(main.unet, width))
-    for name, source in sources.denoisers.items():
-        own = source.scheduler if source.scheduler != main.scheduler else None
-        yield Job(name, source.unet, lambda part=source.unet: denoiser_graph(part, width), own)  # type: ignore[misc]
-    for name, vae in {"vae_decoder": main.vae, **sources.decoders}.items():
-        yield Job(name, vae, lambda part=vae: decoder_graph(part, latent))  # type: ignore[misc]
-    yield Job("vae_encoder", main.vae, lambda: encoder_graph(main.vae))
+    latent, width = latent_space(sources.main.vae), sources.text_width
+    for name, part in sources.parts().items():
+        if name == "text_encoder":
+            build = partial(text_encoder_graph, part)
+        elif name == "vae_encoder":
+            build = partial(encoder_graph, part)
+        elif part is sources.main.vae or name in sources.decoders:
+            build = partial(decoder_graph, part, latent)
+        else:
+            build = partial(denoiser_graph, part, width)
+        yield Job(name, part, build, sources.own_scheduler(name))
 
 
 def samples(sources: Sources, tokenizer: Path) -> Samples:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.manifest import SchedulerDefaults
 from .agreement import (
     latent_space,
     prediction_type,
@@ -40,6 +41,22 @@ class Sources:
     def sample_size(self) -> tuple[int, int]:
         """Height and width of the latents the main denoiser was made for."""
         return sample_size(self.main.unet)
+
+    def parts(self) -> dict[str, Part]:
+        """The part that every component of the bundle is made from, in the manifest's order."""
+        return {
+            "text_encoder": self.main.text_encoder,
+            "unet": self.main.unet,
+            **{name: source.unet for name, source in self.denoisers.items()},
+            "vae_decoder": self.main.vae,
+            **self.decoders,
+            "vae_encoder": self.main.vae,
+        }
+
+    def own_scheduler(self, name: str) -> SchedulerDefaults | None:
+        """A component's scheduler where it brings one that differs from the bundle's."""
+        scheduler = self.denoisers[name].scheduler if name in self.denoisers else None
+        return scheduler if scheduler != self.main.scheduler else None
 
     def digest(self, part: Part) -> str:
         """The sha256 over a part's configuration and weights."""
@@ -76,14 +93,15 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
     require_free(plan.out, force=plan.force)
     sources = read_sources(plan.checkpoint, plan.added)
     main, latent = sources.main, latent_space(sources.main.vae)
-    parts = {"text_encoder": main.text_encoder, "unet": main.unet}
-    parts |= {name: source.unet for name, source in sources.denoisers.items()}
-    parts |= {"vae": main.vae, **sources.decoders}
     return {
         **plan.as_json(),
         "components": {
-            name: {"class_name": part.class_name, "folder": str(part.folder), "parameters": part.weights.parameters}
-            for name, part in parts.items()
+            name: {
+                "class_name": part.class_name,
+                "folder": str(part.folder),
+                "parameters_in_file": part.weights.parameters,
+            }
+            for name, part in sources.parts().items()
         },
         "latent": {
             "channels": latent.channels,

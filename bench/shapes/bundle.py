@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from tandemrt.export.checkpoint import read_checkpoint, read_decoder, read_denoiser
+import msgspec
+
 from tandemrt.export.plan import Added, ExportPlan, Progress, no_progress
-from tandemrt.export.weights import source_digest
+from tandemrt.export.sources import read_sources
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.errors import BundleError
-from tandemrt.runtime.manifest import MANIFEST_NAME, Manifest
+from tandemrt.runtime.errors import BundleError, ExportError
+from tandemrt.runtime.manifest import MANIFEST_NAME, Manifest, SchedulerDefaults
 
 from .accuracy import GUIDANCE_SCALE
 
@@ -24,6 +26,7 @@ ADDED = {
     "vae_decoder_small": "vae_small",
     "vae_decoder_tiny": "vae_tiny",
 }
+_SCHEDULERS = "schedulers"
 
 
 def export_plan(out: Path, weights: Path = WEIGHTS) -> ExportPlan:
@@ -47,6 +50,8 @@ def ensure_bundle(out: Path, progress: Progress = no_progress, weights: Path = W
     plan = export_plan(out, weights)
     if is_current(out, expected_digests(plan)):
         return out
+    if out.exists() and not (out / MANIFEST_NAME).exists():
+        raise ExportError(str(out), "exists and is no bundle", remedy="Remove it, or give another --output-dir.")
     # Imports torch, which takes seconds that a bundle already there need not cost.
     from tandemrt.export.bundle import export_bundle  # noqa: PLC0415
 
@@ -55,13 +60,13 @@ def ensure_bundle(out: Path, progress: Progress = no_progress, weights: Path = W
 
 
 def expected_digests(plan: ExportPlan) -> dict[str, str]:
-    """For each component the digest its source has now."""
-    large = read_checkpoint(plan.checkpoint)
-    parts = {"unet": large.unet, "text_encoder": large.text_encoder, "vae_decoder": large.vae, "vae_encoder": large.vae}
-    for added in plan.added:
-        denoises = added.role == "denoiser"
-        parts[added.name] = read_denoiser(added.folder).unet if denoises else read_decoder(added.folder)
-    return {name: source_digest(part.files) for name, part in parts.items()}
+    """For each component the digest its source has now, and one for the schedulers."""
+    sources = read_sources(plan.checkpoint, plan.added)
+    own = {name: sources.own_scheduler(name) for name in sources.parts()}
+    return {
+        **{name: sources.digest(part) for name, part in sources.parts().items()},
+        _SCHEDULERS: _schedulers_digest(sources.main.scheduler, own),
+    }
 
 
 def is_current(out: Path, digests: Mapping[str, str]) -> bool:
@@ -85,4 +90,12 @@ def _installed_version(name: str) -> str | None:
 
 
 def _source_digests(manifest: Manifest) -> dict[str, str]:
-    return {name: component.source.sha256 for name, component in manifest.components.items()}
+    own = {name: component.scheduler for name, component in manifest.components.items()}
+    return {
+        **{name: component.source.sha256 for name, component in manifest.components.items()},
+        _SCHEDULERS: _schedulers_digest(manifest.scheduler, own),
+    }
+
+
+def _schedulers_digest(main: SchedulerDefaults, own: Mapping[str, SchedulerDefaults | None]) -> str:
+    return hashlib.sha256(msgspec.json.encode((main, own), order="deterministic")).hexdigest()
