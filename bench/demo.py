@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,11 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the small one in tandem, the small one, and a one-step model, and write contact-sheet.png, table.json and "
         "table.md. Takes under three minutes on two cores; a second run uses the bundle again."
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("out"), help="where everything goes (default: out)")
     parser.add_argument(
-        "--prompts", type=int, default=DEFAULT_PROMPTS, help="how many held-out prompts to score (default: %(default)s)"
+        "--output-dir", type=Path, metavar="DIR", default=Path("out"), help="where everything goes (default: out)"
     )
-    parser.add_argument("--bundle", type=Path, help="a shapes bundle to paint with, instead of exporting one")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        metavar="N",
+        default=DEFAULT_PROMPTS,
+        help="how many held-out prompts to score (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="a shapes bundle to paint with, instead of exporting one"
+    )
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> DemoPlan:
@@ -109,6 +119,10 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield from (line.rstrip() for line in text.getvalue().splitlines())
     yield f"pictures: {result['files']['contact_sheet']}"
     yield f"figures:  {result['files']['table']}"
+    yield f"bundle:   {result['files']['bundle']}"
+    example = f'{result["files"]["bundle"]} --prompt "a red circle left of a blue square" --steps 10,15 --seed 7'
+    program = "tandemrt" if shutil.which("tandemrt") else Path(sys.executable).with_name("tandemrt")
+    yield f"paint:    {program} generate {example}"
 
 
 def markdown(facts: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ _NAMED = 5
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 _AGAIN = "Download the file again."
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ def read_header(path: Path) -> WeightsFile:
         size = path.stat().st_size
         with path.open("rb") as stream:
             prefix = stream.read(8)
+            if prefix + stream.read(len(_LFS_POINTER) - 8) == _LFS_POINTER:
+                raise CheckpointError(
+                    str(path), "a Git LFS pointer, not the file itself", remedy="Run `git lfs pull` in its repository."
+                )
+            stream.seek(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise CheckpointError(

@@ -43,7 +43,8 @@ class Bundle:
         """Read a bundle's manifest and compare every file of the folder with it.
 
         The folder itself may be reached through a symbolic link; inside, there are regular files only, exactly the
-        ones listed, each with one name (a second hard link would let a change from outside follow the check).
+        ones listed, each with one name (a second hard link would let a change from outside follow the check). What hubs
+        and file managers leave beside them (`.git`, `.cache`, `README.md` …) is passed over unread.
 
         Raises:
             BundleError: not a bundle, damaged, of a newer format, with files too many or too few, or reaching outside.
@@ -147,6 +148,10 @@ def _check_seal(folder: Path, raw: bytes) -> None:
         )
 
 
+# What model hubs, version control and file managers put beside a bundle's own files; never read.
+_STRANGERS = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store", "README.md", "LICENSE"})
+
+
 def _check_folder(root: Path, files: dict[str, FileRecord]) -> None:
     """What lies in the folder is what is listed, of the listed sizes; nothing is opened yet."""
     found = set()
@@ -182,10 +187,12 @@ def _folders(files: Iterable[str]) -> frozenset[str]:
 
 
 def _entries(root: Path, folder: str, folders: frozenset[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything under `root` that is not a folder; a folder that holds no listed file is refused unseen."""
+    """Everything under `root` that is not a folder nor a stranger; other folders than the files' are refused unseen."""
     with os.scandir(root / folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = f"{folder}/{entry.name}" if folder else entry.name
+            if name in _STRANGERS:
+                continue
             if not entry.is_dir(follow_symlinks=False):
                 yield name, entry
             elif name in folders:

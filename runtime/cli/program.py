@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -16,7 +18,7 @@ from typing import Any, NoReturn, Protocol, cast
 from ..errors import ArgumentError, TandemError
 from .reporter import ConsoleReporter, Reporter, one_line
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +75,21 @@ class UsageError(ArgumentError):
     """The command line itself cannot be read; argparse words the message."""
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from a container that is stopped; what Ctrl-C leaves tidy is left tidy."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tandemrt` with these arguments (the process's own by default) and return its exit status."""
+    if argv is None:
+        signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        status = _guarded(arguments)
-        sys.stdout.flush()
+        return _guarded(arguments)
     except BrokenPipeError:
-        # The reader has gone, as with `| head`. Python would try to flush once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    return status
+        # The reader has gone, as with `| head`.
+        _close_stdout()
+        return 1
 
 
 def _guarded(arguments: Sequence[str]) -> int:
@@ -91,11 +97,16 @@ def _guarded(arguments: Sequence[str]) -> int:
     name = _named_command(arguments)
     program = f"tandemrt {name}".rstrip()
     try:
-        return _run(name, arguments)
+        status = _run(name, arguments)
+        sys.stdout.flush()
+        return status
     except SystemExit as ended:  # argparse, after --help or --version
         return int(ended.code or 0)
     except BrokenPipeError:
         raise
+    except _Terminated:
+        sys.stderr.write(f"{program}: terminated\n")
+        return TERMINATED
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         return INTERRUPTED
@@ -105,7 +116,9 @@ def _guarded(arguments: Sequence[str]) -> int:
         message = _message(error, name, program)
         sys.stderr.write(f"{program}: {one_line(message)}\n")
         status = error.exit_status if isinstance(error, TandemError) else 1
-        if "--json" in arguments:
+        if _is_of_a_full_stdout(error):
+            _close_stdout()
+        elif "--json" in arguments:
             _write_json({"error": {"type": type(error).__name__, "message": message, "exit_status": status}})
         return status
 
@@ -176,8 +189,23 @@ def _message(error: Exception, name: str, program: str) -> str:
     if isinstance(error, ImportError) and name and not (error.name or "tandemrt").startswith("tandemrt"):
         extras = COMMANDS[name].extras
         return f'needs {error.name}, which cannot be imported here. Install it: pip install "tandemrt[{extras}]"'
+    if _is_of_a_full_stdout(error):
+        return "standard output: cannot be written (no space left). Free some space."
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"failed unexpectedly ({detail}). Run again with --traceback to see where."
+
+
+def _is_of_a_full_stdout(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
+
+
+def _close_stdout() -> None:
+    """Send what is still in the buffer nowhere: Python would try to write it once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def _fields(plan: Any) -> Any:

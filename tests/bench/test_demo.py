@@ -37,6 +37,8 @@ def test_the_demo_leaves_a_sheet_and_its_table(shapes_bundle, tmp_path):
     for row in facts["columns"]:
         assert any(row["name"] in line and f"{row['parameters']:,}" in line for line in lines)
     assert any("contact-sheet.png" in line for line in lines)
+    assert lines[-1].startswith("paint: ")
+    assert f"generate {shapes_bundle} --prompt" in lines[-1]
 
 
 def test_the_sheet_shows_single_items_and_pairs():

@@ -85,6 +85,13 @@ def test_an_oversized_header_is_refused_before_it_is_read(tmp_path: Path) -> Non
         read_header(path)
 
 
+def test_a_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(CheckpointError, match=r"a Git LFS pointer, not the file itself\. Run `git lfs pull`"):
+        read_header(path)
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     path = tmp_path / f"{STEM}.safetensors"
     save_file({"good": torch.ones(2), "bad.weight": torch.tensor([1.0, float("nan")])}, path)

@@ -404,6 +404,19 @@ def test_the_corruptions_are_over_two_thousand(bundle: Path) -> None:
     assert sum(len(list(corruptions(files))) for corruptions in KINDS.values()) >= 2000
 
 
+def test_what_hubs_and_file_managers_leave_is_passed_over(bundle: Path) -> None:
+    digest = Bundle.open(bundle).digest
+    for name in (".cache/huggingface", ".git"):
+        (bundle / name).mkdir(parents=True)
+        (bundle / name / "x").touch()
+    for name in (".gitattributes", ".gitignore", ".DS_Store", "README.md", "LICENSE"):
+        (bundle / name).write_text("x")
+    assert Bundle.open(bundle).digest == digest
+    (bundle / "unet" / "README.md").touch()
+    with pytest.raises(BundleError, match=r"unet/README\.md: a file the manifest does not list"):
+        Bundle.open(bundle)
+
+
 LOCATIONS = (
     "../outside", "../../outside", "/etc/passwd", "../unet_small/../../outside", "model.onnx.data/../../../outside",
     "missing.data", "..", ".", "", "*/_ORT_MEM_ADDR_/*", "model.onnx.data\0", "C:\\x", "\\\\host\\x", "MODEL.ONNX.DATA",

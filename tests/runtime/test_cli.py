@@ -118,6 +118,33 @@ def test_a_failure_is_one_line(
     assert capsys.readouterr().err.splitlines()[2:] == [line]
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["doctor", "--json"]])
+def test_a_full_disk_behind_stdout_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; from tandemrt.runtime.cli import main; sys.exit(main())", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("standard output: cannot be written (no space left). Free some space.")
+
+
+def test_termination_ends_as_an_interruption_does() -> None:
+    """As when a container is stopped: context managers run, and the status is the shell's for SIGTERM."""
+    code = (
+        "import os, signal, sys\n"
+        "from tandemrt.runtime.cli import main, program\n"
+        "program._run = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.argv[1:] = ['doctor']\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "tandemrt doctor: terminated\n")
+
+
 def test_our_own_missing_module_is_not_blamed_on_an_extra(
     fake: FakeCommand, capsys: pytest.CaptureFixture[str]
 ) -> None:
