@@ -22,7 +22,7 @@ from .images import Float32, image_from_pixels, pixels_from_decoded
 from .manifest import TextConditioning
 from .output import Output, RowTiming, StepEvent, Timings
 from .plan import Plan, compile_plan
-from .request import Noise, Request, checked_array
+from .request import Noise, Request, checked_array, require_known
 from .sampler import Conditioning, Sampler
 from .targets import Target, check_installed, check_runnable, parse_target
 from .text import DroppedText, PromptEncoder
@@ -77,11 +77,12 @@ def _takes_request(
     def decorate(method: Callable[[Pipeline, Request], R]) -> Callable[Concatenate[Pipeline, P], R]:
         @functools.wraps(method)
         def call(self: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            require_known(kwargs, tuple(parameters))
             return method(self, make(*args, **kwargs))
 
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        parameters = inspect.signature(make).parameters.values()
-        call.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        parameters = inspect.signature(make).parameters
+        call.__signature__ = inspect.Signature([own, *parameters.values()])  # type: ignore[attr-defined]
         return call
 
     return decorate

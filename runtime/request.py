@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -23,6 +24,15 @@ MAX_PICTURES = 4096
 MAX_PIXELS = 1 << 28
 
 OutputType = Literal["pil", "np", "latent"]
+
+# Arguments of diffusers' pipelines that have another name here.
+_INSTEAD = {
+    "generator": "Give seed=, a number or one for each picture.",
+    "callback": "Use pipe.stream(...), which gives an event after each row.",
+    "callback_on_step_end": "Use pipe.stream(...), which gives an event after each row.",
+    "return_dict": "Leave it out: what comes back is an Output with images.",
+    "sigmas": "Give timesteps=, or sigma keys such as use_karras_sigmas in solver_config=.",
+}
 
 
 @dataclass(frozen=True)
@@ -192,6 +202,15 @@ def checked_array(where: str, array: Float32, shape: tuple[int | None, ...]) -> 
     if not np.isfinite(array).all():
         raise RequestError(where, "holds NaN or Inf", expected="finite values")
     return array
+
+
+def require_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise RequestError when one of the names `given` is not `known`."""
+    for name in given:
+        if name not in known:
+            alike = get_close_matches(name, known, n=1)
+            remedy = _INSTEAD.get(name) or (f"Did you mean {alike[0]}=?" if alike else "Leave it out.")
+            raise RequestError(name, "unknown argument", expected=f"one of {', '.join(known)}", remedy=remedy)
 
 
 def require_pictures(value: object) -> None:

@@ -307,9 +307,22 @@ def test_all_public_names_are_listed() -> None:
     assert public == set(runtime.__all__)
 
 
-def test_unknown_arguments_are_a_type_error(pipe: Pipeline) -> None:
-    with pytest.raises(TypeError, match="guidance"):
-        pipe("red", guidance=3.0)  # type: ignore[call-arg]
+@pytest.mark.parametrize("call", ["__call__", "stream"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("generator", "Give seed="),
+        ("callback_on_step_end", r"Use pipe\.stream"),
+        ("return_dict", "Output"),
+        ("guidance", r"Did you mean guidance_scale=\?"),
+        ("cross_attention_kwargs", r"Leave it out\."),
+    ],
+)
+def test_unknown_arguments_are_named_with_what_to_give_instead(
+    pipe: Pipeline, call: str, name: str, remedy: str
+) -> None:
+    with pytest.raises(RequestError, match=rf"^{name}: unknown argument, expected one of prompt, .*{remedy}"):
+        getattr(pipe, call)("red", **{name: 3})
 
 
 def test_a_closed_pipeline_refuses_and_closes_again(bundle: Path) -> None:
