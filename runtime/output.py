@@ -43,7 +43,8 @@ class Output:
 
     images: PIL images, or one (H, W, 3) float32 array each for `output_type="np"`, none for `latent`.
     latents: (pictures, C, h, w) float32, as the last row left them.
-    seeds: what the noise came from, so that a random seed can be used again.
+    seeds: for each picture the seed its noise was drawn with, so that a random one can be used again; the same number
+        throughout where one seed was given for several pictures or none was: `seed=seeds[0]` repeats those.
     dropped_text: what was cut from prompts that were too long.
     """
 

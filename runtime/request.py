@@ -45,7 +45,8 @@ class Request:
     height, width: pixels; the bundle's defaults otherwise.
     num_images_per_prompt: pictures for each prompt; a prompt's pictures stand together.
     seed: one number seeds one generator for the whole batch, as a single `torch.Generator` does in diffusers; a
-        sequence seeds one for each picture. A random one is drawn, and reported, when it is None.
+        sequence seeds one for each picture. A random one is drawn, and reported, when it is None. For two
+        pictures, `seed=7` and `seed=[7, 8]` are therefore not the same.
     seed_device: whose random numbers, torch's on the CPU or on CUDA.
     latents: standard normal noise to start from, (pictures, C, H/8, W/8) float32, instead of the seed's.
     prompt_embeds, negative_prompt_embeds: (prompts, tokens, width) float32, instead of texts.
@@ -176,9 +177,10 @@ class Noise:
 
     def __init__(self, request: Request, shape: tuple[int, int, int, int]) -> None:
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        self.seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+        seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+        self.seeds = seeds if len(seeds) == request.pictures else seeds * request.pictures
         self._shape = shape
-        self._generators = [new_generator(value, request.seed_device) for value in self.seeds]
+        self._generators = [new_generator(value, request.seed_device) for value in seeds]
 
     def draw(self) -> Float32:
         """Fresh noise: (pictures, C, h, w) float32."""
