@@ -17,7 +17,7 @@ from .arguments import thread_count
 from .backends import open_session
 from .backends.base import Session
 from .bundle import Bundle
-from .errors import BundleError, CancelledError, ExecutionError, RequestError
+from .errors import BundleError, CancelledError, ExecutionError, RequestError, TandemError
 from .images import Float32, image_from_pixels, pixels_from_decoded
 from .manifest import TextConditioning
 from .output import Output, RowTiming, StepEvent, Timings
@@ -34,13 +34,15 @@ R = TypeVar("R")
 class Stream(Iterator[StepEvent]):
     """Events of a running generation, one a row; `result` gives what it made.
 
-    One thread iterates or asks for the result; any may cancel.
+    One thread iterates or asks for the result; any may cancel: the loop over the events then ends with CancelledError,
+    as it ends with any other error of the generation.
     """
 
     def __init__(self, events: Callable[[threading.Event], Generator[StepEvent, None, Output]]) -> None:
         self._cancelled = threading.Event()
         self._events = events(self._cancelled)
         self._output: Output | None = None
+        self._failure: TandemError | None = None
 
     def __next__(self) -> StepEvent:
         try:
@@ -48,23 +50,29 @@ class Stream(Iterator[StepEvent]):
         except StopIteration as end:
             self._output = self._output or end.value
             raise
+        except TandemError as failure:
+            self._failure = failure
+            raise
 
     def result(self) -> Output:
         """Run the rows that are left, if any, and return the output.
 
         Raises:
-            ExecutionError: the generation failed or was cancelled before.
+            CancelledError: it was cancelled, now or before.
+            TandemError: it failed, now or before.
         """
         for _ in self:
             pass
+        if self._failure is not None:
+            raise self._failure
         if self._output is None:
-            raise ExecutionError("generation", "has no result: it failed or was cancelled", remedy="Start it again.")
+            raise ExecutionError("generation", "has no result: it was interrupted", remedy="Start it again.")
         return self._output
 
     def cancel(self) -> None:
         """Stop after the row that is running, or before the first, from any thread.
 
-        Asking for the next event then raises CancelledError.
+        Asking for the next event, or for the result, then raises CancelledError; so does a loop that is under way.
         """
         self._cancelled.set()
 
