@@ -55,6 +55,12 @@ class Output:
     seeds: tuple[int, ...]
     dropped_text: tuple[DroppedText, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"<Output {len(self.images)} images, latents {self.latents.shape}, {self.timings.total_ms:.0f} ms, "
+            f"seeds {self.seeds}, {len(self.dropped_text)} dropped texts, {self.plan!r}>"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:

@@ -126,6 +126,9 @@ class Pipeline:
             wanted.check_precision(name, component.precision)
         return cls(opened, wanted, count)
 
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.bundle.path} on {self.target}, {'closed' if self._closed else 'open'}>"
+
     def __enter__(self) -> Pipeline:
         return self
 

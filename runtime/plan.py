@@ -67,6 +67,11 @@ class Plan:
                 previous = step
         return tuple(runs)
 
+    def __repr__(self) -> str:
+        steps = ", ".join(f"{name} {count}" for name, count in self.steps)
+        guidance = f"{self.guidance_scale:g} on {sum(self.guided)} of {self.table.rows} rows"
+        return f"<Plan {steps}; {self.table.solver}; guidance {guidance}>"
+
     def facts(self) -> dict[str, Any]:
         """The plan as JSON-able facts: solver, steps, time steps, denoiser and guidance of every row."""
         return {

@@ -70,6 +70,16 @@ def test_defaults_and_facts_of_an_output(pipe: Pipeline) -> None:
     assert out.timings.denoise_ms <= out.timings.total_ms
 
 
+def test_what_is_printed_is_short(bundle: Path) -> None:
+    with Pipeline.open(bundle, threads=1) as pipeline:
+        out = pipeline("red", seed=1, steps={"unet": 4, "unet_small": 6}, guidance_interval=(0, 0.5))
+        assert repr(pipeline) == f"<Pipeline {bundle} on onnxruntime:cpu, open>"
+    assert repr(pipeline).endswith("closed>")
+    assert repr(out.plan) == "<Plan unet 4, unet_small 6; DPMSolverMultistepScheduler; guidance 5 on 5 of 10 rows>"
+    assert str(out).startswith("<Output 1 images, latents (1, 4, 8, 8), ")
+    assert str(out).endswith(f" ms, seeds (1,), 0 dropped texts, {out.plan!r}>")
+
+
 def test_output_types_show_the_same_picture(pipe: Pipeline) -> None:
     image = pipe("red blue", seed=7, num_inference_steps=4).images[0]
     array = pictures(pipe)[0]
