@@ -18,11 +18,11 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMAND_LINES = [
-    line
+    line.removeprefix(".venv/bin/")
     for language, code in BLOCKS
     if language == "bash"
     for line in code.splitlines()
-    if line.startswith("tandemrt ")
+    if line.startswith(("tandemrt ", ".venv/bin/tandemrt "))
 ]
 
 
@@ -50,7 +50,7 @@ def test_every_command_is_shown() -> None:
 def test_generate_example_runs(shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(shapes_bundle, tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
-    (line,) = (line for line in COMMAND_LINES if line.startswith("tandemrt generate bundle "))
+    line = next(line for line in COMMAND_LINES if line.startswith("tandemrt generate bundle "))
     assert main(shlex.split(line)[1:]) == 0
     assert len(list(tmp_path.rglob("*.png"))) == 1
 
