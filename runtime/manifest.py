@@ -148,6 +148,10 @@ class _FormatOnly(msgspec.Struct):
     format: int
 
 
+class _ComponentsOnly(msgspec.Struct):
+    components: dict[str, Any]
+
+
 def decode(raw: bytes, where: str) -> Manifest:
     """Parse a manifest's bytes; `where` names it in errors.
 
@@ -161,9 +165,29 @@ def decode(raw: bytes, where: str) -> Manifest:
         if stated != FORMAT:
             remedy = "Upgrade tandemrt, or export the bundle again." if stated > FORMAT else "Export the bundle again."
             raise BundleError(where, "bundle format", got=stated, expected=str(FORMAT), remedy=remedy)
-        return msgspec.json.decode(raw, type=Manifest)
+        return _decode_this_format(raw, where)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(where, f"not a bundle manifest ({error})", remedy="Export the bundle again.") from error
+
+
+def _decode_this_format(raw: bytes, where: str) -> Manifest:
+    try:
+        return msgspec.json.decode(raw, type=Manifest)
+    except msgspec.ValidationError as error:
+        remedy = "It may come from a newer tandemrt: upgrade, or export the bundle again."
+        what = f"says what this version does not know ({_with_component_name(str(error), raw)})"
+        raise BundleError(where, what, remedy=remedy) from error
+
+
+def _with_component_name(message: str, raw: bytes) -> str:
+    """msgspec's message with the name of the first component it means, which it does not tell."""
+    if "$.components[...]" in message:
+        for name, entry in msgspec.json.decode(raw, type=_ComponentsOnly).components.items():
+            try:
+                msgspec.convert(entry, Component)
+            except msgspec.ValidationError:  # noqa: PERF203 (which of them it is, is the question)
+                return message.replace("components[...]", f"components[{name[:64]!a}]")
+    return message
 
 
 def encode(manifest: Manifest) -> bytes:

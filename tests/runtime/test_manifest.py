@@ -44,6 +44,9 @@ def edited(**changes: Any) -> bytes:
     return json.dumps({**json.loads(encode(FULL)), **changes}).encode()
 
 
+COMPONENTS = json.loads(encode(FULL))["components"]
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -53,9 +56,15 @@ def edited(**changes: Any) -> bytes:
         (b"\xff\xfe{}", "not a bundle manifest"),
         (edited(format=2), "bundle format, got 2, expected 1. Upgrade tandemrt"),
         (edited(format=0), "got 0, expected 1. Export the bundle again"),
+        (b"{}", "not a bundle manifest"),
         (edited(surprise=1), "surprise"),
         (edited(files=[]), r"\$.files"),
         (edited(latent={"channels": "4", "downsampling": 8, "scaling_factor": 1.0}), r"\$.latent.channels"),
+        (
+            edited(components={**COMPONENTS, "control": {**COMPONENTS["unet"], "role": "controlnet"}}),
+            r"'controlnet' - at `\$\.components\['control'\]\.role`.*may come from a newer tandemrt: upgrade",
+        ),
+        (b'{"format": 1, "components": {"unet": 5}, "components": 3}', "not a bundle manifest"),
         (b" " * (4 << 20) + b"{}", "manifest size"),
     ],
 )
