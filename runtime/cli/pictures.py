@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -113,8 +114,6 @@ def _taken(path: Path, more: int = 0) -> ArgumentError:
 
 
 def _unwritable(path: Path, error: OSError) -> TandemError:
-    return TandemError(
-        str(path),
-        f"cannot be written ({error.strerror or error})",
-        remedy="Free some space, or give another --output-dir.",
-    )
+    space = "Free some space, or give" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Give"
+    remedy = f"{space} another --output-dir."
+    return TandemError(str(path), f"cannot be written ({error.strerror or error})", remedy=remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
@@ -329,6 +330,21 @@ def test_an_output_folder_that_is_a_file(bundle: Path, tmp_path: Path, capsys: p
     assert generate(bundle, out, "--prompt", "red", *STEPS) == 1
     assert capsys.readouterr().err.startswith(f"tandemrt generate: {out}: cannot be written (")
     assert out.read_text() == "mine"
+
+
+def test_space_is_the_remedy_for_a_full_disk_alone(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert generate(bundle, tmp_path / "file" / "out", "--prompt", "red", *STEPS) == 1
+    assert capsys.readouterr().err.endswith("(Not a directory). Give another --output-dir.\n")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tandemrt.runtime.cli.pictures.save_png", full)
+    assert generate(bundle, tmp_path / "out", "--prompt", "red", *STEPS) == 1
+    assert "(No space left on device). Free some space, or give another --output-dir." in capsys.readouterr().err
 
 
 def test_nothing_is_made_where_the_backend_is_missing(bundle: Path, tmp_path: Path) -> None:
