@@ -227,7 +227,11 @@ def _side(name: str, given: object, multiple: int) -> int:
     pixels = whole_number(given)
     if pixels is None or not 0 < pixels <= MAX_SIDE or pixels % multiple:
         expected = f"a positive multiple of {multiple} pixels, at most {MAX_SIDE}"
-        raise RequestError(name, "not usable", got=given, expected=expected)
+        remedy = ""
+        if pixels is not None:
+            nearest = min((pixels + multiple // 2) // multiple, MAX_SIDE // multiple)
+            remedy = f"Ask for {max(nearest, 1) * multiple}."
+        raise RequestError(name, "not usable", got=given, expected=expected, remedy=remedy)
     return pixels
 
 

@@ -17,7 +17,7 @@ def gathered_prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]
     """
     prompts = (*given, *(() if file is None else prompts_from_file(file)))
     if not prompts and file is not None:
-        raise RequestError(str(file), "holds no prompt", expected="one prompt a line")
+        raise RequestError(f"--prompts-file {file}", "holds no prompt", expected="one prompt a line")
     if not prompts:
         raise RequestError("--prompt", "no prompt given", remedy="Give --prompt TEXT or --prompts-file FILE.")
     for prompt in given:
@@ -34,7 +34,12 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ArgumentError(f"--prompts-file {path}", f"cannot be read ({error.strerror})") from error
+        raise ArgumentError(
+            f"--prompts-file {path}",
+            f"cannot be read ({error.strerror})",
+            expected="a text file with one prompt a line",
+            remedy="Check the path, or give --prompt TEXT.",
+        ) from error
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -252,6 +252,12 @@ def test_generate_runs_without_torch(bundle: Path, tmp_path: Path) -> None:
 BAD_INPUT = {
     "not a bundle": (["--prompt", "red"], 1, "no-such-bundle: not a bundle folder"),
     "size": (["--prompt", "red", "--size", "60"], 2, "height: not usable, got 60, expected a positive multiple of 16"),
+    "size 100": (
+        ["--prompt", "red", "--size", "100"],
+        2,
+        "got 100, expected a positive multiple of 16 pixels, at most 16384. Ask for 96.",
+    ),
+    "many steps": (["--prompt", "red", "--steps", "1001"], 2, "got 1001, expected a whole number in 1..1000"),
     "size 0": (["--prompt", "red", "--size", "0"], 2, "height: not usable, got 0"),
     "size of words": (["--prompt", "red", "--size", "big"], 2, "--size: not a size, got 'big'"),
     "size twice": (["--prompt", "red", "--size", "64", "--width", "64"], 2, "--size: given beside --width"),
@@ -307,8 +313,8 @@ def test_bad_input_is_one_line_and_no_folder(
     [
         (b"red\nbl\xe5\n", "not UTF-8 at line 2, byte 6, got b'\\xe5\\n', expected UTF-8 text"),
         ("red".encode("utf-16"), "not UTF-8 at line 1, byte 0"),
-        (b"\n \n", "holds no prompt"),
-        (None, "cannot be read (No such file or directory)"),
+        (b"\n \n", "prompts.txt: holds no prompt, expected one prompt a line"),
+        (None, "cannot be read (No such file or directory), expected a text file with one prompt a line. Check"),
     ],
 )
 def test_bad_prompts_files(
@@ -319,7 +325,7 @@ def test_bad_prompts_files(
         file.write_bytes(content)
     assert generate(bundle, tmp_path / "out", "--prompts-file", str(file)) == 2
     stderr = capsys.readouterr().err
-    assert str(file) in stderr
+    assert f"--prompts-file {file}: " in stderr
     assert message in stderr
     assert not (tmp_path / "out").exists()
 

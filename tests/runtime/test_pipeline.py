@@ -230,6 +230,7 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
         ({"height": 60}, RequestError, "height.*got 60, expected a positive multiple of 16"),
         ({"width": 0}, RequestError, "width.*got 0"),
         ({"width": 64.0}, RequestError, "width"),
+        ({"width": 10**400}, RequestError, r"width.*Ask for 16384\."),
         ({"num_inference_steps": 0}, PlanError, "got 0"),
         ({"num_inference_steps": 5000}, PlanError, "5000"),
         ({"num_inference_steps": 5, "steps": 5}, RequestError, "steps: given beside"),
