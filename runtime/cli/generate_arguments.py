@@ -11,6 +11,7 @@ from typing import Any
 from ..arguments import thread_count
 from ..errors import RequestError
 from ..request import require_pictures
+from ..solvers import SOLVERS
 from .prompts import gathered_prompts, require_text
 from .values import parse_interval, parse_settings, parse_size, parse_timesteps
 
@@ -98,7 +99,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         "--steps",
         metavar="STEPS",
         help="25: all on the first denoiser; 10,15: ten on the first, fifteen on the second; or by name: "
-        "unet:10,unet_small:15. `tandemrt inspect` lists the denoisers",
+        "unet:10,unet_small:15, run in the order given. A name may come back, as in unet:5,unet_small:15,unet:5; the "
+        "numbers of one that follow each other add up. `tandemrt inspect` lists the denoisers",
     )
     group.add_argument(
         "--num-inference-steps",
@@ -107,7 +109,11 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="a number of steps on the first denoiser, as in diffusers",
     )
-    group.add_argument("--solver", metavar="NAME", help="such as ddim, euler or dpmsolver++; the bundle's by default")
+    group.add_argument(
+        "--solver",
+        metavar="NAME",
+        help=f"{', '.join(SOLVERS)}, or a diffusers scheduler class; the bundle's scheduler by default",
+    )
     group.add_argument(
         "--solver-config",
         action="append",

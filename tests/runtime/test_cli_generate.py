@@ -22,6 +22,7 @@ from tandemrt.runtime.cli.prompts import prompts_from_file
 from tandemrt.runtime.cli.values import parse_settings, parse_size
 from tandemrt.runtime.errors import ArgumentError, RequestError
 from tandemrt.runtime.pipeline import Pipeline
+from tandemrt.runtime.solvers import SOLVERS
 
 from .tiny_bundle import write_tiny_bundle
 
@@ -137,6 +138,13 @@ def test_print_plan_does_not_invent_a_seed(bundle: Path, tmp_path: Path, capsys:
     facts = json.loads(capsys.readouterr().out)
     assert facts["requests"][0]["seed"] is None
     assert facts["files"] is None
+
+
+def test_help_lists_every_solver_and_says_that_a_denoiser_may_come_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(SOLVERS) in text
+    assert "A name may come back" in text
 
 
 def test_previews_lie_beside_the_pictures(bundle: Path, tmp_path: Path) -> None:
