@@ -14,6 +14,7 @@ import msgspec
 
 from ..bundle import Bundle
 from ..manifest import Component, Evidence, Manifest
+from ..solvers.config import KEYS
 from .columns import aligned
 from .reporter import Reporter
 
@@ -154,5 +155,15 @@ def _tensor_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def _scheduler(scheduler: Mapping[str, Any]) -> str:
-    keys = ", ".join(f"{key}={value}" for key, value in scheduler["config"].items() if not key.startswith("_"))
-    return f"{scheduler['class_name']} ({keys})"
+    """The class and the keys that are not as diffusers has them by default."""
+    known = KEYS.get(scheduler["class_name"], {})
+    told = ", ".join(
+        f"{key}={value}"
+        for key, value in scheduler["config"].items()
+        if not key.startswith("_") and not (key in known and value == _from_json(known[key].default))
+    )
+    return f"{scheduler['class_name']} ({told or 'all defaults'})"
+
+
+def _from_json(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default

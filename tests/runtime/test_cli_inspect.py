@@ -13,9 +13,10 @@ import pytest
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.inspect_bundle import size_text, worst_evidence
-from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence
+from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence, SchedulerDefaults
+from tandemrt.runtime.solvers.config import KEYS
 
-from .tiny_bundle import write_tiny_bundle
+from .tiny_bundle import resign, write_tiny_bundle
 
 
 @pytest.fixture
@@ -32,6 +33,17 @@ def test_inspect_shows_every_component(bundle: Path, capsys: pytest.CaptureFixtu
     assert Bundle.open(bundle).digest in stdout
     assert "(batch, 4, height, width)" in stdout
     assert "DPMSolverMultistepScheduler" in stdout
+
+
+def test_inspect_leaves_out_what_a_scheduler_has_by_default(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {name: key.default for name, key in KEYS["UniPCMultistepScheduler"].items()}
+    config = {**defaults, "beta_start": 0.5, "of_no_class": None, "_private": 1}
+    scheduler = SchedulerDefaults(class_name="UniPCMultistepScheduler", config=config)
+    resign(bundle, lambda manifest: msgspec.structs.replace(manifest, scheduler=scheduler))
+    assert main(["inspect", str(bundle)]) == 0
+    assert "UniPCMultistepScheduler (beta_start=0.5, of_no_class=None)\n" in capsys.readouterr().out
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["scheduler"]["config"]) == set(config)
 
 
 def test_inspect_as_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
