@@ -47,3 +47,15 @@ def test_every_axis_has_three_sizes_in_two_batches(role: Role, size: int, multip
         assert len(varied) == 3
         if role == "denoiser" and name == "sample":
             assert all(extent % multiple == 0 for shape in varied for extent in shape)
+
+
+def test_autoencoders_are_compared_on_maps_that_onnx_runtime_normalizes_well() -> None:
+    arguments = (
+        LatentSpace(channels=4, downsampling=2, scaling_factor=1.0),
+        SchedulerDefaults(class_name="DDIMScheduler", config={}),
+    )
+    samples = Samples(np.zeros((len(PROMPTS), 77), np.int64), encode_text, encode_picture, *arguments, 96)
+    decoder = samples.cases(Graph("vae_decoder", nn.Identity(), (), (), {}))
+    assert max(max(case["latent_sample"].shape) for case in decoder) == 40
+    denoiser = samples.cases(Graph("denoiser", nn.Identity(), (), (), {}, 8))
+    assert max(max(case["sample"].shape) for case in denoiser) == 120
