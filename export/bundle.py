@@ -33,8 +33,10 @@ from .half import find_islands, half_from_float
 from .jobs import Job, jobs, samples
 from .modules import Graph
 from .parity import compare, require_close
-from .plan import ExportPlan, Progress, no_progress
-from .publish import Staging, require_free, writing_failed
+from .plan import ExportPlan, PresetPlan, Progress, no_progress
+from .presets import read_preset
+from .publish import Staging, require_free, scratch_folder, writing_failed
+from .random_checkpoint import write_checkpoint
 from .samples import Samples
 from .sources import Sources, read_sources
 from .tokenizer import export_tokenizer
@@ -67,6 +69,22 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
     total = _STEPS_PER_COMPONENT * len(manifest.components) + 1
     progress("bundle: publish", total, total)
     return staging.out
+
+
+def export_preset(plan: PresetPlan, progress: Progress = no_progress) -> Path:
+    """Export an architecture with random weights, which are written beside `plan.out` for the while of the export.
+
+    Raises:
+        ExportError: as `export_bundle`.
+    """
+    require_free(plan.out, force=plan.force)
+    with scratch_folder(plan.out) as folder:
+        progress(f"{plan.name}: random weights", 0, 1)
+        try:
+            added = write_checkpoint(read_preset(plan.name), folder, plan.scale)
+        except OSError as error:
+            raise writing_failed(plan.out, error) from error
+        return export_bundle(plan.export_plan(folder / "checkpoint", added), progress)
 
 
 class _Export:

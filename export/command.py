@@ -9,7 +9,10 @@ from typing import Any
 
 from ..runtime.cli.reporter import Reporter
 from ..runtime.cli.values import parse_sources
-from .plan import Added, ExportPlan
+from ..runtime.errors import ArgumentError
+from .plan import Added, ExportPlan, PresetPlan
+from .presets import SCALES, models, preset_names, read_preset
+from .publish import require_free
 from .sources import describe
 
 DESCRIPTION = (
@@ -17,15 +20,18 @@ DESCRIPTION = (
     "anything is published; one that misses its threshold leaves nothing behind."
 )
 EPILOG = """\
-example:
+examples:
   tandemrt export stable-diffusion-v1-5/ bundle/ --small small-sd/ --tiny-vae taesd/
+  tandemrt export bundle/ --preset hybrid-sd
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt export`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a diffusers directory (model_index.json)")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="a diffusers directory (model_index.json)"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to make; must not exist, see --force")
     parser.add_argument(
         "--small",
@@ -43,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="a further denoiser (unet_NAME) or decoder (vae_decoder_NAME); may be given several times",
     )
+    preset = parser.add_argument_group("random weights, to measure a device before downloading any")
+    preset.add_argument(
+        "--preset", metavar="NAME", help=f"export this architecture instead of CHECKPOINT: {', '.join(preset_names())}"
+    )
+    preset.add_argument(
+        "--scale", choices=SCALES, help="full: true size (default); tiny: an eighth of every width, same topology"
+    )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "fp16"),
@@ -56,12 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT where it is a bundle already")
 
 
-def plan_from_arguments(args: argparse.Namespace) -> ExportPlan:
+def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
     """The plan that the arguments describe.
 
     Raises:
-        ArgumentError: a value that cannot be used.
+        ArgumentError: a value that cannot be used, or both or neither of CHECKPOINT and `--preset`.
     """
+    if args.preset is not None:
+        return _preset_plan(args)
+    if args.checkpoint is None:
+        raise ArgumentError("CHECKPOINT", "not given", expected="CHECKPOINT OUT, or OUT --preset NAME")
+    if args.scale is not None:
+        raise ArgumentError("--scale", "is of presets only", got=args.scale, expected="--preset NAME beside it")
     return ExportPlan(
         checkpoint=args.checkpoint,
         out=args.out,
@@ -73,21 +92,33 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan:
     )
 
 
-def plan_facts(plan: ExportPlan) -> dict[str, Any]:
+def plan_facts(plan: ExportPlan | PresetPlan) -> dict[str, Any]:
     """What `--print-plan` shows; see `describe`."""
-    return describe(plan)
+    if isinstance(plan, ExportPlan):
+        return describe(plan)
+    require_free(plan.out, force=plan.force)
+    preset = read_preset(plan.name)
+    parts = {**preset.models, **preset.added}
+    return {
+        **plan.as_json(),
+        "published_as": list(preset.published_as),
+        "models": {
+            part: {"name": name, "parameters_at_full_scale": models()[name].parameters} for part, name in parts.items()
+        },
+    }
 
 
-def run(plan: ExportPlan, reporter: Reporter) -> dict[str, Any]:
+def run(plan: ExportPlan | PresetPlan, reporter: Reporter) -> dict[str, Any]:
     """Do what the plan says; the result is in JSON's types.
 
     Raises:
         CheckpointError, ExportError: see `export_bundle`.
     """
     from ..runtime.manifest import MANIFEST_NAME, decode  # noqa: PLC0415
-    from .bundle import export_bundle  # noqa: PLC0415 — imports torch, which takes seconds
+    from .bundle import export_bundle, export_preset  # noqa: PLC0415 — imports torch, which takes seconds
 
-    out = export_bundle(plan, reporter.progress)
+    export = export_bundle if isinstance(plan, ExportPlan) else export_preset
+    out = export(plan, reporter.progress)  # type: ignore[arg-type]
     manifest = decode((out / MANIFEST_NAME).read_bytes(), str(out / MANIFEST_NAME))
     return {
         "bundle": str(out),
@@ -114,3 +145,21 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
             f"  {name}: {component['parameters']:,} parameters, {component['precision']}{islands}, max_relative_error "
             f"{component['max_relative_error']:.2g} (at most {component['threshold']:g})"
         )
+
+
+def _preset_plan(args: argparse.Namespace) -> PresetPlan:
+    for option, given in (
+        ("CHECKPOINT", args.checkpoint),
+        *((f"--add {n}", d) for n, d in parse_sources(args).items()),
+    ):
+        if given is not None:
+            raise ArgumentError(option, "given beside --preset, which names every model", got=str(given))
+    return PresetPlan(
+        name=args.preset,
+        out=args.out,
+        scale=args.scale or "full",
+        dtype=args.dtype,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        force=args.force,
+    )

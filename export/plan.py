@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from ..runtime.errors import ArgumentError
 from ..runtime.manifest import Precision, Role
+from .presets import Scale, read_preset
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many steps are behind, and how many there are."""
@@ -84,6 +85,44 @@ class ExportPlan:
             "num_inference_steps": self.num_inference_steps,
             "force": self.force,
         }
+
+
+@dataclass(frozen=True)
+class PresetPlan:
+    """One export of a preset with random weights; the rest as in `ExportPlan`, with the preset's defaults for None."""
+
+    name: str
+    out: Path
+    scale: Scale = "full"
+    dtype: Precision = "fp32"
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        read_preset(self.name)
+        self.export_plan(Path(), {})
+
+    def export_plan(self, checkpoint: Path, added: Mapping[str, Path]) -> ExportPlan:
+        """The export of the preset's models once they lie in `checkpoint` and the folders `added`."""
+        preset = read_preset(self.name)
+        return ExportPlan(
+            checkpoint=checkpoint,
+            out=self.out,
+            added=tuple(Added(name, folder) for name, folder in added.items()),
+            dtype=self.dtype,
+            guidance_scale=preset.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            num_inference_steps=(
+                preset.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
+            ),
+            force=self.force,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan in JSON's types."""
+        facts = self.export_plan(Path(), {}).as_json()
+        del facts["checkpoint"], facts["added"]
+        return {"preset": self.name, "scale": self.scale, **facts}
 
 
 def no_progress(message: str, done: int, total: int) -> None:

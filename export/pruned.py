@@ -7,7 +7,8 @@ alone. The functions here reshape a stock module to the tensors a checkpoint rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -30,6 +31,30 @@ def resize_inner_widths(unet: UNet2DConditionModel, shapes: Shapes) -> None:
             _resize_resnet(module, shapes[f"{name}.conv1.weight"][0])
         elif isinstance(module, Attention) and f"{name}.to_q.weight" in shapes:
             _resize_attention(module, shapes[f"{name}.to_q.weight"][0])
+
+
+def pruned_shapes(unet: UNet2DConditionModel, pruning: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """What Hybrid-SD's three configuration lists mean for `unet`, as `resize_inner_widths` reads it.
+
+    `block_mid_channels`, `block_selfattn_heads` and `block_crossattn_heads` have one entry for each ResNet block, down
+    blocks first; entries for heads where a block has no attention are not read.
+    """
+    layers = [
+        (f"{kind}.{i}", j)
+        for kind in ("down_blocks", "up_blocks")
+        for i, block in enumerate(getattr(unet, kind))
+        for j in range(len(block.resnets))
+    ]
+    shapes: dict[str, tuple[int, ...]] = {}
+    lists = (pruning["block_mid_channels"], pruning["block_selfattn_heads"], pruning["block_crossattn_heads"])
+    for (block, layer), width, *heads in zip(layers, *lists, strict=True):
+        shapes[f"{block}.resnets.{layer}.conv1.weight"] = (width,)
+        for attention, count in zip(("attn1", "attn2"), heads, strict=True):
+            name = f"{block}.attentions.{layer}.transformer_blocks.0.{attention}"
+            with contextlib.suppress(AttributeError):
+                stock = unet.get_submodule(name)
+                shapes[f"{name}.to_q.weight"] = (count * stock.inner_dim // stock.heads,)
+    return shapes
 
 
 def autoencoder_kl_from_config(config: Mapping[str, Any]) -> AutoencoderKL:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepSchedule
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tandemrt.export.pruned import autoencoder_kl_from_config, resize_inner_widths
+from tandemrt.export.pruned import autoencoder_kl_from_config, pruned_shapes, resize_inner_widths
 
 TEXT_LENGTH = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -69,7 +69,7 @@ def pruned_unet(pruning: dict[str, tuple[int, ...]]) -> UNet2DConditionModel:
     """BK-SDM's depth pruning (one layer per block, no middle) with Hybrid-SD's inner widths and heads."""
     unet = UNet2DConditionModel(**_UNET, layers_per_block=1, mid_block_type=None)
     unet.register_to_config(**pruning)
-    resize_inner_widths(unet, _pruned_shapes(unet, pruning))
+    resize_inner_widths(unet, pruned_shapes(unet, pruning))
     return unet
 
 
@@ -145,17 +145,3 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
 def scheduler() -> DPMSolverMultistepScheduler:
     """DPM-Solver++ 2M, Hybrid-SD's choice."""
     return DPMSolverMultistepScheduler.from_config(SCHEDULER)
-
-
-def _pruned_shapes(unet: UNet2DConditionModel, pruning: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The tensor shapes that Hybrid-SD's three config lists mean for a UNet with one layer per block."""
-    head_width = 32
-    blocks = ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.0", "up_blocks.1", "up_blocks.1"]
-    layers = [0, 0, 0, 1, 0, 1]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for block, layer, width, self_heads, cross_heads in zip(blocks, layers, *pruning.values(), strict=True):
-        shapes[f"{block}.resnets.{layer}.conv1.weight"] = (width,)
-        transformer = f"{block}.attentions.{layer}.transformer_blocks.0"
-        shapes[f"{transformer}.attn1.to_q.weight"] = (self_heads * head_width,)
-        shapes[f"{transformer}.attn2.to_q.weight"] = (cross_heads * head_width,)
-    return shapes

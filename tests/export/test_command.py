@@ -12,11 +12,11 @@ import pytest
 
 from tandemrt.export import bundle as bundles
 from tandemrt.export.command import add_arguments, plan_facts, plan_from_arguments, run, summary
-from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.plan import Added, ExportPlan, PresetPlan
 from tandemrt.runtime.errors import ArgumentError, ExportError
 
 
-def parse(*arguments: str) -> ExportPlan:
+def parse(*arguments: str) -> ExportPlan | PresetPlan:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return plan_from_arguments(parser.parse_args(arguments))
@@ -43,6 +43,8 @@ def test_options_reach_the_plan() -> None:
         (["--add", "../x=d"], "component name"),
         (["--add", "unet_/../x=d"], "component name"),
         (["--small", "d", "--add", "unet_small=e"], "a component given twice, got 'unet_small'"),
+        (["--scale", "tiny"], "--scale: is of presets only, got 'tiny'"),
+        (["--preset", "sd15"], "CHECKPOINT: given beside --preset, which names every model, got 'c'"),
         (["--guidance-scale", "nan"], "--guidance-scale: guidance, got nan"),
         (["--guidance-scale", "-1"], "--guidance-scale: guidance, got -1"),
         (["--num-inference-steps", "0"], r"--num-inference-steps: steps, got 0, expected 1\.\.1000"),
@@ -53,10 +55,34 @@ def test_arguments_that_cannot_be_used_are_named(arguments: list[str], complaint
         parse("c", "out", *arguments)
 
 
+def test_a_preset_needs_no_checkpoint() -> None:
+    plan = parse("out", "--preset", "hybrid-sd", "--scale", "tiny", "--dtype", "fp16", "--guidance-scale", "3")
+    assert plan == PresetPlan("hybrid-sd", Path("out"), "tiny", "fp16", 3.0)
+    export = plan.export_plan(Path("c"), {"unet_small": Path("s")})
+    assert export == ExportPlan(Path("c"), Path("out"), (Added("unet_small", Path("s")),), "fp16", 3.0, 25)
+    facts = plan_facts(plan)
+    assert facts["models"]["unet_small"] == {"name": "unet-hybrid-sd-224m", "parameters_at_full_scale": 223938436}
+    assert (facts["preset"], facts["scale"], facts["num_inference_steps"]) == ("hybrid-sd", "tiny", 25)
+
+
 def test_a_plan_names_every_component_once() -> None:
     twice = (Added("unet_small", Path("d")), Added("unet_small", Path("e")))
     with pytest.raises(ArgumentError, match="a component given twice, got 'unet_small'"):
         ExportPlan(Path("c"), Path("o"), twice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["out"], "CHECKPOINT: not given, expected CHECKPOINT OUT, or OUT --preset NAME"),
+        (["out", "--preset", "sd9"], "--preset: no such preset, got 'sd9', expected one of bk-sdm-base, "),
+        (["out", "--preset", "sd15", "--small", "s"], "--add unet_small: given beside --preset"),
+        (["out", "--preset", "sd15", "--num-inference-steps", "0"], "--num-inference-steps: steps, got 0"),
+    ],
+)
+def test_presets_that_cannot_be_used_are_named(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(ArgumentError, match=complaint):
+        parse(*arguments)
 
 
 def test_an_unknown_precision_is_refused() -> None:
