@@ -35,7 +35,7 @@ from .modules import Graph
 from .parity import compare, require_close
 from .plan import ExportPlan, PresetPlan, Progress, no_progress
 from .presets import read_preset
-from .publish import Staging, require_free, scratch_folder, writing_failed
+from .publish import Staging, require_free, writing_failed
 from .random_checkpoint import write_checkpoint
 from .samples import Samples
 from .sources import Sources, read_sources
@@ -77,14 +77,14 @@ def export_preset(plan: PresetPlan, progress: Progress = no_progress) -> Path:
     Raises:
         ExportError: as `export_bundle`.
     """
-    require_free(plan.out, force=plan.force)
-    with scratch_folder(plan.out) as folder:
+    # Never published: it only holds the checkpoint for as long as the export reads it.
+    with Staging(plan.out, force=plan.force) as scratch:
         progress(f"{plan.name}: random weights", 0, 1)
         try:
-            added = write_checkpoint(read_preset(plan.name), folder, plan.scale)
+            added = write_checkpoint(read_preset(plan.name), scratch.folder, plan.scale)
         except OSError as error:
             raise writing_failed(plan.out, error) from error
-        return export_bundle(plan.export_plan(folder / "checkpoint", added), progress)
+        return export_bundle(plan.export_plan(scratch.folder / "checkpoint", added), progress)
 
 
 class _Export:

@@ -148,12 +148,10 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _preset_plan(args: argparse.Namespace) -> PresetPlan:
-    for option, given in (
-        ("CHECKPOINT", args.checkpoint),
-        *((f"--add {n}", d) for n, d in parse_sources(args).items()),
-    ):
-        if given is not None:
-            raise ArgumentError(option, "given beside --preset, which names every model", got=str(given))
+    given = {"CHECKPOINT": args.checkpoint, **parse_sources(args.small, args.tiny_vae, args.add)}
+    for name, folder in given.items():
+        if folder is not None:
+            raise ArgumentError(name, "given beside --preset, which names every model", got=str(folder))
     return PresetPlan(
         name=args.preset,
         out=args.out,

@@ -13,7 +13,6 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -85,26 +84,6 @@ class Staging:
         for parent in self._new_parents:
             with contextlib.suppress(OSError):  # rmdir spares a folder that holds anything
                 parent.rmdir()
-
-
-@contextlib.contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for the while of an export; the next export removes what a killed one has left of it.
-
-    Raises:
-        ExportError: `out`'s parent cannot be written.
-    """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 — resolve() would follow a link at `out`
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder, lock = _new_locked_folder(out)
-    except OSError as error:
-        raise writing_failed(out, error) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def require_free(out: Path, *, force: bool) -> None:

@@ -76,7 +76,7 @@ def test_a_plan_names_every_component_once() -> None:
     [
         (["out"], "CHECKPOINT: not given, expected CHECKPOINT OUT, or OUT --preset NAME"),
         (["out", "--preset", "sd9"], "--preset: no such preset, got 'sd9', expected one of bk-sdm-base, "),
-        (["out", "--preset", "sd15", "--small", "s"], "--add unet_small: given beside --preset"),
+        (["out", "--preset", "sd15", "--small", "s"], "unet_small: given beside --preset"),
         (["out", "--preset", "sd15", "--num-inference-steps", "0"], "--num-inference-steps: steps, got 0"),
     ],
 )
