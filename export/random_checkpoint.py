@@ -23,15 +23,15 @@ from .pruned import autoencoder_kl_from_config, pruned_shapes, resize_inner_widt
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_checkpoint(preset: Preset, folder: Path, scale: Scale = "full", seed: int = 0) -> dict[str, Path]:
+def write_checkpoint(preset: Preset, folder: Path, scale: Scale) -> dict[str, Path]:
     """Write a preset's models with random fp16 weights: the pipeline to `folder / "checkpoint"`, the others beside it.
 
-    Returns the folders of the further denoisers and decoders by component.
+    The weights are the same every time. Returns the folders of the further denoisers and decoders by component.
 
     Raises:
         OSError: the folder cannot be written or is full.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     main = folder / "checkpoint"
     for part, name in preset.models.items():
         _write_model(name, scale, main / part)

@@ -10,9 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tandemrt.export.bundle import export_bundle
-from tandemrt.export.plan import PresetPlan
+from tandemrt.export.plan import Added, PresetPlan
 from tandemrt.export.presets import models, preset_names, read_preset
 from tandemrt.export.random_checkpoint import build, write_checkpoint, write_tokenizer
+from tandemrt.export.sources import read_sources
 from tandemrt.export.tokenizer import load_clip_tokenizer
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.errors import ArgumentError
@@ -66,6 +67,17 @@ def test_the_same_weights_every_time(tmp_path: Path) -> None:
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
     assert files
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+
+def test_further_models_lie_beside_the_checkpoint_and_fit_it(tmp_path: Path) -> None:
+    preset = read_preset("hybrid-sd")
+    added = write_checkpoint(preset, tmp_path, "tiny")
+    assert added.keys() == preset.added.keys()
+    sources = read_sources(tmp_path / "checkpoint", tuple(Added(name, folder) for name, folder in added.items()))
+    small, large = sources.denoisers["unet_small"].unet.weights, sources.main.unet.weights
+    assert small.shapes["down_blocks.0.resnets.0.conv1.weight"][0] == 32
+    assert large.shapes["down_blocks.0.resnets.0.conv1.weight"][0] == 40
+    assert set(sources.decoders) == {"vae_decoder_small", "vae_decoder_tiny"}
 
 
 @pytest.mark.slow
