@@ -22,6 +22,7 @@ from ..runtime.manifest import (
     Manifest,
     Source,
     TextConditioning,
+    TextEncoding,
     decode,
     encode,
     file_sha256,
@@ -111,7 +112,10 @@ class _Export:
             components=components,
             files=_file_records(self._folder),
             latent=latent_space(main.vae),
-            text=TextConditioning(max_length=length, width=self._sources.text_width),
+            text=TextConditioning(
+                encoders={"text_encoder": TextEncoding(max_length=length, width=self._sources.text_width)},
+                width=self._sources.text_width,
+            ),
             scheduler=main.scheduler,
             defaults=self._defaults(),
         )

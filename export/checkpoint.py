@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
-from .weights import WeightsFile, find_weights, read_json
+from .weights import Weights, find_weights, read_json
 
 Config = Mapping[str, Any]
 
@@ -37,12 +37,12 @@ class Part:
     folder: Path
     class_name: str
     config: Config
-    weights: WeightsFile
+    weights: Weights
 
     @property
-    def files(self) -> tuple[Path, Path]:
+    def files(self) -> tuple[Path, ...]:
         """What the part was read from."""
-        return self.folder / "config.json", self.weights.path
+        return self.folder / "config.json", *self.weights.files
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], part: Part) -> None:
     Raises:
         CheckpointError: tensors are missing, left over or of another shape; they are named.
     """
-    where, expected = str(part.weights.path), {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    where, expected = str(part.weights.files[0]), {name: tuple(t.shape) for name, t in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     misfits = [
         f"{name} {found[name]} instead of {expected[name]}"

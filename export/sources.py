@@ -21,7 +21,7 @@ from .agreement import (
 from .checkpoint import Checkpoint, DenoiserSource, Part, read_checkpoint, read_decoder, read_denoiser
 from .plan import Added, ExportPlan
 from .publish import require_free
-from .weights import source_digest
+from .weights import parameters, source_digest
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
             name: {
                 "class_name": part.class_name,
                 "folder": str(part.folder),
-                "parameters_in_file": part.weights.parameters,
+                "parameters_in_file": parameters(part.weights),
             }
             for name, part in sources.parts().items()
         },

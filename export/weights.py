@@ -7,8 +7,9 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..runtime.errors import CheckpointError
 
@@ -25,17 +26,54 @@ _AGAIN = "Download the file again."
 _LFS_POINTER = b"version https://git-lfs"
 
 
+class Weights(Protocol):
+    """A model's tensors by name: their shapes are known, none of them is read yet.
+
+    `files` is what they are read from, for digests and messages; the first is named in errors.
+    """
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor in the dtype it is stored in.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+
+
 @dataclass(frozen=True)
-class WeightsFile:
-    """A safetensors file and the shapes of its tensors."""
+class SafetensorsFile:
+    """One safetensors file, its header read and checked; see `Weights`."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
-    def parameters(self) -> int:
-        """How many numbers the file holds."""
-        return sum(_size(shape) for shape in self.shapes.values())
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor in the dtype it is stored in; see `Weights.load`."""
+        try:
+            return self._reader.get_tensor(name)
+        except Exception as error:  # safetensors' own error and OSError; torch is not imported to name it
+            raise CheckpointError(str(self.path), f"not readable as safetensors ({error})", remedy=_AGAIN) from error
+
+    @cached_property
+    def _reader(self) -> Any:
+        from safetensors import safe_open  # noqa: PLC0415 — needs torch, which reading headers must not
+
+        return safe_open(self.path, framework="pt")
+
+
+def parameters(weights: Weights) -> int:
+    """How many numbers the weights are."""
+    return sum(_size(shape) for shape in weights.shapes.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_weights(folder: Path, stem: str) -> WeightsFile:
+def find_weights(folder: Path, stem: str) -> SafetensorsFile:
     """The safetensors file `stem` (or its fp16 variant) of a model folder, its header read and checked.
 
     Raises:
@@ -88,7 +126,7 @@ def find_weights(folder: Path, stem: str) -> WeightsFile:
     )
 
 
-def read_header(path: Path) -> WeightsFile:
+def read_header(path: Path) -> SafetensorsFile:
     """Read a safetensors header: 8 bytes of length, then JSON.
 
     Raises:
@@ -137,28 +175,23 @@ def read_header(path: Path) -> WeightsFile:
     if size != expected:
         what = "truncated" if size < expected else "size"
         raise CheckpointError(str(path), what, got=size, expected=f"{expected} bytes", remedy=_AGAIN)
-    return WeightsFile(path, shapes)
+    return SafetensorsFile(path, shapes)
 
 
-def load_tensors(file: WeightsFile) -> dict[str, torch.Tensor]:
-    """Every tensor of the file, floating ones as float32.
+def load_tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    """Every tensor, floating ones as float32.
 
     Raises:
         CheckpointError: the file is damaged, or a tensor holds NaN or infinity; it is named.
     """
     import torch  # noqa: PLC0415 — reading headers, as --print-plan does, must not need torch
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    try:
-        with safe_open(file.path, framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 — not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(str(file.path), f"not readable as safetensors ({error})", remedy=_AGAIN) from error
+    tensors = {name: weights.load(name) for name in weights.shapes}
     tensors = {name: t.to(torch.float32) if t.is_floating_point() else t for name, t in tensors.items()}
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(
-            str(file.path), f"NaN or infinite weights in {listed(broken)}", remedy="Use an undamaged checkpoint."
+            str(weights.files[0]), f"NaN or infinite weights in {listed(broken)}", remedy="Use an undamaged checkpoint."
         )
     return tensors
 

@@ -19,7 +19,7 @@ SEAL_NAME = "tandem.sha256"
 MAX_MANIFEST_BYTES = 4 << 20
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
-Role = Literal["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
+Role = Literal["text_encoder", "denoiser", "controlnet", "vae_decoder", "vae_encoder"]
 Precision = Literal["fp32", "fp16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -109,22 +109,62 @@ class LatentSpace(Frozen, frozen=True, kw_only=True):
     shift_factor: float = 0.0
 
 
-class TextConditioning(Frozen, frozen=True, kw_only=True):
-    """How prompts become `encoder_hidden_states` (B, max_length, width): the last hidden state after the final norm."""
+class TextEncoding(Frozen, frozen=True, kw_only=True):
+    """What one text encoder adds to the conditioning.
 
+    `tokenizer` is the folder of its tokenizer, which pads prompts to `max_length` tokens.
+    `hidden_state` and `pooled` name the component's outputs that are used: (B, max_length, width), and where pooled
+    text is used (B, pooled_width).
+    `joins`: its hidden states stand beside those of the encoders before it (`width`) or behind them (`sequence`).
+    """
+
+    tokenizer: str = "tokenizer"
     max_length: int
     width: int
-    hidden_layer: Literal["last"] = "last"
-    pooled: bool = False
+    hidden_state: str = "last_hidden_state"
+    pooled: str | None = None
+    pooled_width: int = 0
+    joins: Literal["width", "sequence"] = "width"
+
+
+class TextConditioning(Frozen, frozen=True, kw_only=True):
+    """How prompts become `encoder_hidden_states` (B, max_length, width) and, joined in order, the pooled vector.
+
+    `encoders` is by component, in the order they join. Hidden states narrower than `width` are padded with zeros.
+    `zero_tokens` rows of zeros follow, in the place of an encoder that was left out.
+    `zero_negative`: an absent negative prompt means zeros throughout, not the empty prompt.
+    """
+
+    encoders: dict[str, TextEncoding]
+    width: int
+    zero_tokens: int = 0
+    zero_negative: bool = False
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens `encoder_hidden_states` has."""
+        beside = [encoder.max_length for encoder in self.encoders.values() if encoder.joins == "width"]
+        behind = [encoder.max_length for encoder in self.encoders.values() if encoder.joins == "sequence"]
+        return max(beside, default=0) + sum(behind) + self.zero_tokens
+
+    @property
+    def pooled_width(self) -> int:
+        """How wide the joined pooled vectors are; 0 where none is used."""
+        return sum(encoder.pooled_width for encoder in self.encoders.values())
 
 
 class Defaults(Frozen, frozen=True, kw_only=True):
-    """What a generation uses where the caller says nothing; `height` and `width` in pixels."""
+    """What a generation uses where the caller says nothing; `height` and `width` in pixels.
+
+    `timesteps` and `eta` are those of a model that was distilled for them, and hold for the bundle's own scheduler.
+    """
 
     height: int
     width: int
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    timesteps: tuple[int, ...] | None = None
+    eta: float = 0.0
 
 
 class Manifest(Frozen, frozen=True, kw_only=True):

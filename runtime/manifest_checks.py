@@ -82,7 +82,8 @@ def _check_facts(manifest: Manifest, where: str) -> None:
     extents = {
         "latent.channels": latent.channels,
         "latent.downsampling": latent.downsampling,
-        "text.max_length": text.max_length,
+        **{f"text.{name}.max_length": encoder.max_length for name, encoder in text.encoders.items()},
+        **{f"text.{name}.width": encoder.width for name, encoder in text.encoders.items()},
         "text.width": text.width,
         "defaults.height": defaults.height,
         "defaults.width": defaults.width,

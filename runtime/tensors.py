@@ -13,6 +13,7 @@ _NEEDED: Mapping[str, tuple[Mapping[str, Sequence[Dtype]], Mapping[str, Sequence
     "text_encoder": ({"input_ids": ("int64", "int32")}, {"last_hidden_state": _FLOAT}),
     # A time step of whole numbers would lose the fractions of Karras' schedule.
     "denoiser": ({"sample": _FLOAT, "timestep": _FLOAT, "encoder_hidden_states": _FLOAT}, {"out_sample": _FLOAT}),
+    "controlnet": ({}, {}),
     "vae_decoder": ({"latent_sample": _FLOAT}, {"sample": _FLOAT}),
     # Its output is a distribution's parameters or, of a tiny autoencoder, the latent itself.
     "vae_encoder": ({"sample": _FLOAT}, {}),

@@ -36,9 +36,10 @@ class PromptEncoder:
         Raises:
             BundleError: the tokenizer cannot be used, or the text encoder's outputs are not what the manifest says.
         """
-        facts = bundle.manifest.text
-        if facts.pooled:
-            raise BundleError(str(bundle.path), "pooled text conditioning", remedy="Upgrade tandemrt.")
+        encoders = bundle.manifest.text.encoders
+        if len(encoders) != 1:
+            raise BundleError(str(bundle.path), "text encoders", got=list(encoders), expected="one")
+        (facts,) = encoders.values()
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path, facts.max_length)
         self._session = session
         self._shape = (facts.max_length, facts.width)

@@ -78,7 +78,7 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
             ("size", f"{size_text(result['size_bytes'])} in {result['files']} files, beside the manifest"),
             ("latent", f"{latent['channels']} channels, 1/{latent['downsampling']} of the picture's size, "
              f"scaling factor {latent['scaling_factor']:g}, shift {latent['shift_factor']:g}"),
-            ("text", f"{text['max_length']} tokens of width {text['width']}, {text['hidden_layer']} hidden layer"),
+            ("text", "; ".join(_encodings(text["encoders"]))),
             ("scheduler", _scheduler(result["scheduler"])),
             ("defaults", f"{defaults['width']}x{defaults['height']} pixels, {defaults['num_inference_steps']} steps, "
              f"guidance scale {defaults['guidance_scale']:g}"),
@@ -93,6 +93,11 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         if component["scheduler"] is not None:
             yield ""
             yield f"{name} brings its own scheduler: {_scheduler(component['scheduler'])}"
+
+
+def _encodings(encoders: Mapping[str, Any]) -> Iterator[str]:
+    for name, encoder in encoders.items():
+        yield f"{name}: {encoder['max_length']} tokens of width {encoder['width']}, {encoder['hidden_state']}"
 
 
 def size_text(size_bytes: int) -> str:

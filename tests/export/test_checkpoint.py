@@ -19,6 +19,7 @@ from tandemrt.export.modules import decoder_graph, denoiser_graph, text_encoder_
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.samples import _alphas_cumprod
 from tandemrt.export.sources import read_sources
+from tandemrt.export.weights import parameters
 from tandemrt.runtime.errors import CheckpointError
 from tandemrt.runtime.manifest import SchedulerDefaults
 
@@ -203,7 +204,7 @@ def test_names_of_older_libraries_are_understood(own_checkpoint: Path) -> None:
 def test_a_denoiser_is_found_in_a_pipeline_a_holder_and_its_own_folder(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint / "unet", tmp_path / "holder" / "unet")
     found = [read_denoiser(folder) for folder in (checkpoint, tmp_path / "holder", checkpoint / "unet")]
-    assert len({source.unet.weights.parameters for source in found}) == 1
+    assert len({parameters(source.unet.weights) for source in found}) == 1
     assert [source.scheduler is not None for source in found] == [True, False, False]
     assert read_decoder(checkpoint).folder == checkpoint / "vae"
 

@@ -28,6 +28,7 @@ from tandemrt.runtime.manifest import (
     Manifest,
     SchedulerDefaults,
     TextConditioning,
+    TextEncoding,
     decode,
     encode,
 )
@@ -44,7 +45,7 @@ def manifest(text: str, *files: str) -> str:
             components={},
             files={name: FileRecord(size=0, sha256="") for name in files},
             latent=LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
-            text=TextConditioning(max_length=24, width=16),
+            text=TextConditioning(encoders={"text_encoder": TextEncoding(max_length=24, width=16)}, width=16),
             scheduler=SchedulerDefaults(class_name="DDIMScheduler", config={}),
             defaults=Defaults(height=64, width=64),
         )

@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tandemrt.export.weights import MAX_HEADER_BYTES, find_weights, load_tensors, read_header, read_json, source_digest
+from tandemrt.export.weights import (
+    MAX_HEADER_BYTES,
+    find_weights,
+    load_tensors,
+    parameters,
+    read_header,
+    read_json,
+    source_digest,
+)
 from tandemrt.runtime.errors import CheckpointError
 
 STEM = "diffusion_pytorch_model"
@@ -30,7 +38,7 @@ def test_half_precision_is_read_as_float32(file: Path) -> None:
     header = find_weights(file.parent, STEM)
     tensors = load_tensors(header)
     assert header.shapes == {"a": (3, 4), "b": (5,)}
-    assert header.parameters == 17
+    assert parameters(header) == 17
     assert tensors["a"].dtype == torch.float32
     assert tensors["b"].dtype == torch.int64
 

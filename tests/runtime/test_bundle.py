@@ -270,12 +270,13 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     **{f"format {value!r}": set_at("format", value) for value in (2, 99, 0, -1, 10**30, 1.5, "1", None, True, [1])},
     **{
         f"role {value!r}": set_at("components/unet/role", value)
-        for value in ("controlnet", "transformer", "", "Denoiser", None, 1, ["denoiser"])
+        for value in ("controlnet", "vae_decoder", "transformer", "", "Denoiser", None, 1, ["denoiser"])
     },
     **{
         f"{path} = {value!r}": set_at(path, value)
-        for path in ("latent/channels", "latent/downsampling", "text/max_length", "text/width", "defaults/height",
-                     "defaults/width", "defaults/num_inference_steps", "components/unet/spatial_multiple")
+        for path in ("latent/channels", "latent/downsampling", "text/encoders/text_encoder/max_length", "text/width",
+                     "defaults/height", "defaults/width", "defaults/num_inference_steps",
+                     "components/unet/spatial_multiple")
         for value in (0, -1, 2**40, 1.5, "8", None)
     },
     **{f"scaling_factor {value!r}": set_at("latent/scaling_factor", value) for value in (0, "x", None, [])},

@@ -61,8 +61,8 @@ COMPONENTS = json.loads(encode(FULL))["components"]
         (edited(files=[]), r"\$.files"),
         (edited(latent={"channels": "4", "downsampling": 8, "scaling_factor": 1.0}), r"\$.latent.channels"),
         (
-            edited(components={**COMPONENTS, "control": {**COMPONENTS["unet"], "role": "controlnet"}}),
-            r"'controlnet' - at `\$\.components\['control'\]\.role`.*may come from a newer tandemrt: upgrade",
+            edited(components={**COMPONENTS, "control": {**COMPONENTS["unet"], "role": "adapter"}}),
+            r"'adapter' - at `\$\.components\['control'\]\.role`.*may come from a newer tandemrt: upgrade",
         ),
         (b'{"format": 1, "components": {"unet": 5}, "components": 3}', "not a bundle manifest"),
         (b" " * (4 << 20) + b"{}", "manifest size"),

@@ -18,6 +18,7 @@ from tandemrt.runtime.manifest import (
     SchedulerDefaults,
     Source,
     TextConditioning,
+    TextEncoding,
 )
 from tandemrt.runtime.plan import Schedule, compile_plan, parse_steps
 
@@ -55,7 +56,7 @@ MANIFEST = Manifest(
     components={"unet": denoiser(), "unet_small": denoiser(), "unet_one_step": denoiser(ONE_STEP)},
     files={},
     latent=LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
-    text=TextConditioning(max_length=24, width=128),
+    text=TextConditioning(encoders={"text_encoder": TextEncoding(max_length=24, width=128)}, width=128),
     scheduler=SchedulerDefaults(class_name="DPMSolverMultistepScheduler", config=dict(BETAS)),
     defaults=Defaults(height=64, width=64, num_inference_steps=25, guidance_scale=2.0),
 )

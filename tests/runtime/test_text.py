@@ -21,7 +21,7 @@ from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Array, Binding, Session, Shape
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError, ExecutionError, RequestError
-from tandemrt.runtime.manifest import Manifest, TensorSpec
+from tandemrt.runtime.manifest import Manifest, TensorSpec, TextEncoding
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.text import DroppedText, PromptEncoder
 from tandemrt.runtime.tokenizer import MAX_PROMPT_BYTES, PromptTokenizer
@@ -353,14 +353,19 @@ def test_values_that_are_not_finite_are_caught(tiny: Bundle, session: CountingSe
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
-    [({"width": 9}, r"outputs, got .*expected last_hidden_state \(1, 12, 9\)"), ({"pooled": True}, "pooled text")],
+    ("encoders", "message"),
+    [
+        (
+            {"text_encoder": TextEncoding(max_length=12, width=9)},
+            r"outputs, got .*expected last_hidden_state \(1, 12, 9",
+        ),
+    ],
 )
 def test_a_manifest_that_does_not_fit_the_encoder_is_refused(
-    facts: dict[str, Any], message: str, writable: Path, session: CountingSession
+    encoders: dict[str, TextEncoding], message: str, writable: Path, session: CountingSession
 ) -> None:
     def changed(manifest: Manifest) -> Manifest:
-        return msgspec.structs.replace(manifest, text=msgspec.structs.replace(manifest.text, **facts))
+        return msgspec.structs.replace(manifest, text=msgspec.structs.replace(manifest.text, encoders=encoders))
 
     resign(writable, changed)
     with pytest.raises(BundleError, match=message):

@@ -27,6 +27,7 @@ from tandemrt.runtime.manifest import (
     Source,
     TensorSpec,
     TextConditioning,
+    TextEncoding,
     file_sha256,
     write,
 )
@@ -70,7 +71,9 @@ def write_tiny_bundle(folder: Path) -> Manifest:
         components=components,
         files=file_records(folder),
         latent=LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
-        text=TextConditioning(max_length=MAX_LENGTH, width=TEXT_WIDTH),
+        text=TextConditioning(
+            encoders={"text_encoder": TextEncoding(max_length=MAX_LENGTH, width=TEXT_WIDTH)}, width=TEXT_WIDTH
+        ),
         scheduler=SCHEDULER,
         defaults=Defaults(height=64, width=64, num_inference_steps=10, guidance_scale=5.0),
     )
