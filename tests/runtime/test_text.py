@@ -355,7 +355,7 @@ def test_values_that_are_not_finite_are_caught(tiny: Bundle, session: CountingSe
 @pytest.mark.parametrize(
     ("encoders", "message"),
     [
-        ({"text_encoder": TextEncoding(max_length=12, width=9)}, r"outputs, got .*expected last_hidden_state"),
+        (
             {"text_encoder": TextEncoding(max_length=12, width=9)},
             r"outputs, got .*expected last_hidden_state \(1, 12, 9",
         ),
