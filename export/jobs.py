@@ -9,11 +9,14 @@ from pathlib import Path
 
 from ..runtime.manifest import SchedulerDefaults
 from .agreement import latent_space
+from .autoencoders import decoder_graph, encoder_graph
 from .checkpoint import Part
+from .denoisers import denoiser_graph
 from .graph import quiet
-from .modules import Graph, decoder_graph, denoiser_graph, encoder_graph, text_encoder_graph
+from .modules import Graph
 from .samples import Samples
 from .sources import Sources
+from .text_encoders import text_encoder_graph
 from .tokenizer import token_ids
 
 

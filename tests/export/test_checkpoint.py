@@ -13,12 +13,14 @@ import torch
 from diffusers import DDIMScheduler
 
 from tandemrt.export.agreement import latent_space
+from tandemrt.export.autoencoders import decoder_graph
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.checkpoint import read_checkpoint, read_decoder, read_denoiser
-from tandemrt.export.modules import decoder_graph, denoiser_graph, text_encoder_graph
+from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.samples import _alphas_cumprod
 from tandemrt.export.sources import read_sources
+from tandemrt.export.text_encoders import text_encoder_graph
 from tandemrt.export.weights import parameters
 from tandemrt.runtime.errors import CheckpointError
 from tandemrt.runtime.manifest import SchedulerDefaults

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tandemrt.export.checkpoint import read_denoiser
-from tandemrt.export.modules import denoiser_graph
+from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.runtime import Pipeline
 
 WEIGHTS = Path(__file__).parents[2] / "bench" / "shapes" / "weights"

@@ -1,0 +1,104 @@
+"""Autoencoders as graphs: a decoder, and an encoder."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from ..runtime.manifest import LatentSpace
+from .agreement import latent_space
+from .checkpoint import Part
+from .modules import UNUSABLE, Graph, fill, float_spec, frozen, full_config, unusable
+from .pruned import autoencoder_kl_from_config
+from .weights import load_tensors
+
+# diffusers' names for an autoencoder's attention up to 0.13, which published checkpoints still carry.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class _Decoder(nn.Module):
+    """A decoder in the bundle's latent space: `own = latent · scale + shift` leads from there to the module's."""
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, scale: float, shift: float) -> None:
+        super().__init__()
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
+        self.decoder = vae.decoder
+        self._scale, self._shift = scale, shift
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        if (self._scale, self._shift) != (1.0, 0.0):
+            latent_sample = latent_sample * self._scale + self._shift
+        if self.post_quant_conv is not None:
+            latent_sample = self.post_quant_conv(latent_sample)
+        return self.decoder(latent_sample)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = getattr(vae, "quant_conv", None)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        encoded = self.encoder(sample)
+        return encoded if self.quant_conv is None else self.quant_conv(encoded)
+
+
+def decoder_graph(part: Part, bundle: LatentSpace) -> Graph:
+    """An autoencoder's decoder: latent_sample (B, C, h, w) in the bundle's latent space → sample (B, 3, H, W) in -1..1.
+
+    Decoders are given `latent / scaling_factor + shift_factor` of the bundle; one that states another scale, as
+    TAESD's 1.0 beside Stable Diffusion's 0.18215, gets the difference built in.
+    """
+    vae, own = _autoencoder(part), latent_space(part)
+    scale = bundle.scaling_factor / own.scaling_factor
+    factor = bundle.downsampling
+    return Graph(
+        role="vae_decoder",
+        module=frozen(_Decoder(vae, scale, own.shift_factor - bundle.shift_factor * scale)),
+        inputs=(float_spec("latent_sample", "batch", bundle.channels, "height", "width"),),
+        outputs=(float_spec("sample", "batch", vae.config.out_channels, f"{factor} * height", f"{factor} * width"),),
+        config=full_config(vae.config, part),
+    )
+
+
+def encoder_graph(part: Part) -> Graph:
+    """An autoencoder's encoder: sample (B, 3, H, W) in -1..1 → latent_parameters (B, 2C, H/f, W/f).
+
+    The first C channels of latent_parameters are a Gaussian's mean, the others its log variance. An AutoencoderTiny
+    has no distribution: its output is the latent itself, `latent_sample` (B, C, H/f, W/f).
+    """
+    vae, space = _autoencoder(part), latent_space(part)
+    tiny, factor = part.class_name == "AutoencoderTiny", space.downsampling
+    name, channels = ("latent_sample", space.channels) if tiny else ("latent_parameters", 2 * space.channels)
+    return Graph(
+        role="vae_encoder",
+        module=frozen(_Encoder(vae)),
+        inputs=(float_spec("sample", "batch", vae.config.in_channels, "height", "width"),),
+        outputs=(float_spec(name, "batch", channels, f"height // {factor}", f"width // {factor}"),),
+        config=full_config(vae.config, part),
+        multiple=factor,
+    )
+
+
+def _autoencoder(part: Part) -> AutoencoderKL | AutoencoderTiny:
+    tensors = load_tensors(part.weights)
+    try:
+        with torch.device("meta"):
+            if part.class_name == "AutoencoderTiny":
+                vae = AutoencoderTiny.from_config(dict(part.config))
+            else:
+                vae = autoencoder_kl_from_config(part.config)
+    except UNUSABLE as error:
+        raise unusable(part, error) from error
+    fill(vae, {_modern_name(name): tensor for name, tensor in tensors.items()}, part)
+    return vae
+
+
+def _modern_name(name: str) -> str:
+    if ".attentions." not in name:
+        return name
+    stem, _, last = name.rpartition(".")
+    head, _, layer = stem.rpartition(".")
+    return f"{head}.{_OLD_ATTENTION[layer]}.{last}" if layer in _OLD_ATTENTION else name
