@@ -25,16 +25,21 @@ _TINY_DIVISOR = 8
 _WIDTHS = frozenset(
     {
         "block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels", "block_mid_channels",
-        "norm_num_groups", "cross_attention_dim", "hidden_size", "intermediate_size", "projection_dim",
+        "conditioning_embedding_out_channels", "norm_num_groups", "cross_attention_dim", "time_cond_proj_dim",
+        "addition_time_embed_dim", "projection_class_embeddings_input_dim", "joint_attention_dim",
+        "caption_projection_dim", "pooled_projection_dim", "hidden_size", "intermediate_size", "projection_dim",
+        "d_model", "d_kv", "d_ff",
     }
 )  # fmt: skip
+# A UNet's key of the same name counts heads, whatever it says.
+_WIDTHS_OF = {"SD3Transformer2DModel": frozenset({"attention_head_dim"})}
 
 
 class Model(Frozen, frozen=True, kw_only=True):
     """One architecture: what its `config.json` says, and how many parameters that makes.
 
     published_parameters: what its authors say, rounded as they round it; published_in: where. source: where the
-    configuration comes from.
+    configuration comes from. pad_token: of the tokenizer that its authors ship with a text encoder.
     """
 
     class_name: str
@@ -43,18 +48,19 @@ class Model(Frozen, frozen=True, kw_only=True):
     source: str
     published_parameters: int | None = None
     published_in: str | None = None
+    pad_token: str | None = None
 
     def scaled(self, scale: Scale) -> dict[str, Any]:
         """The configuration; `tiny` divides every width by 8 and leaves the topology as it is."""
-        return {
-            key: _divided(value) if scale == "tiny" and key in _WIDTHS else value for key, value in self.config.items()
-        }
+        widths = _WIDTHS | _WIDTHS_OF.get(self.class_name, frozenset()) if scale == "tiny" else frozenset()
+        return {key: _divided(value) if key in widths else value for key, value in self.config.items()}
 
 
 class Preset(Frozen, frozen=True, kw_only=True):
-    """One checkpoint: its models by folder, further denoisers and decoders by component, and how it is sampled.
+    """One checkpoint: its models by folder, further ones (`unet_*`, `vae_decoder_*`, `controlnet_*`) by component.
 
-    published_as: the repositories on the hub that hold it.
+    published_as: the repositories on the hub that hold it; none where its authors kept it. The rest is how it is
+    sampled: `timesteps` replaces the scheduler's own, `eta` is the share of fresh noise, 0..1.
     """
 
     published_as: tuple[str, ...]
@@ -64,6 +70,8 @@ class Preset(Frozen, frozen=True, kw_only=True):
     scheduler: SchedulerDefaults
     guidance_scale: float
     num_inference_steps: int
+    timesteps: tuple[int, ...] | None = None
+    eta: float = 0.0
 
 
 def preset_names() -> tuple[str, ...]:

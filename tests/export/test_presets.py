@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, PresetPlan
 from tandemrt.export.presets import models, preset_names, read_preset
-from tandemrt.export.random_checkpoint import build, write_checkpoint, write_tokenizer
+from tandemrt.export.random_checkpoint import build, write_checkpoint
+from tandemrt.export.random_tokenizer import write_tokenizer
 from tandemrt.export.sources import read_sources
 from tandemrt.export.tokenizer import load_clip_tokenizer
 from tandemrt.runtime import Pipeline
