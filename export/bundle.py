@@ -58,7 +58,7 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
             Nothing was published; a bundle that was there is still there.
     """
     require_free(plan.out, force=plan.force)
-    sources = read_sources(plan.checkpoint, plan.added)
+    sources = read_sources(plan.checkpoint, plan.added, allow_pickle=plan.allow_pickle)
     with Staging(plan.out, force=plan.force) as staging:
         try:
             manifest = _Export(plan, sources, staging.folder, progress).run()

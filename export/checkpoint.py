@@ -11,7 +11,9 @@ from typing import Any
 
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
-from .weights import Weights, find_weights, read_json
+from .foreign_code import read_codeless_json
+from .weight_files import find_weights
+from .weights import Weights, read_json
 
 Config = Mapping[str, Any]
 
@@ -71,15 +73,17 @@ class Checkpoint:
         return self.folder / _SCHEDULER_CONFIG
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Read a diffusers directory's index, configurations and weight headers; no code of the checkpoint is run.
+
+    allow_pickle: see `find_weights`.
 
     Raises:
         CheckpointError: no diffusers directory; a pipeline, component or class that is not supported; a part missing.
     """
     if not (folder / _INDEX).is_file():
         raise _no_checkpoint(folder)
-    index = read_json(folder / _INDEX)
+    index = read_codeless_json(folder / _INDEX)
     where = str(folder / _INDEX)
     _require_class(where, "_class_name", index.get("_class_name"), PIPELINES)
     stated = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
@@ -96,22 +100,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     return Checkpoint(
         folder=folder,
-        unet=_read_part(folder / "unet", "unet"),
-        vae=_read_part(folder / "vae", "vae"),
-        text_encoder=_read_part(folder / "text_encoder", "text_encoder"),
+        unet=_read_part(folder / "unet", "unet", allow_pickle),
+        vae=_read_part(folder / "vae", "vae", allow_pickle),
+        text_encoder=_read_part(folder / "text_encoder", "text_encoder", allow_pickle),
         tokenizer=folder / "tokenizer",
         scheduler=read_scheduler(folder / _SCHEDULER_CONFIG),
     )
 
 
-def read_denoiser(folder: Path) -> DenoiserSource:
+def read_denoiser(folder: Path, *, allow_pickle: bool = False) -> DenoiserSource:
     """Read a UNet from a pipeline directory, a folder holding `unet/`, or the UNet's own folder.
+
+    allow_pickle: see `find_weights`.
 
     Raises:
         CheckpointError: none of the three, or a class that is not supported.
     """
     pipeline = (folder / "unet" / "config.json").is_file()
-    unet = _read_part(folder / "unet" if pipeline else folder, "unet")
+    unet = _read_part(folder / "unet" if pipeline else folder, "unet", allow_pickle)
     scheduler, vae = folder / _SCHEDULER_CONFIG, folder / "vae" / "config.json"
     return DenoiserSource(
         unet,
@@ -120,13 +126,16 @@ def read_denoiser(folder: Path) -> DenoiserSource:
     )
 
 
-def read_decoder(folder: Path) -> Part:
+def read_decoder(folder: Path, *, allow_pickle: bool = False) -> Part:
     """Read an autoencoder from its own folder, or from a pipeline directory's `vae/`.
+
+    allow_pickle: see `find_weights`.
 
     Raises:
         CheckpointError: neither of the two, or a class that is not supported.
     """
-    return _read_part(folder / "vae" if (folder / "vae" / "config.json").is_file() else folder, "vae")
+    own = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    return _read_part(own, "vae", allow_pickle)
 
 
 def read_scheduler(path: Path) -> SchedulerDefaults:
@@ -149,18 +158,18 @@ def read_scheduler(path: Path) -> SchedulerDefaults:
     return SchedulerDefaults(class_name=class_name, config=config)
 
 
-def _read_part(folder: Path, component: str) -> Part:
+def _read_part(folder: Path, component: str, allow_pickle: bool) -> Part:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(str(folder), f"no {component} here", expected="config.json", remedy="Check the path.")
-    config = read_json(config_path)
+    config = read_codeless_json(config_path)
     if component == "text_encoder":
         architectures = config.get("architectures") or [None]
         class_name, stem, key = architectures[0] if isinstance(architectures, list) else None, "model", "architectures"
     else:
         class_name, stem, key = config.get("_class_name"), "diffusion_pytorch_model", "_class_name"
     _require_class(str(config_path), key, class_name, CLASSES[component])
-    return Part(folder, str(class_name), config, find_weights(folder, stem))
+    return Part(folder, str(class_name), config, find_weights(folder, stem, allow_pickle=allow_pickle))
 
 
 def _require_entry(where: str, name: str, entry: list[Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..runtime.cli.reporter import Reporter
 from ..runtime.cli.values import parse_sources
 from ..runtime.errors import ArgumentError
+from .pickled import WARNING as PICKLE_WARNING
 from .plan import Added, ExportPlan, PresetPlan
 from .presets import SCALES, models, preset_names, read_preset
 from .publish import require_free
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-inference-steps", "--denoising-steps", type=int, metavar="N", help="the bundle's default number of steps"
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read .bin weights where there is no safetensors file; unpickling can run code, so only for files of "
+        "people you trust, though torch's restricted unpickler is used",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT where it is a bundle already")
 
 
@@ -89,6 +96,7 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
         force=args.force,
+        allow_pickle=args.allow_pickle,
     )
 
 
@@ -117,6 +125,8 @@ def run(plan: ExportPlan | PresetPlan, reporter: Reporter) -> dict[str, Any]:
     from ..runtime.manifest import MANIFEST_NAME, decode  # noqa: PLC0415
     from .bundle import export_bundle, export_preset  # noqa: PLC0415 — imports torch, which takes seconds
 
+    if isinstance(plan, ExportPlan) and plan.allow_pickle:
+        reporter.warn(PICKLE_WARNING)
     export = export_bundle if isinstance(plan, ExportPlan) else export_preset
     out = export(plan, reporter.progress)  # type: ignore[arg-type]
     manifest = decode((out / MANIFEST_NAME).read_bytes(), str(out / MANIFEST_NAME))
@@ -149,6 +159,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _preset_plan(args: argparse.Namespace) -> PresetPlan:
     given = {"CHECKPOINT": args.checkpoint, **parse_sources(args.small, args.tiny_vae, args.add)}
+    if args.allow_pickle:
+        raise ArgumentError("--allow-pickle", "is of checkpoints only", expected="no --preset beside it")
     for name, folder in given.items():
         if folder is not None:
             raise ArgumentError(name, "given beside --preset, which names every model", got=str(folder))

@@ -49,6 +49,7 @@ class ExportPlan:
 
     dtype: `fp32`, or `fp16` for half-precision weights and arithmetic with fp32 islands; inputs and outputs stay fp32.
     guidance_scale, num_inference_steps: the bundle's defaults for a generation; None keeps the format's.
+    allow_pickle: take pickled weights where there are no others.
     force: replace `out` where it is a bundle already.
     """
 
@@ -59,6 +60,7 @@ class ExportPlan:
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     force: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
@@ -83,6 +85,7 @@ class ExportPlan:
             "dtype": self.dtype,
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
+            "allow_pickle": self.allow_pickle,
             "force": self.force,
         }
 
@@ -121,7 +124,7 @@ class PresetPlan:
     def as_json(self) -> dict[str, Any]:
         """The plan in JSON's types."""
         facts = self.export_plan(Path(), {}).as_json()
-        del facts["checkpoint"], facts["added"]
+        del facts["checkpoint"], facts["added"], facts["allow_pickle"]
         return {"preset": self.name, "scale": self.scale, **facts}
 
 

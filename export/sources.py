@@ -63,18 +63,22 @@ class Sources:
         return source_digest(part.files)
 
 
-def read_sources(checkpoint: Path, added: Sequence[Added]) -> Sources:
+def read_sources(checkpoint: Path, added: Sequence[Added], *, allow_pickle: bool = False) -> Sources:
     """Find every model of a bundle and check that they fit together; weights themselves are not read yet.
 
     Raises:
         CheckpointError: a folder is no checkpoint of a supported kind, or models disagree.
     """
-    main = read_checkpoint(checkpoint)
+    main = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
     require_main(main)
     sources = Sources(
         main,
-        {each.name: read_denoiser(each.folder) for each in added if each.role == "denoiser"},
-        {each.name: read_decoder(each.folder) for each in added if each.role == "vae_decoder"},
+        {each.name: read_denoiser(each.folder, allow_pickle=allow_pickle) for each in added if each.role == "denoiser"},
+        {
+            each.name: read_decoder(each.folder, allow_pickle=allow_pickle)
+            for each in added
+            if each.role == "vae_decoder"
+        },
     )
     for name, denoiser in sources.denoisers.items():
         require_denoiser(name, denoiser, main)
@@ -91,7 +95,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         ExportError: `plan.out` exists and may not be replaced.
     """
     require_free(plan.out, force=plan.force)
-    sources = read_sources(plan.checkpoint, plan.added)
+    sources = read_sources(plan.checkpoint, plan.added, allow_pickle=plan.allow_pickle)
     main, latent = sources.main, latent_space(sources.main.vae)
     return {
         **plan.as_json(),

@@ -21,7 +21,6 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_JSON_BYTES = 16 << 20
 _NAMED = 5
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 _AGAIN = "Download the file again."
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -95,35 +94,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(str(path), "content", got=type(value).__name__, expected="a JSON object", remedy=_AGAIN)
     return value
-
-
-def find_weights(folder: Path, stem: str) -> SafetensorsFile:
-    """The safetensors file `stem` (or its fp16 variant) of a model folder, its header read and checked.
-
-    Raises:
-        CheckpointError: no such file, only pickled or sharded weights, or a damaged or oversized header.
-    """
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return read_header(folder / name)
-    if (folder / f"{stem}.safetensors.index.json").exists():
-        raise CheckpointError(
-            str(folder),
-            "weights in several shards are not supported",
-            expected=f"one {stem}.safetensors",
-            remedy="Save the model again with save_pretrained(..., max_shard_size='100GB').",
-        )
-    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            str(folder / pickled[0]),
-            "pickled weights are refused, because unpickling runs code",
-            expected=f"{stem}.safetensors",
-            remedy="Convert them where you trust them: load the model and save it with save_pretrained.",
-        )
-    raise CheckpointError(
-        str(folder), "no weights", expected=f"{stem}.safetensors", remedy="Download the checkpoint again."
-    )
 
 
 def read_header(path: Path) -> SafetensorsFile:

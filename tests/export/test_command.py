@@ -45,6 +45,7 @@ def test_options_reach_the_plan() -> None:
         (["--small", "d", "--add", "unet_small=e"], "a component given twice, got 'unet_small'"),
         (["--scale", "tiny"], "--scale: is of presets only, got 'tiny'"),
         (["--preset", "sd15"], "CHECKPOINT: given beside --preset, which names every model, got 'c'"),
+        (["--preset", "sd15", "--allow-pickle"], "--allow-pickle: is of checkpoints only"),
         (["--guidance-scale", "nan"], "--guidance-scale: guidance, got nan"),
         (["--guidance-scale", "-1"], "--guidance-scale: guidance, got -1"),
         (["--num-inference-steps", "0"], r"--num-inference-steps: steps, got 0, expected 1\.\.1000"),
@@ -116,6 +117,22 @@ def test_the_plan_is_shown_without_torch(checkpoint: Path, tmp_path: Path) -> No
 def test_the_plan_of_an_export_that_cannot_be_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="exists already"):
         plan_facts(ExportPlan(checkpoint, tmp_path))
+
+
+def test_leave_to_unpickle_reaches_the_plan_and_warns(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+
+    class Console:
+        def progress(self, label: str, done: int, total: int) -> None: ...
+        def line(self, text: str) -> None: ...
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    monkeypatch.setattr(bundles, "export_bundle", lambda plan, progress: half_bundle)
+    for arguments, expected in (((), 0), (("--allow-pickle",), 1)):
+        run(parse("c", "out", *arguments), Console())
+        assert len(warnings) == expected
+    assert "unpickling can run code" in warnings[0]
 
 
 def test_a_run_reports_every_component(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

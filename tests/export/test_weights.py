@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from tandemrt.export.weights import (
     MAX_HEADER_BYTES,
-    find_weights,
     load_tensors,
     parameters,
     read_header,
@@ -35,17 +34,12 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_half_precision_is_read_as_float32(file: Path) -> None:
-    header = find_weights(file.parent, STEM)
+    header = read_header(file)
     tensors = load_tensors(header)
     assert header.shapes == {"a": (3, 4), "b": (5,)}
     assert parameters(header) == 17
     assert tensors["a"].dtype == torch.float32
     assert tensors["b"].dtype == torch.int64
-
-
-def test_the_fp16_variant_is_taken_where_it_stands_alone(file: Path) -> None:
-    variant = file.rename(file.with_name(f"{STEM}.fp16.safetensors"))
-    assert find_weights(variant.parent, STEM).path == variant
 
 
 @given(st.data())
@@ -105,21 +99,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     save_file({"good": torch.ones(2), "bad.weight": torch.tensor([1.0, float("nan")])}, path)
     with pytest.raises(CheckpointError, match=r"NaN or infinite weights in bad\.weight"):
         load_tensors(read_header(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
-        (f"{STEM}.bin", r"pickled weights are refused.*save_pretrained"),
-        ("model.ckpt", r"pickled weights are refused"),
-        (f"{STEM}.safetensors.index.json", r"several shards.*max_shard_size"),
-        ("readme.md", r"no weights, expected diffusion_pytorch_model\.safetensors"),
-    ],
-)
-def test_other_weights_are_refused_with_what_to_do(tmp_path: Path, name: str, complaint: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=complaint):
-        find_weights(tmp_path, STEM)
 
 
 @pytest.mark.parametrize(
