@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderTiny
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
@@ -16,7 +17,6 @@ _BYTES = 2  # of a float16
 _EMBEDDING_STD = 0.02
 # Far enough from 1 and 0 that an export which loses a norm's weight or a bias is noticed.
 _JITTER = 0.02
-_T5_QUERY = ".SelfAttention.q.weight"
 
 
 def write_weights(module: nn.Module, path: Path, seed: str, shards: int = 1) -> None:
@@ -82,22 +82,35 @@ def _write_file(module: nn.Module, tensors: Mapping[str, tuple[str, Tensor]], pa
 
 def _values(module: nn.Module, name: str, shape: torch.Size, seed: str) -> Tensor:
     """One tensor's values in float32; uniform, as PyTorch initializes its own layers, since that is also fastest."""
-    owner_name, _, kind = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
+    owner, kind = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     if isinstance(owner, PatchEmbed) and kind == "pos_embed":
         return _position_embedding(owner)
-    if isinstance(owner, nn.Embedding):
+    if len(shape) == 1:
+        centre, std = _centre(module, name), _JITTER
+    elif isinstance(owner, nn.Embedding):
         centre, std = 0.0, _EMBEDDING_STD
-    elif len(shape) > 1:
-        fan_in = shape[1:].numel()
-        if isinstance(module, T5EncoderModel) and name.endswith(_T5_QUERY):
-            fan_in *= module.config.d_kv  # T5 does not divide its attention scores by the root of the head's width
-        centre, std = 0.0, fan_in**-0.5
     else:
-        centre, std = float(kind == "weight"), _JITTER
+        centre, std = 0.0, _gain(module, name) * shape[1:].numel() ** -0.5
     reach = 3**0.5 * std
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     return torch.empty(shape).uniform_(centre - reach, centre + reach, generator=generator)
+
+
+def _gain(module: nn.Module, name: str) -> float:
+    """What a layer does to a signal's standard deviation."""
+    if isinstance(module, T5EncoderModel) and name.endswith(".SelfAttention.q.weight"):
+        return float(module.config.d_kv) ** -0.5  # T5 does not divide its attention scores by the head's width
+    if name.startswith("controlnet_cond_embedding."):
+        return 1.5  # its activations, seven without a norm between, halve what is small
+    # Without norms its sums with what skips a block would grow from block to block.
+    return 0.8 if isinstance(module, AutoencoderTiny) else 1.0
+
+
+def _centre(module: nn.Module, name: str) -> float:
+    """The mean of a bias or of a norm's weight."""
+    if isinstance(module, AutoencoderTiny) and name == f"decoder.layers.{len(module.decoder.layers) - 1}.bias":
+        return 0.5  # a grey picture: these come as 0..1, and -1..1 is made of them afterwards
+    return float(name.endswith(".weight"))
 
 
 def _position_embedding(patches: PatchEmbed) -> Tensor:
