@@ -21,14 +21,14 @@ from ..runtime.manifest import (
     FileRecord,
     Manifest,
     Source,
-    TextConditioning,
-    TextEncoding,
     decode,
     encode,
     file_sha256,
     write,
 )
-from .agreement import latent_space, prediction_type, text_limits
+from .agreement import latent_space, prediction_type
+from .checkpoint import TOKENIZERS, TextSource, tokenizer_of
+from .conditioning import text_conditioning, text_limits
 from .graph import MODEL_NAME, onnx_from_module, save
 from .half import find_islands, half_from_float
 from .jobs import Job, jobs, samples
@@ -41,12 +41,13 @@ from .random_checkpoint import write_checkpoint
 from .samples import Samples
 from .sources import Sources, read_sources
 from .tokenizer import export_tokenizer
-from .weights import copy_source
 
 _PRODUCERS = ("tandemrt", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 # Distributions of one module, of which one is installed.
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _STEPS_PER_COMPONENT = 3
+# What diffusers' pipelines want said of the parts that a bundle leaves out.
+_NO_CHECKER = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 
 
 def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
@@ -58,7 +59,7 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
             Nothing was published; a bundle that was there is still there.
     """
     require_free(plan.out, force=plan.force)
-    sources = read_sources(plan.checkpoint, plan.added, allow_pickle=plan.allow_pickle)
+    sources = read_sources(plan)
     with Staging(plan.out, force=plan.force) as staging:
         try:
             manifest = _Export(plan, sources, staging.folder, progress).run()
@@ -100,9 +101,9 @@ class _Export:
     def run(self) -> Manifest:
         """Write everything but the manifest to the folder."""
         main = self._sources.main
-        positions, vocabulary = text_limits(main)
-        length = export_tokenizer(main.tokenizer, self._folder / "tokenizer", positions, vocabulary)
-        inputs = samples(self._sources, self._folder / "tokenizer")
+        lengths = {name: self._tokenizer(name, source) for name, source in main.texts.items()}
+        text = text_conditioning(main, lengths)
+        inputs = samples(self._sources, self._folder, text)
         components = {job.name: self._component(job, inputs) for job in self._jobs}
         self._step("bundle: publish")
         self._write_pipeline_files()
@@ -112,19 +113,21 @@ class _Export:
             components=components,
             files=_file_records(self._folder),
             latent=latent_space(main.vae),
-            text=TextConditioning(
-                encoders={"text_encoder": TextEncoding(max_length=length, width=self._sources.text_width)},
-                width=self._sources.text_width,
-            ),
+            text=text,
             scheduler=main.scheduler,
             defaults=self._defaults(),
         )
+
+    def _tokenizer(self, name: str, source: TextSource) -> int:
+        """Export a text encoder's tokenizer; returns the length prompts are padded to."""
+        folder = self._folder / tokenizer_of(name)
+        return export_tokenizer(source.tokenizer, folder, *text_limits(source.encoder))
 
     def _component(self, job: Job, inputs: Samples) -> Component:
         """Load, export and verify one model; only this one is in memory meanwhile."""
         self._step(f"{job.name}: load")
         graph = job.graph()
-        cases = inputs.cases(graph)
+        cases = inputs.cases(job.name, graph)
         self._step(f"{job.name}: export {graph.parameters / 1e6:.1f} M parameters")
         folder = self._folder / job.name
         folder.mkdir()
@@ -161,27 +164,42 @@ class _Export:
     def _defaults(self) -> Defaults:
         factor = latent_space(self._sources.main.vae).downsampling
         height, width = (size * factor for size in self._sources.sample_size)
-        wanted = {"num_inference_steps": self._plan.num_inference_steps, "guidance_scale": self._plan.guidance_scale}
+        plan = self._plan
+        steps = plan.num_inference_steps if plan.timesteps is None else len(plan.timesteps)
+        wanted = {
+            "num_inference_steps": steps,
+            "guidance_scale": plan.guidance_scale,
+            "timesteps": plan.timesteps,
+            "eta": plan.eta,
+        }
         given = {key: value for key, value in wanted.items() if value is not None}
         return msgspec.structs.replace(Defaults(height=height, width=width), **given)
 
     def _write_pipeline_files(self) -> None:
         """`model_index.json` and the scheduler's configuration, as optimum's ORT pipelines read them."""
         main = self._sources.main
+        version_of = {"_diffusers_version": self._producers["diffusers"]}
         (self._folder / "scheduler").mkdir()
-        copy_source(main.scheduler_config, self._folder / "scheduler" / "scheduler_config.json")
+        _write_json(
+            self._folder / "scheduler" / "scheduler_config.json",
+            {"_class_name": main.scheduler.class_name, **version_of, **main.scheduler.config},
+        )
         index: dict[str, Any] = {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": self._producers["diffusers"],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            "_class_name": main.pipeline,
+            **version_of,
             "scheduler": ["diffusers", main.scheduler.class_name],
-            "text_encoder": ["transformers", main.text_encoder.class_name],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", main.unet.class_name],
+            main.family.denoiser: ["diffusers", main.denoiser.class_name],
             "vae": ["diffusers", main.vae.class_name],
         }
+        for name, source in main.texts.items():
+            index[name] = ["transformers", source.encoder.class_name]
+            index[tokenizer_of(name)] = ["transformers", TOKENIZERS[source.encoder.class_name][0]]
+        for name in main.family.optional - main.texts.keys():
+            index[name] = index[tokenizer_of(name)] = [None, None]
+        if len(main.family.text_encoders) == 1:
+            index.update(_NO_CHECKER)
+        if main.zero_negative:
+            index["force_zeros_for_empty_prompt"] = True
         _write_json(self._folder / "model_index.json", index)
 
     def _step(self, message: str) -> None:

@@ -13,20 +13,69 @@ from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
 from .foreign_code import read_codeless_json
 from .weight_files import find_weights
-from .weights import Weights, read_json
+from .weights import Weights, read_header, read_json
 
 Config = Mapping[str, Any]
 
-PIPELINES = ("StableDiffusionPipeline",)
-CLASSES: dict[str, tuple[str, ...]] = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+
+@dataclass(frozen=True)
+class Family:
+    """What the checkpoints of one kind of pipeline hold beside an autoencoder and a scheduler.
+
+    denoiser: its component. text_encoders: their classes by component; a checkpoint may lack the `optional` ones.
+    """
+
+    denoiser: str
+    text_encoders: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The classes that a component may be of."""
+        tokenizers = {tokenizer_of(name): TOKENIZERS[kind] for name, kind in self.text_encoders.items()}
+        encoders = {name: (kind,) for name, kind in self.text_encoders.items()}
+        return {self.denoiser: (DENOISERS[self.denoiser],), "vae": AUTOENCODERS, **encoders, **tokenizers}
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The folder of a text encoder's tokenizer: `tokenizer_2` for `text_encoder_2`."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+_SD = Family(denoiser="unet", text_encoders={"text_encoder": "CLIPTextModel"})
+_SDXL = Family(
+    denoiser="unet",
+    text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+)
+_SD3 = Family(
+    denoiser="transformer",
+    text_encoders={
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    },
+    optional=frozenset({"text_encoder_3"}),
+)
+PIPELINES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "LatentConsistencyModelPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
+    "StableDiffusionXLInpaintPipeline": _SDXL,
+    "StableDiffusion3Pipeline": _SD3,
+}
+DENOISERS: Mapping[str, str] = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+CONTROLNETS = ("ControlNetModel",)
+TOKENIZERS: Mapping[str, tuple[str, ...]] = {
+    "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "T5EncoderModel": ("T5TokenizerFast", "T5Tokenizer"),
 }
 # Not part of what turns a prompt into a picture; left out of a bundle.
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
-_LIBRARIES = {"unet": "diffusers", "vae": "diffusers", "scheduler": "diffusers"}
 _SCHEDULER_CLASS = re.compile(r"[A-Za-z0-9]+Scheduler")
 _INDEX = "model_index.json"
 _SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -48,29 +97,42 @@ class Part:
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """A text encoder and the folder of its tokenizer."""
+
+    encoder: Part
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
 class DenoiserSource:
     """A denoiser, with the scheduler and the VAE configuration that stand beside it, if any."""
 
-    unet: Part
+    part: Part
     scheduler: SchedulerDefaults | None
     vae_config: Config | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers directory of a supported pipeline."""
+    """A checkpoint of a supported pipeline.
+
+    texts: its text encoders by component, in the order they are joined.
+    zero_negative: an absent negative prompt means zeros, as SDXL's `force_zeros_for_empty_prompt` says.
+    """
 
     folder: Path
-    unet: Part
+    pipeline: str
+    denoiser: Part
     vae: Part
-    text_encoder: Part
-    tokenizer: Path
+    texts: Mapping[str, TextSource]
     scheduler: SchedulerDefaults
+    zero_negative: bool = False
 
     @property
-    def scheduler_config(self) -> Path:
-        """diffusers' file, to be copied as it is."""
-        return self.folder / _SCHEDULER_CONFIG
+    def family(self) -> Family:
+        """The kind of pipeline it is a checkpoint of."""
+        return PIPELINES[self.pipeline]
 
 
 def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -84,49 +146,62 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     if not (folder / _INDEX).is_file():
         raise _no_checkpoint(folder)
     index = read_codeless_json(folder / _INDEX)
-    where = str(folder / _INDEX)
-    _require_class(where, "_class_name", index.get("_class_name"), PIPELINES)
+    where, pipeline = str(folder / _INDEX), index.get("_class_name")
+    _require_class(where, "_class_name", pipeline, tuple(PIPELINES))
+    family = PIPELINES[str(pipeline)]
     stated = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
     for name, entry in stated.items():
         if name not in _IGNORED:
-            _require_entry(where, name, entry)
-    missing = [name for name in (*CLASSES, "scheduler") if name not in stated or not (folder / name).is_dir()]
+            _require_entry(where, name, entry, family)
+    left_out = {name for name in family.optional if name not in stated}
+    wanted = [name for name in (*family.classes, "scheduler") if name not in left_out | {*map(tokenizer_of, left_out)}]
+    missing = [name for name in wanted if name not in stated or not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(
             str(folder),
             f"missing component {missing[0]}",
-            expected=f"folders {', '.join((*CLASSES, 'scheduler'))}, named in {_INDEX}",
+            expected=f"folders {', '.join(wanted)}, named in {_INDEX}",
             remedy="Download the checkpoint again.",
         )
     return Checkpoint(
         folder=folder,
-        unet=_read_part(folder / "unet", "unet", allow_pickle),
-        vae=_read_part(folder / "vae", "vae", allow_pickle),
-        text_encoder=_read_part(folder / "text_encoder", "text_encoder", allow_pickle),
-        tokenizer=folder / "tokenizer",
+        pipeline=str(pipeline),
+        denoiser=_read_part(folder / family.denoiser, family.denoiser, family.classes[family.denoiser], allow_pickle),
+        vae=_read_part(folder / "vae", "vae", AUTOENCODERS, allow_pickle),
+        texts={
+            name: TextSource(_read_part(folder / name, name, (kind,), allow_pickle), folder / tokenizer_of(name))
+            for name, kind in family.text_encoders.items()
+            if name not in left_out
+        },
         scheduler=read_scheduler(folder / _SCHEDULER_CONFIG),
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", family is _SDXL)),
     )
 
 
-def read_denoiser(folder: Path, *, allow_pickle: bool = False) -> DenoiserSource:
-    """Read a UNet from a pipeline directory, a folder holding `unet/`, or the UNet's own folder.
+def read_denoiser(source: Path, main: Checkpoint, *, allow_pickle: bool = False) -> DenoiserSource:
+    """Read a denoiser from a pipeline directory, a folder holding `unet/` or `transformer/`, or the model's own folder.
 
+    A single file of weights, as Hyper-SDXL's UNet is published, has the architecture of the `main` checkpoint's.
     allow_pickle: see `find_weights`.
 
     Raises:
-        CheckpointError: none of the three, or a class that is not supported.
+        CheckpointError: none of these, or a class that is not supported.
     """
-    pipeline = (folder / "unet" / "config.json").is_file()
-    unet = _read_part(folder / "unet" if pipeline else folder, "unet", allow_pickle)
-    scheduler, vae = folder / _SCHEDULER_CONFIG, folder / "vae" / "config.json"
+    name, classes = main.family.denoiser, (DENOISERS[main.family.denoiser],)
+    if source.is_file():
+        part = Part(source.parent, main.denoiser.class_name, main.denoiser.config, read_header(source))
+        return DenoiserSource(part, None, None)
+    pipeline = (source / name / "config.json").is_file()
+    part = _read_part(source / name if pipeline else source, name, classes, allow_pickle)
+    scheduler, vae = source / _SCHEDULER_CONFIG, source / "vae" / "config.json"
     return DenoiserSource(
-        unet,
+        part,
         read_scheduler(scheduler) if pipeline and scheduler.is_file() else None,
         read_json(vae) if pipeline and vae.is_file() else None,
     )
 
 
-def read_decoder(folder: Path, *, allow_pickle: bool = False) -> Part:
+def read_autoencoder(folder: Path, *, allow_pickle: bool = False) -> Part:
     """Read an autoencoder from its own folder, or from a pipeline directory's `vae/`.
 
     allow_pickle: see `find_weights`.
@@ -135,7 +210,18 @@ def read_decoder(folder: Path, *, allow_pickle: bool = False) -> Part:
         CheckpointError: neither of the two, or a class that is not supported.
     """
     own = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-    return _read_part(own, "vae", allow_pickle)
+    return _read_part(own, "vae", AUTOENCODERS, allow_pickle)
+
+
+def read_controlnet(folder: Path, *, allow_pickle: bool = False) -> Part:
+    """Read a ControlNet from its own folder.
+
+    allow_pickle: see `find_weights`.
+
+    Raises:
+        CheckpointError: it holds none, or one of a class that is not supported.
+    """
+    return _read_part(folder, "ControlNet", CONTROLNETS, allow_pickle)
 
 
 def read_scheduler(path: Path) -> SchedulerDefaults:
@@ -158,36 +244,37 @@ def read_scheduler(path: Path) -> SchedulerDefaults:
     return SchedulerDefaults(class_name=class_name, config=config)
 
 
-def _read_part(folder: Path, component: str, allow_pickle: bool) -> Part:
+def _read_part(folder: Path, component: str, classes: tuple[str, ...], allow_pickle: bool) -> Part:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(str(folder), f"no {component} here", expected="config.json", remedy="Check the path.")
     config = read_codeless_json(config_path)
-    if component == "text_encoder":
+    if component.startswith("text_encoder"):
         architectures = config.get("architectures") or [None]
         class_name, stem, key = architectures[0] if isinstance(architectures, list) else None, "model", "architectures"
     else:
         class_name, stem, key = config.get("_class_name"), "diffusion_pytorch_model", "_class_name"
-    _require_class(str(config_path), key, class_name, CLASSES[component])
+    _require_class(str(config_path), key, class_name, classes)
     return Part(folder, str(class_name), config, find_weights(folder, stem, allow_pickle=allow_pickle))
 
 
-def _require_entry(where: str, name: str, entry: list[Any]) -> None:
+def _require_entry(where: str, name: str, entry: list[Any], family: Family) -> None:
     """Refuse what is not on the list: importing whatever an index names would run a checkpoint's code."""
-    if name != "scheduler" and name not in CLASSES:
-        raise CheckpointError(
-            where, "component that is not supported", got=name, expected=f"only {', '.join((*CLASSES, 'scheduler'))}"
-        )
+    classes = family.classes
+    if name != "scheduler" and name not in classes:
+        expected = f"only {', '.join((*classes, 'scheduler'))}"
+        raise CheckpointError(where, "component that is not supported", got=name, expected=expected)
     if len(entry) != 2:
         raise CheckpointError(f"{where}: {name}", "entry", got=entry, expected="a library and a class")
-    expected, (library, class_name) = _LIBRARIES.get(name, "transformers"), entry
+    library, class_name = entry
+    expected = "diffusers" if name in ("vae", "scheduler", *DENOISERS) else "transformers"
     if library != expected:
         raise CheckpointError(f"{where}: {name}", "library", got=library, expected=expected)
     if name == "scheduler":
         if not isinstance(class_name, str) or not _SCHEDULER_CLASS.fullmatch(class_name):
             raise CheckpointError(f"{where}: {name}", "class", got=class_name, expected="a diffusers scheduler")
     else:
-        _require_class(where, name, class_name, CLASSES[name])
+        _require_class(where, name, class_name, classes[name])
 
 
 def _require_class(where: str, key: str, class_name: object, allowed: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.cli.reporter import Reporter
-from ..runtime.cli.values import parse_sources
+from ..runtime.cli.values import parse_settings, parse_sources, parse_timesteps
 from ..runtime.errors import ArgumentError
 from .pickled import WARNING as PICKLE_WARNING
 from .plan import Added, ExportPlan, PresetPlan
@@ -50,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="a further denoiser (unet_NAME) or decoder (vae_decoder_NAME); may be given several times",
     )
+    parser.add_argument(
+        "--denoiser",
+        type=Path,
+        metavar="SOURCE",
+        help="the UNet or transformer in place of CHECKPOINT's, which is then the teacher that text encoders and VAE "
+        "come from: a checkpoint, a model's folder, or one file of its weights",
+    )
+    parser.add_argument("--vae", type=Path, metavar="DIR", help="the autoencoder in place of CHECKPOINT's")
     preset = parser.add_argument_group("random weights, to measure a device before downloading any")
     preset.add_argument(
         "--preset", metavar="NAME", help=f"export this architecture instead of CHECKPOINT: {', '.join(preset_names())}"
@@ -63,7 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="precision of weights and arithmetic (default: fp32); inputs and outputs are fp32 in both",
     )
-    parser.add_argument("--guidance-scale", type=float, metavar="F", help="the bundle's default guidance scale")
+    defaults = parser.add_argument_group("what the bundle is sampled with where a request says nothing")
+    defaults.add_argument(
+        "--solver", metavar="NAME", help="as in `tandemrt generate`, such as tcd; CHECKPOINT's scheduler by default"
+    )
+    defaults.add_argument(
+        "--solver-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the scheduler's configuration with a JSON value; may be given several times",
+    )
+    defaults.add_argument("--timesteps", metavar="T,T,...", help="explicit training time steps, falling")
+    defaults.add_argument("--eta", type=float, default=0.0, metavar="X", help="DDIM's eta, TCD's gamma")
+    defaults.add_argument("--guidance-scale", type=float, metavar="F", help="the bundle's default guidance scale")
     parser.add_argument(
         "--num-inference-steps", "--denoising-steps", type=int, metavar="N", help="the bundle's default number of steps"
     )
@@ -92,9 +113,15 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
         checkpoint=args.checkpoint,
         out=args.out,
         added=tuple(Added(*source) for source in parse_sources(args.small, args.tiny_vae, args.add).items()),
+        denoiser=args.denoiser,
+        vae=args.vae,
         dtype=args.dtype,
+        solver=args.solver,
+        solver_config=parse_settings("--solver-config", args.solver_config),
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
+        timesteps=None if args.timesteps is None else parse_timesteps(args.timesteps),
+        eta=args.eta,
         force=args.force,
         allow_pickle=args.allow_pickle,
     )

@@ -1,32 +1,64 @@
-"""Denoisers as graphs: stock or pruned UNets."""
+"""Denoisers as graphs: stock or pruned UNets, and SD3's transformer."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from .agreement import spatial_multiple
+from ..runtime.manifest import TensorSpec
 from .checkpoint import Part
+from .facts import TIME_IDS, DenoiserFacts, denoiser_facts
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, full_config, unusable
 from .pruned import resize_inner_widths
 from .weights import load_tensors
 
+# Pooled text is a UNet's argument within a dictionary.
+_ADDED = ("text_embeds", "time_ids")
 
-class _Denoiser(nn.Module):
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+
+class _UNet(nn.Module):
+    """A UNet whose conditioning beside the text is given by position, in the order of `names`."""
+
+    def __init__(self, unet: UNet2DConditionModel, names: tuple[str, ...]) -> None:
         super().__init__()
         self.unet = unet
+        self._names = names
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor) -> Tensor:
+        given = dict(zip(self._names, more, strict=True))
+        added = {name: given.pop(name) for name in _ADDED if name in given}
+        return self.unet(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added or None, return_dict=False, **given
+        )[0]
 
 
-def denoiser_graph(part: Part, text_width: int) -> Graph:
-    """A UNet, its inner widths those of the tensors.
+class _Transformer(nn.Module):
+    def __init__(self, transformer: SD3Transformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
 
-    Inputs: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, sequence, text_width); all float32.
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+    ) -> Tensor:
+        text, pooled = encoder_hidden_states, pooled_projections
+        return self.transformer(hidden_states, text, pooled, timestep, return_dict=False)[0]
+
+
+def denoiser_graph(part: Part) -> Graph:
+    """A denoiser: its inputs, all float32, are those of `UNet2DConditionModel` or of `SD3Transformer2DModel`.
+
+    UNet: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, sequence, D); where it has them text_embeds
+    (B, P), time_ids (B, 6) and timestep_cond (B, E); its inner widths are those of the tensors. → out_sample
+    (B, C, H, W).
+    Transformer: hidden_states (B, C, H, W), timestep (B,), encoder_hidden_states (B, sequence, D), pooled_projections
+    (B, P) → out_hidden_states (B, C, H, W).
     """
+    facts = denoiser_facts(part)
+    return _transformer_graph(part, facts) if part.class_name == "SD3Transformer2DModel" else _unet_graph(part, facts)
+
+
+def _unet_graph(part: Part, facts: DenoiserFacts) -> Graph:
     tensors = load_tensors(part.weights)
     try:
         with torch.device("meta"):
@@ -35,14 +67,49 @@ def denoiser_graph(part: Part, text_width: int) -> Graph:
     except UNUSABLE as error:
         raise unusable(part, error) from error
     fill(unet, tensors, part)
-    channels = unet.config.in_channels
-    latent = float_spec("sample", "batch", channels, "height", "width")
-    text = float_spec("encoder_hidden_states", "batch", "sequence", text_width)
+    more = _unet_conditioning(facts)
     return Graph(
         role="denoiser",
-        module=frozen(_Denoiser(unet)),
-        inputs=(latent, float_spec("timestep", "batch"), text),
-        outputs=(float_spec("out_sample", "batch", unet.config.out_channels, "height", "width"),),
+        module=frozen(_UNet(unet, tuple(spec.name for spec in more))),
+        inputs=(*_shared_inputs("sample", facts), *more),
+        outputs=(float_spec("out_sample", "batch", facts.out_channels, "height", "width"),),
         config=full_config(unet.config, part),
-        multiple=spatial_multiple(part),
+        multiple=facts.multiple,
     )
+
+
+def _transformer_graph(part: Part, facts: DenoiserFacts) -> Graph:
+    tensors = load_tensors(part.weights)
+    try:
+        transformer = SD3Transformer2DModel.from_config(dict(part.config))
+    except UNUSABLE as error:
+        raise unusable(part, error) from error
+    fill(transformer, tensors, part)
+    return Graph(
+        role="denoiser",
+        module=frozen(_Transformer(transformer)),
+        inputs=(
+            *_shared_inputs("hidden_states", facts),
+            float_spec("pooled_projections", "batch", facts.pooled_width),
+        ),
+        outputs=(float_spec("out_hidden_states", "batch", facts.out_channels, "height", "width"),),
+        config=full_config(transformer.config, part),
+        multiple=facts.multiple,
+    )
+
+
+def _shared_inputs(latent: str, facts: DenoiserFacts) -> tuple[TensorSpec, ...]:
+    return (
+        float_spec(latent, "batch", facts.in_channels, "height", "width"),
+        float_spec("timestep", "batch"),
+        float_spec("encoder_hidden_states", "batch", "sequence", facts.text_width),
+    )
+
+
+def _unet_conditioning(facts: DenoiserFacts) -> tuple[TensorSpec, ...]:
+    pooled = (
+        float_spec("text_embeds", "batch", facts.pooled_width),
+        float_spec("time_ids", "batch", TIME_IDS),
+    )
+    guidance = (float_spec("timestep_cond", "batch", facts.guidance_width),)
+    return (*(pooled if facts.pooled_width else ()), *(guidance if facts.guidance_width else ()))

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..runtime.manifest import SchedulerDefaults
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.manifest import SchedulerDefaults, TextConditioning
 from .agreement import latent_space
 from .autoencoders import decoder_graph, encoder_graph
-from .checkpoint import Part
+from .checkpoint import Checkpoint, Part
+from .conditioning import text_conditioning
 from .denoisers import denoiser_graph
 from .graph import quiet
 from .modules import Graph
-from .samples import Samples
+from .samples import Samples, SampleText
 from .sources import Sources
 from .text_encoders import text_encoder_graph
 from .tokenizer import token_ids
@@ -44,33 +49,49 @@ class Job:
 
 def jobs(sources: Sources) -> Iterator[Job]:
     """Every component of the bundle that `sources` make, in the manifest's order."""
-    latent, width = latent_space(sources.main.vae), sources.text_width
+    main = sources.main
+    latent, text = latent_space(main.vae), text_conditioning(main)
     for name, part in sources.parts().items():
-        if name == "text_encoder":
-            build = partial(text_encoder_graph, part)
+        if name in text.encoders:
+            build = partial(text_encoder_graph, part, text.encoders[name])
         elif name == "vae_encoder":
             build = partial(encoder_graph, part)
-        elif part is sources.main.vae or name in sources.decoders:
+        elif part is main.vae or name in sources.decoders:
             build = partial(decoder_graph, part, latent)
         else:
-            build = partial(denoiser_graph, part, width)
+            build = partial(denoiser_graph, part)
         yield Job(name, part, build, sources.own_scheduler(name))
 
 
-def samples(sources: Sources, tokenizer: Path) -> Samples:
-    """The inputs to compare components on, from the main checkpoint's own models and an exported tokenizer's folder.
+def samples(sources: Sources, bundle: Path, text: TextConditioning) -> Samples:
+    """The inputs to compare components on, from the main checkpoint's own models and the tokenizers in `bundle`.
 
     Raises:
         CheckpointError: as `Job.graph`.
     """
     main = sources.main
     with quiet():
-        text, picture = text_encoder_graph(main.text_encoder), encoder_graph(main.vae)
-    return Samples(
-        token_ids(tokenizer),
-        text.module,
-        picture.module,
-        latent_space(main.vae),
-        main.scheduler,
-        max(sources.sample_size),
-    )
+        picture = encoder_graph(main.vae)
+    size = max(sources.sample_size)
+    return Samples(_sample_text(main, bundle, text), picture.module, latent_space(main.vae), main.scheduler, size)
+
+
+def _sample_text(main: Checkpoint, bundle: Path, text: TextConditioning) -> SampleText:
+    """The sample prompts through every text encoder, one in memory at a time, joined as the manifest says."""
+    ids = {name: token_ids(bundle / encoder.tokenizer) for name, encoder in text.encoders.items()}
+    beside, behind, pooled = [], [], []
+    for name, encoder in text.encoders.items():
+        with quiet():
+            graph = text_encoder_graph(main.texts[name].encoder, encoder)
+        with torch.inference_mode():
+            given = graph.module(torch.from_numpy(ids[name]))
+        tensors = [given] if isinstance(given, Tensor) else list(given)
+        outputs = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, tensors, strict=True)}
+        (beside if encoder.joins == "width" else behind).append(outputs[encoder.hidden_state])
+        if encoder.pooled is not None:
+            pooled.append(outputs[encoder.pooled])
+    together = np.concatenate(beside, axis=2)
+    padded = np.pad(together, ((0, 0), (0, 0), (0, text.width - together.shape[2])))
+    zeros = np.zeros((len(padded), text.zero_tokens, text.width), np.float32)
+    nothing = np.zeros((len(padded), 0), np.float32)
+    return SampleText(ids, np.concatenate([padded, *behind, zeros], axis=1), np.concatenate([nothing, *pooled], axis=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,14 +16,14 @@ from .presets import Scale, read_preset
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many steps are behind, and how many there are."""
 
-_ADDED_ROLES: dict[str, Role] = {"unet": "denoiser", "vae_decoder": "vae_decoder"}
-_ADDED_NAME = re.compile(r"(unet|vae_decoder)_[a-z0-9]+(_[a-z0-9]+)*")
+_ADDED_ROLES: dict[str, Role] = {"unet": "denoiser", "transformer": "denoiser", "vae_decoder": "vae_decoder"}
+_ADDED_NAME = re.compile(rf"({'|'.join(_ADDED_ROLES)})_[a-z0-9]+(_[a-z0-9]+)*")
 MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Added:
-    """A further component: its `name` in the bundle (`unet_*` or `vae_decoder_*`) and the folder it is read from."""
+    """A further component: its `name` in the bundle, such as `unet_small`, and the folder or file it is read from."""
 
     name: str
     folder: Path
@@ -34,21 +34,23 @@ class Added:
                 "--add",
                 "component name",
                 got=self.name,
-                expected="unet_NAME or vae_decoder_NAME in lower case, such as unet_small",
+                expected=f"{', '.join(f'{kind}_NAME' for kind in _ADDED_ROLES)} in lower case, such as unet_small",
             )
 
     @property
     def role(self) -> Role:
         """What the component does in the bundle."""
-        return _ADDED_ROLES["unet" if self.name.startswith("unet_") else "vae_decoder"]
+        return next(role for kind, role in _ADDED_ROLES.items() if self.name.startswith(f"{kind}_"))
 
 
 @dataclass(frozen=True)
 class ExportPlan:
     """One export: a diffusers directory becomes the bundle `out`, with `added` components beside the main ones.
 
+    denoiser, vae: taken in place of the checkpoint's own; a denoiser may be one file of weights.
     dtype: `fp32`, or `fp16` for half-precision weights and arithmetic with fp32 islands; inputs and outputs stay fp32.
-    guidance_scale, num_inference_steps: the bundle's defaults for a generation; None keeps the format's.
+    solver, solver_config: the bundle's scheduler, as `tandemrt generate` names it; None keeps the checkpoint's.
+    guidance_scale, num_inference_steps, timesteps, eta: the bundle's defaults for a generation; None for the format's.
     allow_pickle: take pickled weights where there are no others.
     force: replace `out` where it is a bundle already.
     """
@@ -56,11 +58,17 @@ class ExportPlan:
     checkpoint: Path
     out: Path
     added: tuple[Added, ...] = ()
+    denoiser: Path | None = None
+    vae: Path | None = None
     dtype: Precision = "fp32"
+    solver: str | None = None
+    solver_config: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
-    force: bool = False
+    timesteps: tuple[int, ...] | None = None
+    eta: float = 0.0
     allow_pickle: bool = False
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
@@ -75,6 +83,9 @@ class ExportPlan:
         steps = self.num_inference_steps
         if steps is not None and not 1 <= steps <= MAX_STEPS:
             raise ArgumentError("--num-inference-steps", "steps", got=steps, expected=f"1..{MAX_STEPS}")
+        if self.timesteps is not None and steps not in (None, len(self.timesteps)):
+            expected = f"{len(self.timesteps)}, as --timesteps"
+            raise ArgumentError("--num-inference-steps", "steps", got=steps, expected=expected)
 
     def as_json(self) -> dict[str, Any]:
         """The plan in JSON's types."""
@@ -82,9 +93,15 @@ class ExportPlan:
             "checkpoint": str(self.checkpoint),
             "out": str(self.out),
             "added": {added.name: str(added.folder) for added in self.added},
+            "denoiser": None if self.denoiser is None else str(self.denoiser),
+            "vae": None if self.vae is None else str(self.vae),
             "dtype": self.dtype,
+            "solver": self.solver,
+            "solver_config": dict(self.solver_config),
             "guidance_scale": self.guidance_scale,
             "num_inference_steps": self.num_inference_steps,
+            "timesteps": None if self.timesteps is None else list(self.timesteps),
+            "eta": self.eta,
             "allow_pickle": self.allow_pickle,
             "force": self.force,
         }
@@ -118,13 +135,16 @@ class PresetPlan:
             num_inference_steps=(
                 preset.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
             ),
+            timesteps=preset.timesteps if self.num_inference_steps is None else None,
+            eta=preset.eta,
             force=self.force,
         )
 
     def as_json(self) -> dict[str, Any]:
         """The plan in JSON's types."""
         facts = self.export_plan(Path(), {}).as_json()
-        del facts["checkpoint"], facts["added"], facts["allow_pickle"]
+        for key in ("checkpoint", "added", "denoiser", "vae", "solver", "solver_config", "allow_pickle"):
+            del facts[key]
         return {"preset": self.name, "scale": self.scale, **facts}
 
 

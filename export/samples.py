@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..runtime.manifest import LatentSpace, SchedulerDefaults
+from ..runtime.manifest import LatentSpace, SchedulerDefaults, TensorSpec
 from ..runtime.schedule import training_alphas_cumprod
 from ..runtime.solvers.config import effective_config
 from .modules import Graph
@@ -32,54 +33,79 @@ _LARGEST_OF_AUTOENCODERS = 32
 _TIMESTEPS = (999.0, 417.25, 1.0)
 
 
+@dataclass(frozen=True)
+class SampleText:
+    """What the sample prompts become.
+
+    token_ids: by text encoder, (len(PROMPTS), max_length) int64. embeddings: (len(PROMPTS), tokens, width) float32.
+    pooled: (len(PROMPTS), pooled width) float32, of width 0 where no pooled text is used.
+    """
+
+    token_ids: Mapping[str, npt.NDArray[np.int64]]
+    embeddings: npt.NDArray[np.float32]
+    pooled: npt.NDArray[np.float32]
+
+
 class Samples:
     """Where the inputs for comparisons come from; the same ones at every export.
 
-    token_ids: (len(PROMPTS), max_length) int64. encode_text, encode_picture: the checkpoint's own models.
-    sample_size: the latent size the model was made for.
+    encode_picture: the checkpoint's own autoencoder. sample_size: the latent size the model was made for.
     """
 
     def __init__(
         self,
-        token_ids: npt.NDArray[np.int64],
-        encode_text: Callable[[Tensor], Sequence[Tensor]],
+        text: SampleText,
         encode_picture: Callable[[Tensor], Tensor],
         latent: LatentSpace,
         scheduler: SchedulerDefaults,
         sample_size: int,
     ) -> None:
-        self._ids, self._latent, self._size = token_ids, latent, sample_size
+        self._text, self._latent, self._size = text, latent, sample_size
         self._encode_picture = encode_picture
-        self._alphas = _alphas_cumprod(scheduler)
-        with torch.inference_mode():
-            self._embeddings = encode_text(torch.from_numpy(token_ids))[0].numpy()
+        self._kept, self._noise = _noise_levels(scheduler)
 
-    def cases(self, graph: Graph) -> tuple[Inputs, ...]:
-        """Three shapes and two batch sizes of inputs for a graph, on every symbolic axis."""
+    def cases(self, name: str, graph: Graph) -> tuple[Inputs, ...]:
+        """Three shapes and two batch sizes of inputs for the graph of component `name`, on every symbolic axis."""
+        if graph.role == "text_encoder":
+            return tuple(_shortened(self._text.token_ids[name], text, batch) for _, _, text, batch in _CASES)
         return tuple(self._inputs(graph, *case) for case in _CASES)
 
     def _inputs(self, graph: Graph, height: float, width: float, text: float, batch: int) -> Inputs:
-        length = max(1, round(self._ids.shape[1] * text))
-        if graph.role == "text_encoder":
-            return {"input_ids": self._ids[np.arange(1, batch + 1) % len(self._ids), :length].copy()}
         if graph.role == "denoiser":
-            return self._denoiser(*_sizes(height, width, self._size, graph.multiple), length, batch)
+            length = max(1, round(self._text.embeddings.shape[1] * text))
+            return self._denoiser(graph, *_sizes(height, width, self._size, graph.multiple), length, batch)
         sizes = _sizes(height, width, min(self._size, _LARGEST_OF_AUTOENCODERS), 1)
         if graph.role == "vae_encoder":
             return {"sample": _pictures(*self._picture_size(*sizes), batch)}
         scaled = self._latents(*sizes, batch) / self._latent.scaling_factor + self._latent.shift_factor
         return {"latent_sample": scaled.astype(np.float32)}
 
-    def _denoiser(self, height: int, width: int, length: int, batch: int) -> Inputs:
+    def _denoiser(self, graph: Graph, height: int, width: int, length: int, batch: int) -> Inputs:
         clean = self._latents(height, width, batch)
         rows = np.arange(batch)
         timestep = np.array([_TIMESTEPS[(row + batch) % len(_TIMESTEPS)] for row in rows], np.float32)
-        alpha = self._alphas[np.minimum(timestep.astype(int), len(self._alphas) - 1)].reshape(-1, 1, 1, 1)
+        level = np.minimum(timestep.astype(int), len(self._kept) - 1)
+        kept, noisy = (values[level].reshape(-1, 1, 1, 1) for values in (self._kept, self._noise))
         noise = np.random.default_rng(clean.shape[2:]).standard_normal(clean.shape)
-        return {
-            "sample": (np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * noise).astype(np.float32),
+        latent = (kept * clean + noisy * noise).astype(np.float32)
+        # An inpainting UNet is also given a mask and the latent of the picture around it.
+        mask = np.zeros_like(clean[:, :1])
+        mask[..., : width // 2] = 1
+        prompts = (rows + 1) % len(self._text.embeddings)
+        pooled = self._text.pooled[prompts]
+        known = {
             "timestep": timestep,
-            "encoder_hidden_states": self._embeddings[(rows + 1) % len(self._embeddings), :length],
+            "encoder_hidden_states": self._text.embeddings[prompts, :length],
+            "text_embeds": pooled,
+            "pooled_projections": pooled,
+            "time_ids": np.tile(np.array([*self._picture_size(height, width), 0, 0] * 2, np.float32)[:6], (batch, 1)),
+        }
+        first, *others = graph.inputs
+        repainted = np.concatenate([latent, mask, clean * (1 - mask)], 1)
+        sample = latent if first.shape[1] == clean.shape[1] else repainted
+        return {
+            first.name: sample,
+            **{spec.name: known[spec.name] if spec.name in known else _any(spec, batch) for spec in others},
         }
 
     def _latents(self, height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
@@ -111,9 +137,21 @@ def _pictures(height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
     return np.clip(grainy, -1, 1).astype(np.float32)
 
 
-def _alphas_cumprod(scheduler: SchedulerDefaults) -> npt.NDArray[np.float64]:
-    """How much of a picture's variance is left at every training time step; (1 − σ)² for rectified flow."""
+def _noise_levels(scheduler: SchedulerDefaults) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What a picture and noise are multiplied by at every training time step; 1 − σ and σ for rectified flow."""
     config = effective_config(scheduler.class_name, scheduler.config)
     if "beta_schedule" not in config:
-        return np.linspace(1, 0, config["num_train_timesteps"]) ** 2
-    return training_alphas_cumprod(config)
+        sigmas = np.linspace(0, 1, config["num_train_timesteps"])
+        return 1 - sigmas, sigmas
+    alphas = training_alphas_cumprod(config)
+    return np.sqrt(alphas), np.sqrt(1 - alphas)
+
+
+def _shortened(ids: npt.NDArray[np.int64], share: float, batch: int) -> Inputs:
+    return {"input_ids": ids[np.arange(1, batch + 1) % len(ids), : max(1, round(ids.shape[1] * share))].copy()}
+
+
+def _any(spec: TensorSpec, batch: int) -> npt.NDArray[np.float32]:
+    """An embedding in the range of sines, for inputs such as the guidance embedding `timestep_cond`."""
+    width = [size for size in spec.shape[1:] if isinstance(size, int)]
+    return np.random.default_rng(batch).uniform(-1, 1, (batch, *width)).astype(np.float32)

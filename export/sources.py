@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..runtime.manifest import SchedulerDefaults
+from ..runtime.solvers import resolve_solver
 from .agreement import (
     latent_space,
     prediction_type,
     require_decoder,
     require_denoiser,
     require_main,
-    sample_size,
-    spatial_multiple,
-    text_width,
 )
-from .checkpoint import Checkpoint, DenoiserSource, Part, read_checkpoint, read_decoder, read_denoiser
-from .plan import Added, ExportPlan
+from .checkpoint import Checkpoint, DenoiserSource, Part, read_autoencoder, read_checkpoint, read_denoiser
+from .facts import denoiser_facts
+from .plan import ExportPlan
 from .publish import require_free
 from .weights import parameters, source_digest
 
@@ -33,21 +31,16 @@ class Sources:
     decoders: Mapping[str, Part]
 
     @property
-    def text_width(self) -> int:
-        """How wide the text encoder's hidden states are."""
-        return text_width(self.main)
-
-    @property
     def sample_size(self) -> tuple[int, int]:
         """Height and width of the latents the main denoiser was made for."""
-        return sample_size(self.main.unet)
+        return denoiser_facts(self.main.denoiser).sample_size
 
     def parts(self) -> dict[str, Part]:
         """The part that every component of the bundle is made from, in the manifest's order."""
         return {
-            "text_encoder": self.main.text_encoder,
-            "unet": self.main.unet,
-            **{name: source.unet for name, source in self.denoisers.items()},
+            **{name: source.encoder for name, source in self.main.texts.items()},
+            self.main.family.denoiser: self.main.denoiser,
+            **{name: source.part for name, source in self.denoisers.items()},
             "vae_decoder": self.main.vae,
             **self.decoders,
             "vae_encoder": self.main.vae,
@@ -63,20 +56,31 @@ class Sources:
         return source_digest(part.files)
 
 
-def read_sources(checkpoint: Path, added: Sequence[Added], *, allow_pickle: bool = False) -> Sources:
+def read_sources(plan: ExportPlan) -> Sources:
     """Find every model of a bundle and check that they fit together; weights themselves are not read yet.
 
     Raises:
         CheckpointError: a folder is no checkpoint of a supported kind, or models disagree.
     """
-    main = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
+    pickle = plan.allow_pickle
+    main = read_checkpoint(plan.checkpoint, allow_pickle=pickle)
+    if plan.denoiser is not None:
+        main = replace(main, denoiser=read_denoiser(plan.denoiser, main, allow_pickle=pickle).part)
+    if plan.vae is not None:
+        main = replace(main, vae=read_autoencoder(plan.vae, allow_pickle=pickle))
+    if plan.solver is not None or plan.solver_config:
+        main = replace(main, scheduler=_asked_for(plan, main.scheduler))
     require_main(main)
     sources = Sources(
         main,
-        {each.name: read_denoiser(each.folder, allow_pickle=allow_pickle) for each in added if each.role == "denoiser"},
         {
-            each.name: read_decoder(each.folder, allow_pickle=allow_pickle)
-            for each in added
+            each.name: read_denoiser(each.folder, main, allow_pickle=pickle)
+            for each in plan.added
+            if each.role == "denoiser"
+        },
+        {
+            each.name: read_autoencoder(each.folder, allow_pickle=pickle)
+            for each in plan.added
             if each.role == "vae_decoder"
         },
     )
@@ -87,6 +91,12 @@ def read_sources(checkpoint: Path, added: Sequence[Added], *, allow_pickle: bool
     return sources
 
 
+def _asked_for(plan: ExportPlan, own: SchedulerDefaults) -> SchedulerDefaults:
+    """The checkpoint's scheduler as the plan would have it; PlanError names what cannot be."""
+    class_name, config = resolve_solver(plan.solver or own.class_name, own.config, plan.solver_config)
+    return SchedulerDefaults(class_name=class_name, config=config)
+
+
 def describe(plan: ExportPlan) -> dict[str, Any]:
     """What an export would do, in JSON's types: the plan, the models found, and what they share.
 
@@ -95,7 +105,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         ExportError: `plan.out` exists and may not be replaced.
     """
     require_free(plan.out, force=plan.force)
-    sources = read_sources(plan.checkpoint, plan.added, allow_pickle=plan.allow_pickle)
+    sources = read_sources(plan)
     main, latent = sources.main, latent_space(sources.main.vae)
     return {
         **plan.as_json(),
@@ -116,6 +126,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         "prediction_type": prediction_type(main.scheduler),
         "scheduler": main.scheduler.class_name,
         "spatial_multiple": max(
-            spatial_multiple(part) for part in (main.unet, *(s.unet for s in sources.denoisers.values()))
+            denoiser_facts(part).multiple
+            for part in (main.denoiser, *(source.part for source in sources.denoisers.values()))
         ),
     }

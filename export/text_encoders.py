@@ -1,54 +1,108 @@
-"""Text encoders as graphs."""
+"""Text encoders as graphs: CLIP's, with or without projection, and T5's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from ..runtime.manifest import TensorSpec
+from ..runtime.manifest import TensorSpec, TextEncoding
 from .checkpoint import Part
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, unusable
 from .weights import load_tensors
 
+# Attention as plain products: what the fused kernels compute, in operators that every exporter knows.
+_CONFIG = {"attn_implementation": "eager", "dtype": "float32"}
 
-class _TextEncoder(nn.Module):
-    def __init__(self, text_model: CLIPTextModel) -> None:
+
+class _Clip(nn.Module):
+    """The last hidden state and a pooled vector; where `states` are wanted, the hidden state before each layer too."""
+
+    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, *, states: bool) -> None:
         super().__init__()
-        self.text_model = text_model
+        self.text_model = model
+        self._states = states
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        encoded = self.text_model(input_ids=input_ids)
-        return encoded.last_hidden_state, encoded.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        encoded = self.text_model(input_ids=input_ids, output_hidden_states=self._states)
+        pooled = encoded.text_embeds if "text_embeds" in encoded else encoded.pooler_output
+        # The tuple's last is the last layer's, which no pipeline reads before its norm.
+        return encoded.last_hidden_state, pooled, *(encoded.hidden_states[:-1] if self._states else ())
 
 
-def text_encoder_graph(part: Part) -> Graph:
-    """CLIP's text model: input_ids (B, sequence) int64 → last_hidden_state (B, sequence, D), pooler_output (B, D)."""
+class _T5(nn.Module):
+    def __init__(self, model: T5EncoderModel) -> None:
+        super().__init__()
+        self.text_model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_model(input_ids=input_ids).last_hidden_state
+
+
+def text_encoder_graph(part: Part, encoding: TextEncoding) -> Graph:
+    """A text encoder: input_ids (B, sequence) int64 → last_hidden_state (B, sequence, D) float32, and of CLIP:
+
+    pooler_output (B, D), or text_embeds (B, P) of one with projection; where the conditioning reads an inner hidden
+    state, hidden_states.N (B, sequence, D), the input of layer N, for every layer.
+    """
+    return _t5_graph(part) if part.class_name == "T5EncoderModel" else _clip_graph(part, encoding)
+
+
+def _clip_graph(part: Part, encoding: TextEncoding) -> Graph:
+    projected, states = part.class_name == "CLIPTextModelWithProjection", encoding.hidden_state != "last_hidden_state"
     tensors = load_tensors(part.weights)
     try:
-        model = CLIPTextModel(CLIPTextConfig(**{**part.config, "attn_implementation": "eager", "dtype": "float32"}))
+        config = CLIPTextConfig(**{**part.config, **_CONFIG})
+        model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
     except UNUSABLE as error:
         raise unusable(part, error) from error
     fill(model, _clip_names(tensors, model.state_dict()), part)
-    width = model.config.hidden_size
+    width = config.hidden_size
+    pooled = ("text_embeds", config.projection_dim) if projected else ("pooler_output", width)
+    inner = [f"hidden_states.{layer}" for layer in range(config.num_hidden_layers)] if states else []
     return Graph(
         role="text_encoder",
-        module=frozen(_TextEncoder(model)),
-        inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence")),),
+        module=frozen(_Clip(model, states=states)),
+        inputs=(_IDS,),
         outputs=(
             float_spec("last_hidden_state", "batch", "sequence", width),
-            float_spec("pooler_output", "batch", width),
+            float_spec(pooled[0], "batch", pooled[1]),
+            *(float_spec(name, "batch", "sequence", width) for name in inner),
         ),
         config=part.config,
     )
 
 
+def _t5_graph(part: Part) -> Graph:
+    tensors = load_tensors(part.weights)
+    try:
+        model = T5EncoderModel(T5Config(**{**part.config, **_CONFIG}))
+    except UNUSABLE as error:
+        raise unusable(part, error) from error
+    # One table under two names, of which checkpoints hold either.
+    table = next((tensors[name] for name in _T5_TABLE if name in tensors), None)
+    if table is not None:
+        tensors.update(dict.fromkeys(_T5_TABLE, table))
+    fill(model, tensors, part)
+    return Graph(
+        role="text_encoder",
+        module=frozen(_T5(model)),
+        inputs=(_IDS,),
+        outputs=(float_spec("last_hidden_state", "batch", "sequence", model.config.d_model),),
+        config=part.config,
+    )
+
+
+_IDS = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
+_T5_TABLE = ("shared.weight", "encoder.embed_tokens.weight")
+_PREFIX = "text_model."
+
+
 def _clip_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under this transformers version's names: with or without the prefix, without the position ids."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
-    prefix = "text_model."
-    prefixed = any(name.startswith(prefix) for name in expected)
-    if prefixed == any(name.startswith(prefix) for name in kept):
+    prefixed = any(name.startswith(_PREFIX) for name in expected)
+    if prefixed == any(name.startswith(_PREFIX) for name in kept):
         return kept
-    return {prefix + name if prefixed else name.removeprefix(prefix): tensor for name, tensor in kept.items()}
+    return {_PREFIX + name if prefixed else name.removeprefix(_PREFIX): tensor for name, tensor in kept.items()}

@@ -1,15 +1,16 @@
-"""CLIP tokenizers as one `tokenizer.json` that the tokenizers library reads alone."""
+"""Tokenizers of CLIP and T5 as one `tokenizer.json` that the tokenizers library reads alone."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from ..runtime.errors import CheckpointError, ExportError
 from .graph import quiet
@@ -17,8 +18,21 @@ from .samples import PROMPTS
 from .weights import copy_source, read_json
 
 TOKENIZER_JSON = "tokenizer.json"
-_REQUIRED = ("vocab.json", "merges.txt", "tokenizer_config.json")
+_SETTINGS = "tokenizer_config.json"
 _OPTIONAL = ("special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of tokenizer: transformers' class, the files it is made of, and how errors call it."""
+
+    loader: Any
+    required: tuple[str, ...]
+    name: str
+
+
+_CLIP = _Kind(CLIPTokenizer, ("vocab.json", "merges.txt", _SETTINGS), "CLIP tokenizer")
+_T5 = _Kind(T5TokenizerFast, (TOKENIZER_JSON, _SETTINGS), "T5 tokenizer")
 # What a wrong normalizer, pre-tokenizer or post-processor would show on.
 _PROBES = (
     *PROMPTS,
@@ -32,33 +46,33 @@ _PROBES = (
 
 
 def export_tokenizer(source: Path, folder: Path, longest: int, vocabulary: int) -> int:
-    """Copy a CLIP tokenizer's files to `folder`, add `tokenizer.json`, and return the length prompts are padded to.
+    """Copy a tokenizer's files to `folder`, add `tokenizer.json`, and return the length prompts are padded to.
 
-    `tokenizer.json` pads and truncates to that length, so that reading it alone gives CLIPTokenizer's ids. `longest` is
-    how many positions the text encoder has, `vocabulary` how many tokens.
+    `tokenizer.json` pads and truncates to that length, so that reading it alone gives the ids of transformers' class.
+    `longest` is how many positions the text encoder has, `vocabulary` how many tokens. CLIP's is known by its
+    `vocab.json`; T5's needs its `tokenizer.json`.
 
     Raises:
         CheckpointError: a file is missing or unusable, or no sensible length is stated.
-        ExportError: the ids differ from CLIPTokenizer's.
+        ExportError: the ids differ from those of transformers' class.
     """
-    for name in _REQUIRED:
+    kind = _T5 if (source / TOKENIZER_JSON).is_file() and not (source / "vocab.json").is_file() else _CLIP
+    for name in kind.required:
         if not (source / name).is_file():
-            raise CheckpointError(str(source / name), "missing", expected=f"{', '.join(_REQUIRED)} in {source}")
-    length = _stated_length(source / "tokenizer_config.json", longest)
+            raise CheckpointError(str(source / name), "missing", expected=f"{', '.join(kind.required)} in {source}")
+    length = _stated_length(source / _SETTINGS, longest)
     folder.mkdir()
-    for name in (*_REQUIRED, *_OPTIONAL):
+    for name in (*kind.required, *_OPTIONAL):
         if (source / name).is_file():
             copy_source(source / name, folder / name)
-    reference = load_clip_tokenizer(folder)
+    reference = _loaded(kind, folder)
     if reference.pad_token is None:
-        where = str(source / "tokenizer_config.json")
-        raise CheckpointError(where, "pad_token", got=None, expected="a token")
+        raise CheckpointError(str(source / _SETTINGS), "pad_token", got=None, expected="a token")
     alone = Tokenizer.from_str(reference.backend_tokenizer.to_str())
     largest = max(alone.get_vocab().values())
     if largest >= vocabulary:
-        raise CheckpointError(
-            str(source / "vocab.json"), "largest token id", got=largest, expected=f"below {vocabulary}"
-        )
+        where = str(source / kind.required[0])
+        raise CheckpointError(where, "largest token id", got=largest, expected=f"below {vocabulary}")
     alone.enable_truncation(length)
     alone.enable_padding(length=length, pad_id=reference.pad_token_id, pad_token=reference.pad_token)
     # Not `alone.save`: on a full disk it raises bare Exception, which says nothing of errno.
@@ -79,11 +93,15 @@ def load_clip_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointError: the folder's files do not make one.
     """
+    return _loaded(_CLIP, folder)
+
+
+def _loaded(kind: _Kind, folder: Path) -> Any:
     try:
         with quiet():
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            return kind.loader.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged vocabulary
-        raise CheckpointError(str(folder), f"not a CLIP tokenizer ({error})", remedy="Download it again.") from error
+        raise CheckpointError(str(folder), f"not a {kind.name} ({error})", remedy="Download it again.") from error
 
 
 def _stated_length(path: Path, longest: int) -> int:

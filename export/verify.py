@@ -10,7 +10,7 @@ from ..runtime.errors import CheckpointError, ExportError
 from ..runtime.manifest import Evidence
 from .jobs import Job, jobs, samples
 from .parity import compare
-from .plan import Added, Progress, no_progress
+from .plan import Added, ExportPlan, Progress, no_progress
 from .sources import Sources, read_sources
 
 
@@ -27,16 +27,16 @@ def verify_bundle(
         CheckpointError: a source is no checkpoint, or not the one that its component was exported from.
         ExportError: ONNX Runtime cannot run a component, or the copy that an fp16 one needs cannot be written.
     """
-    found = read_sources(checkpoint, tuple(Added(name, folder) for name, folder in added.items()))
+    found = read_sources(ExportPlan(checkpoint, bundle.path, tuple(Added(*each) for each in added.items())))
     wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
     for job in wanted:
         _require_source(job, found, bundle)
-    inputs = samples(found, bundle.path / "tokenizer")
+    inputs = samples(found, bundle.path, bundle.manifest.text)
     results: dict[str, Sequence[Evidence]] = {}
     for done, job in enumerate(wanted):
         progress(f"{job.name}: verify", done, len(wanted))
         component, graph = bundle.component(job.name), job.graph()
-        model, cases = bundle.path / component.model, inputs.cases(graph)
+        model, cases = bundle.path / component.model, inputs.cases(job.name, graph)
         try:
             comparisons = compare(job.name, graph, model, cases, component.precision)
         except OSError as error:

@@ -21,7 +21,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 Role = Literal["text_encoder", "denoiser", "controlnet", "vae_decoder", "vae_encoder"]
 Precision = Literal["fp32", "fp16"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

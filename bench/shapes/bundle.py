@@ -61,7 +61,7 @@ def ensure_bundle(out: Path, progress: Progress = no_progress, weights: Path = W
 
 def expected_digests(plan: ExportPlan) -> dict[str, str]:
     """For each component the digest its source has now, and one for the schedulers."""
-    sources = read_sources(plan.checkpoint, plan.added)
+    sources = read_sources(plan)
     own = {name: sources.own_scheduler(name) for name in sources.parts()}
     return {
         **{name: sources.digest(part) for name, part in sources.parts().items()},

@@ -15,10 +15,11 @@ from diffusers import DDIMScheduler
 from tandemrt.export.agreement import latent_space
 from tandemrt.export.autoencoders import decoder_graph
 from tandemrt.export.bundle import export_bundle
-from tandemrt.export.checkpoint import read_checkpoint, read_decoder, read_denoiser
+from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint, read_denoiser
+from tandemrt.export.conditioning import text_conditioning
 from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.export.plan import Added, ExportPlan
-from tandemrt.export.samples import _alphas_cumprod
+from tandemrt.export.samples import _noise_levels
 from tandemrt.export.sources import read_sources
 from tandemrt.export.text_encoders import text_encoder_graph
 from tandemrt.export.weights import parameters
@@ -73,15 +74,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "SDXL conditioning": (
         lambda c: edit_json(c / "unet" / "config.json", addition_embed_type="text_time"),
-        "unet: addition_embed_type: conditioning that is not supported, got 'text_time'",
+        "unet: text conditioning: pooled width, got 1280, expected 0, as the text encoders give",
     ),
-    "inpainting UNet": (
-        lambda c: edit_json(c / "unet" / "config.json", in_channels=9),
-        "in_channels.*got 9, expected 4",
+    "UNet of other channels": (
+        lambda c: edit_json(c / "unet" / "config.json", in_channels=8),
+        "in_channels.*got 8, expected 4",
     ),
     "text of another width": (
         lambda c: edit_json(c / "unet" / "config.json", cross_attention_dim=768),
-        f"text conditioning width, got 768, expected {TEXT_WIDTH}",
+        f"text conditioning: width, got 768, expected what fits {TEXT_WIDTH} of text_encoder",
     ),
     "unknown prediction": (
         lambda c: edit_json(c / "scheduler" / "scheduler_config.json", prediction_type="score"),
@@ -168,13 +169,13 @@ def test_infinity_that_diffusers_writes_by_default_is_left_out(own_checkpoint: P
 def test_weights_that_do_not_fit_are_named(own_checkpoint: Path, change: Damage, complaint: str) -> None:
     edit_tensors(own_checkpoint / "unet" / UNET_FILE, change)
     with pytest.raises(CheckpointError, match=complaint):
-        denoiser_graph(read_denoiser(own_checkpoint).unet, TEXT_WIDTH)
+        denoiser_graph(read_checkpoint(own_checkpoint).denoiser)
 
 
 def test_a_configuration_that_builds_nothing_is_refused(own_checkpoint: Path) -> None:
     edit_json(own_checkpoint / "unet" / "config.json", down_block_types=["NoSuchBlock"] * 2)
     with pytest.raises(CheckpointError, match="UNet2DConditionModel cannot be built from it"):
-        denoiser_graph(read_denoiser(own_checkpoint).unet, TEXT_WIDTH)
+        denoiser_graph(read_checkpoint(own_checkpoint).denoiser)
 
 
 def test_names_of_older_libraries_are_understood(own_checkpoint: Path) -> None:
@@ -200,15 +201,17 @@ def test_names_of_older_libraries_are_understood(own_checkpoint: Path) -> None:
     after = decoder_graph(checkpoint.vae, latent_space(checkpoint.vae)).module.state_dict()
     assert any(".attentions." in name for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert text_encoder_graph(checkpoint.text_encoder).parameters > 0
+    encoding = text_conditioning(checkpoint).encoders["text_encoder"]
+    assert text_encoder_graph(checkpoint.texts["text_encoder"].encoder, encoding).parameters > 0
 
 
 def test_a_denoiser_is_found_in_a_pipeline_a_holder_and_its_own_folder(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint / "unet", tmp_path / "holder" / "unet")
-    found = [read_denoiser(folder) for folder in (checkpoint, tmp_path / "holder", checkpoint / "unet")]
-    assert len({parameters(source.unet.weights) for source in found}) == 1
+    main, folders = read_checkpoint(checkpoint), (checkpoint, tmp_path / "holder", checkpoint / "unet")
+    found = [read_denoiser(folder, main) for folder in folders]
+    assert len({parameters(source.part.weights) for source in found}) == 1
     assert [source.scheduler is not None for source in found] == [True, False, False]
-    assert read_decoder(checkpoint).folder == checkpoint / "vae"
+    assert read_autoencoder(checkpoint).folder == checkpoint / "vae"
 
 
 SMALL_DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -254,13 +257,13 @@ def test_a_small_model_that_does_not_fit_is_refused_with_both_values(
     break_it, complaint = SMALL_DAMAGES[damage]
     break_it(own_checkpoint)
     with pytest.raises(CheckpointError, match=complaint):
-        read_sources(checkpoint, (Added("unet_small", own_checkpoint),))
+        read_sources(ExportPlan(checkpoint, checkpoint, (Added("unet_small", own_checkpoint),)))
 
 
 def test_a_schedule_left_to_a_class_is_the_schedule_of_that_class(checkpoint: Path, own_checkpoint: Path) -> None:
     config = {"_class_name": "LCMScheduler"}
     (own_checkpoint / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    sources = read_sources(checkpoint, (Added("unet_small", own_checkpoint),))
+    sources = read_sources(ExportPlan(checkpoint, checkpoint, (Added("unet_small", own_checkpoint),)))
     assert sources.denoisers["unet_small"].scheduler == SchedulerDefaults(class_name="LCMScheduler", config={})
 
 
@@ -268,10 +271,12 @@ def test_samples_are_as_noisy_as_in_training() -> None:
     config = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500}
     expected = DDIMScheduler(**config).alphas_cumprod.numpy()
     scheduler = SchedulerDefaults(class_name="DDIMScheduler", config={**config, "clip_sample": False})
-    np.testing.assert_allclose(_alphas_cumprod(scheduler), expected, rtol=1e-5)
-    flow = _alphas_cumprod(SchedulerDefaults(class_name="FlowMatchEulerDiscreteScheduler", config={}))
-    assert (flow[0], flow[-1]) == (1, 0)
-    assert np.all(np.diff(flow) < 0)
+    kept, noise = _noise_levels(scheduler)
+    np.testing.assert_allclose(kept**2, expected, rtol=1e-5)
+    np.testing.assert_allclose(kept**2 + noise**2, 1)
+    kept, noise = _noise_levels(SchedulerDefaults(class_name="FlowMatchEulerDiscreteScheduler", config={}))
+    assert (kept[0], noise[0], kept[-1], noise[-1]) == (1, 0, 0, 1)
+    assert np.all(np.diff(kept) < 0)
 
 
 @pytest.mark.parametrize(
@@ -292,13 +297,13 @@ def test_a_decoder_that_does_not_fit_is_refused(
     kl_vae().save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(CheckpointError, match=complaint):
-        read_sources(checkpoint, (Added("vae_decoder_other", tmp_path),))
+        read_sources(ExportPlan(checkpoint, checkpoint, (Added("vae_decoder_other", tmp_path),)))
 
 
 def test_a_tiny_decoder_reads_the_latents_of_the_bundle(checkpoint: Path, tiny: Path) -> None:
     """It is fed latent / scaling_factor as every decoder is, and must see the latent as its own pipeline feeds it."""
     main = latent_space(read_checkpoint(checkpoint).vae)
-    graph = decoder_graph(read_decoder(tiny), main)
+    graph = decoder_graph(read_autoencoder(tiny), main)
     latent = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(3))
     stock = tiny_vae().from_pretrained(tiny)
     with torch.inference_mode():
@@ -314,7 +319,7 @@ def test_pruned_widths_come_from_the_tensors(own_checkpoint: Path) -> None:
 
     resize_inner_widths(narrow, shapes)
     narrow.save_pretrained(own_checkpoint / "unet")
-    graph = denoiser_graph(read_denoiser(own_checkpoint).unet, TEXT_WIDTH)
+    graph = denoiser_graph(read_checkpoint(own_checkpoint).denoiser)
     assert graph.parameters == sum(weight.numel() for weight in narrow.parameters())
 
 

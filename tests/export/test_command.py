@@ -31,7 +31,17 @@ def test_small_and_tiny_are_short_for_add() -> None:
 
 def test_options_reach_the_plan() -> None:
     plan = parse("c", "out", "--dtype", "fp16", "--guidance-scale", "2", "--denoising-steps", "8", "--force")
-    assert plan == ExportPlan(Path("c"), Path("out"), (), "fp16", 2.0, 8, force=True)
+    assert plan == ExportPlan(
+        Path("c"), Path("out"), dtype="fp16", guidance_scale=2.0, num_inference_steps=8, force=True
+    )
+    plan = parse(
+        "c", "out", "--denoiser", "u", "--vae", "v", "--solver", "lcm", "--timesteps", "800", "--solver-config",
+        "original_inference_steps=100", "--eta", "0.5",
+    )  # fmt: skip
+    assert plan == ExportPlan(
+        Path("c"), Path("out"), denoiser=Path("u"), vae=Path("v"), solver="lcm", timesteps=(800,), eta=0.5,
+        solver_config={"original_inference_steps": 100},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,7 @@ def test_options_reach_the_plan() -> None:
     [
         (["--add", "unet_small"], "--add: not a source, got 'unet_small', expected NAME=DIR"),
         (["--add", "unet="], "--add: not a source"),
-        (["--add", "Unet_x=d"], "component name, got 'Unet_x', expected unet_NAME or vae_decoder_NAME"),
+        (["--add", "Unet_x=d"], "component name, got 'Unet_x', expected unet_NAME, transformer_NAME, vae_decoder_NAME"),
         (["--add", "../x=d"], "component name"),
         (["--add", "unet_/../x=d"], "component name"),
         (["--small", "d", "--add", "unet_small=e"], "a component given twice, got 'unet_small'"),
@@ -48,6 +58,7 @@ def test_options_reach_the_plan() -> None:
         (["--preset", "sd15", "--allow-pickle"], "--allow-pickle: is of checkpoints only"),
         (["--guidance-scale", "nan"], "--guidance-scale: guidance, got nan"),
         (["--guidance-scale", "-1"], "--guidance-scale: guidance, got -1"),
+        (["--num-inference-steps", "2", "--timesteps", "800"], "--num-inference-steps: steps, got 2, expected 1, as"),
         (["--num-inference-steps", "0"], r"--num-inference-steps: steps, got 0, expected 1\.\.1000"),
     ],
 )
@@ -60,7 +71,14 @@ def test_a_preset_needs_no_checkpoint() -> None:
     plan = parse("out", "--preset", "hybrid-sd", "--scale", "tiny", "--dtype", "fp16", "--guidance-scale", "3")
     assert plan == PresetPlan("hybrid-sd", Path("out"), "tiny", "fp16", 3.0)
     export = plan.export_plan(Path("c"), {"unet_small": Path("s")})
-    assert export == ExportPlan(Path("c"), Path("out"), (Added("unet_small", Path("s")),), "fp16", 3.0, 25)
+    assert export == ExportPlan(
+        Path("c"),
+        Path("out"),
+        (Added("unet_small", Path("s")),),
+        dtype="fp16",
+        guidance_scale=3.0,
+        num_inference_steps=25,
+    )
     facts = plan_facts(plan)
     assert facts["models"]["unet_small"] == {"name": "unet-hybrid-sd-224m", "parameters_at_full_scale": 223938436}
     assert (facts["preset"], facts["scale"], facts["num_inference_steps"]) == ("hybrid-sd", "tiny", 25)

@@ -14,7 +14,7 @@ from onnxscript import ir
 from tandemrt.export import graph as graphs
 from tandemrt.export.agreement import latent_space
 from tandemrt.export.autoencoders import decoder_graph
-from tandemrt.export.checkpoint import read_checkpoint, read_decoder, read_denoiser
+from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint
 from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.export.graph import onnx_from_module, save
 from tandemrt.export.half import find_islands, half_from_float
@@ -31,14 +31,14 @@ LATENT = {"latent_sample": np.random.default_rng(0).standard_normal((1, 4, 6, 8)
 
 @pytest.fixture(scope="module")
 def denoiser(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, Path]:
-    graph = denoiser_graph(read_denoiser(checkpoint).unet, TEXT_WIDTH)
+    graph = denoiser_graph(read_checkpoint(checkpoint).denoiser)
     return graph, save(onnx_from_module("unet", graph), tmp_path_factory.mktemp("unet"))
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tiny: Path) -> tuple[Graph, ir.Model]:
     """A tiny decoder and its graph; not to be changed."""
-    graph = decoder_graph(read_decoder(tiny), latent_space(read_checkpoint(checkpoint).vae))
+    graph = decoder_graph(read_autoencoder(tiny), latent_space(read_checkpoint(checkpoint).vae))
     return graph, onnx_from_module("vae_decoder_tiny", graph)
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tandemrt.export.bundle import export_bundle
-from tandemrt.export.plan import Added, PresetPlan
+from tandemrt.export.plan import PresetPlan
 from tandemrt.export.presets import models, preset_names, read_preset
 from tandemrt.export.random_checkpoint import build, write_checkpoint
 from tandemrt.export.random_tokenizer import write_tokenizer
@@ -74,8 +74,10 @@ def test_further_models_lie_beside_the_checkpoint_and_fit_it(tmp_path: Path) -> 
     preset = read_preset("hybrid-sd")
     added = write_checkpoint(preset, tmp_path, "tiny")
     assert added.keys() == preset.added.keys()
-    sources = read_sources(tmp_path / "checkpoint", tuple(Added(name, folder) for name, folder in added.items()))
-    small, large = sources.denoisers["unet_small"].unet.weights, sources.main.unet.weights
+    sources = read_sources(
+        PresetPlan("hybrid-sd", tmp_path / "out", "tiny").export_plan(tmp_path / "checkpoint", added)
+    )
+    small, large = sources.denoisers["unet_small"].part.weights, sources.main.denoiser.weights
     assert small.shapes["down_blocks.0.resnets.0.conv1.weight"][0] == 32
     assert large.shapes["down_blocks.0.resnets.0.conv1.weight"][0] == 40
     assert set(sources.decoders) == {"vae_decoder_small", "vae_decoder_tiny"}

@@ -61,11 +61,13 @@ def test_of_several_variants_none_is_guessed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("safe", [True, False])
-def test_shards_as_diffusers_saves_them_are_the_whole_model(tmp_path: Path, variant: str | None, safe: bool) -> None:
+def test_shards_as_diffusers_saves_them_are_the_whole_model(
+    checkpoint: Path, tmp_path: Path, variant: str | None, safe: bool
+) -> None:
     model = unet()
     model.save_pretrained(tmp_path, variant=variant, max_shard_size="20KB", safe_serialization=safe)
     assert not [path for path in tmp_path.iterdir() if path.stem == STEM]
-    weights = read_denoiser(tmp_path, allow_pickle=not safe).unet.weights
+    weights = read_denoiser(tmp_path, read_checkpoint(checkpoint), allow_pickle=not safe).part.weights
     assert len(weights.files) > 2
     assert dict(weights.shapes) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     loaded = load_tensors(weights)
@@ -251,4 +253,4 @@ def test_leave_to_unpickle_reaches_every_part(own_checkpoint: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin: pickled weights are refused"):
         read_checkpoint(own_checkpoint)
-    assert read_checkpoint(own_checkpoint, allow_pickle=True).unet.weights.files == (path.with_suffix(".bin"),)
+    assert read_checkpoint(own_checkpoint, allow_pickle=True).denoiser.weights.files == (path.with_suffix(".bin"),)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tandemrt.export.checkpoint import read_denoiser
+from tandemrt.export.checkpoint import read_checkpoint, read_denoiser
 from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.runtime import Pipeline
 
@@ -115,7 +115,8 @@ def test_tandem_equals_swapping_unets_inside_diffusers(
 ) -> None:
     class_name, overrides, solver, _ = SOLVERS[name]
     reference.scheduler = scheduler(class_name, overrides)
-    large, small = reference.unet, denoiser_graph(read_denoiser(WEIGHTS / "small").unet, 128).module.unet
+    source = read_denoiser(WEIGHTS / "small", read_checkpoint(WEIGHTS / "large"))
+    large, small = reference.unet, denoiser_graph(source.part).module.unet
     steps = {"unet": large_steps, "unet_small": 8 - large_steps}
     # diffusers' loop counts model calls; PNDM makes one more call than steps, the first step taking two.
     calls_by_large = large_steps + (1 if name == "pndm" and large_steps else 0)
