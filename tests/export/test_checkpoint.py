@@ -73,8 +73,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "beta_end: scheduler value, got inf",
     ),
     "SDXL conditioning": (
-        lambda c: edit_json(c / "unet" / "config.json", addition_embed_type="text_time"),
-        "unet: text conditioning: pooled width, got 1280, expected 0, as the text encoders give",
+        lambda c: edit_json(
+            c / "unet" / "config.json",
+            addition_embed_type="text_time",
+            addition_time_embed_dim=2,
+            projection_class_embeddings_input_dim=28,
+        ),
+        "unet: text conditioning: pooled width, got 16, expected 0, as the text encoders give",
     ),
     "UNet of other channels": (
         lambda c: edit_json(c / "unet" / "config.json", in_channels=8),
