@@ -11,7 +11,7 @@ import numpy as np
 from .arguments import finite_number, whole_number
 from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
-from .solvers import compile_table, resolve_solver
+from .solvers import begin_at_strength, compile_table, resolve_solver
 from .table import Table
 
 MAX_STEP_DIGITS = 9
@@ -31,7 +31,9 @@ class Schedule:
     timesteps: explicit time steps, where the solver takes them; their number is the number of steps.
     eta: DDIM's eta, TCD's gamma.
     guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers.
-    guidance_interval: the part of the steps, as fractions (start, end), in which guidance is on.
+    guidance_interval: the part of the steps that run, as fractions (start, end), in which guidance is on.
+    strength: how much image-to-image and inpainting change the image, above 0 and up to 1. `steps` counts the whole
+        schedule, as in diffusers; below 1 it begins later, so that the first denoisers run fewer steps or none.
     """
 
     steps: Steps | None = None
@@ -41,6 +43,7 @@ class Schedule:
     eta: float = 0.0
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     Raises:
         PlanError: an argument is of another type than `Schedule` says; steps that sum to 0, are negative or name an
             unknown denoiser; an unknown solver or a scheduler key it does not support; a guidance interval outside
-            0..1.
+            0..1; a strength that is not in 0..1 or leaves no step.
         RequestError: guidance that is negative, NaN or infinite.
     """
     timesteps = _timesteps(schedule)
@@ -104,9 +107,11 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     default = _default_scheduler(manifest, runs)
     solver = default.class_name if schedule.solver is None else schedule.solver
     class_name, config = resolve_solver(solver, default.config, schedule.solver_config)
-    table = compile_table(class_name, config, total, timesteps=timesteps, eta=schedule.eta)
-    by_step = [name for name, count in runs for _ in range(count)]
-    on = [guidance_scale > 1 and start <= step / total < end for step in range(total)]
+    begin = begin_at_strength(class_name, total, schedule.strength)
+    table = compile_table(class_name, config, total, timesteps=timesteps, eta=schedule.eta, begin=begin)
+    by_step = [name for name, count in runs for _ in range(count)][begin:]
+    left = len(by_step)
+    on = [guidance_scale > 1 and start <= step / left < end for step in range(left)]
     return Plan(
         table=table,
         denoisers=tuple(by_step[step] for step in table.steps),

@@ -25,7 +25,13 @@ class Table:
         a step (PNDM, Heun) have rows that share one.
     model_input: (N, 1+H). transition: (N, 1+H, 1+H). prediction, noise: (N, 1+H).
     denoised_state: (N, 1+H). denoised_prediction: (N,).
+    noised: (N+1, 2), how a clean latent is brought to where x stands: before row n, kept · latent + added · z with
+        (kept, added) = noised[n]; after the last row it stays clean, (1, 0). Image-to-image starts at noised[0], and
+        inpainting keeps the known region at noised[n+1] after row n. The region's mask must be of 0s and 1s, as
+        diffusers makes it: where it is not, PNDM's second row and UniPC's corrector, which go on from x as they find
+        it, differ from diffusers.
     init_noise_sigma: what standard normal noise is multiplied by to become the first x; the h start at zero.
+        Of the whole schedule, also where the table begins at a later step.
     """
 
     solver: str
@@ -37,6 +43,7 @@ class Table:
     noise: Float64
     denoised_state: Float64
     denoised_prediction: Float64
+    noised: Float64
     init_noise_sigma: float
 
     @property

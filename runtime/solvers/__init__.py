@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from ..arguments import finite_number, whole_number
 from ..errors import PlanError
 from ..table import Table
 from . import config as _config
@@ -29,7 +30,7 @@ from .request import Request
 from .sigmas import SigmaSchedule, exploding_schedule, flow_schedule, preserving_schedule
 from .single_step import AlphaSchedule, ddim, ddpm, distilled_schedule, lcm, pndm, spaced_schedule, tcd
 
-__all__ = ["SOLVERS", "Solver", "compile_table", "resolve_solver"]
+__all__ = ["SOLVERS", "Solver", "begin_at_strength", "compile_table", "resolve_solver"]
 
 AnySchedule = TypeVar("AnySchedule", AlphaSchedule, SigmaSchedule)
 
@@ -132,6 +133,7 @@ def compile_table(
     *,
     timesteps: Sequence[int] | None = None,
     eta: float = 0.0,
+    begin: int = 0,
 ) -> Table:
     """Compile a schedule: what diffusers' scheduler of this class and configuration would do, as a table.
 
@@ -141,6 +143,8 @@ def compile_table(
     num_inference_steps: 1..num_train_timesteps (LCM, TCD: ..original_inference_steps); may be None with `timesteps`.
     timesteps: falling training steps, for the classes whose `set_timesteps` takes them.
     eta: DDIM's eta or TCD's gamma, 0..1; 0 for all others.
+    begin: the inference step to begin at, 0..num_inference_steps−1 (`begin_at_strength`). The table holds the steps
+        from there on; what depends on the whole schedule stays, and there is no history before `begin`.
 
     Raises:
         PlanError: one of these does not hold, a key's value is not supported, or the schedule has no finite solution.
@@ -159,16 +163,45 @@ def compile_table(
     # A configuration that divides by zero is found in the table, and reported with the row it strikes.
     with np.errstate(all="ignore"):
         schedule = compiled.schedule(request)
+        schedule = replace(schedule, begin=_checked_begin(begin, len(schedule.timesteps)))
         return table_from_rows(class_name, compiled.rows(schedule), schedule.init_noise_sigma)
 
 
-def _require_same_process(name: str, class_name: str, base_config: Mapping[str, Any]) -> None:
-    def is_flow(class_name: str) -> bool:
-        return class_name.startswith("FlowMatch")
+def begin_at_strength(class_name: str, num_inference_steps: int, strength: float) -> int:
+    """The inference step at which image-to-image and inpainting begin; at strength 1 it is 0.
 
-    base_is_flow = "shift" in base_config or is_flow(str(base_config.get("_class_name", "")))
+    As `get_timesteps` of diffusers' StableDiffusionImg2ImgPipeline (for every diffusion scheduler, LCM's and TCD's
+    too, whose own `set_timesteps(strength=...)` would space other time steps) and, for flow matching, of its
+    StableDiffusion3Img2ImgPipeline: the number of steps that run is num_inference_steps · strength, rounded down for
+    the former and up for the latter.
+
+    Raises:
+        PlanError: strength is not in 0..1 or leaves no step.
+    """
+    share = finite_number(strength)
+    if share is None or not 0 < share <= 1:
+        raise PlanError("strength", "cannot be used", got=strength, expected="a number above 0 and up to 1")
+    wanted = num_inference_steps * share
+    begin = int(num_inference_steps - wanted) if _is_flow(class_name) else num_inference_steps - int(wanted)
+    if begin == num_inference_steps:
+        raise PlanError(
+            "strength",
+            f"of {num_inference_steps} steps, none is left",
+            got=strength,
+            expected=f"1/{num_inference_steps} or more",
+            remedy="Raise strength, or ask for more steps.",
+        )
+    return begin
+
+
+def _is_flow(class_name: str) -> bool:
+    return class_name.startswith("FlowMatch")
+
+
+def _require_same_process(name: str, class_name: str, base_config: Mapping[str, Any]) -> None:
+    base_is_flow = "shift" in base_config or _is_flow(str(base_config.get("_class_name", "")))
     base_is_diffusion = "beta_schedule" in base_config
-    if (base_is_flow and not is_flow(class_name)) or (base_is_diffusion and is_flow(class_name)):
+    if (base_is_flow and not _is_flow(class_name)) or (base_is_diffusion and _is_flow(class_name)):
         model = "a flow-matching" if base_is_flow else "a diffusion"
         expected = "flow_euler" if base_is_flow else ", ".join(known for known in SOLVERS if known != "flow_euler")
         raise PlanError("solver", f"not for {model} model", got=name, expected=f"one of {expected}")
@@ -208,6 +241,14 @@ def _checked_timesteps(
         expected = f"falling whole numbers in {highest}..{lowest}"
         raise PlanError("timesteps", "cannot be used", got=list(chosen), expected=expected)
     return chosen
+
+
+def _checked_begin(begin: int, steps: int) -> int:
+    checked = whole_number(begin)
+    if checked is None or not 0 <= checked < steps:
+        expected = f"a whole number in 0..{steps - 1}, one of the schedule's {steps} steps"
+        raise PlanError("begin", "cannot be used", got=begin, expected=expected)
+    return checked
 
 
 def _checked_eta(class_name: str, eta: float) -> float:

@@ -18,13 +18,17 @@ Form = Float64
 
 
 class Row(NamedTuple):
-    """One model call. `state` is (x, h1 … hk) afterwards; what it leaves out of the history becomes zero."""
+    """One model call. `state` is (x, h1 … hk) afterwards; what it leaves out of the history becomes zero.
+
+    noised: what a clean latent and standard normal noise are multiplied by to stand where x stands before the row.
+    """
 
     timestep: float
     step: int
     model_input: Form
     state: tuple[Form, ...]
     denoised: Form
+    noised: tuple[float, float]
 
 
 def basis(history: int) -> tuple[Form, tuple[Form, ...], Form, Form]:
@@ -49,7 +53,7 @@ def denoised_and_noise(
 
 
 def table_from_rows(solver: str, rows: Iterable[Row], init_noise_sigma: float) -> Table:
-    """Collect rows into a table whose state holds no history that is never read.
+    """Collect rows into a table whose state holds no history that is never read, and whose steps rise from 0.
 
     Raises:
         PlanError: a coefficient is infinite or NaN; the time step is named.
@@ -59,11 +63,12 @@ def table_from_rows(solver: str, rows: Iterable[Row], init_noise_sigma: float) -
     model_input = np.stack([row.model_input for row in rows])
     denoised = np.stack([row.denoised for row in rows])
     timesteps = np.array([row.timestep for row in rows], np.float64)
+    noised = np.array([row.noised for row in rows], np.float64)
     state = np.zeros((len(rows), width - 2, width))
     for n, row in enumerate(rows):
         state[n, : len(row.state)] = row.state
-    everything = np.concatenate([timesteps[:, None], model_input, denoised, state.reshape(len(rows), -1)], axis=1)
-    finite = np.isfinite(everything).all(axis=1)
+    coefficients = [timesteps[:, None], model_input, denoised, noised, state.reshape(len(rows), -1)]
+    finite = np.isfinite(np.concatenate(coefficients, axis=1)).all(axis=1)
     if not finite.all():
         bad = rows[int(np.argmin(finite))]
         raise PlanError(
@@ -76,13 +81,14 @@ def table_from_rows(solver: str, rows: Iterable[Row], init_noise_sigma: float) -
     return Table(
         solver=solver,
         timesteps=timesteps,
-        steps=np.array([row.step for row in rows], np.int64),
+        steps=np.array([row.step - rows[0].step for row in rows], np.int64),
         model_input=model_input[:, kept],
         transition=state[:, kept][:, :, kept],
         prediction=state[:, kept, -2],
         noise=state[:, kept, -1],
         denoised_state=denoised[:, kept],
         denoised_prediction=denoised[:, -2],
+        noised=np.append(noised, [[1.0, 0.0]], axis=0),
         init_noise_sigma=float(init_noise_sigma),
     )
 

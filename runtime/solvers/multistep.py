@@ -35,34 +35,39 @@ def dpmsolver_multistep(schedule: SigmaSchedule) -> Iterator[Row]:
             "DPMSolverMultistepScheduler: solver_order", "unsupported", got=config["solver_order"], expected=expected
         )
     x, history, output, z = basis(2)
-    steps = len(schedule.timesteps)
     alphas, lambdas = schedule.alphas, schedule.lambdas
     noises = alphas * schedule.sigmas
-    for n, t in enumerate(schedule.timesteps):
+    for n, t in schedule.visited:
         denoised, _ = denoised_and_noise(config["prediction_type"], alphas[n], noises[n], x, output)
         estimates = (denoised, *history)
         h = lambdas[n + 1] - lambdas[n]
         # The SDE form is the ODE form with twice the step in its exponentials, more decay, and noise.
-        weights = _dpmsolver_weights(config, _dpmsolver_order(config, n, steps), lambdas[: n + 1], h)
+        weights = _dpmsolver_weights(config, _dpmsolver_order(schedule, n), lambdas[: n + 1], h)
         decay = noises[n + 1] / noises[n] * (np.exp(-h) if stochastic else 1.0)
         moved = decay * x + alphas[n + 1] * _mixed(weights, estimates)
         if stochastic:
             moved = moved + noises[n + 1] * np.sqrt(-np.expm1(-2 * h)) * z
-        yield Row(t, n, x, (moved, *estimates[:2]), denoised)
+        yield Row(t, n, x, (moved, *estimates[:2]), denoised, (alphas[n], noises[n]))
 
 
-def _dpmsolver_order(config: Config, n: int, steps: int) -> int:
+def _dpmsolver_order(schedule: SigmaSchedule, n: int) -> int:
     """diffusers' choice of order at step n: as far as history reaches, lower at the end of short schedules."""
-    short = config["lower_order_final"] and steps < _FEW_STEPS
+    config = schedule.config
+    short = _ends_lower(schedule)
     ends_first_order = config["euler_at_final"] or short or config["final_sigmas_type"] == "zero"
-    return _order_at(config["solver_order"], n, steps, short, ends_first_order)
+    return _order_at(schedule, n, short, ends_first_order)
 
 
-def _order_at(solver_order: int, n: int, steps: int, short: bool, ends_first_order: bool) -> int:
-    order = min(solver_order, n + 1)
-    if n == steps - 1 and ends_first_order:
+def _ends_lower(schedule: SigmaSchedule) -> bool:
+    return bool(schedule.config["lower_order_final"]) and len(schedule.timesteps) < _FEW_STEPS
+
+
+def _order_at(schedule: SigmaSchedule, n: int, short: bool, ends_first_order: bool) -> int:
+    order = min(int(schedule.config["solver_order"]), n - schedule.begin + 1)
+    last = len(schedule.timesteps) - 1
+    if n == last and ends_first_order:
         return 1
-    return min(order, 2) if n == steps - 2 and short else order
+    return min(order, 2) if n == last - 1 and short else order
 
 
 def _dpmsolver_weights(config: Config, order: int, lambdas: Float64, h: np.float64) -> Float64:
@@ -96,16 +101,16 @@ def deis(schedule: SigmaSchedule) -> Iterator[Row]:
     """
     config = schedule.config
     x, history, output, _ = basis(2)
-    steps = len(schedule.timesteps)
     alphas, sigmas = schedule.alphas, schedule.sigmas
-    short = config["lower_order_final"] and steps < _FEW_STEPS
-    for n, t in enumerate(schedule.timesteps):
-        denoised, noise = denoised_and_noise(config["prediction_type"], alphas[n], alphas[n] * sigmas[n], x, output)
+    noises = alphas * sigmas
+    short = _ends_lower(schedule)
+    for n, t in schedule.visited:
+        denoised, noise = denoised_and_noise(config["prediction_type"], alphas[n], noises[n], x, output)
         predictions = (noise, *history)
-        order = _order_at(config["solver_order"], n, steps, short, short)
+        order = _order_at(schedule, n, short, short)
         weights = _log_lagrange_integrals(sigmas[n + 1 - order : n + 1][::-1], sigmas[n + 1])
         moved = alphas[n + 1] * (x / alphas[n] + _mixed(weights, predictions))
-        yield Row(t, n, x, (moved, *predictions[:2]), denoised)
+        yield Row(t, n, x, (moved, *predictions[:2]), denoised, (alphas[n], noises[n]))
 
 
 def _log_lagrange_integrals(points: Float64, end: float) -> list[float]:
@@ -140,19 +145,20 @@ def unipc(schedule: SigmaSchedule) -> Iterator[Row]:
     alphas = schedule.alphas
     noises = alphas * schedule.sigmas
     used = 0
-    for n, t in enumerate(schedule.timesteps):
+    for n, t in schedule.visited:
         denoised, noise = denoised_and_noise(config["prediction_type"], alphas[n], noises[n], x, output)
         prediction = denoised if config["predict_x0"] else noise
         predictions = (prediction, *history)
         corrected = x
-        if n > 0 and n - 1 not in config["disable_corrector"]:
+        if n > schedule.begin and n - 1 not in config["disable_corrector"]:
             last = _UniPCStep(schedule, n - 1, used)
             corrected = x + _mixed(last.corrector(), predictions) - _mixed(last.predictor(), history)
-        used = min(order, n + 1, steps - n) if config["lower_order_final"] else min(order, n + 1)
+        reached = min(order, n - schedule.begin + 1)
+        used = min(reached, steps - n) if config["lower_order_final"] else reached
         step = _UniPCStep(schedule, n, used)
         ratio = (noises if config["predict_x0"] else alphas)[n + 1] / (noises if config["predict_x0"] else alphas)[n]
         moved = ratio * corrected - step.scale * np.expm1(step.h) * prediction + _mixed(step.predictor(), predictions)
-        yield Row(t, n, x, (moved, *predictions[:order]), denoised)
+        yield Row(t, n, x, (moved, *predictions[:order]), denoised, (alphas[n], noises[n]))
 
 
 class _UniPCStep:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar, cast
 
 import numpy as np
@@ -28,12 +30,19 @@ class SigmaSchedule:
 
     timesteps: (N,) what the model is given. sigmas: (N+1,).
     init_noise_sigma: what standard normal noise is multiplied by to become the first x.
+    begin: the first of the time steps to be visited.
     """
 
     config: Config
     timesteps: Float64
     sigmas: Float64
     init_noise_sigma: float
+    begin: int = 0
+
+    @property
+    def visited(self) -> Iterator[tuple[int, float]]:
+        """The time steps from `begin` on, each with its index."""
+        return islice(enumerate(self.timesteps), self.begin, None)
 
     @property
     def alphas(self) -> Float64:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ class AlphaSchedule:
 
     timesteps: (N,) int, falling. alphas_cumprod: (num_train_timesteps,).
     final_alpha_cumprod: ᾱ before the first training step, where the last inference step may lead.
+    begin: the first of the time steps to be visited.
     """
 
     config: Config
@@ -32,11 +34,17 @@ class AlphaSchedule:
     alphas_cumprod: Float64
     final_alpha_cumprod: np.float64
     init_noise_sigma: float = 1.0
+    begin: int = 0
 
     @property
     def stride(self) -> int:
         """Training steps per inference step, rounded down."""
         return int(self.config["num_train_timesteps"]) // len(self.timesteps)
+
+    def visited(self, end: int) -> Iterator[tuple[int, int, int]]:
+        """The time steps from `begin` on, each with its index and the time step after it; `end` after the last."""
+        followed = zip(self.timesteps, (*self.timesteps[1:], end), strict=True)
+        return islice(((n, t, following) for n, (t, following) in enumerate(followed)), self.begin, None)
 
     def alpha_cumprod(self, timestep: int) -> np.float64:
         """ᾱ at a time step, in numpy's arithmetic, where a division by zero goes on as infinity."""
@@ -53,10 +61,14 @@ class AlphaSchedule:
         level: np.float64 = self.alphas_cumprod[timestep]
         return level
 
+    def noised(self, timestep: int) -> tuple[float, float]:
+        """What a clean latent and noise are multiplied by at a time step: √ᾱ, √(1−ᾱ)."""
+        alpha_cumprod = self.alpha_cumprod(timestep)
+        return np.sqrt(alpha_cumprod), np.sqrt(1 - alpha_cumprod)
+
     def split(self, timestep: int, model_input: Form, output: Form) -> tuple[Form, Form]:
         """The denoised estimate and the noise of a model's output at a time step."""
-        alpha_cumprod = self.alpha_cumprod(timestep)
-        alpha, sigma = np.sqrt(alpha_cumprod), np.sqrt(1 - alpha_cumprod)
+        alpha, sigma = self.noised(timestep)
         return denoised_and_noise(self.config["prediction_type"], alpha, sigma, model_input, output)
 
 
@@ -110,18 +122,19 @@ def _schedule(request: Request, timesteps: tuple[int, ...]) -> AlphaSchedule:
 def ddim(schedule: AlphaSchedule) -> Iterator[Row]:
     """Song et al. 2021 (2010.02502), equations 12 and 16; eta 1 has DDPM's variance."""
     x, _, output, z = basis(0)
-    for n, t in enumerate(schedule.timesteps):
+    for n, t, _ in schedule.visited(-1):
         now, then = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t - schedule.stride)
         denoised, noise = schedule.split(t, x, output)
         deviation = schedule.eta * np.sqrt((1 - then) / (1 - now) * (1 - now / then))
         direction = np.sqrt(max(1 - then - deviation**2, 0.0))
-        yield Row(t, n, x, (np.sqrt(then) * denoised + direction * noise + deviation * z,), denoised)
+        moved = np.sqrt(then) * denoised + direction * noise + deviation * z
+        yield Row(t, n, x, (moved,), denoised, schedule.noised(t))
 
 
 def ddpm(schedule: AlphaSchedule) -> Iterator[Row]:
     """Ho et al. 2020 (2006.11239), equations 6 and 7; no noise at time step 0."""
     x, _, output, z = basis(0)
-    for n, (t, previous) in enumerate(_with_next(schedule.timesteps, -1)):
+    for n, t, previous in schedule.visited(-1):
         now = schedule.alpha_cumprod(t)
         then = schedule.alpha_cumprod(previous) if previous >= 0 else np.float64(1)
         denoised, _ = schedule.split(t, x, output)
@@ -130,14 +143,14 @@ def ddpm(schedule: AlphaSchedule) -> Iterator[Row]:
         variance = beta if schedule.config["variance_type"] == "fixed_large" else posterior
         deviation = np.sqrt(variance) if t > 0 else 0.0
         mean = np.sqrt(then) * beta / (1 - now) * denoised + np.sqrt(now / then) * (1 - then) / (1 - now) * x
-        yield Row(t, n, x, (mean + deviation * z,), denoised)
+        yield Row(t, n, x, (mean + deviation * z,), denoised, schedule.noised(t))
 
 
 def lcm(schedule: AlphaSchedule) -> Iterator[Row]:
     """Luo et al. 2023 (2310.04378), multistep sampling of a consistency model; the skip weights as in diffusers."""
     x, _, output, z = basis(0)
     last = len(schedule.timesteps) - 1
-    for n, (t, following) in enumerate(_with_next(schedule.timesteps, 0)):
+    for n, t, following in schedule.visited(0):
         prediction, _ = schedule.split(t, x, output)
         scaled = t * schedule.config["timestep_scaling"]
         skip = _LCM_SIGMA_DATA**2 / (scaled**2 + _LCM_SIGMA_DATA**2)
@@ -145,14 +158,14 @@ def lcm(schedule: AlphaSchedule) -> Iterator[Row]:
         denoised = out * prediction + skip * x
         then = schedule.alpha_cumprod(following)
         renoised = np.sqrt(then) * denoised + np.sqrt(1 - then) * z
-        yield Row(t, n, x, (denoised if n == last else renoised,), denoised)
+        yield Row(t, n, x, (denoised if n == last else renoised,), denoised, schedule.noised(t))
 
 
 def tcd(schedule: AlphaSchedule) -> Iterator[Row]:
     """Zheng et al. 2024 (2402.19159), strategic stochastic sampling; diffusers' `eta` is the paper's γ."""
     x, _, output, z = basis(0)
     last = len(schedule.timesteps) - 1
-    for n, (t, following) in enumerate(_with_next(schedule.timesteps, 0)):
+    for n, t, following in schedule.visited(0):
         # In float32 as diffusers has it: the product may lie on either side of a whole number.
         towards = int(np.floor(np.float32(1 - schedule.eta) * np.float32(following)))
         then, between = schedule.alpha_cumprod(following), schedule.alpha_cumprod(towards)
@@ -160,7 +173,8 @@ def tcd(schedule: AlphaSchedule) -> Iterator[Row]:
         solved = np.sqrt(between) * denoised + np.sqrt(1 - between) * noise
         ratio = then / between
         renoised = np.sqrt(ratio) * solved + np.sqrt(1 - ratio) * z
-        yield Row(t, n, x, (renoised if schedule.eta > 0 and n < last else solved,), denoised)
+        moved = renoised if schedule.eta > 0 and n < last else solved
+        yield Row(t, n, x, (moved,), denoised, schedule.noised(t))
 
 
 # Adams–Bashforth weights on the newest prediction first (Liu et al. 2022, 2202.09778, equation 12).
@@ -172,23 +186,31 @@ def pndm(schedule: AlphaSchedule) -> Iterator[Row]:
 
     The second time step is visited twice: the first step is taken again from its beginning with the mean of both
     predictions. Its beginning is not kept but recovered from where the first attempt led.
+
+    To begin at step b, diffusers leaves out b model calls: what is left visits t(b−1), t(b), t(b+1) … once each, or
+    t1, t1, t2 … for b = 1, and takes the first step twice as ever. From the third row on, x is therefore one step
+    noisier than its time step says. That is kept, for parity.
     """
     x, (h1, h2, h3), output, _ = basis(3)
-    t0, *rest = schedule.timesteps
-    first = _pndm_transfer(schedule, t0, t0 - schedule.stride)
-    yield Row(t0, 0, x, (first[0] * x + first[1] * output, output), schedule.split(t0, x, output)[0])
-    if not rest:
-        return
-    t1 = rest[0]
-    again = _pndm_transfer(schedule, t1 + schedule.stride, t1)
-    beginning = (x - first[1] * h1) / first[0]
-    yield Row(t1, 0, x, (again[0] * beginning + again[1] * (output + h1) / 2, h1), schedule.split(t1, x, output)[0])
     predictions = (output, h1, h2, h3)
-    for n, t in enumerate(rest, 1):
-        weights = _ADAMS_BASHFORTH[min(n, 3)]
-        mixed = sum((weight * form for weight, form in zip(weights, predictions, strict=False)), np.zeros_like(x))
-        kept, moved = _pndm_transfer(schedule, t, t - schedule.stride)
-        yield Row(t, n, x, (kept * x + moved * mixed, *predictions[:3]), schedule.split(t, x, output)[0])
+    calls = (*schedule.timesteps[:2], *schedule.timesteps[1:])
+    beginning = x
+    for n, t in enumerate(calls[schedule.begin :]):
+        denoised, _ = schedule.split(t, x, output)
+        state: tuple[Form, ...]
+        if n == 0:
+            kept, moved = _pndm_transfer(schedule, t, t - schedule.stride)
+            beginning = (x - moved * h1) / kept
+            state = (kept * x + moved * output, output)
+        elif n == 1:
+            kept, moved = _pndm_transfer(schedule, t + schedule.stride, t)
+            state = (kept * beginning + moved * (output + h1) / 2, h1)
+        else:
+            kept, moved = _pndm_transfer(schedule, t, t - schedule.stride)
+            weights = _ADAMS_BASHFORTH[min(n - 1, 3)]
+            mixed = sum((weight * form for weight, form in zip(weights, predictions, strict=False)), np.zeros_like(x))
+            state = (kept * x + moved * mixed, *predictions[:3])
+        yield Row(t, max(n - 1, 0), x, state, denoised, schedule.noised(t))
 
 
 def _pndm_transfer(schedule: AlphaSchedule, t: int, previous: int) -> tuple[np.float64, np.float64]:
@@ -199,7 +221,3 @@ def _pndm_transfer(schedule: AlphaSchedule, t: int, previous: int) -> tuple[np.f
     if schedule.config["prediction_type"] == "v_prediction":
         return kept + moved * np.sqrt(1 - now), moved * np.sqrt(now)
     return kept, moved
-
-
-def _with_next(timesteps: tuple[int, ...], end: int) -> Iterator[tuple[int, int]]:
-    return zip(timesteps, (*timesteps[1:], end), strict=True)

@@ -121,6 +121,26 @@ def test_guidance_interval_switches_guidance_by_steps() -> None:
     assert plan(steps=10, guidance_interval=(0.2, 0.7)).guided == (False,) * 2 + (True,) * 5 + (False,) * 3
 
 
+def test_strength_leaves_out_the_first_steps() -> None:
+    compiled = plan(steps={"unet": 10, "unet_small": 15}, strength=0.8)
+    assert compiled.steps == (("unet", 5), ("unet_small", 15))
+    assert compiled.table.timesteps.tolist() == plan(steps=25).table.timesteps.tolist()[5:]
+    assert plan(steps={"unet": 10, "unet_small": 15}, strength=0.5).steps == (("unet_small", 12),)
+
+
+@pytest.mark.parametrize("solver", ["pndm", "heun"])
+def test_strength_counts_steps_where_solvers_call_twice(solver: str) -> None:
+    assert plan(steps={"unet": 5, "unet_small": 5}, solver=solver, strength=0.8).steps == (
+        ("unet", 3),
+        ("unet_small", 5),
+    )
+
+
+def test_guidance_interval_is_of_the_steps_that_run() -> None:
+    guided = plan(steps=10, strength=0.5, guidance_interval=(0.2, 0.7)).guided
+    assert guided == (False, True, True, True, False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -134,6 +154,8 @@ def test_guidance_interval_switches_guidance_by_steps() -> None:
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
         ({"guidance_interval": (0.0, math.nan)}, "guidance_interval"),
         ({"steps": 2, "timesteps": [999]}, "timesteps.*got 1, expected 2"),
+        ({"steps": 10, "strength": 0.05}, "strength: of 10 steps, none is left, got 0.05"),
+        ({"strength": 1.5}, "strength.*got 1.5"),
     ],
 )
 def test_unusable_schedules_are_refused(arguments: dict[str, Any], words: str) -> None:

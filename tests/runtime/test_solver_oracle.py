@@ -288,6 +288,13 @@ def test_published_one_step_coefficients(name: str) -> None:
     assert table.prediction[0, 0] == pytest.approx(expected["x0_from_eps"], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["hyper_tcd_sd15", "hyper_tcd_sdxl"])
+def test_hyper_sd_unified_lora(name: str) -> None:
+    """Published for 1 to 8 steps of TCD with eta 1: every step but the last takes fresh noise."""
+    for count in range(1, 9):
+        compare(Case(SHIPPED[name]["class_name"], SHIPPED[name]["config"], eta=1.0), count)
+
+
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_whole_trajectories(case: Case) -> None:
     """A model that is not linear, on random latents and noise."""

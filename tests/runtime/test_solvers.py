@@ -57,7 +57,8 @@ def test_with_noise_every_step_but_the_last_draws_it(name: str) -> None:
 @settings(deadline=None, max_examples=60)
 def test_the_state_is_all_a_run_needs_to_go_on(name: str, steps: int, data: st.DataObject) -> None:
     """Stopping before any row and going on from the state with a table compiled anew repeats the run to the bit."""
-    table, again = compiled(name, steps), compiled(name, steps)
+    begin = data.draw(st.integers(0, steps - 1))
+    table, again = compiled(name, steps, begin=begin), compiled(name, steps, begin=begin)
     stop = data.draw(st.integers(0, table.rows))
     random = np.random.default_rng(steps)
     noises = random.standard_normal((table.rows, 8))
