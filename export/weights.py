@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,10 +47,14 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One safetensors file, its header read and checked; see `Weights`."""
+    """One safetensors file, its header read and checked; see `Weights`.
+
+    metadata: what the header's `__metadata__` holds, by key; not checked.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -128,6 +132,7 @@ def read_header(path: Path) -> SafetensorsFile:
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        metadata = dict(header.get("__metadata__") or {})
         shapes = {name: tuple(int(length) for length in entry["shape"]) for name, entry in entries.items()}
         spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
         wanted = {
@@ -145,7 +150,7 @@ def read_header(path: Path) -> SafetensorsFile:
     if size != expected:
         what = "truncated" if size < expected else "size"
         raise CheckpointError(str(path), what, got=size, expected=f"{expected} bytes", remedy=_AGAIN)
-    return SafetensorsFile(path, shapes)
+    return SafetensorsFile(path, shapes, metadata)
 
 
 def load_tensors(weights: Weights) -> dict[str, torch.Tensor]:

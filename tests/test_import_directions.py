@@ -54,7 +54,7 @@ RULES = {
     "export/": Rule(
         ours=frozenset({"runtime"}),
         third_party=TORCH_STACK | {"numpy", "msgspec", "tokenizers", "onnx", "onnxscript"},
-        lazy_third_party=frozenset({"onnxruntime", "peft"}),
+        lazy_third_party=frozenset({"onnxruntime"}),
     ),
     # Quantizers join lazy_third_party as they come.
     "calibrate/": Rule(ours=frozenset({"runtime", "engines"}), third_party=frozenset({"numpy", "msgspec"})),

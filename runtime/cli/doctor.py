@@ -21,7 +21,7 @@ example:
 
 Nothing is changed and nothing is downloaded. Please add the output of `tandemrt doctor --json` to a bug report.
 """
-EXPORT_NEEDS = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "peft")
+EXPORT_NEEDS = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript")
 PACKAGES = ("numpy", "tokenizers", "Pillow", "msgspec", "rich", *EXPORT_NEEDS, "cuda-bindings")
 
 
