@@ -176,19 +176,20 @@ def begin_at_strength(class_name: str, num_inference_steps: int, strength: float
     the former and up for the latter.
 
     Raises:
-        PlanError: strength is not in 0..1 or leaves no step.
+        PlanError: strength is not in 0..1 or leaves no step, or num_inference_steps is no usable number.
     """
     share = finite_number(strength)
     if share is None or not 0 < share <= 1:
         raise PlanError("strength", "cannot be used", got=strength, expected="a number above 0 and up to 1")
-    wanted = num_inference_steps * share
-    begin = int(num_inference_steps - wanted) if _is_flow(class_name) else num_inference_steps - int(wanted)
-    if begin == num_inference_steps:
+    steps = _checked_steps(num_inference_steps, None, _config.MAX_TIMESTEPS)
+    wanted = steps * share
+    begin = int(steps - wanted) if _is_flow(class_name) else steps - int(wanted)
+    if begin == steps:
         raise PlanError(
             "strength",
-            f"of {num_inference_steps} steps, none is left",
+            f"of {steps} steps, none is left",
             got=strength,
-            expected=f"1/{num_inference_steps} or more",
+            expected=f"1/{steps} or more",
             remedy="Raise strength, or ask for more steps.",
         )
     return begin

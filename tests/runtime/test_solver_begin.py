@@ -162,6 +162,12 @@ def test_unusable_strengths_are_refused(strength: Any) -> None:
         begin_at_strength("DDIMScheduler", 10, strength)
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5, 10**400])
+def test_strengths_of_unusable_step_counts_are_refused(count: Any) -> None:
+    with pytest.raises(PlanError, match="num_inference_steps: cannot be used"):
+        begin_at_strength("DDIMScheduler", count, 0.5)
+
+
 @pytest.mark.parametrize("begin", [-1, 5, 1.0, True, None])
 def test_unusable_beginnings_are_refused(begin: Any) -> None:
     with pytest.raises(PlanError, match=r"begin: cannot be used.*0\.\.4"):
