@@ -75,7 +75,8 @@ def normal(shape: tuple[int, ...]) -> Float32:
 
 def runtime_loop(scheduler_class: str) -> Callable[[], Float32]:
     """One generation by this runtime, its schedule compiled anew; returns the latents, (1, 4, 64, 64) float32."""
-    conditioning = Conditioning(normal(TEXT_SHAPE), normal(TEXT_SHAPE))
+    text = {"encoder_hidden_states": normal(TEXT_SHAPE)}
+    conditioning = {"unet": Conditioning(text, text)}
     noise, sessions = normal(LATENT_SHAPE), {"unet": StubSession()}
 
     def generate() -> Float32:

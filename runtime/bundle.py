@@ -17,7 +17,7 @@ from typing import BinaryIO
 from . import manifest as manifests
 from .errors import BundleError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Component, FileRecord, Manifest, TensorSpec
-from .manifest_checks import TOKENIZER, check_manifest
+from .manifest_checks import TOKENIZER_FILE, check_manifest
 from .onnx_files import external_files
 from .tensors import check_loaded
 
@@ -97,8 +97,9 @@ class Bundle:
         others = {
             posixpath.normpath(posixpath.join(folder, path)) for path in external_files(self.path / component.model)
         }
-        if component.role == "text_encoder":
-            others.update(name for name in files if name.startswith(posixpath.dirname(TOKENIZER) + "/"))
+        if name in self.manifest.text.encoders:
+            tokenizer = f"{self.manifest.text.encoders[name].tokenizer}/"
+            others.update(path for path in files if path.startswith(tokenizer))
         _check_files(self.path, {other: files[other] for other in sorted(others)})
 
     def check_tensors(self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -108,9 +109,9 @@ class Bundle:
         check_loaded(where, inputs, component.inputs)
         check_loaded(where, outputs, component.outputs)
 
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.path / TOKENIZER
+    def tokenizer_path(self, encoder: str) -> Path:
+        """Where the tokenizer of a text encoder lies, one of the manifest's `text.encoders`."""
+        return self.path / self.manifest.text.encoders[encoder].tokenizer / TOKENIZER_FILE
 
 
 def _require_bundle(folder: Path) -> None:

@@ -6,12 +6,15 @@ import math
 import re
 
 from .errors import BundleError
-from .manifest import MANIFEST_NAME, SEAL_NAME, FileRecord, Manifest
-from .tensors import check_role
+from .manifest import MANIFEST_NAME, SEAL_NAME, Component, FileRecord, Manifest, TextEncoding
+from .tensors import check_role, spec_of
 
-TOKENIZER = "tokenizer/tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 MAX_PATH_CHARACTERS = 255
 MAX_EXTENT = 1 << 16
+MAX_ENCODERS = 3
+MIN_GUIDANCE_WIDTH = 4  # its frequencies fall from 1 to 1/10000 in half as many steps, less one
+TIME_IDS = 6  # original height and width, top and left of the crop, target height and width
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -28,6 +31,8 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     _check_listing(manifest.files, where)
     _check_components(manifest, where)
     _check_facts(manifest, where)
+    _check_text(manifest, where)
+    _check_conditioned(manifest, where)
 
 
 def _check_listing(files: dict[str, FileRecord], where: str) -> None:
@@ -72,8 +77,6 @@ def _check_components(manifest: Manifest, where: str) -> None:
     for role in ("text_encoder", "denoiser", "vae_decoder"):
         if not any(component.role == role for component in manifest.components.values()):
             raise BundleError(where, f"no component with role {role!r}", remedy="Export the bundle again.")
-    if TOKENIZER not in manifest.files:
-        raise BundleError(where, f"no {TOKENIZER} among the files", remedy="Export the bundle again.")
 
 
 def _check_facts(manifest: Manifest, where: str) -> None:
@@ -101,3 +104,75 @@ def _check_facts(manifest: Manifest, where: str) -> None:
     ):
         if not math.isfinite(value):
             raise BundleError(where, name, got=value, expected="a finite number")
+
+
+def _check_text(manifest: Manifest, where: str) -> None:
+    """The text encoders are there with what is taken from them, and what they make fits the other models."""
+    text = manifest.text
+    behind = False
+    for name, facts in text.encoders.items():
+        _check_encoder(manifest, where, name, facts)
+        if facts.joins == "width" and behind:
+            raise BundleError(where, f"text.{name}.joins", got="width", expected="sequence, as the encoder before it")
+        behind = behind or facts.joins == "sequence"
+    beside = [facts for facts in text.encoders.values() if facts.joins == "width"]
+    lengths, width = sorted({facts.max_length for facts in beside}), sum(facts.width for facts in beside)
+    if len(lengths) > 1:
+        raise BundleError(where, "text: max_length of encoders side by side", got=lengths, expected="one length")
+    widest = max([width, *(facts.width for facts in text.encoders.values() if facts.joins == "sequence")])
+    count = len(text.encoders)
+    if not 1 <= count <= MAX_ENCODERS or widest > text.width or not 0 <= text.zero_tokens <= MAX_EXTENT:
+        got = f"{count} encoders, width {text.width}, zero_tokens {text.zero_tokens}"
+        expected = f"1 to {MAX_ENCODERS} encoders, width {widest} or more, zero_tokens 0 to {MAX_EXTENT}"
+        raise BundleError(where, "text", got=got, expected=expected)
+
+
+def _check_conditioned(manifest: Manifest, where: str) -> None:
+    """What the other models are given is as wide as it is made."""
+    for name, component in manifest.components.items():
+        if component.role not in ("denoiser", "controlnet"):
+            continue
+        for tensor, size in _conditioned_sizes(manifest).items():
+            spec = spec_of(component.inputs, tensor)
+            stated = spec.shape[-1] if spec is not None and spec.shape else size
+            if isinstance(stated, int) and stated != size:
+                what = f"last dimension of {tensor} of {component.role} {name!r}"
+                raise BundleError(where, what, got=stated, expected=f"{size}, what the text encoders make")
+        guidance = spec_of(component.inputs, "timestep_cond")
+        width = guidance.shape[-1] if guidance is not None and guidance.shape else MIN_GUIDANCE_WIDTH
+        if not isinstance(width, int) or not MIN_GUIDANCE_WIDTH <= width <= MAX_EXTENT:
+            what, expected = f"width of timestep_cond of {name!r}", f"{MIN_GUIDANCE_WIDTH} to {MAX_EXTENT}"
+            raise BundleError(where, what, got=width, expected=expected)
+
+
+def _conditioned_sizes(manifest: Manifest) -> dict[str, int]:
+    pooled = manifest.text.pooled_width
+    return {
+        "encoder_hidden_states": manifest.text.width,
+        "text_embeds": pooled,
+        "pooled_projections": pooled,
+        "time_ids": TIME_IDS,
+    }
+
+
+def _check_encoder(manifest: Manifest, where: str, name: str, facts: TextEncoding) -> None:
+    component: Component | None = manifest.components.get(name)
+    if component is None or component.role != "text_encoder":
+        known = ", ".join(manifest.names("text_encoder"))
+        raise BundleError(where, "text: no such text encoder", got=name, expected=f"one of {known}")
+    if f"{facts.tokenizer}/{TOKENIZER_FILE}" not in manifest.files:
+        missing = f"{facts.tokenizer}/{TOKENIZER_FILE}"
+        raise BundleError(where, f"no {missing[:256]} among the files", remedy="Export the bundle again.")
+    used = [facts.hidden_state] if facts.pooled is None else [facts.hidden_state, facts.pooled]
+    specs = [spec_of(component.outputs, output) for output in used]
+    if not all(spec is not None and spec.dtype == "float32" for spec in specs):
+        raise BundleError(
+            where,
+            f"outputs of text_encoder {name!r}",
+            got=", ".join(f"{spec.name} {spec.dtype}" for spec in component.outputs),
+            expected=", ".join(f"{output} float32" for output in used),
+            remedy="Export the bundle again.",
+        )
+    if (facts.pooled is None) != (facts.pooled_width == 0) or not 0 <= facts.pooled_width <= MAX_EXTENT:
+        expected = f"1 to {MAX_EXTENT} with a pooled output, 0 without one"
+        raise BundleError(where, f"text.{name}.pooled_width", got=facts.pooled_width, expected=expected)

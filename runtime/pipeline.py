@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -17,15 +17,17 @@ from .arguments import thread_count
 from .backends import open_session
 from .backends.base import Session
 from .bundle import Bundle
+from .conditioning import check_conditioning, conditioned
 from .errors import BundleError, CancelledError, ExecutionError, RequestError, TandemError
 from .images import Float32, image_from_pixels, pixels_from_decoded
-from .manifest import TextConditioning
+from .noise import Noise
 from .output import Output, RowTiming, StepEvent, Timings
 from .plan import Plan, compile_plan
-from .request import Noise, Request, checked_array, require_known
-from .sampler import Conditioning, Sampler
+from .request import Request
+from .request_checks import checked_array, require_known
+from .sampler import Sampler
 from .targets import Target, check_installed, check_runnable, parse_target
-from .text import DroppedText, PromptEncoder
+from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,6 +105,7 @@ class Pipeline:
         self.bundle, self.target, self._threads = bundle, target, threads
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
+        self._encoders: dict[str, PromptEncoder] = {}
         self._closed = False
 
     @classmethod
@@ -163,7 +166,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
-        _check_embeddings(request, manifest.text, guided=any(plan.guided))
+        check_conditioning(request, manifest, plan)
         if request.latents is not None:
             checked_array("latents", request.latents, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
@@ -174,7 +177,11 @@ class Pipeline:
     ) -> Generator[StepEvent, None, Output]:
         _stop_if(cancelled, 0, plan)
         began = time.perf_counter()
-        conditioning, dropped = self._conditioning(request, guided=any(plan.guided))
+        manifest = self.bundle.manifest
+        factor = manifest.latent.downsampling
+        size = (noise.shape[2] * factor, noise.shape[3] * factor)
+        encode = functools.partial(self._encoded, strict=request.strict_prompts)
+        conditioning, dropped = conditioned(request, manifest, plan, size, encode)
         text_ms = _since(began)
         sessions = {name: self._session(name) for name in dict.fromkeys(plan.denoisers)}
         sampler = Sampler(plan, sessions, conditioning, noise.draw)
@@ -194,27 +201,21 @@ class Pipeline:
         images = _images(pixels) if request.output_type == "pil" else pixels
         return Output(images, state.latents, timings, plan, noise.seeds, dropped)
 
-    def _conditioning(self, request: Request, *, guided: bool) -> tuple[Conditioning, tuple[DroppedText, ...]]:
-        """The text embeddings of both branches, repeated for each picture, and the text that was cut."""
-        conditional, dropped = self._embeddings(request.prompts, request.prompt_embeds, request)
-        unconditional = None
-        if guided:
-            texts = ("",) if request.negative_prompts is None else request.negative_prompts
-            negative, cut = self._embeddings(texts, request.negative_prompt_embeds, request)
-            dropped += cut
-            unconditional = np.broadcast_to(negative, conditional.shape).repeat(request.num_images_per_prompt, axis=0)
-        return Conditioning(conditional.repeat(request.num_images_per_prompt, axis=0), unconditional), dropped
+    def _encoded(self, prompts: Sequence[Sequence[str]], *, strict: bool) -> tuple[Embeddings, tuple[DroppedText, ...]]:
+        """What the text encoders make of prompts, a list for each in their order, joined, and the text that was cut."""
+        parts, dropped = [], []
+        text = self.bundle.manifest.text
+        for name, texts in zip(text.encoders, prompts, strict=False):
+            part, cut = self._encoder(name).encode(texts, strict=strict)
+            parts.append(part)
+            dropped += [(name, one) for one in cut]
+        return joined(text, parts), merged(dropped)
 
-    def _embeddings(
-        self, texts: tuple[str, ...] | None, embeds: Float32 | None, request: Request
-    ) -> tuple[Float32, tuple[DroppedText, ...]]:
-        if embeds is not None:
-            return embeds, ()
-        return self._encoder.encode(texts or (), strict=request.strict_prompts)
-
-    @functools.cached_property
-    def _encoder(self) -> PromptEncoder:
-        return PromptEncoder(self.bundle, self._session("text_encoder"))
+    def _encoder(self, name: str) -> PromptEncoder:
+        with self._lock:
+            if name not in self._encoders:
+                self._encoders[name] = PromptEncoder(self.bundle, name, self._session(name))
+            return self._encoders[name]
 
     def _session(self, name: str) -> Session:
         with self._lock:
@@ -256,26 +257,6 @@ class Pipeline:
             if not np.isfinite(decoded).all():
                 raise ExecutionError(decoder, "NaN or Inf in the picture", remedy="If it is fp16, export it as fp32.")
             yield pixels_from_decoded(decoded)[0]
-
-
-def _check_embeddings(request: Request, text: TextConditioning, *, guided: bool) -> None:
-    """Raise RequestError unless given embeddings fit the denoisers and each other."""
-    tokens = text.max_length
-    if request.prompt_embeds is not None:
-        tokens = request.prompt_embeds.shape[1]
-        checked_array("prompt_embeds", request.prompt_embeds, (None, max(tokens, 1), text.width))
-    negative = request.negative_prompt_embeds
-    if negative is not None:
-        prompts = 1 if len(negative) == 1 else request.batch
-        checked_array("negative_prompt_embeds", negative, (prompts, tokens, text.width))
-    elif guided and tokens != text.max_length:
-        raise RequestError(
-            "prompt_embeds",
-            "tokens",
-            got=tokens,
-            expected=f"{text.max_length}, as the negative prompt has under guidance",
-            remedy="Give negative_prompt_embeds of as many tokens too.",
-        )
 
 
 def _images(pixels: Iterator[Float32] | tuple[Float32, ...]) -> tuple[Image.Image, ...]:

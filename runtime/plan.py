@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,8 +13,10 @@ from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
 from .solvers import begin_at_strength, compile_table, resolve_solver
 from .table import Table
+from .tensors import spec_of
 
 MAX_STEP_DIGITS = 9
+GUIDANCE_EMBEDDING = "timestep_cond"
 
 Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
 
@@ -30,8 +32,9 @@ class Schedule:
     solver_config: scheduler keys that override the bundle's, such as `{"use_karras_sigmas": True}`.
     timesteps: explicit time steps, where the solver takes them; their number is the number of steps.
     eta: DDIM's eta, TCD's gamma.
-    guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers.
-    guidance_interval: the part of the steps that run, as fractions (start, end), in which guidance is on.
+    guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers. A
+        denoiser that takes it as an embedding, as LCMs do, never runs the other branch.
+    guidance_interval: the part of the steps that run, as fractions (start, end), in which both branches do.
     strength: how much image-to-image and inpainting change the image, above 0 and up to 1. `steps` counts the whole
         schedule, as in diffusers; below 1 it begins later, so that the first denoisers run fewer steps or none.
     """
@@ -40,7 +43,7 @@ class Schedule:
     solver: str | None = None
     solver_config: Mapping[str, Any] | None = None
     timesteps: Sequence[int] | None = None
-    eta: float = 0.0
+    eta: float | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     strength: float = 1.0
@@ -51,12 +54,14 @@ class Plan:
     """One generation's schedule, compiled.
 
     denoisers, guided: for each of the table's rows, which component runs and whether both guidance branches do.
+    guidance_embedded: the denoisers that are given the guidance scale instead, as an embedding.
     """
 
     table: Table
     denoisers: tuple[str, ...]
     guided: tuple[bool, ...]
     guidance_scale: float
+    guidance_embedded: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[tuple[str, int], ...]:
@@ -73,6 +78,8 @@ class Plan:
     def __repr__(self) -> str:
         steps = ", ".join(f"{name} {count}" for name, count in self.steps)
         guidance = f"{self.guidance_scale:g} on {sum(self.guided)} of {self.table.rows} rows"
+        if self.guidance_embedded:
+            guidance += f", embedded for {', '.join(self.guidance_embedded)}"
         return f"<Plan {steps}; {self.table.solver}; guidance {guidance}>"
 
     def facts(self) -> dict[str, Any]:
@@ -84,6 +91,7 @@ class Plan:
             "denoisers": list(self.denoisers),
             "guided": list(self.guided),
             "guidance_scale": self.guidance_scale,
+            "guidance_embedded": list(self.guidance_embedded),
         }
 
 
@@ -98,25 +106,31 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
             0..1; a strength that is not in 0..1 or leaves no step.
         RequestError: guidance that is negative, NaN or infinite.
     """
-    timesteps = _timesteps(schedule)
+    _require_solver(schedule)
+    timesteps = _timesteps(manifest, schedule)
     runs = _runs(manifest, schedule, timesteps)
     guidance_scale = _guidance_scale(manifest, schedule)
     start, end = _guidance_interval(schedule)
-    _require_solver(schedule)
     total = sum(count for _, count in runs)
-    default = _default_scheduler(manifest, runs)
+    default = _default_scheduler(manifest, {name for name, _ in runs})
     solver = default.class_name if schedule.solver is None else schedule.solver
     class_name, config = resolve_solver(solver, default.config, schedule.solver_config)
+    eta = schedule.eta
+    if eta is None:
+        eta = manifest.defaults.eta if schedule.solver is None and default is manifest.scheduler else 0.0
     begin = begin_at_strength(class_name, total, schedule.strength)
-    table = compile_table(class_name, config, total, timesteps=timesteps, eta=schedule.eta, begin=begin)
+    table = compile_table(class_name, config, total, timesteps=timesteps, eta=eta, begin=begin)
     by_step = [name for name, count in runs for _ in range(count)][begin:]
     left = len(by_step)
     on = [guidance_scale > 1 and start <= step / left < end for step in range(left)]
+    used = dict.fromkeys(by_step)
+    embedded = tuple(name for name in used if spec_of(manifest.components[name].inputs, GUIDANCE_EMBEDDING))
     return Plan(
         table=table,
         denoisers=tuple(by_step[step] for step in table.steps),
-        guided=tuple(on[step] for step in table.steps),
+        guided=tuple(on[step] and by_step[step] not in embedded for step in table.steps),
         guidance_scale=guidance_scale,
+        guidance_embedded=embedded,
     )
 
 
@@ -184,10 +198,12 @@ def _pairs(steps: object, first: str) -> tuple[tuple[str, object], ...]:
     return pairs
 
 
-def _timesteps(schedule: Schedule) -> tuple[int, ...] | None:
+def _timesteps(manifest: Manifest, schedule: Schedule) -> tuple[int, ...] | None:
     given: object = schedule.timesteps
     if given is None:
-        return None
+        default = _default_scheduler(manifest, {manifest.names("denoiser")[0]})
+        own = schedule.steps is None and schedule.solver is None and default is manifest.scheduler
+        return manifest.defaults.timesteps if own else None
     listed = given.ndim > 0 if isinstance(given, np.ndarray) else isinstance(given, Sequence)
     listed = listed and not isinstance(given, str | bytes)
     numbers = [whole_number(timestep) for timestep in given] if listed else [None]  # type: ignore[attr-defined]
@@ -217,10 +233,9 @@ def _guidance_interval(schedule: Schedule) -> tuple[float, float]:
     return start, end
 
 
-def _default_scheduler(manifest: Manifest, runs: Sequence[tuple[str, int]]) -> SchedulerDefaults:
-    used = {name for name, _ in runs}
-    own = manifest.components[used.pop()].scheduler if len(used) == 1 else None
-    return own or manifest.scheduler
+def _default_scheduler(manifest: Manifest, used: Collection[str]) -> SchedulerDefaults:
+    own = [manifest.components[name].scheduler for name in used]
+    return (own[0] if len(own) == 1 else None) or manifest.scheduler
 
 
 def _guidance_scale(manifest: Manifest, schedule: Schedule) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,23 +14,18 @@ from .arguments import whole_number
 from .errors import RequestError
 from .manifest import Manifest
 from .plan import Schedule, Steps
-from .rng import new_generator
+from .request_checks import checked_array, require_count, require_pictures, side, size_pair, texts
 
 Float32 = npt.NDArray[np.float32]
-MAX_SIDE = 16_384
-MAX_PICTURES = 4096
 MAX_PIXELS = 1 << 28
 
 OutputType = Literal["pil", "np", "latent"]
 
-# Arguments of diffusers' pipelines that have another name here.
-_INSTEAD = {
-    "generator": "Give seed=, a number or one for each picture.",
-    "callback": "Use pipe.stream(...), which gives an event after each row.",
-    "callback_on_step_end": "Use pipe.stream(...), which gives an event after each row.",
-    "return_dict": "Leave it out: what comes back is an Output with images.",
-    "sigmas": "Give timesteps=, or sigma keys such as use_karras_sigmas in solver_config=.",
-}
+SIZES = tuple(
+    f"{branch}{name}"
+    for branch in ("", "negative_")
+    for name in ("original_size", "target_size", "crops_coords_top_left")
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,8 @@ class Request:
     """One generation. Names and meanings are those of diffusers' `StableDiffusionPipeline` where it has them.
 
     prompt, negative_prompt: a text or a batch of texts; one negative prompt serves the whole batch.
+    prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: for a second and third text encoder, which read the first
+        prompt otherwise; an empty text stands for that too. One serves the whole batch.
     steps: see `Schedule.steps`; `num_inference_steps` is the same for a plain number.
     solver, solver_config, timesteps, eta, guidance_scale, guidance_interval: see `Schedule`.
     height, width: pixels; the bundle's defaults otherwise.
@@ -50,6 +45,10 @@ class Request:
     seed_device: whose random numbers, torch's on the CPU or on CUDA.
     latents: standard normal noise to start from, (pictures, C, H/8, W/8) float32, instead of the seed's.
     prompt_embeds, negative_prompt_embeds: (prompts, tokens, width) float32, instead of texts.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: (prompts, width) float32, beside these where a bundle uses
+        pooled text.
+    original_size, target_size, crops_coords_top_left and the same for the negative prompt: SDXL's sizes as (height,
+        width) and (top, left); height and width of the picture, and (0, 0), otherwise.
     decoder: which of the bundle's decoders paints; the first by default.
     output_type: `pil` images, `np` (pictures, H, W, 3) float32 in [0, 1], or `latent`.
     previews: decode a preview after every so many rows, with the tiny decoder where there is one; 0 for none.
@@ -66,7 +65,7 @@ class Request:
     solver: str | None = None
     solver_config: Mapping[str, Any] | None = None
     timesteps: Sequence[int] | None = None
-    eta: float = 0.0
+    eta: float | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     height: int | None = None
@@ -81,56 +80,94 @@ class Request:
     output_type: OutputType = "pil"
     previews: int = 0
     strict_prompts: bool = False
+    prompt_2: str | Sequence[str] | None = None
+    prompt_3: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    negative_prompt_3: str | Sequence[str] | None = None
+    pooled_prompt_embeds: Float32 | None = None
+    negative_pooled_prompt_embeds: Float32 | None = None
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompt_embeds is None):
-            raise RequestError(
-                "prompt", "exactly one of prompt and prompt_embeds is needed", remedy="Give one of them."
-            )
-        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
-            raise RequestError("negative_prompt", "given beside negative_prompt_embeds", remedy="Give one of them.")
+        self._check_embeddings()
+        self._check_texts()
         if self.steps is not None and self.num_inference_steps is not None:
             raise RequestError("steps", "given beside num_inference_steps", remedy="Give one of them.")
         if self.num_inference_steps is not None and whole_number(self.num_inference_steps) is None:
             got = self.num_inference_steps
             raise RequestError("num_inference_steps", "not usable", got=got, expected="a whole number, 1 or more")
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = getattr(self, name)
-            if embeds is not None:
-                checked_array(name, embeds, (None, None, None))
         if self.output_type not in ("pil", "np", "latent"):
             raise RequestError("output_type", "unknown", got=self.output_type, expected="pil, np or latent")
         require_pictures(self.num_images_per_prompt)
         previews = whole_number(self.previews)
         if previews is None or previews < 0:
             raise RequestError("previews", "not usable", got=self.previews, expected="a whole number, 0 or more")
+        if isinstance(self.seed, Sequence) and len(self.seed) != self.pictures:
+            raise RequestError("seed", "how many there are", got=len(self.seed), expected=f"1 or {self.pictures}")
+        for name in SIZES:
+            if getattr(self, name) is not None:
+                size_pair(name, getattr(self, name))
+
+    def _check_texts(self) -> None:
+        """One of prompt and prompt_embeds; further prompts beside a first one, as many as there are of it or one."""
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise RequestError(
+                "prompt", "exactly one of prompt and prompt_embeds is needed", remedy="Give one of them."
+            )
         if self.batch == 0:
             name = "prompt" if self.prompt_embeds is None else "prompt_embeds"
             raise RequestError(name, "an empty list", expected="at least one prompt")
-        negatives = self.negative_prompts
-        if negatives is not None and len(negatives) not in (1, self.batch):
-            raise RequestError(
-                "negative_prompt",
-                "how many there are",
-                got=len(negatives),
-                expected=f"1 or {self.batch}, as the prompts",
-            )
-        if isinstance(self.seed, Sequence) and len(self.seed) != self.pictures:
-            raise RequestError("seed", "how many there are", got=len(self.seed), expected=f"1 or {self.pictures}")
+        for prefix in ("", "negative_"):
+            for name in (f"{prefix}prompt", f"{prefix}prompt_2", f"{prefix}prompt_3"):
+                if getattr(self, name) is None:
+                    continue
+                if getattr(self, f"{prefix}prompt_embeds") is not None:
+                    raise RequestError(name, f"given beside {prefix}prompt_embeds", remedy="Give one of them.")
+                require_count(name, texts(name, getattr(self, name)), self.batch)
+
+    def _check_embeddings(self) -> None:
+        for prefix in ("", "negative_"):
+            embeds = getattr(self, f"{prefix}prompt_embeds")
+            pooled = getattr(self, f"{prefix}pooled_prompt_embeds")
+            if embeds is not None:
+                checked_array(f"{prefix}prompt_embeds", embeds, (None, None, None))
+            if pooled is not None:
+                checked_array(f"{prefix}pooled_prompt_embeds", pooled, (None, None))
+                if embeds is None:
+                    what = f"given without {prefix}prompt_embeds"
+                    raise RequestError(f"{prefix}pooled_prompt_embeds", what, remedy="Give both, or a text.")
 
     @cached_property
-    def prompts(self) -> tuple[str, ...] | None:
-        return None if self.prompt is None else _texts("prompt", self.prompt)
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """What each text encoder in turn reads; nothing where embeddings are given."""
+        return self._by_encoder("prompt", None)
 
     @cached_property
-    def negative_prompts(self) -> tuple[str, ...] | None:
-        return None if self.negative_prompt is None else _texts("negative_prompt", self.negative_prompt)
+    def negative_prompts(self) -> tuple[tuple[str, ...], ...]:
+        """What each text encoder in turn reads for the unconditional branch; nothing where embeddings are given."""
+        return self._by_encoder("negative_prompt", "")
+
+    def _by_encoder(self, name: str, absent: str | None) -> tuple[tuple[str, ...], ...]:
+        """The texts of that name, of its second and third; those of the first where another is absent or empty."""
+        given = getattr(self, name)
+        first = absent if given is None else given
+        if first is None or getattr(self, f"{name}_embeds") is not None:
+            return ()
+        every = [texts(name, getattr(self, key) or first) for key in (name, f"{name}_2", f"{name}_3")]
+        longest = max(map(len, every))
+        return tuple(listed * (longest // len(listed)) for listed in every)
 
     @property
     def batch(self) -> int:
         """How many prompts."""
-        given = self.prompt_embeds if self.prompts is None else self.prompts
-        return 0 if given is None else len(given)
+        if self.prompt_embeds is not None:
+            return len(self.prompt_embeds)
+        return 0 if self.prompt is None else len(texts("prompt", self.prompt))
 
     @property
     def pictures(self) -> int:
@@ -158,8 +195,8 @@ class Request:
         """
         multiple = max(manifest.components[name].spatial_multiple for name in denoisers)
         pixels = multiple * manifest.latent.downsampling
-        height = _side("height", manifest.defaults.height if self.height is None else self.height, pixels)
-        width = _side("width", manifest.defaults.width if self.width is None else self.width, pixels)
+        height = side("height", manifest.defaults.height if self.height is None else self.height, pixels)
+        width = side("width", manifest.defaults.width if self.width is None else self.width, pixels)
         if self.pictures * height * width > MAX_PIXELS:
             raise RequestError(
                 "height, width",
@@ -170,72 +207,3 @@ class Request:
             )
         factor = manifest.latent.downsampling
         return self.pictures, manifest.latent.channels, height // factor, width // factor
-
-
-class Noise:
-    """The standard normal noise of one request, in the order diffusers draws it."""
-
-    def __init__(self, request: Request, shape: tuple[int, int, int, int]) -> None:
-        seed = secrets.randbits(32) if request.seed is None else request.seed
-        seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
-        self.seeds = seeds if len(seeds) == request.pictures else seeds * request.pictures
-        self._shape = shape
-        self._generators = [new_generator(value, request.seed_device) for value in seeds]
-
-    def draw(self) -> Float32:
-        """Fresh noise: (pictures, C, h, w) float32."""
-        if len(self._generators) == 1:
-            return self._generators[0].randn(self._shape)
-        return np.concatenate([generator.randn((1, *self._shape[1:])) for generator in self._generators])
-
-
-def checked_array(where: str, array: Float32, shape: tuple[int | None, ...]) -> Float32:
-    """`array` if it is float32, finite and of `shape` (None: any size).
-
-    Raises:
-        RequestError: it is not.
-    """
-    wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-        raise RequestError(where, "type", got=getattr(array, "dtype", type(array).__name__), expected="a float32 array")
-    fits = array.ndim == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
-    if not fits:
-        raise RequestError(where, "shape", got=array.shape, expected=wanted)
-    if not np.isfinite(array).all():
-        raise RequestError(where, "holds NaN or Inf", expected="finite values")
-    return array
-
-
-def require_known(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise RequestError when one of the names `given` is not `known`."""
-    for name in given:
-        if name not in known:
-            alike = get_close_matches(name, known, n=1)
-            remedy = _INSTEAD.get(name) or (f"Did you mean {alike[0]}=?" if alike else "Leave it out.")
-            raise RequestError(name, "unknown argument", expected=f"one of {', '.join(known)}", remedy=remedy)
-
-
-def require_pictures(value: object) -> None:
-    """Raise RequestError when `value` is no usable `num_images_per_prompt`."""
-    pictures = whole_number(value)
-    if pictures is None or not 1 <= pictures <= MAX_PICTURES:
-        expected = f"a whole number in 1..{MAX_PICTURES}"
-        raise RequestError("num_images_per_prompt", "not usable", got=value, expected=expected)
-
-
-def _side(name: str, given: object, multiple: int) -> int:
-    pixels = whole_number(given)
-    if pixels is None or not 0 < pixels <= MAX_SIDE or pixels % multiple:
-        expected = f"a positive multiple of {multiple} pixels, at most {MAX_SIDE}"
-        remedy = ""
-        if pixels is not None:
-            nearest = min((pixels + multiple // 2) // multiple, MAX_SIDE // multiple)
-            remedy = f"Ask for {max(nearest, 1) * multiple}."
-        raise RequestError(name, "not usable", got=given, expected=expected, remedy=remedy)
-    return pixels
-
-
-def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(value, str | Sequence):
-        raise RequestError(name, "type", got=type(value).__name__, expected="a string or a sequence of strings")
-    return (value,) if isinstance(value, str) else tuple(value)

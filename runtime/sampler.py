@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Binding, Session
+from .backends.base import Array, Binding, Session
 from .errors import ExecutionError
 from .plan import Plan
+from .tensors import latent_names
 
 Float32 = npt.NDArray[np.float32]
 Terms = tuple[tuple[int, float], ...]
@@ -37,10 +38,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """Text embeddings, (B, tokens, width) float32 each; `unconditional` may be None where no row is guided."""
+    """A denoiser's inputs beside latent and time step by name, (B, …) float32 each.
 
-    conditional: Float32
-    unconditional: Float32 | None = None
+    `unconditional` may be None where no row of it is guided.
+    """
+
+    conditional: Mapping[str, Float32]
+    unconditional: Mapping[str, Float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class SampledRow:
 class Sampler:
     """Carries a state through a plan; used by one thread at a time.
 
-    sessions: the denoisers the plan names.
+    sessions, conditioning: those of the denoisers the plan names.
     draw_noise: returns fresh standard normal noise (B, C, h, w) float32; called only for rows that need it.
     """
 
@@ -67,12 +71,12 @@ class Sampler:
         self,
         plan: Plan,
         sessions: Mapping[str, Session],
-        conditioning: Conditioning,
+        conditioning: Mapping[str, Conditioning],
         draw_noise: Callable[[], Float32],
     ) -> None:
         self._plan, self._sessions, self._conditioning, self._draw_noise = plan, sessions, conditioning, draw_noise
         self._rows = _compiled_rows(plan)
-        self._bindings: dict[tuple[str, bool], Binding] = {}
+        self._bound: dict[tuple[str, bool], _Bound] = {}
 
     def start(self, noise: Float32) -> State:
         """The state before the first row, from standard normal noise (B, C, h, w) float32."""
@@ -103,16 +107,15 @@ class Sampler:
         row, batch = self._rows[state.row], len(scratch)
         prediction, noise = vectors[-2], vectors[-1]
         vectors[:-2] = state.arrays
-        binding = self._binding(row, scratch.shape)
-        sample = binding.inputs["sample"]
+        bound = self._bound.get((row.denoiser, row.guided)) or self._bind(row, scratch.shape)
+        sample, output = bound.sample, bound.prediction
         _combine(row.model_input, vectors, sample[:batch], scratch)
         if row.guided:
             sample[batch:] = sample[:batch]
-        binding.inputs["timestep"].fill(row.timestep)
+        bound.timestep.fill(row.timestep)
         called = time.perf_counter()
-        binding.run()
+        bound.binding.run()
         returned = time.perf_counter()
-        output = binding.outputs["out_sample"]
         if row.guided:
             np.subtract(output[batch:], output[:batch], out=prediction)
             np.multiply(prediction, self._plan.guidance_scale, out=prediction)
@@ -128,27 +131,31 @@ class Sampler:
         state.row += 1
         return (returned - called) * 1e3
 
-    def _binding(self, row: _Row, shape: tuple[int, ...]) -> Binding:
-        """The denoiser's buffers for one or both guidance branches, with the text already in place."""
-        key = (row.denoiser, row.guided)
-        if key not in self._bindings:
-            text = self._conditioning.conditional
-            if row.guided:
-                if self._conditioning.unconditional is None:
-                    raise ExecutionError(row.denoiser, "a guided row without an unconditional embedding")
-                text = np.concatenate([self._conditioning.unconditional, text])
-            session = self._sessions[row.denoiser]
-            (timestep,) = (spec for spec in session.inputs if spec.name == "timestep")
-            binding = session.bind(
-                {
-                    "sample": (len(text), *shape[1:]),
-                    "timestep": tuple(len(text) if isinstance(size, str) else size for size in timestep.shape),
-                    "encoder_hidden_states": text.shape,
-                }
-            )
-            binding.inputs["encoder_hidden_states"][...] = text
-            self._bindings[key] = binding
-        return self._bindings[key]
+    def _bind(self, row: _Row, shape: tuple[int, ...]) -> _Bound:
+        """The denoiser's buffers for one or both guidance branches, with the conditioning already in place."""
+        conditioning, session = self._conditioning[row.denoiser], self._sessions[row.denoiser]
+        given = conditioning.conditional
+        if row.guided:
+            other = conditioning.unconditional
+            if other is None:
+                raise ExecutionError(row.denoiser, "a guided row without an unconditional branch")
+            given = {name: np.concatenate([other[name], values]) for name, values in given.items()}
+        names, batch = latent_names(session.inputs), shape[0] * (1 + row.guided)
+        (timestep,) = (spec for spec in session.inputs if spec.name == "timestep")
+        binding = session.bind(
+            {
+                names.sample: (batch, *shape[1:]),
+                "timestep": tuple(batch if isinstance(size, str) else size for size in timestep.shape),
+                **{name: values.shape for name, values in given.items()},
+            }
+        )
+        for name, values in given.items():
+            binding.inputs[name][...] = values
+        bound = _Bound(
+            binding, binding.inputs[names.sample], binding.inputs["timestep"], binding.outputs[names.prediction]
+        )
+        self._bound[row.denoiser, row.guided] = bound
+        return bound
 
     def _require_finite(self, values: Float32, row: int, what: str) -> None:
         # A finite sum proves all values finite at a fraction of the cost of looking at each.
@@ -176,6 +183,16 @@ class _Row:
     model_input: Terms
     update: tuple[Terms, ...]
     denoised: Terms
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A denoiser's buffers: those of a binding that every row writes and reads."""
+
+    binding: Binding
+    sample: Array
+    timestep: Array
+    prediction: Array
 
 
 @dataclass(frozen=True, slots=True)

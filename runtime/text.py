@@ -1,50 +1,56 @@
-"""Prompts to the embeddings a denoiser reads."""
+"""Prompts to what one text encoder makes of them, and the joining of several."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Binding, Session
+from .backends.base import Array, Binding, Session
 from .bundle import Bundle
 from .errors import BundleError, ExecutionError
+from .manifest import TextConditioning
 from .tokenizer import DroppedText, PromptTokenizer, Tokens
 
-__all__ = ["DroppedText", "PromptEncoder", "Tokens"]
+__all__ = ["DroppedText", "Embeddings", "PromptEncoder", "Tokens", "joined", "merged"]
 
 CACHED_PROMPTS = 64
 
 Float32 = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Prompts as numbers: `hidden` (B, tokens, width), `pooled` (B, pooled width) where it is used; float32."""
+
+    hidden: Float32
+    pooled: Float32 | None = None
+
+
 class PromptEncoder:
-    """A bundle's tokenizer and text encoder, with the latest embeddings kept; safe to share between threads.
+    """A text encoder of a bundle and its tokenizer, with the latest embeddings kept; safe to share between threads.
 
     The cache is keyed by token ids, which decide the embedding: prompts that differ only in case share one. Each
     prompt runs alone, because a batch of another size may change the last bits; so a hit equals a fresh run.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, *, cached_prompts: int = CACHED_PROMPTS) -> None:
-        """Load the tokenizer; `session` is the open text encoder, which stays the caller's to close.
+    def __init__(self, bundle: Bundle, name: str, session: Session, *, cached_prompts: int = CACHED_PROMPTS) -> None:
+        """Load the tokenizer of the encoder `name`; `session` is that encoder, open, which stays the caller's to close.
 
         cached_prompts: how many embeddings are kept at most, 0 or more.
 
         Raises:
-            BundleError: the tokenizer cannot be used, or the text encoder's outputs are not what the manifest says.
+            BundleError: the tokenizer cannot be used.
         """
-        encoders = bundle.manifest.text.encoders
-        if len(encoders) != 1:
-            raise BundleError(str(bundle.path), "text encoders", got=list(encoders), expected="one")
-        (facts,) = encoders.values()
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, facts.max_length)
+        self._name, self._facts = name, bundle.manifest.text.encoders[name]
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path(name), self._facts.max_length)
         self._session = session
-        self._shape = (facts.max_length, facts.width)
         self._cached_prompts = cached_prompts
-        self._cache: OrderedDict[bytes, Float32] = OrderedDict()
+        self._cache: OrderedDict[bytes, Embeddings] = OrderedDict()
         self._binding: Binding | None = None
         self._lock = threading.Lock()
 
@@ -52,17 +58,21 @@ class PromptEncoder:
         """As `PromptTokenizer.tokenize`."""
         return self._tokenizer.tokenize(prompts, strict=strict)
 
-    def encode(self, prompts: Sequence[str], *, strict: bool = False) -> tuple[Float32, tuple[DroppedText, ...]]:
-        """The embeddings of prompts, (B, max_length, width) float32, and the text that was dropped.
+    def encode(self, prompts: Sequence[str], *, strict: bool = False) -> tuple[Embeddings, tuple[DroppedText, ...]]:
+        """What the encoder makes of prompts, of its own width, and the text that was dropped.
 
         Raises:
             RequestError: as `tokenize`.
+            BundleError: the encoder's outputs have not the sizes the manifest says.
             ExecutionError: the text encoder failed, or returned NaN or Inf.
         """
         tokens = self.tokenize(prompts, strict=strict)
-        return np.stack([self._embedding(ids) for ids in tokens.ids]), tokens.dropped
+        embeddings = [self._embedding(ids) for ids in tokens.ids]
+        pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]
+        hidden = np.stack([embedding.hidden for embedding in embeddings])
+        return Embeddings(hidden, np.stack(pooled) if pooled else None), tokens.dropped
 
-    def _embedding(self, ids: npt.NDArray[np.int64]) -> Float32:
+    def _embedding(self, ids: npt.NDArray[np.int64]) -> Embeddings:
         key = ids.tobytes()
         with self._lock:
             embedding = self._cache.pop(key, None)
@@ -73,18 +83,49 @@ class PromptEncoder:
                 self._cache.popitem(last=False)
             return embedding
 
-    def _computed(self, ids: npt.NDArray[np.int64]) -> Float32:
+    def _computed(self, ids: npt.NDArray[np.int64]) -> Embeddings:
+        facts = self._facts
         if self._binding is None:
             self._binding = self._session.bind({"input_ids": (1, len(ids))})
         binding = self._binding
         binding.inputs["input_ids"][0] = ids
         binding.run()
-        output = binding.outputs.get("last_hidden_state")
-        if output is None or output.shape != (1, *self._shape):
+        hidden = self._output(binding, facts.hidden_state, (facts.max_length, facts.width))
+        pooled = None if facts.pooled is None else self._output(binding, facts.pooled, (facts.pooled_width,))
+        return Embeddings(hidden, pooled)
+
+    def _output(self, binding: Binding, name: str, shape: tuple[int, ...]) -> Float32:
+        """A copy of an output's only row: the next run overwrites the output."""
+        output: Array | None = binding.outputs.get(name)
+        if output is None or output.shape != (1, *shape):
             got = {name: array.shape for name, array in binding.outputs.items()}
-            raise BundleError("text_encoder", "outputs", got=got, expected=f"last_hidden_state {(1, *self._shape)}")
+            raise BundleError(self._name, "outputs", got=got, expected=f"{name} {(1, *shape)}")
         if not np.isfinite(output).all():
-            raise ExecutionError("text_encoder", "NaN or Inf in last_hidden_state", expected="finite values")
-        # astype copies: the next run overwrites the output.
-        embedding: Float32 = output[0].astype(np.float32)
-        return embedding
+            raise ExecutionError(self._name, f"NaN or Inf in {name}", expected="finite values")
+        copied: Float32 = output[0].astype(np.float32)
+        return copied
+
+
+def joined(text: TextConditioning, parts: Sequence[Embeddings]) -> Embeddings:
+    """What all text encoders made, in the manifest's order, as (B, text.max_length, text.width) and (B, pooled width).
+
+    As `encode_prompt` of diffusers' StableDiffusionXLPipeline and StableDiffusion3Pipeline join them.
+    """
+    hidden = np.zeros((len(parts[0].hidden), text.max_length, text.width), np.float32)
+    row = column = block = 0
+    for facts, part in zip(text.encoders.values(), parts, strict=True):
+        tokens, width = part.hidden.shape[1:]
+        if facts.joins == "sequence":
+            row, column = row + block, 0
+        hidden[:, row : row + tokens, column : column + width] = part.hidden
+        column, block = column + width, tokens
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Embeddings(hidden, np.concatenate(pooled, axis=1) if pooled else None)
+
+
+def merged(dropped: Iterable[tuple[str, DroppedText]]) -> tuple[DroppedText, ...]:
+    """Pairs of an encoder and what it dropped, as one entry for all encoders that dropped the same."""
+    encoders: dict[DroppedText, list[str]] = {}
+    for encoder, cut in dropped:
+        encoders.setdefault(cut, []).append(encoder)
+    return tuple(replace(cut, encoders=tuple(dict.fromkeys(names))) for cut, names in encoders.items())

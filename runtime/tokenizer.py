@@ -1,4 +1,4 @@
-"""Prompts to token ids as CLIP's tokenizer makes them, and the text that did not fit."""
+"""Prompts to token ids as CLIP's and T5's tokenizers make them, and the text that did not fit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ MAX_TOKENIZER_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class DroppedText:
-    """The end of a prompt that was longer than the text encoder takes: `text` is the exact end of `prompt`."""
+    """The end of a prompt that was longer than a text encoder takes: `text` is the exact end of `prompt`.
+
+    encoders: the text encoders that did not read it; those of a bundle may have room for prompts of several lengths.
+    """
 
     prompt: str
     text: str
     tokens: int
+    encoders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class _Settings(msgspec.Struct):
 class PromptTokenizer:
     """A bundle's tokenizer; safe to share between threads.
 
-    The same ids as transformers' CLIPTokenizer with `padding="max_length", truncation=True`.
+    The same ids as transformers' CLIPTokenizer and T5TokenizerFast with `padding="max_length", truncation=True`.
     """
 
     def __init__(self, path: Path, max_length: int) -> None:

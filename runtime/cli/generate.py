@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..output import Output
 from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan, parse_steps
 from ..request import Request
-from ..text import DroppedText
+from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .pictures import Names, check_folder, png_facts, write_picture
@@ -173,17 +173,23 @@ def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
     # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
     pipe.stream(**requests[0], **_unrecorded(plan))
     compiled = compile_plan(pipe.bundle.manifest, Request(**requests[0]).schedule)
-    dropped_text = _dropped_text(plan, pipe.bundle, compiled)
+    dropped_text = _dropped_text(plan, pipe.bundle, compiled, [Request(**request) for request in requests])
     named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
     check_folder(_files(plan, named, compiled), force=plan.force)
     return _Checked(named, compiled, dropped_text)
 
 
-def _dropped_text(plan: GeneratePlan, bundle: Bundle, compiled: Plan) -> tuple[DroppedText, ...]:
-    """What the text encoder has no room for in any prompt: known, or refused, before the first one is painted."""
-    negative = [plan.negative_prompt] if plan.negative_prompt is not None and any(compiled.guided) else []
-    tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.text.max_length)
-    return tokenizer.tokenize([*plan.prompts, *negative], strict=plan.strict_prompts).dropped
+def _dropped_text(
+    plan: GeneratePlan, bundle: Bundle, compiled: Plan, requests: Sequence[Request]
+) -> tuple[DroppedText, ...]:
+    """What a text encoder has no room for in any prompt: known, or refused, before the first one is painted."""
+    dropped: list[tuple[str, DroppedText]] = []
+    for index, (name, facts) in enumerate(bundle.manifest.text.encoders.items()):
+        prompts = [prompt for request in requests for prompt in request.prompts[index]]
+        prompts += requests[0].negative_prompts[index] if any(compiled.guided) else ()
+        tokenizer = PromptTokenizer(bundle.tokenizer_path(name), facts.max_length)
+        dropped += [(name, cut) for cut in tokenizer.tokenize(prompts, strict=plan.strict_prompts).dropped]
+    return merged(dropped)
 
 
 def _files(plan: GeneratePlan, named: list[tuple[dict[str, Any], Names]], compiled: Plan) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..arguments import thread_count
 from ..errors import RequestError
-from ..request import require_pictures
+from ..request_checks import require_pictures
 from ..solvers import SOLVERS
 from .prompts import gathered_prompts, require_text
 from .values import parse_interval, parse_settings, parse_size, parse_timesteps
@@ -37,7 +37,7 @@ class GeneratePlan:
     solver: str | None
     solver_config: Mapping[str, Any]
     timesteps: tuple[int, ...] | None
-    eta: float
+    eta: float | None
     guidance_scale: float | None
     guidance_interval: tuple[float, float]
     seed: int | None
@@ -124,7 +124,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--timesteps", metavar="T,T,...", help="explicit training time steps, falling")
     group.add_argument(
-        "--eta", type=float, default=0.0, metavar="X", help="fresh noise in each step: DDIM's eta, TCD's gamma"
+        "--eta", type=float, metavar="X", help="fresh noise in each step: DDIM's eta, TCD's gamma; the bundle's default"
     )
     group.add_argument("--guidance-scale", type=float, metavar="X", help="how strongly the prompt counts; 1 is off")
     group.add_argument(

@@ -358,7 +358,7 @@ def test_a_clean_bundle_opens(bundle: Path) -> None:
     assert opened.manifest == manifest
     assert opened.digest == hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()
     assert opened.model_path("unet_small") == bundle / "unet_small" / "model.onnx"
-    assert opened.tokenizer_path == bundle / "tokenizer" / "tokenizer.json"
+    assert opened.tokenizer_path("text_encoder") == bundle / "tokenizer" / "tokenizer.json"
     assert Bundle.open(str(bundle)) == opened
 
 

@@ -65,13 +65,18 @@ def plan(steps: Any, solver: str = "ddim", **arguments: Any) -> Plan:
     return compile_plan(MANIFEST, Schedule(steps=steps, solver=solver, **arguments))
 
 
+def conditioning(compiled: Plan) -> dict[str, Conditioning]:
+    branches = ({"encoder_hidden_states": text(1)}, {"encoder_hidden_states": text(2)})
+    return dict.fromkeys(compiled.denoisers, Conditioning(*branches))
+
+
 def text(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(SHAPE[0], 5, 3)).astype(np.float32)
 
 
 def sampler(compiled: Plan, generator: Any, denoiser: Denoiser | None = None) -> Sampler:
     sessions = dict.fromkeys(compiled.denoisers, denoiser or Denoiser())
-    return Sampler(compiled, sessions, Conditioning(text(1), text(2)), lambda: generator.randn(SHAPE))
+    return Sampler(compiled, sessions, conditioning(compiled), lambda: generator.randn(SHAPE))
 
 
 def latents(compiled: Plan, split: int | None = None) -> np.ndarray:
@@ -132,7 +137,7 @@ def test_noise_is_drawn_only_where_the_row_needs_it() -> None:
 
     for solver in ("ddim", "euler", "dpmsolver++", "pndm"):
         compiled = plan(4, solver)
-        runner = Sampler(compiled, {"unet": Denoiser()}, Conditioning(text(1), text(2)), refuse)
+        runner = Sampler(compiled, {"unet": Denoiser()}, conditioning(compiled), refuse)
         list(runner.run(runner.start(new_generator(0).randn(SHAPE))))
 
 

@@ -132,7 +132,7 @@ def test_ids_are_those_of_transformers_for_any_text(prompts: list[str], shapes_t
 
 
 def test_dropped_text_is_the_exact_end_of_the_prompt(tiny: Bundle) -> None:
-    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH)
+    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH)
     prompt = "Red  BLUE red blue red \u00e9 \U0001f389 Red blue"  # é takes two tokens, the party popper four
     tokens = prompts_to_ids.tokenize(["red", prompt])
     assert tokens.dropped == (DroppedText(prompt, "\U0001f389 Red blue", 3),)
@@ -160,7 +160,7 @@ def test_dropped_text_is_always_an_end_with_all_that_was_lost(prompt: str, shape
 
 
 def test_strict_refuses_what_would_be_cut(tiny: Bundle) -> None:
-    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH)
+    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH)
     assert prompts_to_ids.tokenize(["red"], strict=True).dropped == ()
     with pytest.raises(RequestError, match=r"prompt: too long, got 'red red.*expected at most 10 tokens; 2 more begin"):
         prompts_to_ids.tokenize(["red", "red " * 12], strict=True)
@@ -184,14 +184,15 @@ def test_strict_refuses_what_would_be_cut(tiny: Bundle) -> None:
     ],
 )
 def test_prompts_the_tokenizer_must_not_see(prompts: Any, message: str, tiny: Bundle) -> None:
-    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH)
+    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH)
     prompts_to_ids._tokenizer = None  # type: ignore[assignment]  # any use of it would be an AttributeError
     with pytest.raises(RequestError, match=message):
         prompts_to_ids.tokenize(prompts)
 
 
 def test_a_prompt_of_exactly_the_limit_is_taken(tiny: Bundle) -> None:
-    tokens = PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH).tokenize(["red " * (MAX_PROMPT_BYTES // 4)])
+    prompts_to_ids = PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH)
+    tokens = prompts_to_ids.tokenize(["red " * (MAX_PROMPT_BYTES // 4)])
     assert tokens.dropped[0].tokens == MAX_PROMPT_BYTES // 4 - 10
 
 
@@ -258,12 +259,12 @@ def test_what_is_no_tokenizer_is_refused(content: bytes, writable: Path) -> None
 
 
 def test_an_oversized_tokenizer_is_not_parsed(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = tiny.tokenizer_path.stat().st_size
+    size = tiny.tokenizer_path("text_encoder").stat().st_size
     monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", size)
-    PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH)
+    PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH)
     monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", size - 1)
     with pytest.raises(BundleError, match=rf"tokenizer\.json: size, got 'over {size - 1}'"):
-        PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH)
+        PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"pad_token": null}', '{"pad_token": "zzz"}', '{"pad_token": 3}'])
@@ -274,15 +275,17 @@ def test_a_padding_token_is_never_guessed(content: str, writable: Path) -> None:
 
 
 def test_a_length_without_room_is_refused(tiny: Bundle) -> None:
-    assert PromptTokenizer(tiny.tokenizer_path, 3).tokenize(["red red"]).dropped[0].text == "red"
+    assert PromptTokenizer(tiny.tokenizer_path("text_encoder"), 3).tokenize(["red red"]).dropped[0].text == "red"
     with pytest.raises(BundleError, match="room for text, got 2, expected over 2 tokens"):
-        PromptTokenizer(tiny.tokenizer_path, 2)
+        PromptTokenizer(tiny.tokenizer_path("text_encoder"), 2)
 
 
 def test_embeddings_are_the_text_encoder_s(tiny: Bundle, session: CountingSession) -> None:
-    encoder = PromptEncoder(tiny, session)
+    encoder = PromptEncoder(tiny, "text_encoder", session)
     prompts = ["a red circle", "", "blue " * 30]
     embeddings, dropped = encoder.encode(prompts)
+    assert embeddings.pooled is None
+    embeddings = embeddings.hidden
     assert embeddings.shape == (3, MAX_LENGTH, TEXT_WIDTH)
     assert embeddings.dtype == np.float32
     assert [cut.prompt for cut in dropped] == [prompts[2]]
@@ -295,7 +298,8 @@ def test_embeddings_are_the_text_encoder_s(tiny: Bundle, session: CountingSessio
 
 
 def test_the_cache_changes_no_bit(tiny: Bundle, session: CountingSession) -> None:
-    cached, uncached = PromptEncoder(tiny, session), PromptEncoder(tiny, session, cached_prompts=0)
+    cached = PromptEncoder(tiny, "text_encoder", session)
+    uncached = PromptEncoder(tiny, "text_encoder", session, cached_prompts=0)
     prompts = ["a red circle", "", "a blue square", "a red circle"]
     first, _ = cached.encode(prompts)
     assert session.runs == 3
@@ -303,13 +307,13 @@ def test_the_cache_changes_no_bit(tiny: Bundle, session: CountingSession) -> Non
     assert session.runs == 3
     plain, _ = uncached.encode(prompts)
     assert session.runs == 7
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, plain)
-    np.testing.assert_array_equal(first[:1], uncached.encode(prompts[:1])[0])
+    np.testing.assert_array_equal(first.hidden, second.hidden)
+    np.testing.assert_array_equal(first.hidden, plain.hidden)
+    np.testing.assert_array_equal(first.hidden[:1], uncached.encode(prompts[:1])[0].hidden)
 
 
 def test_a_hit_still_reports_what_was_dropped(tiny: Bundle, session: CountingSession) -> None:
-    encoder = PromptEncoder(tiny, session)
+    encoder = PromptEncoder(tiny, "text_encoder", session)
     prompt = "red " * 12
     assert encoder.encode([prompt])[1] == encoder.encode([prompt])[1] == (DroppedText(prompt, "red red ", 2),)
     assert session.runs == 1
@@ -318,15 +322,15 @@ def test_a_hit_still_reports_what_was_dropped(tiny: Bundle, session: CountingSes
 
 
 def test_what_the_caller_does_to_embeddings_stays_with_the_caller(tiny: Bundle, session: CountingSession) -> None:
-    encoder = PromptEncoder(tiny, session)
+    encoder = PromptEncoder(tiny, "text_encoder", session)
     first, _ = encoder.encode(["red"])
-    kept = first.copy()
-    first.fill(0)
-    np.testing.assert_array_equal(encoder.encode(["red"])[0], kept)
+    kept = first.hidden.copy()
+    first.hidden.fill(0)
+    np.testing.assert_array_equal(encoder.encode(["red"])[0].hidden, kept)
 
 
 def test_the_least_recently_used_embedding_goes_first(tiny: Bundle, session: CountingSession) -> None:
-    encoder = PromptEncoder(tiny, session, cached_prompts=2)
+    encoder = PromptEncoder(tiny, "text_encoder", session, cached_prompts=2)
     for prompt, runs in (("a", 1), ("b", 2), ("a", 2), ("c", 3), ("a", 3), ("b", 4), ("A ", 4), ("c", 5)):
         encoder.encode([prompt])
         assert session.runs == runs, prompt
@@ -334,10 +338,10 @@ def test_the_least_recently_used_embedding_goes_first(tiny: Bundle, session: Cou
 
 def test_threads_get_what_a_serial_run_gets(tiny: Bundle, session: CountingSession) -> None:
     prompts = [f"a {color} {shape}" for color in ("red", "blue", "x") for shape in "abcdefgh"]
-    serial = [PromptEncoder(tiny, session).encode([prompt])[0] for prompt in prompts]
-    encoder = PromptEncoder(tiny, session, cached_prompts=5)
+    serial = [PromptEncoder(tiny, "text_encoder", session).encode([prompt])[0].hidden for prompt in prompts]
+    encoder = PromptEncoder(tiny, "text_encoder", session, cached_prompts=5)
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda prompt: encoder.encode([prompt])[0], prompts * 8))
+        results = list(pool.map(lambda prompt: encoder.encode([prompt])[0].hidden, prompts * 8))
     for expected, result in zip(serial * 8, results, strict=True):
         np.testing.assert_array_equal(result, expected)
 
@@ -345,7 +349,7 @@ def test_threads_get_what_a_serial_run_gets(tiny: Bundle, session: CountingSessi
 def test_values_that_are_not_finite_are_caught(tiny: Bundle, session: CountingSession) -> None:
     for bad in (np.nan, np.inf):
         spoiled = CountingSession(session.session, lambda output, bad=bad: output.__setitem__((0, 1, 2), bad))
-        encoder = PromptEncoder(tiny, spoiled)
+        encoder = PromptEncoder(tiny, "text_encoder", spoiled)
         for _ in range(2):
             with pytest.raises(ExecutionError, match="text_encoder: NaN or Inf in last_hidden_state"):
                 encoder.encode(["red"])
@@ -356,8 +360,8 @@ def test_values_that_are_not_finite_are_caught(tiny: Bundle, session: CountingSe
     ("encoders", "message"),
     [
         (
-            {"text_encoder": TextEncoding(max_length=12, width=9)},
-            r"outputs, got .*expected last_hidden_state \(1, 12, 9",
+            {"text_encoder": TextEncoding(max_length=12, width=7)},
+            r"outputs, got .*expected last_hidden_state \(1, 12, 7",
         ),
     ],
 )
@@ -369,10 +373,10 @@ def test_a_manifest_that_does_not_fit_the_encoder_is_refused(
 
     resign(writable, changed)
     with pytest.raises(BundleError, match=message):
-        PromptEncoder(Bundle.open(writable), session).encode(["red"])
+        PromptEncoder(Bundle.open(writable), "text_encoder", session).encode(["red"])
 
 
 def test_special_tokens_in_a_prompt_are_the_tokens_themselves(tiny: Bundle) -> None:
-    ids = PromptTokenizer(tiny.tokenizer_path, MAX_LENGTH).tokenize([f"red {EOS} red"]).ids[0].tolist()
+    ids = PromptTokenizer(tiny.tokenizer_path("text_encoder"), MAX_LENGTH).tokenize([f"red {EOS} red"]).ids[0].tolist()
     assert ids[2] == ids[4]
     assert ids[1] == ids[3]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -53,9 +55,19 @@ ONNX_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 def write_tiny_bundle(folder: Path) -> Manifest:
     """Write the bundle to `folder`, which is made if need be; the same bytes every time."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_tokenizer(folder / "tokenizer")
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    text = TextConditioning(
+        encoders={"text_encoder": TextEncoding(max_length=MAX_LENGTH, width=TEXT_WIDTH)}, width=TEXT_WIDTH
+    )
+    return write_bundle(folder, _components(vocabulary), text)
+
+
+def write_bundle(
+    folder: Path, models: Mapping[str, tuple[onnx.ModelProto, Component]], text: TextConditioning, **facts: Any
+) -> Manifest:
+    """Write models, scheduler and manifest beside tokenizers that are there; `facts` are further manifest entries."""
     components = {}
-    for name, (graph, component) in _components(vocabulary).items():
+    for name, (graph, component) in models.items():
         (folder / name).mkdir()
         # One component keeps its weights beside the model, as those over 2 GB do; shapes and axes must stay inside.
         external = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 64}
@@ -66,16 +78,17 @@ def write_tiny_bundle(folder: Path) -> Manifest:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2), encoding="utf-8")
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}\n', encoding="utf-8")
     manifest = Manifest(
-        format=1,
-        producers={"tandemrt": "0.1.0"},
-        components=components,
-        files=file_records(folder),
-        latent=LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
-        text=TextConditioning(
-            encoders={"text_encoder": TextEncoding(max_length=MAX_LENGTH, width=TEXT_WIDTH)}, width=TEXT_WIDTH
-        ),
-        scheduler=SCHEDULER,
-        defaults=Defaults(height=64, width=64, num_inference_steps=10, guidance_scale=5.0),
+        **{
+            "format": 1,
+            "producers": {"tandemrt": "0.1.0"},
+            "components": components,
+            "files": file_records(folder),
+            "latent": LatentSpace(channels=4, downsampling=8, scaling_factor=1.0),
+            "text": text,
+            "scheduler": SCHEDULER,
+            "defaults": Defaults(height=64, width=64, num_inference_steps=10, guidance_scale=5.0),
+            **facts,
+        }
     )
     write(manifest, folder)
     return manifest
@@ -97,7 +110,7 @@ def resign(folder: Path, edit: Callable[[Manifest], Manifest] = lambda manifest:
 
 
 @dataclass
-class _Graph:
+class Graph:
     """Nodes and weights gathered into a model."""
 
     name: str
@@ -134,73 +147,94 @@ class _Graph:
 
 def _components(vocabulary: int) -> dict[str, tuple[onnx.ModelProto, Component]]:
     return {
-        "text_encoder": _text_encoder(vocabulary),
-        "unet": _unet("unet", seed=1, hidden=8),
-        "unet_small": _unet("unet_small", seed=2, hidden=4),
-        "vae_decoder": _decoder("vae_decoder", seed=3, hidden=8),
-        "vae_decoder_tiny": _decoder("vae_decoder_tiny", seed=4, hidden=4),
+        "text_encoder": text_encoder("text_encoder", vocabulary, TEXT_WIDTH, ("last_hidden_state", "pooler_output")),
+        "unet": denoiser("unet", seed=1, hidden=8),
+        "unet_small": denoiser("unet_small", seed=2, hidden=4),
+        "vae_decoder": decoder("vae_decoder", seed=3, hidden=8),
+        "vae_decoder_tiny": decoder("vae_decoder_tiny", seed=4, hidden=4),
     }
 
 
-def _text_encoder(vocabulary: int) -> tuple[onnx.ModelProto, Component]:
-    """tanh of a running sum of embeddings, so that the order of tokens counts."""
-    graph = _Graph("text_encoder", seed=0)
-    embedded = graph.node("Gather", [graph.weight(vocabulary, TEXT_WIDTH, scale=0.7), "input_ids"])
+def text_encoder(
+    name: str, vocabulary: int, width: int, outputs: Iterable[str], seed: int = 0
+) -> tuple[onnx.ModelProto, Component]:
+    """tanh of a running sum of embeddings, so that the order of tokens counts; pooled outputs are its mean.
+
+    Each output is other than the one before it by a factor; `hidden_states` and `last_hidden_state` are not pooled.
+    """
+    graph = Graph(name, seed)
+    embedded = graph.node("Gather", [graph.weight(vocabulary, width, scale=0.7), "input_ids"])
     running = graph.node("CumSum", [embedded, graph.constant(np.array(1, np.int64))])
-    mixed = graph.node("MatMul", [running, graph.weight(TEXT_WIDTH, TEXT_WIDTH, scale=0.4)])
-    graph.node("Tanh", [mixed], "last_hidden_state")
-    axis = graph.constant(np.array([1], np.int64))
-    graph.node("ReduceMean", ["last_hidden_state", axis], "pooler_output", keepdims=0)
+    states = graph.node("Tanh", [graph.node("MatMul", [running, graph.weight(width, width, scale=0.4)])])
+    specs = []
+    for index, output in enumerate(outputs):
+        scaled = graph.node("Mul", [states, graph.constant(np.array(1 - index / 4, np.float32))])
+        if "hidden_state" in output:
+            graph.node("Identity", [scaled], output)
+            specs.append(float_spec(output, "batch", "sequence", width))
+        else:
+            graph.node("ReduceMean", [scaled, graph.constant(np.array([1], np.int64))], output, keepdims=0)
+            specs.append(float_spec(output, "batch", width))
     inputs = (TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence")),)
-    outputs = (
-        _float("last_hidden_state", "batch", "sequence", TEXT_WIDTH),
-        _float("pooler_output", "batch", TEXT_WIDTH),
+    return described(graph, inputs, tuple(specs), role="text_encoder")
+
+
+def denoiser(
+    name: str, seed: int, hidden: int, *, text_width: int = TEXT_WIDTH, added: Mapping[str, int] = MappingProxyType({})
+) -> tuple[onnx.ModelProto, Component]:
+    """0.9 · latent + a gated convolution of it, shifted by the text, by sines of the time step, and by what is added.
+
+    added: the widths of further inputs. One with `pooled_projections` has a transformer's names and 16 channels.
+    """
+    graph = Graph(name, seed)
+    transformer = "pooled_projections" in added
+    channels, latent, result = (
+        (16, "hidden_states", "out_hidden_states") if transformer else (4, "sample", "out_sample")
     )
-    return _described(graph, inputs, outputs, role="text_encoder")
-
-
-def _unet(name: str, seed: int, hidden: int) -> tuple[onnx.ModelProto, Component]:
-    """0.9 · sample + a gated convolution of it, shifted by the text and by sines of the timestep."""
-    graph = _Graph(name, seed)
     axis = graph.constant(np.array([1], np.int64))
     text = graph.node("ReduceMean", ["encoder_hidden_states", axis], keepdims=0)
-    text = graph.node("MatMul", [text, graph.weight(TEXT_WIDTH, hidden, scale=1.0)])
-    time = graph.node("Mul", ["timestep", graph.constant(np.geomspace(0.002, 0.2, hidden).astype(np.float32))])
+    text = graph.node("MatMul", [text, graph.weight(text_width, hidden, scale=1.0)])
+    steps = graph.node("Unsqueeze", ["timestep", axis]) if added else "timestep"
+    time = graph.node("Mul", [steps, graph.constant(np.geomspace(0.002, 0.2, hidden).astype(np.float32))])
     shift = graph.node("Add", [text, graph.node("Sin", [time])])
+    for extra, width in added.items():
+        scale = 0.01 if extra == "time_ids" else 0.5
+        shift = graph.node("Add", [shift, graph.node("MatMul", [extra, graph.weight(width, hidden, scale=scale)])])
     shift = graph.node("Unsqueeze", [shift, graph.constant(np.array([2, 3], np.int64))])
-    convolved = graph.node("Conv", ["sample", graph.weight(hidden, 4, 3, 3, scale=0.2)], pads=[1, 1, 1, 1])
+    convolved = graph.node("Conv", [latent, graph.weight(hidden, channels, 3, 3, scale=0.2)], pads=[1, 1, 1, 1])
     gated = graph.node("Tanh", [graph.node("Add", [convolved, shift])])
-    small = graph.node("Conv", [gated, graph.weight(4, hidden, 1, 1, scale=0.1)])
-    kept = graph.node("Mul", ["sample", graph.constant(np.array(0.9, np.float32))])
-    graph.node("Add", [kept, small], "out_sample")
+    small = graph.node("Conv", [gated, graph.weight(channels, hidden, 1, 1, scale=0.1)])
+    kept = graph.node("Mul", [latent, graph.constant(np.array(0.9, np.float32))])
+    graph.node("Add", [kept, small], result)
     inputs = (
-        _float("sample", "batch", 4, "height", "width"),
-        _float("timestep", 1),
-        _float("encoder_hidden_states", "batch", "sequence", TEXT_WIDTH),
+        float_spec(latent, "batch", channels, "height", "width"),
+        float_spec("timestep", "batch" if added else 1),
+        float_spec("encoder_hidden_states", "batch", "sequence", text_width),
+        *(float_spec(extra, "batch", width) for extra, width in added.items()),
     )
-    outputs = (_float("out_sample", "batch", 4, "height", "width"),)
-    model, component = _described(graph, inputs, outputs, role="denoiser")
+    outputs = (float_spec(result, "batch", channels, "height", "width"),)
+    model, component = described(graph, inputs, outputs, role="denoiser")
     return model, msgspec.structs.replace(component, prediction_type="epsilon", spatial_multiple=2)
 
 
-def _decoder(name: str, seed: int, hidden: int) -> tuple[onnx.ModelProto, Component]:
+def decoder(name: str, seed: int, hidden: int, channels: int = 4) -> tuple[onnx.ModelProto, Component]:
     """A transposed convolution to eight times the size; tanh keeps the pixels in [-1, 1]."""
-    graph = _Graph(name, seed)
-    weight = graph.weight(4, hidden, 8, 8, scale=0.4)
+    graph = Graph(name, seed)
+    weight = graph.weight(channels, hidden, 8, 8, scale=0.4)
     grown = graph.node("ConvTranspose", ["latent_sample", weight], strides=[8, 8])
     colours = graph.node("Conv", [graph.node("Tanh", [grown]), graph.weight(3, hidden, 1, 1, scale=0.5)])
     graph.node("Tanh", [colours], "sample")
-    inputs = (_float("latent_sample", "batch", 4, "height", "width"),)
-    outputs = (_float("sample", "batch", 3, "8*height", "8*width"),)
-    return _described(graph, inputs, outputs, role="vae_decoder")
+    inputs = (float_spec("latent_sample", "batch", channels, "height", "width"),)
+    outputs = (float_spec("sample", "batch", 3, "8*height", "8*width"),)
+    return described(graph, inputs, outputs, role="vae_decoder")
 
 
-def _float(name: str, *shape: int | str) -> TensorSpec:
+def float_spec(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype="float32", shape=shape)
 
 
-def _described(
-    graph: _Graph, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, role: str
+def described(
+    graph: Graph, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, role: str
 ) -> tuple[onnx.ModelProto, Component]:
     component = Component(
         role=role,
@@ -215,7 +249,7 @@ def _described(
     return graph.model(inputs, outputs), component
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path) -> int:
     """CLIP's kind of byte-pair encoding with five merges; returns the size of the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in MERGES), BOS, EOS]

@@ -1,0 +1,31 @@
+"""The random numbers of one request, in the order diffusers draws them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .request import Request
+from .rng import new_generator
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Noise:
+    """The standard normal noise of one request, in the order diffusers draws it; `shape` is the latents'."""
+
+    def __init__(self, request: Request, shape: tuple[int, int, int, int]) -> None:
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+        self.seeds = seeds if len(seeds) == request.pictures else seeds * request.pictures
+        self.shape = shape
+        self._generators = [new_generator(value, request.seed_device) for value in seeds]
+
+    def draw(self) -> Float32:
+        """Fresh noise: (pictures, C, h, w) float32."""
+        if len(self._generators) == 1:
+            return self._generators[0].randn(self.shape)
+        return np.concatenate([generator.randn((1, *self.shape[1:])) for generator in self._generators])
