@@ -83,12 +83,16 @@ _SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 @dataclass(frozen=True)
 class Part:
-    """One model folder: the class it is of, its `config.json`, and where its weights are."""
+    """One model folder: the class it is of, its `config.json`, and where its weights are.
+
+    fused: the LoRAs that are fused into them, and their scales; empty without any.
+    """
 
     folder: Path
     class_name: str
     config: Config
     weights: Weights
+    fused: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ from ..runtime.cli.reporter import Reporter
 from ..runtime.cli.values import parse_settings, parse_sources, parse_timesteps
 from ..runtime.errors import ArgumentError
 from .pickled import WARNING as PICKLE_WARNING
-from .plan import Added, ExportPlan, PresetPlan
+from .plan import Added, ExportPlan, PresetPlan, parse_lora
 from .presets import SCALES, models, preset_names, read_preset
 from .publish import require_free
 from .sources import describe
@@ -23,6 +23,7 @@ DESCRIPTION = (
 EPILOG = """\
 examples:
   tandemrt export stable-diffusion-v1-5/ bundle/ --small small-sd/ --tiny-vae taesd/
+  tandemrt export stable-diffusion-v1-5/ bundle/ --lora Hyper-SD15-8steps-lora.safetensors --lora style.safetensors:0.6
   tandemrt export bundle/ --preset hybrid-sd
 """
 
@@ -58,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "come from: a checkpoint, a model's folder, or one file of its weights",
     )
     parser.add_argument("--vae", type=Path, metavar="DIR", help="the autoencoder in place of CHECKPOINT's")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA to fuse into the denoiser and the text encoders, times SCALE (default: 1): a .safetensors file in "
+        "kohya's or diffusers' layout, or a folder of peft's; may be given several times; further denoisers keep their "
+        "weights",
+    )
     preset = parser.add_argument_group("random weights, to measure a device before downloading any")
     preset.add_argument(
         "--preset", metavar="NAME", help=f"export this architecture instead of CHECKPOINT: {', '.join(preset_names())}"
@@ -115,6 +125,7 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
         added=tuple(Added(*source) for source in parse_sources(args.small, args.tiny_vae, args.add).items()),
         denoiser=args.denoiser,
         vae=args.vae,
+        loras=tuple(map(parse_lora, args.lora)),
         dtype=args.dtype,
         solver=args.solver,
         solver_config=parse_settings("--solver-config", args.solver_config),
@@ -185,7 +196,9 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _preset_plan(args: argparse.Namespace) -> PresetPlan:
-    given = {"CHECKPOINT": args.checkpoint, **parse_sources(args.small, args.tiny_vae, args.add)}
+    sources = parse_sources(args.small, args.tiny_vae, args.add)
+    lora = args.lora[0] if args.lora else None
+    given = {"CHECKPOINT": args.checkpoint, "--denoiser": args.denoiser, "--vae": args.vae, "--lora": lora, **sources}
     if args.allow_pickle:
         raise ArgumentError("--allow-pickle", "is of checkpoints only", expected="no --preset beside it")
     for name, folder in given.items():

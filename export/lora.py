@@ -86,12 +86,21 @@ class Lora:
 class FusedWeights:
     """Weights with LoRAs fused in, each when its tensor is read; see `Weights`.
 
-    updates: for each tensor that changes, the LoRAs that change it and their scales.
+    loras: those that change a tensor, and their scales. updates: theirs, for each tensor that changes.
     """
 
     base: Weights
-    files: tuple[Path, ...]
+    loras: tuple[tuple[Lora, float], ...]
     updates: Mapping[str, tuple[tuple[Lora, Update, float], ...]]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*self.base.files, *(path for lora, _ in self.loras for path in lora.files))
+
+    @property
+    def facts(self) -> str:
+        """What the weights depend on besides the files: which LoRA counts how many times."""
+        return "".join(f"{lora.files[0].name} {scale!r}\n" for lora, scale in self.loras)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -134,7 +143,7 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> Lora:
     return Lora(weights, files, tuple(updates))
 
 
-def fuse(weights: Weights, loras: Sequence[tuple[Lora, float]], part: PartName) -> Weights:
+def fuse(weights: Weights, loras: Sequence[tuple[Lora, float]], part: PartName) -> FusedWeights:
     """The weights of `part` with each LoRA's updates added, times its scale; those of other parts are left out.
 
     Raises:
@@ -142,13 +151,13 @@ def fuse(weights: Weights, loras: Sequence[tuple[Lora, float]], part: PartName) 
     """
     names = spellings(weights.shapes, part)
     found: dict[str, tuple[tuple[Lora, Update, float], ...]] = {}
-    files = list(weights.files)
+    used = []
     for lora, scale in loras:
         matched = _matched(lora, weights, names)
         for name, update in matched.items():
             found[name] = (*found.get(name, ()), (lora, update, scale))
-        files += lora.files if matched else ()
-    return FusedWeights(weights, tuple(files), found) if found else weights
+        used += [(lora, scale)] if matched else []
+    return FusedWeights(weights, tuple(used), found)
 
 
 def require_used(lora: Lora, parts: Mapping[PartName, Weights]) -> None:

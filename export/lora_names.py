@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from .original_names import original_unet_names
 
 PartName = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
+"""The models that LoRAs are made for."""
 
 # Before a module's own name, dots and all: diffusers, peft (of one model alone), and both without any prefix.
 _PREFIXES: Mapping[PartName, tuple[str, ...]] = {

@@ -44,10 +44,44 @@ class Added:
 
 
 @dataclass(frozen=True)
+class LoraSource:
+    """A LoRA to fuse into the checkpoint's models: its file or peft's folder, and the number its updates count times.
+
+    scale: any finite number; 1 is what it was trained for, 0 leaves the weights as they are.
+    """
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ArgumentError("--lora", f"scale of {self.path}", got=self.scale, expected="a finite number")
+
+
+def parse_lora(text: str) -> LoraSource:
+    """`FILE` or `FILE:SCALE`; a colon that no number follows is part of the path.
+
+    Raises:
+        ArgumentError: no file before the scale, or one that is not finite.
+    """
+    path, colon, scale = text.rpartition(":")
+    try:
+        source = (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        source = (text, 1.0)
+    if not source[0]:
+        raise ArgumentError(
+            "--lora", "not a LoRA", got=text, expected="FILE or FILE:SCALE such as anime.safetensors:0.8"
+        )
+    return LoraSource(Path(source[0]), source[1])
+
+
+@dataclass(frozen=True)
 class ExportPlan:
     """One export: a diffusers directory becomes the bundle `out`, with `added` components beside the main ones.
 
     denoiser, vae: taken in place of the checkpoint's own; a denoiser may be one file of weights.
+    loras: fused into the main denoiser and the text encoders, all at once.
     dtype: `fp32`, or `fp16` for half-precision weights and arithmetic with fp32 islands; inputs and outputs stay fp32.
     solver, solver_config: the bundle's scheduler, as `tandemrt generate` names it; None keeps the checkpoint's.
     guidance_scale, num_inference_steps, timesteps, eta: the bundle's defaults for a generation; None for the format's.
@@ -60,6 +94,7 @@ class ExportPlan:
     added: tuple[Added, ...] = ()
     denoiser: Path | None = None
     vae: Path | None = None
+    loras: tuple[LoraSource, ...] = ()
     dtype: Precision = "fp32"
     solver: str | None = None
     solver_config: Mapping[str, Any] = field(default_factory=dict)
@@ -95,6 +130,7 @@ class ExportPlan:
             "added": {added.name: str(added.folder) for added in self.added},
             "denoiser": None if self.denoiser is None else str(self.denoiser),
             "vae": None if self.vae is None else str(self.vae),
+            "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.loras],
             "dtype": self.dtype,
             "solver": self.solver,
             "solver_config": dict(self.solver_config),
@@ -143,7 +179,7 @@ class PresetPlan:
     def as_json(self) -> dict[str, Any]:
         """The plan in JSON's types."""
         facts = self.export_plan(Path(), {}).as_json()
-        for key in ("checkpoint", "added", "denoiser", "vae", "solver", "solver_config", "allow_pickle"):
+        for key in ("checkpoint", "added", "denoiser", "vae", "loras", "solver", "solver_config", "allow_pickle"):
             del facts[key]
         return {"preset": self.name, "scale": self.scale, **facts}
 

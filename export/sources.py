@@ -17,6 +17,8 @@ from .agreement import (
 )
 from .checkpoint import Checkpoint, DenoiserSource, Part, read_autoencoder, read_checkpoint, read_denoiser
 from .facts import denoiser_facts
+from .lora import fuse, read_lora, require_used
+from .lora_names import PARTS
 from .plan import ExportPlan
 from .publish import require_free
 from .weights import parameters, source_digest
@@ -52,8 +54,8 @@ class Sources:
         return scheduler if scheduler != self.main.scheduler else None
 
     def digest(self, part: Part) -> str:
-        """The sha256 over a part's configuration and weights."""
-        return source_digest(part.files)
+        """The sha256 over a part's configuration and weights, and by how much LoRAs are fused into them."""
+        return source_digest(part.files, part.fused)
 
 
 def read_sources(plan: ExportPlan) -> Sources:
@@ -68,6 +70,8 @@ def read_sources(plan: ExportPlan) -> Sources:
         main = replace(main, denoiser=read_denoiser(plan.denoiser, main, allow_pickle=pickle).part)
     if plan.vae is not None:
         main = replace(main, vae=read_autoencoder(plan.vae, allow_pickle=pickle))
+    if plan.loras:
+        main = _with_loras(main, plan)
     if plan.solver is not None or plan.solver_config:
         main = replace(main, scheduler=_asked_for(plan, main.scheduler))
     require_main(main)
@@ -89,6 +93,21 @@ def read_sources(plan: ExportPlan) -> Sources:
     for name, decoder in sources.decoders.items():
         require_decoder(name, decoder, main)
     return sources
+
+
+def _with_loras(main: Checkpoint, plan: ExportPlan) -> Checkpoint:
+    """The checkpoint with the plan's LoRAs fused into its denoiser and its text encoders."""
+    loras = [(read_lora(each.path, allow_pickle=plan.allow_pickle), each.scale) for each in plan.loras]
+    parts = {main.family.denoiser: main.denoiser, **{name: text.encoder for name, text in main.texts.items()}}
+    fused: dict[str, Part] = {}
+    for name in PARTS:
+        if name in parts:
+            weights = fuse(parts[name].weights, loras, name)
+            fused[name] = replace(parts[name], weights=weights, fused=weights.facts)
+    for lora, _ in loras:
+        require_used(lora, {name: fused[name].weights for name in PARTS if name in fused})
+    texts = {name: replace(text, encoder=fused.get(name, text.encoder)) for name, text in main.texts.items()}
+    return replace(main, denoiser=fused[main.family.denoiser], texts=texts)
 
 
 def _asked_for(plan: ExportPlan, own: SchedulerDefaults) -> SchedulerDefaults:

@@ -185,8 +185,8 @@ def copy_source(source: Path, target: Path) -> None:
     target.write_bytes(content)
 
 
-def source_digest(paths: Iterable[Path]) -> str:
-    """The sha256 over the names, sizes and contents of files, in the order of their names.
+def source_digest(paths: Iterable[Path], fused: str = "") -> str:
+    """The sha256 over the names, sizes and contents of files, in the order of their names, and over `Part.fused`.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -198,6 +198,9 @@ def source_digest(paths: Iterable[Path]) -> str:
             with path.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
+        if fused:
+            # No file has an empty name.
+            digest.update(f"\0{fused}".encode())
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise CheckpointError(str(error.filename), what, remedy="Check the file.") from error

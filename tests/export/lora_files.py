@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -150,6 +151,13 @@ def old_attention(updates: Adapters) -> Tensors:
     return found
 
 
+def update(module: str, shape: tuple[int, ...], down: str = "lora_down", up: str = "lora_up") -> Tensors:
+    """An update of rank 1 for a weight of a shape, without an alpha."""
+    out, *rest = shape
+    ones = (1,) * (len(rest) - 1)
+    return {f"{module}.{down}.weight": torch.ones(1, *rest), f"{module}.{up}.weight": torch.ones(out, 1, *ones)}
+
+
 def fused(weights: Tensors, updates: Iterable[tuple[Mapping[str, Factors], float]]) -> Tensors:
     """What the definition says: W + scale · alpha / rank · up @ down."""
     found = dict(weights)
@@ -158,6 +166,16 @@ def fused(weights: Tensors, updates: Iterable[tuple[Mapping[str, Factors], float
             product = torch.einsum("or,r...->o...", factors.up.flatten(1), factors.down)
             found[f"{module}.weight"] = found[f"{module}.weight"] + scale * factors.alpha / len(factors.down) * product
     return found
+
+
+def fused_by_diffusers(pipeline: Any, files: Sequence[tuple[Path, float]]) -> None:
+    """Load, weigh and fuse LoRAs as diffusers' documentation does; the pipeline's models are changed."""
+    names = [f"lora_{index}" for index in range(len(files))]
+    for name, (path, _) in zip(names, files, strict=True):
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipeline.set_adapters(names, [scale for _, scale in files])
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
 
 
 def _dotted(updates: Adapters, halves: tuple[str, str], text_halves: tuple[str, str]) -> Tensors:

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandemrt.export import bundle as bundles
 from tandemrt.export.command import add_arguments, plan_facts, plan_from_arguments, run, summary
-from tandemrt.export.plan import Added, ExportPlan, PresetPlan
+from tandemrt.export.plan import Added, ExportPlan, LoraSource, PresetPlan, parse_lora
 from tandemrt.runtime.errors import ArgumentError, ExportError
 
 
@@ -36,12 +38,34 @@ def test_options_reach_the_plan() -> None:
     )
     plan = parse(
         "c", "out", "--denoiser", "u", "--vae", "v", "--solver", "lcm", "--timesteps", "800", "--solver-config",
-        "original_inference_steps=100", "--eta", "0.5",
+        "original_inference_steps=100", "--eta", "0.5", "--lora", "a:-0.5", "--lora", "b",
     )  # fmt: skip
     assert plan == ExportPlan(
         Path("c"), Path("out"), denoiser=Path("u"), vae=Path("v"), solver="lcm", timesteps=(800,), eta=0.5,
+        loras=(LoraSource(Path("a"), -0.5), LoraSource(Path("b"))),
         solver_config={"original_inference_steps": 100},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("l.safetensors", "l.safetensors", 1.0),
+        ("l.safetensors:0.125", "l.safetensors", 0.125),
+        ("a:1/l:2:-.5e1", "a:1/l:2", -5.0),
+        ("a:1/l", "a:1/l", 1.0),
+        ("C:\\l", "C:\\l", 1.0),
+        ("l:0", "l", 0.0),
+        ("l:", "l:", 1.0),
+    ],
+)
+def test_a_scale_is_the_number_behind_the_last_colon(text: str, path: str, scale: float) -> None:
+    assert parse_lora(text) == LoraSource(Path(path), scale)
+
+
+@given(st.text(min_size=1), st.floats(allow_nan=False, allow_infinity=False))
+def test_any_path_comes_back_with_its_scale(path: str, scale: float) -> None:
+    assert parse_lora(f"{path}:{scale!r}") == LoraSource(Path(path), scale)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +79,9 @@ def test_options_reach_the_plan() -> None:
         (["--small", "d", "--add", "unet_small=e"], "a component given twice, got 'unet_small'"),
         (["--scale", "tiny"], "--scale: is of presets only, got 'tiny'"),
         (["--preset", "sd15"], "CHECKPOINT: given beside --preset, which names every model, got 'c'"),
+        (["--lora", ":0.5"], "--lora: not a LoRA, got ':0.5', expected FILE or FILE:SCALE"),
+        (["--lora", "l:nan"], "--lora: scale of l, got nan, expected a finite number"),
+        (["--lora", "l:1e999"], "--lora: scale of l, got inf"),
         (["--preset", "sd15", "--allow-pickle"], "--allow-pickle: is of checkpoints only"),
         (["--guidance-scale", "nan"], "--guidance-scale: guidance, got nan"),
         (["--guidance-scale", "-1"], "--guidance-scale: guidance, got -1"),
@@ -96,6 +123,11 @@ def test_a_plan_names_every_component_once() -> None:
         (["out"], "CHECKPOINT: not given, expected CHECKPOINT OUT, or OUT --preset NAME"),
         (["out", "--preset", "sd9"], "--preset: no such preset, got 'sd9', expected one of bk-sdm-base, "),
         (["out", "--preset", "sd15", "--small", "s"], "unet_small: given beside --preset"),
+        (
+            ["out", "--preset", "sd15", "--lora", "l:2"],
+            "--lora: given beside --preset, which names every model, got 'l:2'",
+        ),
+        (["out", "--preset", "sd15", "--vae", "v"], "--vae: given beside --preset"),
         (["out", "--preset", "sd15", "--num-inference-steps", "0"], "--num-inference-steps: steps, got 0"),
     ],
 )

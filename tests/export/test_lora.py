@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from .lora_files import (
     adapters,
     diffusers,
     fused,
+    fused_by_diffusers,
     kohya,
     old_attention,
     peft,
     sd3,
     sd15,
     sdxl,
+    update,
     write_weights,
 )
 
@@ -65,16 +67,6 @@ def require_same(ours: Tensors, theirs: Tensors) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert float((ours[name] - tensor).abs().max()) <= 1e-6 * float(tensor.abs().max()), name
-
-
-def fused_by_diffusers(pipeline: Any, files: Sequence[tuple[Path, float]]) -> None:
-    """Load, weigh and fuse LoRAs as diffusers' documentation does; the pipeline's models are changed."""
-    names = [f"lora_{index}" for index in range(len(files))]
-    for name, (path, _) in zip(names, files, strict=True):
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-    pipeline.set_adapters(names, [scale for _, scale in files])
-    pipeline.fuse_lora(adapter_names=names)
-    pipeline.unload_lora_weights()
 
 
 def pipeline_of(models: Models) -> Any:
@@ -200,7 +192,7 @@ def test_what_no_lora_changes_stays_as_it_is_stored(tmp_path: Path) -> None:
         same = torch.equal(changed.load(name), base.load(name))
         assert changed.load(name).dtype == (torch.float32 if name == "conv_in.weight" else torch.float16)
         assert same == (name != "conv_in.weight")
-    assert fuse(base, [(lora, 1.0)], "text_encoder") is base
+    assert not fuse(base, [(lora, 1.0)], "text_encoder").updates
 
 
 def test_a_linear_update_fits_a_convolution_of_one_pixel(tmp_path: Path) -> None:
@@ -404,10 +396,3 @@ def test_updates_that_are_not_finite_are_named(tmp_path: Path, broken: str, valu
     lora = read_lora(write(tensors, tmp_path / "x.safetensors"))
     with pytest.raises(CheckpointError, match=r"x.safetensors: lora_unet_conv_in.lora_down.weight: .*NaN or infinite"):
         fuse(weights, [(lora, 0.0)], "unet").load("conv_in.weight")
-
-
-def update(module: str, shape: tuple[int, ...], down: str = "lora_down", up: str = "lora_up") -> Tensors:
-    """An update of rank 1 for a weight of a shape, without an alpha."""
-    out, *rest = shape
-    ones = (1,) * (len(rest) - 1)
-    return {f"{module}.{down}.weight": torch.ones(1, *rest), f"{module}.{up}.weight": torch.ones(out, 1, *ones)}
