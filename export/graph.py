@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import logging
 import warnings
 from collections import Counter
@@ -36,13 +37,15 @@ def onnx_from_module(name: str, graph: Graph) -> ir.Model:
         ExportError: an operator without an ONNX counterpart, or control flow that depends on values.
     """
     examples = tuple(_example(spec, graph.multiple) for spec in graph.inputs)
-    dynamic = {
-        spec.name: {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in graph.inputs
-    }
+    dynamic = inspect.signature(graph.module.forward).bind(
+        *(
+            {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+            for spec in graph.inputs
+        )
+    )
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(graph.module, examples, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(graph.module, examples, dynamic_shapes=dynamic.arguments, strict=False)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
