@@ -35,7 +35,7 @@ def latent_space(vae: Part) -> LatentSpace:
     Raises:
         CheckpointError: per-channel statistics, which are not supported, or a scale that is not a positive number.
     """
-    where, config = str(vae.folder / "config.json"), vae.config
+    where, config = str(vae.config_path), vae.config
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise CheckpointError(f"{where}: {key}", "per-channel latent statistics", got=config[key], expected="null")
@@ -161,7 +161,5 @@ def _stages(vae: Part) -> int:
     key = "encoder_block_out_channels"
     widths = vae.config.get(key, vae.config.get("block_out_channels"))
     if not isinstance(widths, list) or not widths:
-        raise CheckpointError(
-            str(vae.folder / "config.json"), "block_out_channels", got=widths, expected="a list of widths"
-        )
+        raise CheckpointError(str(vae.config_path), "block_out_channels", got=widths, expected="a list of widths")
     return len(widths)

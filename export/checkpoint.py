@@ -86,6 +86,7 @@ class Part:
     """One model folder: the class it is of, its `config.json`, and where its weights are.
 
     fused: the LoRAs that are fused into them, and their scales; empty without any.
+    preset: what the configuration was read from where the weights come without one; `folder` is their file then.
     """
 
     folder: Path
@@ -93,11 +94,17 @@ class Part:
     config: Config
     weights: Weights
     fused: str = ""
+    preset: Path | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """Where the configuration was read from."""
+        return self.preset or self.folder / "config.json"
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What the part was read from."""
-        return self.folder / "config.json", *self.weights.files
+        return self.config_path, *self.weights.files
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,8 @@ def read_denoiser(source: Path, main: Checkpoint, *, allow_pickle: bool = False)
     """
     name, classes = main.family.denoiser, (DENOISERS[main.family.denoiser],)
     if source.is_file():
-        part = Part(source.parent, main.denoiser.class_name, main.denoiser.config, read_header(source))
+        like = main.denoiser
+        part = Part(source, like.class_name, like.config, read_header(source), preset=like.config_path)
         return DenoiserSource(part, None, None)
     pipeline = (source / name / "config.json").is_file()
     part = _read_part(source / name if pipeline else source, name, classes, allow_pickle)
@@ -291,9 +299,6 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
     what, remedy = "not a checkpoint", "Check the path."
     if not folder.exists():
         what = "no such checkpoint"
-    elif folder.is_file():
-        what = "a single file is not supported"
-        remedy = "Load it with StableDiffusionPipeline.from_single_file, then save_pretrained."
     elif (folder / "tandem.json").is_file():
         what, remedy = "a bundle already", "Give the checkpoint that it was exported from."
     return CheckpointError(str(folder), what, expected=f"a diffusers directory with {_INDEX}", remedy=remedy)

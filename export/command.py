@@ -24,6 +24,7 @@ EPILOG = """\
 examples:
   tandemrt export stable-diffusion-v1-5/ bundle/ --small small-sd/ --tiny-vae taesd/
   tandemrt export stable-diffusion-v1-5/ bundle/ --lora Hyper-SD15-8steps-lora.safetensors --lora style.safetensors:0.6
+  tandemrt export sd_xl_base_1.0.safetensors bundle/ --tokenizer stable-diffusion-xl-base-1.0/
   tandemrt export bundle/ --preset hybrid-sd
 """
 
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt export`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument(
-        "checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="a diffusers directory (model_index.json)"
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="a diffusers directory (model_index.json), or one .safetensors file in its authors' layout",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to make; must not exist, see --force")
     parser.add_argument(
@@ -50,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=DIR",
         help="a further denoiser (unet_NAME) or decoder (vae_decoder_NAME); may be given several times",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="where a CHECKPOINT of one file finds its tokenizers: a pipeline directory, or a tokenizer's own folder",
     )
     parser.add_argument(
         "--denoiser",
@@ -123,6 +134,7 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
         checkpoint=args.checkpoint,
         out=args.out,
         added=tuple(Added(*source) for source in parse_sources(args.small, args.tiny_vae, args.add).items()),
+        tokenizer=args.tokenizer,
         denoiser=args.denoiser,
         vae=args.vae,
         loras=tuple(map(parse_lora, args.lora)),
@@ -198,7 +210,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 def _preset_plan(args: argparse.Namespace) -> PresetPlan:
     sources = parse_sources(args.small, args.tiny_vae, args.add)
     lora = args.lora[0] if args.lora else None
-    given = {"CHECKPOINT": args.checkpoint, "--denoiser": args.denoiser, "--vae": args.vae, "--lora": lora, **sources}
+    given = {"CHECKPOINT": args.checkpoint, "--tokenizer": args.tokenizer, "--denoiser": args.denoiser}
+    given |= {"--vae": args.vae, "--lora": lora, **sources}
     if args.allow_pickle:
         raise ArgumentError("--allow-pickle", "is of checkpoints only", expected="no --preset beside it")
     for name, folder in given.items():

@@ -118,4 +118,4 @@ def _sample_size(part: Part, default: int) -> tuple[int, int]:
 
 
 def _where(part: Part) -> str:
-    return str(part.folder / "config.json")
+    return str(part.config_path)

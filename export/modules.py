@@ -63,7 +63,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], part: Part) -> None:
             raise CheckpointError(
                 where,
                 f"{what}: {listed(names)}",
-                expected=f"those of {part.class_name} with {part.folder / 'config.json'}",
+                expected=f"those of {part.class_name} with {part.config_path}",
             )
     module.load_state_dict(tensors, strict=True, assign=True)
 
@@ -84,7 +84,7 @@ def float_spec(name: str, *shape: int | str) -> TensorSpec:
 def unusable(part: Part, error: Exception) -> CheckpointError:
     first = (str(error) or type(error).__name__).strip().splitlines()[0]
     return CheckpointError(
-        str(part.folder / "config.json"),
+        str(part.config_path),
         f"{part.class_name} cannot be built from it ({first})",
         remedy="Check its values.",
     )

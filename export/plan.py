@@ -78,8 +78,9 @@ def parse_lora(text: str) -> LoraSource:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One export: a diffusers directory becomes the bundle `out`, with `added` components beside the main ones.
+    """One export: a checkpoint becomes the bundle `out`, with `added` components beside the main ones.
 
+    checkpoint: a diffusers directory, or one safetensors file, which needs a `tokenizer`; see `read_single_file`.
     denoiser, vae: taken in place of the checkpoint's own; a denoiser may be one file of weights.
     loras: fused into the main denoiser and the text encoders, all at once.
     dtype: `fp32`, or `fp16` for half-precision weights and arithmetic with fp32 islands; inputs and outputs stay fp32.
@@ -92,6 +93,7 @@ class ExportPlan:
     checkpoint: Path
     out: Path
     added: tuple[Added, ...] = ()
+    tokenizer: Path | None = None
     denoiser: Path | None = None
     vae: Path | None = None
     loras: tuple[LoraSource, ...] = ()
@@ -128,6 +130,7 @@ class ExportPlan:
             "checkpoint": str(self.checkpoint),
             "out": str(self.out),
             "added": {added.name: str(added.folder) for added in self.added},
+            "tokenizer": None if self.tokenizer is None else str(self.tokenizer),
             "denoiser": None if self.denoiser is None else str(self.denoiser),
             "vae": None if self.vae is None else str(self.vae),
             "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.loras],
@@ -179,7 +182,8 @@ class PresetPlan:
     def as_json(self) -> dict[str, Any]:
         """The plan in JSON's types."""
         facts = self.export_plan(Path(), {}).as_json()
-        for key in ("checkpoint", "added", "denoiser", "vae", "loras", "solver", "solver_config", "allow_pickle"):
+        sources = ("checkpoint", "added", "tokenizer", "denoiser", "vae", "loras")
+        for key in (*sources, "solver", "solver_config", "allow_pickle"):
             del facts[key]
         return {"preset": self.name, "scale": self.scale, **facts}
 

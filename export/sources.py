@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..runtime.errors import ArgumentError
 from ..runtime.manifest import SchedulerDefaults
 from ..runtime.solvers import resolve_solver
 from .agreement import (
@@ -21,6 +22,7 @@ from .lora import fuse, read_lora, require_used
 from .lora_names import PARTS
 from .plan import ExportPlan
 from .publish import require_free
+from .single_file import read_single_file
 from .weights import parameters, source_digest
 
 
@@ -65,7 +67,7 @@ def read_sources(plan: ExportPlan) -> Sources:
         CheckpointError: a folder is no checkpoint of a supported kind, or models disagree.
     """
     pickle = plan.allow_pickle
-    main = read_checkpoint(plan.checkpoint, allow_pickle=pickle)
+    main = _main(plan)
     if plan.denoiser is not None:
         main = replace(main, denoiser=read_denoiser(plan.denoiser, main, allow_pickle=pickle).part)
     if plan.vae is not None:
@@ -108,6 +110,17 @@ def _with_loras(main: Checkpoint, plan: ExportPlan) -> Checkpoint:
         require_used(lora, {name: fused[name].weights for name in PARTS if name in fused})
     texts = {name: replace(text, encoder=fused.get(name, text.encoder)) for name, text in main.texts.items()}
     return replace(main, denoiser=fused[main.family.denoiser], texts=texts)
+
+
+def _main(plan: ExportPlan) -> Checkpoint:
+    if plan.checkpoint.is_file():
+        return read_single_file(plan.checkpoint, plan.tokenizer, plan.solver_config.get("prediction_type"))
+    if plan.tokenizer is not None:
+        expected = "a CHECKPOINT that is one file"
+        raise ArgumentError(
+            "--tokenizer", "a diffusers directory has its own", got=str(plan.tokenizer), expected=expected
+        )
+    return read_checkpoint(plan.checkpoint, allow_pickle=plan.allow_pickle)
 
 
 def _asked_for(plan: ExportPlan, own: SchedulerDefaults) -> SchedulerDefaults:

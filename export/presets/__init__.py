@@ -90,6 +90,11 @@ def read_preset(name: str) -> Preset:
     return msgspec.json.decode((_FOLDER / "pipelines" / f"{name}.json").read_bytes(), type=Preset)
 
 
+def model_file(name: str) -> Path:
+    """The file that the architecture called `name` is read from."""
+    return _FOLDER / "models" / f"{name}.json"
+
+
 @cache
 def models() -> Mapping[str, Model]:
     """Every architecture by name."""
