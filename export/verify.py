@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckpointError, ExportError
 from ..runtime.manifest import Evidence
 from .jobs import Job, jobs, samples
 from .parity import compare
-from .plan import Added, ExportPlan, Progress, no_progress
+from .plan import ExportPlan, Progress, no_progress
 from .sources import Sources, read_sources
 
 
-def verify_bundle(
-    bundle: Bundle, checkpoint: Path, added: Mapping[str, Path], progress: Progress = no_progress
-) -> dict[str, Sequence[Evidence]]:
+def verify_bundle(bundle: Bundle, plan: ExportPlan, progress: Progress = no_progress) -> dict[str, Sequence[Evidence]]:
     """Run the components whose sources are given in ONNX Runtime and in PyTorch on the export's sample inputs.
 
-    added: the sources of further denoisers and decoders, by component.
+    plan: the sources, as the export was given them; the rest of it is not read.
 
     Returns the figures by component; whether they are within their thresholds is for the caller to judge.
 
@@ -27,7 +24,7 @@ def verify_bundle(
         CheckpointError: a source is no checkpoint, or not the one that its component was exported from.
         ExportError: ONNX Runtime cannot run a component, or the copy that an fp16 one needs cannot be written.
     """
-    found = read_sources(ExportPlan(checkpoint, bundle.path, tuple(Added(*each) for each in added.items())))
+    found = read_sources(plan)
     wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
     for job in wanted:
         _require_source(job, found, bundle)
@@ -55,8 +52,8 @@ def _require_source(job: Job, sources: Sources, bundle: Bundle) -> None:
     if digest != expected:
         raise CheckpointError(
             f"{job.name}: {job.part.folder}",
-            "not what the component was exported from; sha256 of config and weights",
+            "not what the component was exported from; sha256 of config, weights and LoRAs",
             got=digest,
             expected=expected,
-            remedy="Give the folder that the bundle was exported from.",
+            remedy="Give what the bundle was exported from, with its LoRAs and their scales if it had any.",
         )

@@ -24,7 +24,7 @@ DIGESTS = "the folder holds the files of the manifest and no others, each of its
 EPILOG = """\
 examples:
   tandemrt verify bundle/
-  tandemrt verify bundle/ --checkpoint stable-diffusion-v1-5/ --small small-sd/
+  tandemrt verify bundle/ --checkpoint stable-diffusion-v1-5/ --small small-sd/ --lora style.safetensors:0.6
 """
 
 
@@ -33,11 +33,16 @@ class VerifyPlan:
     """What to check.
 
     checkpoint: what the bundle was exported from, where that is to be compared. added: further sources by component.
+    denoiser, vae, loras (FILE:SCALE), allow_pickle: as they were given to the export.
     """
 
     bundle: Path
     checkpoint: Path | None
     added: Mapping[str, Path]
+    denoiser: Path | None = None
+    vae: Path | None = None
+    loras: tuple[str, ...] = ()
+    allow_pickle: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--add", action="append", default=[], metavar="NAME=DIR", help="what another component was exported from"
     )
+    group.add_argument("--denoiser", type=Path, metavar="SOURCE", help="the denoiser in place of the checkpoint's")
+    group.add_argument("--vae", type=Path, metavar="DIR", help="the autoencoder in place of the checkpoint's")
+    group.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA that was fused, in the same order"
+    )
+    group.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there are no others")
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
@@ -64,10 +75,18 @@ def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
         ArgumentError: a source that is not NAME=DIR, is given twice, or comes without the main checkpoint.
     """
     added = parse_sources(namespace.small, namespace.tiny_vae, namespace.add)
-    if added and namespace.checkpoint is None:
+    if (added or namespace.denoiser or namespace.vae or namespace.lora) and namespace.checkpoint is None:
         remedy = "Give --checkpoint as well: its text encoder and VAE make the inputs of the comparison."
         raise ArgumentError("--checkpoint", "not given beside other sources", remedy=remedy)
-    return VerifyPlan(namespace.bundle, namespace.checkpoint, added)
+    return VerifyPlan(
+        namespace.bundle,
+        namespace.checkpoint,
+        added,
+        denoiser=namespace.denoiser,
+        vae=namespace.vae,
+        loras=tuple(namespace.lora),
+        allow_pickle=namespace.allow_pickle,
+    )
 
 
 def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
     parity: Mapping[str, Sequence[Evidence]] = {}
     if plan.checkpoint is not None:
         verify_bundle = importlib.import_module("tandemrt.export.verify").verify_bundle
-        parity = verify_bundle(bundle, plan.checkpoint, plan.added, reporter.progress)
+        parity = verify_bundle(bundle, _export_plan(plan), reporter.progress)
         _require_close(parity, bundle.path)
     return {
         "path": str(bundle.path),
@@ -117,6 +136,20 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         names = ", ".join(result["parity_not_checked"])
         option = "--small, --tiny-vae or --add NAME=DIR" if result["parity"] else "--checkpoint DIR"
         yield f"not checked: the difference from PyTorch of {names}; give {option}"
+
+
+def _export_plan(plan: VerifyPlan) -> Any:
+    """The export that the bundle should be of."""
+    plans = importlib.import_module("tandemrt.export.plan")
+    return plans.ExportPlan(
+        checkpoint=plan.checkpoint,
+        out=plan.bundle,
+        added=tuple(plans.Added(*each) for each in plan.added.items()),
+        denoiser=plan.denoiser,
+        vae=plan.vae,
+        loras=tuple(map(plans.parse_lora, plan.loras)),
+        allow_pickle=plan.allow_pickle,
+    )
 
 
 def _require_close(parity: Mapping[str, Sequence[Evidence]], path: Path) -> None:

@@ -156,7 +156,8 @@ def test_a_bundle_is_verified_against_its_sources(
 
 def test_another_source_than_the_bundles_is_refused(shapes_bundle: Path) -> None:
     with pytest.raises(CheckpointError, match=r"unet_small: .*not what the component was exported from"):
-        verify_bundle(Bundle.open(shapes_bundle), WEIGHTS / "large", {"unet_small": WEIGHTS / "one_step"})
+        added = (Added("unet_small", WEIGHTS / "one_step"),)
+        verify_bundle(Bundle.open(shapes_bundle), ExportPlan(WEIGHTS / "large", shapes_bundle, added))
 
 
 def test_half_precision_is_listed_and_smaller(half_bundle: Path) -> None:
@@ -179,7 +180,7 @@ def test_an_unusable_temporary_folder_is_an_error_of_the_export(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(ExportError, match=r"missing/.*cannot be written \(No such file.*\)\. Let TMPDIR name"):
-        verify_bundle(Bundle.open(half_bundle), checkpoint, {})
+        verify_bundle(Bundle.open(half_bundle), ExportPlan(checkpoint, half_bundle))
 
 
 def test_a_half_precision_export_writes_nowhere_but_beside_its_bundle(

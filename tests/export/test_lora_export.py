@@ -19,6 +19,7 @@ from tandemrt.export.presets import read_preset
 from tandemrt.export.random_checkpoint import write_checkpoint
 from tandemrt.export.sources import Sources, describe, read_sources
 from tandemrt.runtime import Pipeline
+from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import CheckpointError
 
 from .lora_files import adapters, fused_by_diffusers, kohya, peft, update
@@ -51,7 +52,7 @@ def digests(found: Sources) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute")
 def test_the_bundle_paints_what_diffusers_paints(
-    checkpoint: Path, loras: tuple[LoraSource, ...], tmp_path: Path
+    checkpoint: Path, loras: tuple[LoraSource, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 2.0, "height": 16, "width": 16}
     reference = StableDiffusionPipeline.from_pretrained(checkpoint)
@@ -69,6 +70,10 @@ def test_the_bundle_paints_what_diffusers_paints(
         ours = pipeline("a red circle", **arguments, seed=7, output_type="np").images[0]
     assert psnr_db(ours, wanted) >= MINIMUM_PSNR_DB
     assert psnr_db(unfused, wanted) < MINIMUM_PSNR_DB - 10
+    sources = ["--checkpoint", str(checkpoint), *(w for lora in loras for w in ("--lora", f"{lora.path}:{lora.scale}"))]
+    assert main(["verify", str(out), *sources]) == 0
+    assert main(["verify", str(out), *sources[:-2]]) == 1
+    assert "not what the component was exported from" in capsys.readouterr().err
 
 
 def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:

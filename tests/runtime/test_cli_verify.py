@@ -12,6 +12,7 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from tandemrt.export.plan import Added, ExportPlan, LoraSource
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import Evidence
@@ -33,12 +34,10 @@ class Comparison(ModuleType):
 
     def __init__(self, parity: Parity) -> None:
         super().__init__("tandemrt.export.verify")
-        self.parity, self.asked = parity, {}
+        self.parity, self.asked = parity, None
 
-    def verify_bundle(
-        self, bundle: Bundle, checkpoint: Path, added: Mapping[str, Path], progress: Callable[[str, int, int], None]
-    ) -> Parity:
-        self.asked = {"checkpoint": checkpoint, **added}
+    def verify_bundle(self, bundle: Bundle, plan: ExportPlan, progress: Callable[[str, int, int], None]) -> Parity:
+        self.asked = plan
         progress("unet: verify", 1, 1)
         return self.parity
 
@@ -72,11 +71,18 @@ def test_sources_are_compared_as_they_were_exported(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison = compared(monkeypatch, 1e-6, 2e-6)
-    options = ["--checkpoint", "large", "--small", "small", "--tiny-vae", "tiny"]
+    options = ["--checkpoint", "large", "--small", "small", "--tiny-vae", "tiny", "--denoiser", "one-step"]
+    options += ["--vae", "fixed", "--lora", "a:0.5", "--lora", "b", "--allow-pickle"]
     assert main(["verify", str(bundle), *options, "--json"]) == 0
-    assert comparison.asked == {
-        "checkpoint": Path("large"), "unet_small": Path("small"), "vae_decoder_tiny": Path("tiny")
-    }  # fmt: skip
+    assert comparison.asked == ExportPlan(
+        Path("large"),
+        bundle,
+        (Added("unet_small", Path("small")), Added("vae_decoder_tiny", Path("tiny"))),
+        denoiser=Path("one-step"),
+        vae=Path("fixed"),
+        loras=(LoraSource(Path("a"), 0.5), LoraSource(Path("b"))),
+        allow_pickle=True,
+    )
     facts = json.loads(capsys.readouterr().out)
     assert [each["value"] for each in facts["parity"]["unet"]] == [1e-6, 2e-6]
     assert facts["parity_not_checked"] == ["text_encoder", "unet_small", "vae_decoder", "vae_decoder_tiny"]
@@ -126,6 +132,8 @@ def test_a_source_of_a_component_the_bundle_has_not_is_named_by_its_option(
     ("options", "message"),
     [
         (["--small", "s"], "--checkpoint: not given beside other sources"),
+        (["--lora", "l"], "--checkpoint: not given beside other sources"),
+        (["--checkpoint", "c", "--lora", "l:inf"], "--lora: scale of l, got inf, expected a finite number"),
         (["--checkpoint", "c", "--add", "unet_small"], "--add: not a source, got 'unet_small', expected NAME=DIR"),
         (["--checkpoint", "c", "--small", "s", "--add", "unet_small=t"], "--add: a component given twice"),
         (["--checkpoint", "c", "--add", "unet_huge=t"], "--add: no such component, got 'unet_huge', expected one of"),
