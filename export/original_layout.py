@@ -18,7 +18,7 @@ Convert = Callable[[str], "Names | None"]
 Layout = Callable[[Collection[str], Model], Convert]
 """All names of a model's tensors, and the architecture they are for, to how each is converted."""
 
-_UNET = {
+UNET_OUTSIDE_BLOCKS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -27,7 +27,7 @@ _UNET = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_UNET_RESNET = {
+UNET_IN_RESNETS = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -96,8 +96,8 @@ def unet(names: Collection[str], model: Model) -> Convert:
         middle, outer = _UNET_MIDDLE.fullmatch(stem), _UNET_OUTER.fullmatch(stem)
         if middle is not None:
             return _unet_layer("mid_block", int(middle[1]) // 2, middle[2], attention=middle[1] == "1")
-        if outer is None or stem in _UNET:
-            return _UNET.get(stem)
+        if outer is None or stem in UNET_OUTSIDE_BLOCKS:
+            return UNET_OUTSIDE_BLOCKS.get(stem)
         side, index, place, rest = outer.groups()
         level, layer = divmod(int(index) - (side == "input"), layers)
         if (side, place, rest) == ("input", "0", "op"):
@@ -197,7 +197,7 @@ def mmdit(names: Collection[str], model: Model) -> Convert:
 def _unet_layer(block: str, number: int, rest: str, *, attention: bool) -> str | None:
     if attention:
         return f"{block}.attentions.{number}.{rest}"
-    return f"{block}.resnets.{number}.{_UNET_RESNET[rest]}" if rest in _UNET_RESNET else None
+    return f"{block}.resnets.{number}.{UNET_IN_RESNETS[rest]}" if rest in UNET_IN_RESNETS else None
 
 
 def _with_stem(name: str, new_stem: Callable[[str], str | None], change: Change = "none") -> Names | None:
