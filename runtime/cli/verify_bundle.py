@@ -33,12 +33,13 @@ class VerifyPlan:
     """What to check.
 
     checkpoint: what the bundle was exported from, where that is to be compared. added: further sources by component.
-    denoiser, vae, loras (FILE:SCALE), allow_pickle: as they were given to the export.
+    tokenizer, denoiser, vae, loras (FILE:SCALE), allow_pickle: as they were given to the export.
     """
 
     bundle: Path
     checkpoint: Path | None
     added: Mapping[str, Path]
+    tokenizer: Path | None = None
     denoiser: Path | None = None
     vae: Path | None = None
     loras: tuple[str, ...] = ()
@@ -54,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
     group = parser.add_argument_group("sources, as they were given to `tandemrt export`")
-    group.add_argument("--checkpoint", type=Path, metavar="DIR", help="the checkpoint the bundle was exported from")
+    group.add_argument("--checkpoint", type=Path, metavar="SOURCE", help="the checkpoint the bundle was exported from")
     group.add_argument("--small", type=Path, metavar="DIR", help="what unet_small was exported from")
     group.add_argument("--tiny-vae", type=Path, metavar="DIR", help="what vae_decoder_tiny was exported from")
     group.add_argument(
         "--add", action="append", default=[], metavar="NAME=DIR", help="what another component was exported from"
     )
+    group.add_argument("--tokenizer", type=Path, metavar="DIR", help="the tokenizer of a checkpoint in one file")
     group.add_argument("--denoiser", type=Path, metavar="SOURCE", help="the denoiser in place of the checkpoint's")
     group.add_argument("--vae", type=Path, metavar="DIR", help="the autoencoder in place of the checkpoint's")
     group.add_argument(
@@ -75,13 +77,15 @@ def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
         ArgumentError: a source that is not NAME=DIR, is given twice, or comes without the main checkpoint.
     """
     added = parse_sources(namespace.small, namespace.tiny_vae, namespace.add)
-    if (added or namespace.denoiser or namespace.vae or namespace.lora) and namespace.checkpoint is None:
+    others = namespace.tokenizer or namespace.denoiser or namespace.vae or namespace.lora
+    if (added or others) and namespace.checkpoint is None:
         remedy = "Give --checkpoint as well: its text encoder and VAE make the inputs of the comparison."
         raise ArgumentError("--checkpoint", "not given beside other sources", remedy=remedy)
     return VerifyPlan(
         namespace.bundle,
         namespace.checkpoint,
         added,
+        tokenizer=namespace.tokenizer,
         denoiser=namespace.denoiser,
         vae=namespace.vae,
         loras=tuple(namespace.lora),
@@ -145,6 +149,7 @@ def _export_plan(plan: VerifyPlan) -> Any:
         checkpoint=plan.checkpoint,
         out=plan.bundle,
         added=tuple(plans.Added(*each) for each in plan.added.items()),
+        tokenizer=plan.tokenizer,
         denoiser=plan.denoiser,
         vae=plan.vae,
         loras=tuple(map(plans.parse_lora, plan.loras)),

@@ -72,12 +72,13 @@ def test_sources_are_compared_as_they_were_exported(
 ) -> None:
     comparison = compared(monkeypatch, 1e-6, 2e-6)
     options = ["--checkpoint", "large", "--small", "small", "--tiny-vae", "tiny", "--denoiser", "one-step"]
-    options += ["--vae", "fixed", "--lora", "a:0.5", "--lora", "b", "--allow-pickle"]
+    options += ["--vae", "fixed", "--tokenizer", "words", "--lora", "a:0.5", "--lora", "b", "--allow-pickle"]
     assert main(["verify", str(bundle), *options, "--json"]) == 0
     assert comparison.asked == ExportPlan(
         Path("large"),
         bundle,
         (Added("unet_small", Path("small")), Added("vae_decoder_tiny", Path("tiny"))),
+        tokenizer=Path("words"),
         denoiser=Path("one-step"),
         vae=Path("fixed"),
         loras=(LoraSource(Path("a"), 0.5), LoraSource(Path("b"))),
