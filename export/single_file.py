@@ -25,7 +25,8 @@ _CONVERT = "Load it with diffusers' from_single_file where you trust it, then sa
 # What training and the samplers of old leave in a file, and buffers that are made anew.
 _UNUSED = re.compile(
     r"model_ema\..*|betas|logvar|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_\w+|"
-    r"denoiser\.sigmas|first_stage_model\.loss\..*|.*\.embeddings\.position_ids|.*\.logit_scale"
+    r"denoiser\.(log_)?sigmas|first_stage_model\.loss\..*|.*\.embeddings\.position_ids|.*\.logit_scale|"
+    r"(cond_stage_model|conditioner\.embedders\.0)\.text_projection"
 )
 _MODEL_TYPES = {
     "CLIPTextModel": "clip_text_model",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ArgumentError
@@ -33,6 +34,8 @@ class Sources:
     main: Checkpoint
     denoisers: Mapping[str, DenoiserSource]
     decoders: Mapping[str, Part]
+    # One file may hold every model, and is read as a whole.
+    _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sample_size(self) -> tuple[int, int]:
@@ -57,7 +60,7 @@ class Sources:
 
     def digest(self, part: Part) -> str:
         """The sha256 over a part's configuration and weights, and by how much LoRAs are fused into them."""
-        return source_digest(part.files, part.fused)
+        return source_digest(part.files, part.fused, self._digests)
 
 
 def read_sources(plan: ExportPlan) -> Sources:

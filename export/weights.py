@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -185,19 +186,19 @@ def copy_source(source: Path, target: Path) -> None:
     target.write_bytes(content)
 
 
-def source_digest(paths: Iterable[Path], fused: str = "") -> str:
-    """The sha256 over the names, sizes and contents of files, in the order of their names, and over `Part.fused`.
+def source_digest(paths: Iterable[Path], fused: str = "", known: dict[Path, str] | None = None) -> str:
+    """The sha256 over the names and sha256 of files, in the order of their names, and over `Part.fused`.
+
+    known: the sha256 of files that need not be read again, to which those of the others are added.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, known = hashlib.sha256(), {} if known is None else known
     try:
         for path in sorted(paths, key=lambda each: each.name):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+            known[path] = known.get(path) or file_sha256(path)
+            digest.update(f"{path.name}\0{known[path]}\0".encode())
         if fused:
             # No file has an empty name.
             digest.update(f"\0{fused}".encode())

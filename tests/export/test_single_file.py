@@ -38,6 +38,8 @@ TRAINING = {
     "posterior_mean_coef1": torch.ones(1000),
     "betas": torch.ones(1000),
     "denoiser.sigmas": torch.ones(1000),
+    "cond_stage_model.text_projection": torch.ones(2, 2),
+    "cond_stage_model.logit_scale": torch.ones(()),
 }
 
 

@@ -118,3 +118,13 @@ def test_the_digest_covers_names_and_contents(file: Path) -> None:
     assert digest == source_digest([other, file])
     other.write_text("{ }")
     assert source_digest([file, other]) != digest
+
+
+def test_a_file_of_several_models_is_read_for_their_digests_once(file: Path) -> None:
+    known: dict[Path, str] = {}
+    digest = source_digest([file], known=known)
+    assert list(known) == [file]
+    file.unlink()
+    assert source_digest([file], known=known) == digest
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        source_digest([file])
