@@ -83,7 +83,7 @@ def runtime_loop(scheduler_class: str) -> Callable[[], Float32]:
         table = compile_table(scheduler_class, SCHEDULE, STEPS)
         plan = Plan(table, ("unet",) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
         sampler = Sampler(plan, sessions, conditioning, lambda: noise)
-        state = sampler.start(noise)
+        state = sampler.begin(noise * np.float32(table.init_noise_sigma))
         for _ in sampler.run(state):
             pass
         return state.latents

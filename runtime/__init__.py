@@ -13,8 +13,9 @@ from .errors import (
     TargetError,
 )
 from .output import Output, StepEvent, Timings
-from .pipeline import Pipeline, Stream
+from .pipeline import Pipeline
 from .request import Request
+from .stream import Stream
 
 __all__ = [
     "ArgumentError",

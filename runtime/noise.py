@@ -24,8 +24,13 @@ class Noise:
         self.shape = shape
         self._generators = [new_generator(value, request.seed_device) for value in seeds]
 
-    def draw(self) -> Float32:
-        """Fresh noise: (pictures, C, h, w) float32."""
-        if len(self._generators) == 1:
-            return self._generators[0].randn(self.shape)
+    @property
+    def by_picture(self) -> bool:
+        """Whether each picture has a generator of its own."""
+        return len(self._generators) > 1
+
+    def draw(self, count: int | None = None) -> Float32:
+        """Fresh noise of latents: (pictures, C, h, w) float32, or `count` of them where one generator serves all."""
+        if not self.by_picture:
+            return self._generators[0].randn((self.shape[0] if count is None else count, *self.shape[1:]))
         return np.concatenate([generator.randn((1, *self.shape[1:])) for generator in self._generators])

@@ -25,9 +25,10 @@ class RowTiming:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where a generation's time went, in milliseconds."""
+    """Where a generation's time went, in milliseconds; `image_ms` is the encoding of an image to start from."""
 
     text_ms: float
+    image_ms: float
     rows: tuple[RowTiming, ...]
     decode_ms: float
     total_ms: float

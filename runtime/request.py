@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .arguments import whole_number
 from .errors import RequestError
 from .manifest import Manifest
+from .pictures_in import Pictures, picture_size
 from .plan import Schedule, Steps
 from .request_checks import checked_array, require_count, require_pictures, side, size_pair, texts
 
@@ -49,6 +50,11 @@ class Request:
         pooled text.
     original_size, target_size, crops_coords_top_left and the same for the negative prompt: SDXL's sizes as (height,
         width) and (top, left); height and width of the picture, and (0, 0), otherwise.
+    image: what to start from instead of noise alone; a PIL image, an array (H, W, 3) of uint8 or of float32 in
+        [0, 1], or a list of these, one for each prompt. Its size is the picture's unless height and width are given,
+        to which a PIL image is resized.
+    mask_image: where to paint anew, white being new; as `image`, in grey or (H, W). Without it, everywhere.
+    strength: see `Schedule`; with an image 0.8 by default, with a mask too 1.0.
     decoder: which of the bundle's decoders paints; the first by default.
     output_type: `pil` images, `np` (pictures, H, W, 3) float32 in [0, 1], or `latent`.
     previews: decode a preview after every so many rows, with the tiny decoder where there is one; 0 for none.
@@ -92,6 +98,9 @@ class Request:
     negative_original_size: tuple[int, int] | None = None
     negative_target_size: tuple[int, int] | None = None
     negative_crops_coords_top_left: tuple[int, int] | None = None
+    image: Pictures | None = None
+    mask_image: Pictures | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         self._check_embeddings()
@@ -109,6 +118,9 @@ class Request:
             raise RequestError("previews", "not usable", got=self.previews, expected="a whole number, 0 or more")
         if isinstance(self.seed, Sequence) and len(self.seed) != self.pictures:
             raise RequestError("seed", "how many there are", got=len(self.seed), expected=f"1 or {self.pictures}")
+        for name in ("mask_image", "strength"):
+            if getattr(self, name) is not None and self.image is None:
+                raise RequestError(name, "given without image", remedy="Give both.")
         for name in SIZES:
             if getattr(self, name) is not None:
                 size_pair(name, getattr(self, name))
@@ -184,7 +196,14 @@ class Request:
             eta=self.eta,
             guidance_scale=self.guidance_scale,
             guidance_interval=self.guidance_interval,
+            strength=self._strength,
         )
+
+    @property
+    def _strength(self) -> float:
+        if self.strength is not None or self.image is None:
+            return 1.0 if self.strength is None else self.strength
+        return 0.8 if self.mask_image is None else 1.0
 
     def latent_shape(self, manifest: Manifest, denoisers: Sequence[str]) -> tuple[int, int, int, int]:
         """The latent's shape (pictures, C, h, w) for these denoisers.
@@ -195,8 +214,11 @@ class Request:
         """
         multiple = max(manifest.components[name].spatial_multiple for name in denoisers)
         pixels = multiple * manifest.latent.downsampling
-        height = side("height", manifest.defaults.height if self.height is None else self.height, pixels)
-        width = side("width", manifest.defaults.width if self.width is None else self.width, pixels)
+        default = (manifest.defaults.height, manifest.defaults.width)
+        if self.image is not None:
+            default = picture_size("image", self.image)
+        height = side("height", default[0] if self.height is None else self.height, pixels)
+        width = side("width", default[1] if self.width is None else self.width, pixels)
         if self.pictures * height * width > MAX_PIXELS:
             raise RequestError(
                 "height, width",

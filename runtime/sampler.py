@@ -41,10 +41,12 @@ class Conditioning:
     """A denoiser's inputs beside latent and time step by name, (B, …) float32 each.
 
     `unconditional` may be None where no row of it is guided.
+    channels: what follows the latent in its channels, (B, …, h, w) float32, where it reads more.
     """
 
     conditional: Mapping[str, Float32]
     unconditional: Mapping[str, Float32] | None = None
+    channels: Float32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Sampler:
 
     sessions, conditioning: those of the denoisers the plan names.
     draw_noise: returns fresh standard normal noise (B, C, h, w) float32; called only for rows that need it.
+    keep: called after every row with its index and the latents it left, which it may change.
     """
 
     def __init__(
@@ -73,15 +76,17 @@ class Sampler:
         sessions: Mapping[str, Session],
         conditioning: Mapping[str, Conditioning],
         draw_noise: Callable[[], Float32],
+        keep: Callable[[int, Float32], None] | None = None,
     ) -> None:
-        self._plan, self._sessions, self._conditioning, self._draw_noise = plan, sessions, conditioning, draw_noise
+        self._plan, self._sessions, self._conditioning = plan, sessions, conditioning
+        self._draw_noise, self._keep = draw_noise, keep
         self._rows = _compiled_rows(plan)
         self._bound: dict[tuple[str, bool], _Bound] = {}
 
-    def start(self, noise: Float32) -> State:
-        """The state before the first row, from standard normal noise (B, C, h, w) float32."""
-        arrays = np.zeros((1 + self._plan.table.history, *noise.shape), np.float32)
-        np.multiply(noise, self._plan.table.init_noise_sigma, out=arrays[0])
+    def begin(self, latents: Float32) -> State:
+        """The state before the first row, from the latents x there, (B, C, h, w) float32."""
+        arrays = np.zeros((1 + self._plan.table.history, *latents.shape), np.float32)
+        arrays[0] = latents
         return State(arrays)
 
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
@@ -128,6 +133,8 @@ class Sampler:
         for target, terms in zip(state.arrays, row.update, strict=True):
             _combine(terms, vectors, target, scratch)
         self._require_finite(state.latents, state.row, "latent")
+        if self._keep is not None:
+            self._keep(state.row, state.latents)
         state.row += 1
         return (returned - called) * 1e3
 
@@ -140,20 +147,22 @@ class Sampler:
             if other is None:
                 raise ExecutionError(row.denoiser, "a guided row without an unconditional branch")
             given = {name: np.concatenate([other[name], values]) for name, values in given.items()}
-        names, batch = latent_names(session.inputs), shape[0] * (1 + row.guided)
+        names, batch, channels = latent_names(session.inputs), shape[0] * (1 + row.guided), shape[1]
+        more = 0 if conditioning.channels is None else conditioning.channels.shape[1]
         (timestep,) = (spec for spec in session.inputs if spec.name == "timestep")
         binding = session.bind(
             {
-                names.sample: (batch, *shape[1:]),
+                names.sample: (batch, channels + more, *shape[2:]),
                 "timestep": tuple(batch if isinstance(size, str) else size for size in timestep.shape),
                 **{name: values.shape for name, values in given.items()},
             }
         )
         for name, values in given.items():
             binding.inputs[name][...] = values
-        bound = _Bound(
-            binding, binding.inputs[names.sample], binding.inputs["timestep"], binding.outputs[names.prediction]
-        )
+        sample = binding.inputs[names.sample]
+        if conditioning.channels is not None:
+            sample[:, channels:] = np.concatenate([conditioning.channels] * (1 + row.guided))
+        bound = _Bound(binding, sample[:, :channels], binding.inputs["timestep"], binding.outputs[names.prediction])
         self._bound[row.denoiser, row.guided] = bound
         return bound
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from .errors import BundleError
 from .manifest import Component, Dtype, TensorSpec
 
+# What a VAE's encoder makes: a distribution's parameters or, of a tiny autoencoder, the latent itself.
+ENCODED = ("latent_parameters", "latent_sample")
+
 Types = Mapping[str, Sequence[Dtype]]
 
 _FLOAT: Sequence[Dtype] = ("float32",)
@@ -123,8 +126,7 @@ def _needed(component: Component) -> tuple[Types, Types]:
     if tensors.residual_outputs is not None:
         outputs |= _floats(*tensors.residual_outputs.names(made))
     if component.role == "vae_encoder":
-        # A distribution's parameters or, of a tiny autoencoder, the latent itself.
-        outputs |= _floats("latent_sample" if "latent_sample" in made else "latent_parameters")
+        outputs |= _floats(next((name for name in ENCODED if name in made), ENCODED[0]))
     return inputs, outputs
 
 

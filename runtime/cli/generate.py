@@ -115,7 +115,7 @@ class _Job:
 
     def _written(self, output: Output, request: Mapping[str, Any], names: Names) -> Iterator[dict[str, Any]]:
         timings = output.timings
-        spent = {"text_ms": timings.text_ms, "denoise_ms": timings.denoise_ms, "decode_ms": timings.decode_ms}
+        spent = {name: getattr(timings, name) for name in ("text_ms", "image_ms", "denoise_ms", "decode_ms")}
         images = cast("tuple[Image.Image, ...]", output.images)
         for seed, image in zip(output.seeds, images, strict=True):
             path = names.picture(seed)

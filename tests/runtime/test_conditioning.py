@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from diffusers import LatentConsistencyModelPipeline
 from transformers import T5TokenizerFast
 
 from tandemrt.runtime import BundleError, Pipeline, RequestError
-from tandemrt.runtime.backends.base import Array, Binding, Session, Shape
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.conditioning import guidance_embedding
 from tandemrt.runtime.manifest import Manifest, TextConditioning
 from tandemrt.runtime.tokenizer import PromptTokenizer
 
+from .recorded import Recorded
 from .tiny_bundle import MAX_LENGTH, TEXT_WIDTH, resign, write_tiny_bundle
 from .tiny_families import (
     GUIDANCE_WIDTH,
@@ -33,48 +33,6 @@ from .tiny_families import (
 )
 
 SDXL_WIDTH = TEXT_WIDTH + WIDTH_2
-
-
-class RecordedBinding:
-    """A binding that keeps what it was given at every run."""
-
-    def __init__(self, binding: Binding, given: list[dict[str, Array]]) -> None:
-        self.inputs, self.outputs, self._binding, self._given = binding.inputs, binding.outputs, binding, given
-
-    def run(self) -> None:
-        self._given.append({name: array.copy() for name, array in self.inputs.items()})
-        self._binding.run()
-
-
-class RecordedSession:
-    """A session whose bindings keep what they are given, in the order of the runs."""
-
-    def __init__(self, session: Session) -> None:
-        self.inputs, self.outputs, self._session = session.inputs, session.outputs, session
-        self.given: list[dict[str, Array]] = []
-
-    def bind(self, input_shapes: Mapping[str, Shape]) -> RecordedBinding:
-        return RecordedBinding(self._session.bind(input_shapes), self.given)
-
-    def close(self) -> None:
-        self._session.close()
-
-
-class Recorded:
-    """A pipeline of which the inputs of its models' runs can be asked for."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
-        for name in pipeline.bundle.manifest.names("denoiser"):
-            pipeline._sessions[name] = RecordedSession(pipeline._session(name))
-
-    def given(self, denoiser: str = "", **arguments: Any) -> list[dict[str, Array]]:
-        """What the denoiser, the bundle's first by default, was given in each row."""
-        session = self.pipeline._sessions[denoiser or self.pipeline.bundle.manifest.names("denoiser")[0]]
-        assert isinstance(session, RecordedSession)
-        session.given.clear()
-        self.pipeline(**{"prompt": "red blue", "seed": 7, "num_inference_steps": 1, **arguments})
-        return list(session.given)
 
 
 @pytest.fixture(scope="module")

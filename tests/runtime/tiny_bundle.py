@@ -180,11 +180,18 @@ def text_encoder(
 
 
 def denoiser(
-    name: str, seed: int, hidden: int, *, text_width: int = TEXT_WIDTH, added: Mapping[str, int] = MappingProxyType({})
+    name: str,
+    seed: int,
+    hidden: int,
+    *,
+    text_width: int = TEXT_WIDTH,
+    added: Mapping[str, int] = MappingProxyType({}),
+    behind: int = 0,
 ) -> tuple[onnx.ModelProto, Component]:
     """0.9 · latent + a gated convolution of it, shifted by the text, by sines of the time step, and by what is added.
 
     added: the widths of further inputs. One with `pooled_projections` has a transformer's names and 16 channels.
+    behind: how many channels it reads behind the latent's.
     """
     graph = Graph(name, seed)
     transformer = "pooled_projections" in added
@@ -201,13 +208,19 @@ def denoiser(
         scale = 0.01 if extra == "time_ids" else 0.5
         shift = graph.node("Add", [shift, graph.node("MatMul", [extra, graph.weight(width, hidden, scale=scale)])])
     shift = graph.node("Unsqueeze", [shift, graph.constant(np.array([2, 3], np.int64))])
-    convolved = graph.node("Conv", [latent, graph.weight(hidden, channels, 3, 3, scale=0.2)], pads=[1, 1, 1, 1])
+    read = graph.weight(hidden, channels + behind, 3, 3, scale=0.2)
+    convolved = graph.node("Conv", [latent, read], pads=[1, 1, 1, 1])
     gated = graph.node("Tanh", [graph.node("Add", [convolved, shift])])
     small = graph.node("Conv", [gated, graph.weight(channels, hidden, 1, 1, scale=0.1)])
-    kept = graph.node("Mul", [latent, graph.constant(np.array(0.9, np.float32))])
+    if behind:
+        bounds = [graph.constant(np.array([value], np.int64)) for value in (0, channels, 1)]
+        kept = graph.node("Slice", [latent, *bounds])
+    else:
+        kept = latent
+    kept = graph.node("Mul", [kept, graph.constant(np.array(0.9, np.float32))])
     graph.node("Add", [kept, small], result)
     inputs = (
-        float_spec(latent, "batch", channels, "height", "width"),
+        float_spec(latent, "batch", channels + behind, "height", "width"),
         float_spec("timestep", "batch" if added else 1),
         float_spec("encoder_hidden_states", "batch", "sequence", text_width),
         *(float_spec(extra, "batch", width) for extra, width in added.items()),
@@ -227,6 +240,16 @@ def decoder(name: str, seed: int, hidden: int, channels: int = 4) -> tuple[onnx.
     inputs = (float_spec("latent_sample", "batch", channels, "height", "width"),)
     outputs = (float_spec("sample", "batch", 3, "8*height", "8*width"),)
     return described(graph, inputs, outputs, role="vae_decoder")
+
+
+def encoder(name: str, seed: int, output: str) -> tuple[onnx.ModelProto, Component]:
+    """A strided convolution to an eighth of the size: `latent_parameters` (mean, log variance) or `latent_sample`."""
+    graph = Graph(name, seed)
+    channels = 8 if output == "latent_parameters" else 4
+    graph.node("Conv", ["sample", graph.weight(channels, 3, 8, 8, scale=0.2)], output, strides=[8, 8])
+    inputs = (float_spec("sample", "batch", 3, "height", "width"),)
+    outputs = (float_spec(output, "batch", channels, "height // 8", "width // 8"),)
+    return described(graph, inputs, outputs, role="vae_encoder")
 
 
 def float_spec(name: str, *shape: int | str) -> TensorSpec:

@@ -1,4 +1,4 @@
-"""Valid bundles of a few kilobytes in the layout of the families: SDXL, Stable Diffusion 3, latent consistency."""
+"""Valid bundles of a few kilobytes in the layout of SDXL, Stable Diffusion 3, LCM and inpainting models."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .tiny_bundle import (
     TEXT_WIDTH,
     decoder,
     denoiser,
+    encoder,
     text_encoder,
     write_bundle,
     write_tokenizer,
@@ -126,6 +127,26 @@ def write_tiny_lcm(folder: Path) -> Manifest:
         TextConditioning(encoders=encoders, width=TEXT_WIDTH),
         scheduler=LCM,
         defaults=Defaults(height=64, width=64, num_inference_steps=4, guidance_scale=8.5, timesteps=(799, 399)),
+    )
+
+
+def write_tiny_editing(folder: Path, *, encoded: str = "latent_parameters") -> Manifest:
+    """A bundle with an encoder for images and, beside the plain denoiser, one for inpainting."""
+    folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    components = {
+        "text_encoder": text_encoder("text_encoder", vocabulary, TEXT_WIDTH, ("last_hidden_state",)),
+        "unet": denoiser("unet", seed=1, hidden=8),
+        "unet_inpaint": denoiser("unet_inpaint", seed=2, hidden=4, behind=5),
+        "vae_encoder": encoder("vae_encoder", seed=5, output=encoded),
+        "vae_decoder": decoder("vae_decoder", seed=3, hidden=8),
+    }
+    encoders = {"text_encoder": TextEncoding(max_length=MAX_LENGTH, width=TEXT_WIDTH)}
+    return write_bundle(
+        folder,
+        components,
+        TextConditioning(encoders=encoders, width=TEXT_WIDTH),
+        latent=LatentSpace(channels=4, downsampling=8, scaling_factor=0.5, shift_factor=0.1),
     )
 
 

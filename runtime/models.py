@@ -1,0 +1,116 @@
+"""A bundle's models on a target: loaded when they are first needed, kept, and run by what they do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .backends import open_session
+from .backends.base import Array, Session
+from .bundle import Bundle
+from .errors import BundleError, ExecutionError
+from .images import Float32, pixels_from_decoded
+from .targets import Target
+from .tensors import ENCODED
+from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
+
+
+class Models:
+    """The models of a bundle; safe to share between threads."""
+
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
+        self._bundle, self._target, self._threads = bundle, target, threads
+        self._lock = threading.RLock()
+        self._sessions: dict[str, Session] = {}
+        self._encoders: dict[str, PromptEncoder] = {}
+        self.closed = False
+
+    def close(self) -> None:
+        """Free the models; a second call does nothing, none can be had after it."""
+        with self._lock:
+            self.closed = True
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+
+    def session(self, name: str) -> Session:
+        """The component `name`, loaded.
+
+        Raises:
+            BundleError: its files are no longer what the manifest says, or its tensors never were.
+            ExecutionError: the models are closed, or it cannot be loaded.
+        """
+        with self._lock:
+            if self.closed:
+                raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
+            if name not in self._sessions:
+                self._sessions[name] = self._opened(name)
+            return self._sessions[name]
+
+    def _opened(self, name: str) -> Session:
+        self._bundle.check_component(name)
+        session = open_session(self._bundle.model_path(name), self._target, threads=self._threads)
+        try:
+            self._bundle.check_tensors(name, session.inputs, session.outputs)
+        except BundleError:
+            session.close()
+            raise
+        return session
+
+    def encode_texts(
+        self, prompts: Sequence[Sequence[str]], *, strict: bool
+    ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
+        """What the text encoders make of prompts, a list for each in their order, joined, and the text that was cut."""
+        text = self._bundle.manifest.text
+        parts: list[Embeddings] = []
+        dropped: list[tuple[str, DroppedText]] = []
+        for name, texts in zip(text.encoders, prompts, strict=False):
+            part, cut = self._text_encoder(name).encode(texts, strict=strict)
+            parts.append(part)
+            dropped += [(name, one) for one in cut]
+        return joined(text, parts), merged(dropped)
+
+    def _text_encoder(self, name: str) -> PromptEncoder:
+        with self._lock:
+            if name not in self._encoders:
+                self._encoders[name] = PromptEncoder(self._bundle, name, self.session(name))
+            return self._encoders[name]
+
+    def encode_pictures(self, encoder: str, pictures: Float32) -> Float32:
+        """What a VAE's encoder makes of (N, 3, H, W) float32 in [-1, 1], one picture at a time, which bounds memory.
+
+        Raises:
+            ExecutionError: it failed, or returned NaN or Inf.
+        """
+        session = self.session(encoder)
+        binding = session.bind({"sample": (1, *pictures.shape[1:])})
+        (output,) = (spec.name for spec in session.outputs if spec.name in ENCODED)
+        encoded = []
+        for picture in pictures:
+            binding.inputs["sample"][0] = picture
+            binding.run()
+            _require_finite(encoder, binding.outputs[output], output)
+            encoded.append(binding.outputs[output][0].copy())
+        return np.stack(encoded)
+
+    def decode(self, decoder: str, latents: Float32) -> Iterator[Float32]:
+        """Decode (B, C, h, w) one picture at a time, which bounds memory: (H, W, 3) float32 in [0, 1] each.
+
+        Raises:
+            ExecutionError: the decoder failed, or returned NaN or Inf.
+        """
+        space = self._bundle.manifest.latent
+        binding = self.session(decoder).bind({"latent_sample": (1, *latents.shape[1:])})
+        for latent in latents:
+            np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])
+            binding.inputs["latent_sample"][0] += space.shift_factor
+            binding.run()
+            _require_finite(decoder, binding.outputs["sample"], "the picture")
+            yield pixels_from_decoded(binding.outputs["sample"])[0]
+
+
+def _require_finite(name: str, values: Array, what: str) -> None:
+    if not np.isfinite(values).all():
+        raise ExecutionError(name, f"NaN or Inf in {what}", remedy="If it is fp16, export it as fp32.")
