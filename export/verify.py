@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckpointError, ExportError
@@ -24,7 +25,7 @@ def verify_bundle(bundle: Bundle, plan: ExportPlan, progress: Progress = no_prog
         CheckpointError: a source is no checkpoint, or not the one that its component was exported from.
         ExportError: ONNX Runtime cannot run a component, or the copy that an fp16 one needs cannot be written.
     """
-    found = read_sources(plan)
+    found = read_sources(_as_exported(plan, bundle))
     wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
     for job in wanted:
         _require_source(job, found, bundle)
@@ -45,6 +46,15 @@ def verify_bundle(bundle: Bundle, plan: ExportPlan, progress: Progress = no_prog
         results[job.name] = tuple(each.evidence for each in comparisons)
     progress("verify", len(wanted), len(wanted))
     return results
+
+
+def _as_exported(plan: ExportPlan, bundle: Bundle) -> ExportPlan:
+    """The plan with what one file of weights does not say of its denoiser and the bundle does."""
+    kinds = (each.prediction_type for each in bundle.manifest.components.values() if each.role == "denoiser")
+    kind = next(kinds, None)
+    if not plan.checkpoint.is_file() or kind in (None, "flow"):
+        return plan
+    return replace(plan, solver_config={"prediction_type": kind})
 
 
 def _require_source(job: Job, sources: Sources, bundle: Bundle) -> None:

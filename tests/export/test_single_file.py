@@ -23,6 +23,7 @@ from tandemrt.export.random_tokenizer import write_tokenizer
 from tandemrt.export.remapped import Origin
 from tandemrt.export.single_file import read_single_file
 from tandemrt.export.sources import read_sources
+from tandemrt.export.verify import _as_exported
 from tandemrt.export.weights import load_tensors
 from tandemrt.runtime.errors import ArgumentError, CheckpointError
 from tandemrt.runtime.manifest import MANIFEST_NAME, decode
@@ -299,6 +300,23 @@ def test_other_files_are_refused(tmp_path: Path, name: str, complaint: str) -> N
 def test_a_directory_has_its_own_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="--tokenizer: a diffusers directory has its own"):
         read_sources(ExportPlan(checkpoint, tmp_path / "out", tokenizer=checkpoint / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("v_prediction", {"prediction_type": "v_prediction"}), ("flow", {}), (None, {})]
+)
+def test_verification_takes_from_the_bundle_what_a_file_predicts(
+    kind: str | None, expected: dict[str, str], checkpoint: Path, tmp_path: Path
+) -> None:
+    components = {"vae_decoder": SimpleNamespace(role="vae_decoder", prediction_type=None)}
+    if kind is not None:
+        components["unet"] = SimpleNamespace(role="denoiser", prediction_type=kind)
+    bundle = SimpleNamespace(manifest=SimpleNamespace(components=components))
+    (tmp_path / "model.safetensors").touch()
+    plan = ExportPlan(tmp_path / "model.safetensors", tmp_path / "out")
+    assert _as_exported(plan, bundle).solver_config == expected
+    directory = ExportPlan(checkpoint, tmp_path / "out")
+    assert _as_exported(directory, bundle) == directory
 
 
 @pytest.mark.slow
