@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tandemrt.runtime.backends.base import Array
+from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.plan import Plan
-from tandemrt.runtime.sampler import Conditioning, Sampler
+from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
 
 from .figures import spread

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from .binding import Conditioning
 from .errors import RequestError
 from .manifest import Component, Manifest, TextConditioning
+from .pictures_in import Size
 from .plan import GUIDANCE_EMBEDDING, Plan
 from .request import SIZES, Request
 from .request_checks import checked_array
-from .sampler import Conditioning
 from .tensors import spec_of
 from .text import Embeddings
 from .tokenizer import DroppedText
@@ -52,9 +53,9 @@ def check_conditioning(request: Request, manifest: Manifest, plan: Plan) -> None
 
 
 def conditioned(
-    request: Request, manifest: Manifest, plan: Plan, size: tuple[int, int], encode: Encode
+    request: Request, manifest: Manifest, plan: Plan, names: Iterable[str], size: Size, encode: Encode
 ) -> tuple[dict[str, Conditioning], tuple[DroppedText, ...]]:
-    """The conditioning of every denoiser of the plan, one row for each picture, and the text that was cut.
+    """The conditioning of the denoisers and ControlNets called `names`, and the text that was cut.
 
     size: the picture's height and width. encode: prompts, a list for each text encoder, to their joint embeddings.
     """
@@ -70,9 +71,8 @@ def conditioned(
         dropped += cut
         branch = "" if request.negative_original_size is None else "negative_"
         unconditional = _inputs(negative, request, _time_ids(request, branch, size))
-    components = {name: manifest.components[name] for name in dict.fromkeys(plan.denoisers)}
     scale = plan.guidance_scale
-    return {name: _for(part, conditional, unconditional, scale) for name, part in components.items()}, dropped
+    return {name: _for(manifest.components[name], conditional, unconditional, scale) for name in names}, dropped
 
 
 def guidance_embedding(scale: float, width: int) -> Float32:
@@ -137,7 +137,7 @@ def _zero_negative(request: Request, text: TextConditioning) -> bool:
     return text.zero_negative and request.negative_prompt is None and request.negative_prompt_embeds is None
 
 
-def _time_ids(request: Request, branch: str, size: tuple[int, int]) -> Float32:
+def _time_ids(request: Request, branch: str, size: Size) -> Float32:
     """(1, 6) float32: original height and width, top and left of the crop, target height and width."""
     original = getattr(request, f"{branch}original_size") or size
     crop = getattr(request, f"{branch}crops_coords_top_left") or (0, 0)

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from .binding import Conditioning
 from .errors import RequestError
 from .manifest import Component, LatentSpace, Manifest
 from .noise import Noise
 from .pictures_in import Size, colour_pixels, mask_pixels
 from .plan import Plan
 from .request import Request
-from .sampler import Conditioning
+from .request_checks import require_count
 from .tensors import latent_names, spec_of
 
 Float32 = npt.NDArray[np.float32]
@@ -89,11 +90,11 @@ def checked_editing(request: Request, manifest: Manifest, plan: Plan, size: Size
         remedy = "Export it again with the VAE's encoder."
         raise RequestError("image", "the bundle has no encoder for images", remedy=remedy)
     image = colour_pixels("image", request.image, size) * np.float32(2) - np.float32(1)
-    _require_one_or_all("image", image, request.batch)
+    require_count("image", len(image), request.batch)
     mask = None
     if request.mask_image is not None:
         mask = mask_pixels("mask_image", request.mask_image, size)
-        _require_one_or_all("mask_image", mask, request.batch)
+        require_count("mask_image", len(mask), request.batch)
     distribution = spec_of(manifest.components[encoders[0]].outputs, "latent_parameters") is not None
     return Editing(encoders[0], distribution, image, mask, concatenated, request.schedule.strength, manifest.latent)
 
@@ -172,8 +173,3 @@ def _reads_mask(component: Component, space: LatentSpace) -> bool:
     """Whether a denoiser reads a mask and a masked image behind the latent, as inpainting UNets do."""
     spec = spec_of(component.inputs, latent_names(component.inputs).sample)
     return spec is not None and spec.shape[1:2] == (2 * space.channels + 1,)
-
-
-def _require_one_or_all(name: str, given: Float32, prompts: int) -> None:
-    if len(given) not in (1, prompts):
-        raise RequestError(name, "how many there are", got=len(given), expected=f"1 or {prompts}, as the prompts")

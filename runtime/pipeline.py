@@ -16,6 +16,7 @@ from PIL import Image
 from .arguments import thread_count
 from .bundle import Bundle
 from .conditioning import check_conditioning, conditioned
+from .control import Control, Steering, checked_controls
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, RequestError
 from .images import Float32, image_from_pixels
@@ -61,6 +62,7 @@ class _Job:
     size: tuple[int, int]
     noise: Noise
     editing: Editing | None
+    controls: tuple[Control, ...]
     decoder: str
     preview_decoder: str
 
@@ -131,8 +133,9 @@ class Pipeline:
             checked_array("latents", request.latents, shape)
         size = (shape[2] * manifest.latent.downsampling, shape[3] * manifest.latent.downsampling)
         editing = checked_editing(request, manifest, plan, size)
+        controls = checked_controls(request, manifest, plan, size)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
-        job = _Job(request, plan, size, Noise(request, shape), editing, *decoders)
+        job = _Job(request, plan, size, Noise(request, shape), editing, controls, *decoders)
         return self._run(job, cancelled)
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
@@ -140,12 +143,17 @@ class Pipeline:
         _stop_if(cancelled, 0, plan)
         began = time.perf_counter()
         encode = functools.partial(models.encode_texts, strict=request.strict_prompts)
-        conditioning, dropped = conditioned(request, self.bundle.manifest, plan, job.size, encode)
+        names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
+        conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
         text_ms, encoding = _since(began), time.perf_counter()
         beginning = begin(job.editing, plan, noise, models.encode_pictures, request.latents)
         image_ms = _since(encoding)
-        sessions = {name: models.session(name) for name in dict.fromkeys(plan.denoisers)}
-        sampler = Sampler(plan, sessions, beginning.behind(conditioning), noise.draw, beginning.keep)
+        for control in job.controls:
+            conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
+        sessions = {name: models.session(name) for name in names}
+        steering = Steering(job.controls, sessions, conditioning) if job.controls else None
+        conditioning = beginning.behind(conditioning)
+        sampler = Sampler(plan, sessions, conditioning, noise.draw, keep=beginning.keep, steering=steering)
         _stop_if(cancelled, 0, plan)
         state = sampler.begin(beginning.latents)
         rows: list[RowTiming] = []

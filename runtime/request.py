@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .arguments import whole_number
 from .errors import RequestError
 from .manifest import Manifest
-from .pictures_in import Pictures, picture_size
+from .pictures_in import Pictures, Size, picture_size
 from .plan import Schedule, Steps
 from .request_checks import checked_array, require_count, require_pictures, side, size_pair, texts
 
@@ -27,6 +27,11 @@ SIZES = tuple(
     for branch in ("", "negative_")
     for name in ("original_size", "target_size", "crops_coords_top_left")
 )
+
+NEEDS = {
+    "image": ("mask_image", "strength"),
+    "control_image": ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Request:
         to which a PIL image is resized.
     mask_image: where to paint anew, white being new; as `image`, in grey or (H, W). Without it, everywhere.
     strength: see `Schedule`; with an image 0.8 by default, with a mask too 1.0.
+    control_image: what a ControlNet reads, of the forms of `image`, or several by the ControlNets' names:
+        `{"canny": edges, "depth": depths}`. Where there is no `image`, its size is the picture's by default.
+    controlnet_conditioning_scale: how strongly ControlNets steer (default 1.0); control_guidance_start and
+        control_guidance_end: the part of the rows, as fractions, in which they do (0.0 and 1.0). A number, or numbers
+        by name.
     decoder: which of the bundle's decoders paints; the first by default.
     output_type: `pil` images, `np` (pictures, H, W, 3) float32 in [0, 1], or `latent`.
     previews: decode a preview after every so many rows, with the tiny decoder where there is one; 0 for none.
@@ -101,6 +111,10 @@ class Request:
     image: Pictures | None = None
     mask_image: Pictures | None = None
     strength: float | None = None
+    control_image: Pictures | Mapping[str, Pictures] | None = None
+    controlnet_conditioning_scale: float | Mapping[str, float] | None = None
+    control_guidance_start: float | Mapping[str, float] | None = None
+    control_guidance_end: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         self._check_embeddings()
@@ -118,9 +132,10 @@ class Request:
             raise RequestError("previews", "not usable", got=self.previews, expected="a whole number, 0 or more")
         if isinstance(self.seed, Sequence) and len(self.seed) != self.pictures:
             raise RequestError("seed", "how many there are", got=len(self.seed), expected=f"1 or {self.pictures}")
-        for name in ("mask_image", "strength"):
-            if getattr(self, name) is not None and self.image is None:
-                raise RequestError(name, "given without image", remedy="Give both.")
+        for needed, names in NEEDS.items():
+            for name in names:
+                if getattr(self, name) is not None and getattr(self, needed) is None:
+                    raise RequestError(name, f"given without {needed}", remedy="Give both.")
         for name in SIZES:
             if getattr(self, name) is not None:
                 size_pair(name, getattr(self, name))
@@ -140,7 +155,7 @@ class Request:
                     continue
                 if getattr(self, f"{prefix}prompt_embeds") is not None:
                     raise RequestError(name, f"given beside {prefix}prompt_embeds", remedy="Give one of them.")
-                require_count(name, texts(name, getattr(self, name)), self.batch)
+                require_count(name, len(texts(name, getattr(self, name))), self.batch)
 
     def _check_embeddings(self) -> None:
         for prefix in ("", "negative_"):
@@ -205,6 +220,16 @@ class Request:
             return 1.0 if self.strength is None else self.strength
         return 0.8 if self.mask_image is None else 1.0
 
+    @property
+    def _given_size(self) -> Size | None:
+        """Height and width of the image to start from, or of the first that steers, where there is one."""
+        if self.image is not None:
+            return picture_size("image", self.image)
+        control = self.control_image
+        if isinstance(control, Mapping):
+            control = next(iter(control.values()), None)
+        return None if control is None else picture_size("control_image", control)
+
     def latent_shape(self, manifest: Manifest, denoisers: Sequence[str]) -> tuple[int, int, int, int]:
         """The latent's shape (pictures, C, h, w) for these denoisers.
 
@@ -214,9 +239,7 @@ class Request:
         """
         multiple = max(manifest.components[name].spatial_multiple for name in denoisers)
         pixels = multiple * manifest.latent.downsampling
-        default = (manifest.defaults.height, manifest.defaults.width)
-        if self.image is not None:
-            default = picture_size("image", self.image)
+        default = self._given_size or (manifest.defaults.height, manifest.defaults.width)
         height = side("height", default[0] if self.height is None else self.height, pixels)
         width = side("width", default[1] if self.width is None else self.width, pixels)
         if self.pictures * height * width > MAX_PIXELS:

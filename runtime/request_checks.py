@@ -81,11 +81,10 @@ def texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def require_count(name: str, given: tuple[str, ...], prompts: int) -> None:
+def require_count(name: str, given: int, prompts: int) -> None:
     """Raise RequestError unless there is one, or one for each prompt."""
-    if len(given) not in (1, prompts):
-        expected = f"1 or {prompts}, as the prompts"
-        raise RequestError(name, "how many there are", got=len(given), expected=expected)
+    if given not in (1, prompts):
+        raise RequestError(name, "how many there are", got=given, expected=f"1 or {prompts}, as the prompts")
 
 
 def size_pair(name: str, given: object) -> tuple[int, int]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Session
+from .backends.base import Array, Session
+from .binding import Bound, Conditioning, bind
+from .control import Steering
 from .errors import ExecutionError
 from .plan import Plan
 from .tensors import latent_names
@@ -37,21 +39,8 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """A denoiser's inputs beside latent and time step by name, (B, …) float32 each.
-
-    `unconditional` may be None where no row of it is guided.
-    channels: what follows the latent in its channels, (B, …, h, w) float32, where it reads more.
-    """
-
-    conditional: Mapping[str, Float32]
-    unconditional: Mapping[str, Float32] | None = None
-    channels: Float32 | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SampledRow:
-    """A finished row of the plan: which one, and how long the model and all of it took.
+    """A finished row of the plan: which one, and how long the model (with its ControlNets) and all of it took.
 
     `denoised()` is the estimate of the clean latent at this row, (B, C, h, w) float32; ask before the next row runs.
     """
@@ -68,6 +57,7 @@ class Sampler:
     sessions, conditioning: those of the denoisers the plan names.
     draw_noise: returns fresh standard normal noise (B, C, h, w) float32; called only for rows that need it.
     keep: called after every row with its index and the latents it left, which it may change.
+    steering: the ControlNets.
     """
 
     def __init__(
@@ -76,12 +66,14 @@ class Sampler:
         sessions: Mapping[str, Session],
         conditioning: Mapping[str, Conditioning],
         draw_noise: Callable[[], Float32],
+        *,
         keep: Callable[[int, Float32], None] | None = None,
+        steering: Steering | None = None,
     ) -> None:
         self._plan, self._sessions, self._conditioning = plan, sessions, conditioning
-        self._draw_noise, self._keep = draw_noise, keep
+        self._draw_noise, self._keep, self._steering = draw_noise, keep, steering
         self._rows = _compiled_rows(plan)
-        self._bound: dict[tuple[str, bool], _Bound] = {}
+        self._bound: dict[tuple[str, bool], tuple[Bound, Array]] = {}
 
     def begin(self, latents: Float32) -> State:
         """The state before the first row, from the latents x there, (B, C, h, w) float32."""
@@ -112,13 +104,15 @@ class Sampler:
         row, batch = self._rows[state.row], len(scratch)
         prediction, noise = vectors[-2], vectors[-1]
         vectors[:-2] = state.arrays
-        bound = self._bound.get((row.denoiser, row.guided)) or self._bind(row, scratch.shape)
-        sample, output = bound.sample, bound.prediction
+        bound, output = self._bound.get((row.denoiser, row.guided)) or self._bind(row, scratch.shape)
+        sample = bound.sample
         _combine(row.model_input, vectors, sample[:batch], scratch)
         if row.guided:
             sample[batch:] = sample[:batch]
         bound.timestep.fill(row.timestep)
         called = time.perf_counter()
+        if self._steering is not None:
+            self._steering.steer(bound, state.row, row.timestep, guided=row.guided)
         bound.binding.run()
         returned = time.perf_counter()
         if row.guided:
@@ -138,33 +132,13 @@ class Sampler:
         state.row += 1
         return (returned - called) * 1e3
 
-    def _bind(self, row: _Row, shape: tuple[int, ...]) -> _Bound:
-        """The denoiser's buffers for one or both guidance branches, with the conditioning already in place."""
-        conditioning, session = self._conditioning[row.denoiser], self._sessions[row.denoiser]
-        given = conditioning.conditional
-        if row.guided:
-            other = conditioning.unconditional
-            if other is None:
-                raise ExecutionError(row.denoiser, "a guided row without an unconditional branch")
-            given = {name: np.concatenate([other[name], values]) for name, values in given.items()}
-        names, batch, channels = latent_names(session.inputs), shape[0] * (1 + row.guided), shape[1]
-        more = 0 if conditioning.channels is None else conditioning.channels.shape[1]
-        (timestep,) = (spec for spec in session.inputs if spec.name == "timestep")
-        binding = session.bind(
-            {
-                names.sample: (batch, channels + more, *shape[2:]),
-                "timestep": tuple(batch if isinstance(size, str) else size for size in timestep.shape),
-                **{name: values.shape for name, values in given.items()},
-            }
-        )
-        for name, values in given.items():
-            binding.inputs[name][...] = values
-        sample = binding.inputs[names.sample]
-        if conditioning.channels is not None:
-            sample[:, channels:] = np.concatenate([conditioning.channels] * (1 + row.guided))
-        bound = _Bound(binding, sample[:, :channels], binding.inputs["timestep"], binding.outputs[names.prediction])
-        self._bound[row.denoiser, row.guided] = bound
-        return bound
+    def _bind(self, row: _Row, shape: tuple[int, ...]) -> tuple[Bound, Array]:
+        """The denoiser's buffers for one or both guidance branches, and its prediction."""
+        session = self._sessions[row.denoiser]
+        bound = bind(row.denoiser, session, self._conditioning[row.denoiser], shape, guided=row.guided)
+        prediction = bound.binding.outputs[latent_names(session.inputs).prediction]
+        self._bound[row.denoiser, row.guided] = bound, prediction
+        return bound, prediction
 
     def _require_finite(self, values: Float32, row: int, what: str) -> None:
         # A finite sum proves all values finite at a fraction of the cost of looking at each.
@@ -192,16 +166,6 @@ class _Row:
     model_input: Terms
     update: tuple[Terms, ...]
     denoised: Terms
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """A denoiser's buffers: those of a binding that every row writes and reads."""
-
-    binding: Binding
-    sample: Array
-    timestep: Array
-    prediction: Array
 
 
 @dataclass(frozen=True, slots=True)

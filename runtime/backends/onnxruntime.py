@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..errors import ExecutionError, TargetError
 from ..manifest import Dtype, TensorSpec
+from ..shapes import evaluated
 from ..targets import Target, install_hint
 from .base import Array, Shape
 
@@ -47,7 +47,7 @@ class OnnxRuntimeSession:
         sizes = self._sizes(input_shapes)
         try:
             inputs = {spec.name: np.zeros(input_shapes[spec.name], spec.dtype) for spec in self.inputs}
-            shapes = [_evaluated(spec.shape, sizes) for spec in self.outputs]
+            shapes = [evaluated(spec.shape, sizes) for spec in self.outputs]
             # One run with zeros tells what the symbolic dimensions do not.
             known = [shape for shape in shapes if shape is not None]
             output_shapes = known if len(known) == len(shapes) else self._measured_output_shapes(inputs)
@@ -177,17 +177,6 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None) -> Any:
         raise TargetError(model.parent.name, "execution providers granted", got=granted, expected=f"{provider} alone")
     session.disable_fallback()
     return session
-
-
-def _evaluated(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> Shape | None:
-    """A shape with its symbols replaced; products such as `8*height` are understood, other formulas give None."""
-    result = []
-    for size in shape:
-        factors = [factor.strip() for factor in str(size).split("*")]
-        if not all(factor.isdecimal() or factor in sizes for factor in factors):
-            return None
-        result.append(math.prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in factors))
-    return tuple(result)
 
 
 def _one_line(error: Exception) -> str:

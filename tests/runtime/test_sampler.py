@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.errors import ExecutionError
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.rng import new_generator
-from tandemrt.runtime.sampler import Conditioning, Sampler, State
+from tandemrt.runtime.sampler import Sampler, State
 
 from .test_plan import MANIFEST
 

@@ -49,6 +49,12 @@ SCHEDULER = SchedulerDefaults(
         "steps_offset": 1,
     },
 )
+# What a UNet calls a residual, what a ControlNet calls it, and its height and width.
+RESIDUALS = (
+    ("down_block_additional_residual_0", "down_block_res_sample_0", ("height", "width")),
+    ("down_block_additional_residual_1", "down_block_res_sample_1", ("height // 2", "width // 2")),
+    ("mid_block_additional_residual", "mid_block_res_sample", ("height // 2", "width // 2")),
+)
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
@@ -184,16 +190,19 @@ def denoiser(
     seed: int,
     hidden: int,
     *,
-    text_width: int = TEXT_WIDTH,
-    added: Mapping[str, int] = MappingProxyType({}),
+    widths: Mapping[str, int] = MappingProxyType({}),
     behind: int = 0,
+    steered: bool = False,
 ) -> tuple[onnx.ModelProto, Component]:
     """0.9 · latent + a gated convolution of it, shifted by the text, by sines of the time step, and by what is added.
 
-    added: the widths of further inputs. One with `pooled_projections` has a transformer's names and 16 channels.
-    behind: how many channels it reads behind the latent's.
+    widths: of the text, where it is not TEXT_WIDTH, and of further inputs. One with `pooled_projections` has a
+        transformer's names and 16 channels.
+    behind: how many channels it reads behind the latent's. steered: whether it takes a ControlNet's three residuals.
     """
     graph = Graph(name, seed)
+    added = {key: width for key, width in widths.items() if key != "encoder_hidden_states"}
+    text_width = widths.get("encoder_hidden_states", TEXT_WIDTH)
     transformer = "pooled_projections" in added
     channels, latent, result = (
         (16, "hidden_states", "out_hidden_states") if transformer else (4, "sample", "out_sample")
@@ -210,6 +219,10 @@ def denoiser(
     shift = graph.node("Unsqueeze", [shift, graph.constant(np.array([2, 3], np.int64))])
     read = graph.weight(hidden, channels + behind, 3, 3, scale=0.2)
     convolved = graph.node("Conv", [latent, read], pads=[1, 1, 1, 1])
+    for index, residual in enumerate(RESIDUALS if steered else ()):
+        scales = graph.constant(np.array([1, 1, 2, 2] if index else [1, 1, 1, 1], np.float32))
+        grown = graph.node("Resize", [residual[0], "", scales], mode="nearest")
+        convolved = graph.node("Add", [convolved, grown])
     gated = graph.node("Tanh", [graph.node("Add", [convolved, shift])])
     small = graph.node("Conv", [gated, graph.weight(channels, hidden, 1, 1, scale=0.1)])
     if behind:
@@ -224,10 +237,37 @@ def denoiser(
         float_spec("timestep", "batch" if added else 1),
         float_spec("encoder_hidden_states", "batch", "sequence", text_width),
         *(float_spec(extra, "batch", width) for extra, width in added.items()),
+        *(float_spec(name, "batch", hidden, *sides) for name, _, sides in (RESIDUALS if steered else ())),
     )
     outputs = (float_spec(result, "batch", channels, "height", "width"),)
     model, component = described(graph, inputs, outputs, role="denoiser")
     return model, msgspec.structs.replace(component, prediction_type="epsilon", spatial_multiple=2)
+
+
+def controlnet(name: str, seed: int, hidden: int) -> tuple[onnx.ModelProto, Component]:
+    """Three residuals from latent, time step, text and picture, multiplied by the scale."""
+    graph = Graph(name, seed)
+    axis = graph.constant(np.array([1], np.int64))
+    text = graph.node("ReduceMean", ["encoder_hidden_states", axis], keepdims=0)
+    shift = graph.node("MatMul", [text, graph.weight(TEXT_WIDTH, hidden, scale=1.0)])
+    steps = graph.node("Unsqueeze", ["timestep", axis])
+    shift = graph.node("Add", [shift, graph.node("Sin", [steps])])
+    seen = graph.node("Conv", ["controlnet_cond", graph.weight(hidden, 3, 8, 8, scale=0.1)], strides=[8, 8])
+    convolved = graph.node("Conv", ["sample", graph.weight(hidden, 4, 3, 3, scale=0.2)], pads=[1, 1, 1, 1])
+    shift = graph.node("Unsqueeze", [shift, graph.constant(np.array([2, 3], np.int64))])
+    mixed = graph.node("Tanh", [graph.node("Add", [graph.node("Add", [seen, convolved]), shift])])
+    fine = graph.node("Mul", [mixed, "conditioning_scale"], RESIDUALS[0][1])
+    coarse = graph.node("AveragePool", [fine], RESIDUALS[1][1], kernel_shape=[2, 2], strides=[2, 2])
+    graph.node("Neg", [coarse], RESIDUALS[2][1])
+    inputs = (
+        float_spec("sample", "batch", 4, "height", "width"),
+        float_spec("timestep", "batch"),
+        float_spec("encoder_hidden_states", "batch", "sequence", TEXT_WIDTH),
+        float_spec("controlnet_cond", "batch", 3, "8 * height", "8 * width"),
+        float_spec("conditioning_scale", 1),
+    )
+    outputs = tuple(float_spec(given, "batch", hidden, *sides) for _, given, sides in RESIDUALS)
+    return described(graph, inputs, outputs, role="controlnet")
 
 
 def decoder(name: str, seed: int, hidden: int, channels: int = 4) -> tuple[onnx.ModelProto, Component]:

@@ -1,8 +1,9 @@
-"""Valid bundles of a few kilobytes in the layout of SDXL, Stable Diffusion 3, LCM and inpainting models."""
+"""Valid bundles of a few kilobytes in the layout of further families, inpainting models and ControlNets."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,6 +20,7 @@ from tandemrt.runtime.manifest import (
 from .tiny_bundle import (
     MAX_LENGTH,
     TEXT_WIDTH,
+    controlnet,
     decoder,
     denoiser,
     encoder,
@@ -42,8 +44,8 @@ def write_tiny_sdxl(folder: Path) -> Manifest:
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
     write_tokenizer(folder / "tokenizer_2")
-    added = {"text_embeds": WIDTH_2, "time_ids": 6}
     width = TEXT_WIDTH + WIDTH_2
+    widths = {"encoder_hidden_states": width, "text_embeds": WIDTH_2, "time_ids": 6}
     components = {
         "text_encoder": text_encoder(
             "text_encoder", vocabulary, TEXT_WIDTH, ("last_hidden_state", "pooler_output", "hidden_states.1")
@@ -51,8 +53,8 @@ def write_tiny_sdxl(folder: Path) -> Manifest:
         "text_encoder_2": text_encoder(
             "text_encoder_2", vocabulary, WIDTH_2, ("text_embeds", "last_hidden_state", "hidden_states.3"), seed=7
         ),
-        "unet": denoiser("unet", seed=1, hidden=8, text_width=width, added=added),
-        "unet_small": denoiser("unet_small", seed=2, hidden=4, text_width=width, added=added),
+        "unet": denoiser("unet", seed=1, hidden=8, widths=widths),
+        "unet_small": denoiser("unet_small", seed=2, hidden=4, widths=widths),
         "vae_decoder": decoder("vae_decoder", seed=3, hidden=8),
     }
     encoders = {
@@ -74,10 +76,10 @@ def write_tiny_sd3(folder: Path, *, t5: bool = True) -> Manifest:
     folder.mkdir(parents=True)
     vocabulary = write_tokenizer(folder / "tokenizer")
     write_tokenizer(folder / "tokenizer_2")
-    widths = {"text_encoder": TEXT_WIDTH, "text_encoder_2": WIDTH_2}
+    encoded = {"text_encoder": TEXT_WIDTH, "text_encoder_2": WIDTH_2}
     components = {
         name: text_encoder(name, vocabulary, width, ("text_embeds", "last_hidden_state", "hidden_states.1"), seed=width)
-        for name, width in widths.items()
+        for name, width in encoded.items()
     }
     encoders = {
         name: TextEncoding(
@@ -88,7 +90,7 @@ def write_tiny_sd3(folder: Path, *, t5: bool = True) -> Manifest:
             pooled="text_embeds",
             pooled_width=width,
         )
-        for name, width in widths.items()
+        for name, width in encoded.items()
     }
     if t5:
         size = write_t5_tokenizer(folder / "tokenizer_3")
@@ -96,9 +98,9 @@ def write_tiny_sd3(folder: Path, *, t5: bool = True) -> Manifest:
         encoders["text_encoder_3"] = TextEncoding(
             tokenizer="tokenizer_3", max_length=T5_LENGTH, width=SD3_WIDTH, joins="sequence"
         )
-    added = {"pooled_projections": TEXT_WIDTH + WIDTH_2}
+    widths = {"encoder_hidden_states": SD3_WIDTH, "pooled_projections": TEXT_WIDTH + WIDTH_2}
     for name, seed, hidden in (("transformer", 1, 8), ("transformer_small", 2, 4)):
-        components[name] = denoiser(name, seed, hidden, text_width=SD3_WIDTH, added=added)
+        components[name] = denoiser(name, seed, hidden, widths=widths)
     components["vae_decoder"] = decoder("vae_decoder", seed=3, hidden=8, channels=16)
     return write_bundle(
         folder,
@@ -116,7 +118,7 @@ def write_tiny_lcm(folder: Path) -> Manifest:
     vocabulary = write_tokenizer(folder / "tokenizer")
     components = {
         "text_encoder": text_encoder("text_encoder", vocabulary, TEXT_WIDTH, ("last_hidden_state",)),
-        "unet": denoiser("unet", seed=1, hidden=8, added={"timestep_cond": GUIDANCE_WIDTH}),
+        "unet": denoiser("unet", seed=1, hidden=8, widths={"timestep_cond": GUIDANCE_WIDTH}),
         "unet_plain": denoiser("unet_plain", seed=2, hidden=4),
         "vae_decoder": decoder("vae_decoder", seed=3, hidden=8),
     }
@@ -148,6 +150,25 @@ def write_tiny_editing(folder: Path, *, encoded: str = "latent_parameters") -> M
         TextConditioning(encoders=encoders, width=TEXT_WIDTH),
         latent=LatentSpace(channels=4, downsampling=8, scaling_factor=0.5, shift_factor=0.1),
     )
+
+
+def write_tiny_control(folder: Path, names: Sequence[str] = ("canny", "depth")) -> Manifest:
+    """ControlNets beside two denoisers they can steer, one they cannot, and one of another architecture."""
+    folder.mkdir(parents=True)
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    components = {
+        "text_encoder": text_encoder("text_encoder", vocabulary, TEXT_WIDTH, ("last_hidden_state",)),
+        "unet": denoiser("unet", seed=1, hidden=8, steered=True),
+        "unet_second": denoiser("unet_second", seed=6, hidden=8, steered=True),
+        "unet_free": denoiser("unet_free", seed=2, hidden=4),
+        "unet_other": denoiser("unet_other", seed=4, hidden=6, steered=True),
+        "vae_encoder": encoder("vae_encoder", seed=5, output="latent_parameters"),
+        "vae_decoder": decoder("vae_decoder", seed=3, hidden=8),
+    }
+    for seed, name in enumerate(names):
+        components[f"controlnet_{name}"] = controlnet(f"controlnet_{name}", seed=10 + seed, hidden=8)
+    encoders = {"text_encoder": TextEncoding(max_length=MAX_LENGTH, width=TEXT_WIDTH)}
+    return write_bundle(folder, components, TextConditioning(encoders=encoders, width=TEXT_WIDTH))
 
 
 def write_t5_tokenizer(folder: Path) -> int:

@@ -1,0 +1,210 @@
+"""ControlNets: what a request says about them, and what they add to a denoiser's skip connections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .arguments import finite_number
+from .backends.base import Session
+from .binding import Bound, Conditioning, bind
+from .errors import RequestError
+from .manifest import Component, Manifest
+from .pictures_in import Pictures, Size, colour_pixels
+from .plan import Plan
+from .request import Request
+from .request_checks import require_count
+from .tensors import GIVEN, TAKEN, spec_of
+
+Float32 = npt.NDArray[np.float32]
+
+PREFIX = "controlnet_"
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One ControlNet of a request, checked.
+
+    image: (N, 3, H, W) float32 in [0, 1], N being 1 or the number of prompts. rows: in which of the plan's it runs.
+    """
+
+    component: str
+    image: Float32
+    scale: float
+    rows: tuple[bool, ...]
+
+    def conditioning(self, given: Conditioning, pictures: int) -> Conditioning:
+        """`given`, the text's, with the image and its scale."""
+        image = {"controlnet_cond": self.image.repeat(pictures // len(self.image), axis=0)}
+        other = None if given.unconditional is None else {**given.unconditional, **image}
+        whole = {"conditioning_scale": np.array([self.scale], np.float32)}
+        return Conditioning({**given.conditional, **image}, other, whole=whole)
+
+
+def checked_controls(request: Request, manifest: Manifest, plan: Plan, size: Size) -> tuple[Control, ...]:
+    """The ControlNets a request names, in the bundle's order; `size` is the picture's height and width.
+
+    Raises:
+        RequestError: the bundle has none, or none of a name; an image, scale or interval that cannot be used; a
+            denoiser that cannot be steered, or not by this ControlNet, where one is to run.
+    """
+    known = {name.removeprefix(PREFIX): name for name in manifest.names("controlnet")}
+    if request.control_image is None:
+        return ()
+    if not known:
+        remedy = "Export it again with `--add controlnet_NAME=DIR`."
+        raise RequestError("control_image", "the bundle has no ControlNet", remedy=remedy)
+    images = _images(request.control_image, tuple(known))
+    scales = _numbers("controlnet_conditioning_scale", request.controlnet_conditioning_scale, 1.0, images)
+    starts = _numbers("control_guidance_start", request.control_guidance_start, 0.0, images)
+    ends = _numbers("control_guidance_end", request.control_guidance_end, 1.0, images)
+    controls = []
+    for name, component in known.items():
+        if name not in images:
+            continue
+        start, end = starts[name], ends[name]
+        if not 0 <= start < end <= 1:
+            expected = "0 <= start < end <= 1"
+            got = f"{start:g} and {end:g}"
+            raise RequestError(f"control_guidance_start and _end of {name!r}", "fractions", got=got, expected=expected)
+        pixels = colour_pixels("control_image", images[name], size)
+        require_count("control_image", len(pixels), request.batch)
+        controls.append(Control(component, pixels, scales[name], _active_rows(plan.table.rows, start, end)))
+    for control in controls:
+        _require_steerable(control, manifest, plan)
+    return tuple(controls)
+
+
+class Steering:
+    """The ControlNets of a generation; used by one thread at a time.
+
+    sessions, conditioning: those of the ControlNets, by component.
+    """
+
+    def __init__(
+        self,
+        controls: tuple[Control, ...],
+        sessions: Mapping[str, Session],
+        conditioning: Mapping[str, Conditioning],
+    ) -> None:
+        self._controls, self._sessions, self._conditioning = controls, sessions, conditioning
+        self._bound: dict[tuple[str, bool], tuple[Bound, tuple[Float32, ...]]] = {}
+
+    def steer(self, denoiser: Bound, row: int, timestep: float, *, guided: bool) -> None:
+        """Run the row's ControlNets on what the denoiser is given, and leave the sum of their results in its buffers.
+
+        In rows without any these hold zeros, which change nothing.
+        """
+        steered = False
+        for control in self._controls:
+            if not control.rows[row]:
+                continue
+            bound, results = self._bound.get((control.component, guided)) or self._bind(control, denoiser, guided)
+            bound.sample[...] = denoiser.sample
+            bound.timestep.fill(timestep)
+            bound.binding.run()
+            for result, residual in zip(results, denoiser.residuals, strict=True):
+                if steered:
+                    np.add(residual, result, out=residual)
+                else:
+                    residual[...] = result
+            steered = True
+        if denoiser.steered and not steered:
+            for residual in denoiser.residuals:
+                residual.fill(0)
+        denoiser.steered = steered
+
+    def _bind(self, control: Control, denoiser: Bound, guided: bool) -> tuple[Bound, tuple[Float32, ...]]:
+        name, (rows, *latent) = control.component, denoiser.sample.shape
+        shape = (rows // (1 + guided), *latent)
+        bound = bind(name, self._sessions[name], self._conditioning[name], shape, guided=guided)
+        outputs = bound.binding.outputs
+        self._bound[name, guided] = bound, tuple(outputs[result] for result in GIVEN.names(outputs))
+        return self._bound[name, guided]
+
+
+def _images(given: Pictures | Mapping[str, Pictures], known: tuple[str, ...]) -> dict[str, Pictures]:
+    """The images by ControlNet; one that has no name is for the only one there is."""
+    listed = ", ".join(known)
+    if not isinstance(given, Mapping):
+        if len(known) > 1:
+            expected = f"images by name, of {listed}"
+            raise RequestError("control_image", "several ControlNets in the bundle", expected=expected)
+        return {known[0]: given}
+    images = {str(name).removeprefix(PREFIX): image for name, image in given.items()}
+    for name in images:
+        if name not in known:
+            raise RequestError("control_image", "unknown ControlNet", got=name, expected=f"one of {listed}")
+    if not images:
+        raise RequestError("control_image", "an empty mapping", expected=f"images by name, of {listed}")
+    return images
+
+
+def _numbers(
+    name: str, given: float | Mapping[str, float] | None, default: float, images: Mapping[str, Pictures]
+) -> dict[str, float]:
+    """A number for every image: the one given for it, the one given for all, or the default."""
+    named = {}
+    if isinstance(given, Mapping):
+        named = {str(key).removeprefix(PREFIX): value for key, value in given.items()}
+        for key in named:
+            if key not in images:
+                expected = f"one of {', '.join(images)}"
+                raise RequestError(name, "no image is given for this ControlNet", got=key, expected=expected)
+    elif given is not None:
+        named = dict.fromkeys(images, given)
+    numbers = {}
+    for key in images:
+        number = finite_number(named.get(key, default))
+        if number is None:
+            raise RequestError(name, "not usable", got=named[key], expected="a finite number, or numbers by ControlNet")
+        numbers[key] = number
+    return numbers
+
+
+def _active_rows(rows: int, start: float, end: float) -> tuple[bool, ...]:
+    """Which model calls lie within the interval, as diffusers' StableDiffusionControlNetPipeline counts them."""
+    return tuple(not (row / rows < start or (row + 1) / rows > end) for row in range(rows))
+
+
+def _require_steerable(control: Control, manifest: Manifest, plan: Plan) -> None:
+    results = GIVEN.names([spec.name for spec in manifest.components[control.component].outputs])
+    for row, name in enumerate(plan.denoisers):
+        if not control.rows[row]:
+            continue
+        given, taken = manifest.components[control.component], manifest.components[name]
+        if spec_of(taken.inputs, TAKEN.mid) is None:
+            raise RequestError(
+                "control_image",
+                f"row {row} is to run {control.component!r}, but its denoiser {name!r} takes nothing from ControlNets",
+                remedy=_otherwise(row, plan.table.rows),
+            )
+        names = TAKEN.names([spec.name for spec in taken.inputs])
+        widths = _widths(given, results), _widths(taken, names)
+        if widths[0] != widths[1]:
+            raise RequestError(
+                "control_image",
+                f"{control.component!r} is of another architecture than denoiser {name!r}",
+                got=f"residuals of {widths[0]} channels",
+                expected=str(widths[1]),
+                remedy=_otherwise(row, plan.table.rows),
+            )
+
+
+def _otherwise(row: int, rows: int) -> str:
+    """How to ask so that a row is not steered."""
+    # Rounded up, so that the row before is steered still.
+    end = math.ceil(row / rows * 1e4) / 1e4
+    interval = (
+        f"End it before, at control_guidance_end={end:g}" if row else "Begin it later with control_guidance_start"
+    )
+    return f"{interval}, or take steps on another denoiser."
+
+
+def _widths(component: Component, names: tuple[str, ...]) -> list[int | str]:
+    specs = {spec.name: spec for spec in (*component.inputs, *component.outputs)}
+    return [specs[name].shape[1] for name in names]
