@@ -21,6 +21,7 @@ from ..request import Request
 from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
+from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, png_facts, write_picture
 from .reporter import Reporter
 
@@ -43,6 +44,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
             "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
             "target": {"name": str(pipe.target), "reason": pipe.target.reason or "asked for"},
             "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
+            "pictures": checked.pictures.facts(),
             "plan": checked.compiled.facts(),
             "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
             "files": [str(path) for path in files] if seeded else None,
@@ -64,10 +66,11 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
             "bundle": pipe.bundle.digest,
             "target": str(pipe.target),
             "tandemrt": version("tandemrt"),
+            "pictures": checked.pictures.facts(),
         }
         for dropped in checked.dropped_text:
             reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
-        job, count = _Job(plan, pipe, facts, reporter), len(checked.named)
+        job, count = _Job(plan, pipe, checked.pictures.arguments(), facts, reporter), len(checked.named)
         images = [image for request, names in checked.named for image in job.paint(request, names, count)]
     return {
         **facts,
@@ -86,9 +89,10 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """What a run paints: for each prompt the arguments of `Request` and the files' names; the plan of them all."""
+    """What a run paints: for each prompt the arguments of `Request` and the files' names; what is the same for all."""
 
     named: list[tuple[dict[str, Any], Names]]
+    pictures: PictureFiles
     compiled: Plan
     dropped_text: tuple[DroppedText, ...]
 
@@ -99,13 +103,14 @@ class _Job:
 
     plan: GeneratePlan
     pipe: Pipeline
+    pictures: Mapping[str, Any]
     facts: Mapping[str, Any]
     reporter: Reporter
 
     def paint(self, request: Mapping[str, Any], names: Names, prompts: int) -> Iterator[dict[str, Any]]:
         """Paint one prompt and write its pictures, each of which is described."""
         label = f"{names.number}/{prompts} {request['prompt'][:LABEL_CHARACTERS]}"
-        stream = self.pipe.stream(**request, **_unrecorded(self.plan))
+        stream = self.pipe.stream(**request, **self.pictures, **_unrecorded(self.plan))
         for event in stream:
             self.reporter.progress(label, event.row + 1, event.rows)
             for seed, image in zip(request["seed"], event.preview, strict=bool(event.preview)):
@@ -133,12 +138,17 @@ class _Job:
 
 
 def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:
-    """For each prompt the arguments of `Request` that decide its pictures, JSON-able."""
+    """For each prompt the arguments of `Request` that decide its pictures, but for pictures; JSON-able."""
     steps = None if plan.steps is None else parse_steps(plan.steps, manifest.names("denoiser"))
     return [
         {
             "prompt": prompt,
             "negative_prompt": plan.negative_prompt,
+            **plan.further_prompts,
+            "strength": plan.strength,
+            "controlnet_conditioning_scale": _by_name(plan.control_scale),
+            "control_guidance_start": _by_name({name: start for name, (start, _) in plan.control_interval.items()}),
+            "control_guidance_end": _by_name({name: end for name, (_, end) in plan.control_interval.items()}),
             "steps": None if steps is None else [list(run) for run in steps],
             "num_inference_steps": plan.num_inference_steps,
             "solver": plan.solver,
@@ -169,14 +179,28 @@ def _seed(plan: GeneratePlan) -> int:
 
 def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
     """All that can be refused before a model is loaded."""
-    requests = _requests(plan, pipe.bundle.manifest, seed)
+    requests, pictures = _requests(plan, pipe.bundle.manifest, seed), _pictures(plan)
+    made = [Request(**request, **pictures.arguments()) for request in requests]
     # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
-    pipe.stream(**requests[0], **_unrecorded(plan))
-    compiled = compile_plan(pipe.bundle.manifest, Request(**requests[0]).schedule)
-    dropped_text = _dropped_text(plan, pipe.bundle, compiled, [Request(**request) for request in requests])
+    pipe.stream(**requests[0], **pictures.arguments(), **_unrecorded(plan))
+    compiled = compile_plan(pipe.bundle.manifest, made[0].schedule)
+    dropped_text = _dropped_text(plan, pipe.bundle, compiled, made)
     named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
     check_folder(_files(plan, named, compiled), force=plan.force)
-    return _Checked(named, compiled, dropped_text)
+    return _Checked(named, pictures, compiled, dropped_text)
+
+
+def _pictures(plan: GeneratePlan) -> PictureFiles:
+    return PictureFiles(
+        None if plan.image is None else read_picture("--image", plan.image),
+        None if plan.mask is None else read_picture("--mask", plan.mask),
+        {name: read_picture("--control", path) for name, path in plan.control.items()},
+    )
+
+
+def _by_name(values: Mapping[str | None, float]) -> float | dict[str | None, float] | None:
+    """A number for all, numbers by ControlNet, or None where nothing was said."""
+    return values[None] if None in values else dict(values) or None
 
 
 def _dropped_text(

@@ -13,25 +13,40 @@ from ..errors import RequestError
 from ..request_checks import require_pictures
 from ..solvers import SOLVERS
 from .prompts import gathered_prompts, require_text
-from .values import parse_interval, parse_settings, parse_size, parse_timesteps
+from .values import parse_interval, parse_named, parse_number, parse_settings, parse_size, parse_timesteps
+
+ORDINALS = {"2": "second", "3": "third"}
+FURTHER_PROMPTS = tuple(f"{branch}prompt_{number}" for number in ORDINALS for branch in ("", "negative_"))
 
 EPILOG = """\
 example:
   tandemrt generate bundle/ --prompt "a red circle left of a blue square" --steps 10,15 --seed 7
 
 Each PNG holds as text what painted it: prompt, negative_prompt, seed, plan, bundle (its digest), target, tandemrt (the
-version), and request, the arguments that `Pipeline.open(bundle)(**request)` paints it from again.
+version), and request, the arguments that `Pipeline.open(bundle)(**request)` paints it from again. Where it was painted
+from other pictures, `pictures` names their files with path and sha256, by the argument they are to be given as.
 A preview holds those of its final picture, and row, the number of rows of the plan that had run when it was painted.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratePlan:
-    """What to paint; None stands for the bundle's default, and for the seed a random one."""
+    """What to paint; None stands for the bundle's default, and for the seed a random one.
+
+    further_prompts: those of further text encoders, by argument of `Request`.
+    control, control_scale, control_interval: by ControlNet, or under None for the only one, or for all.
+    """
 
     bundle: Path
     prompts: tuple[str, ...]
     negative_prompt: str | None
+    further_prompts: Mapping[str, str | None]
+    image: Path | None
+    mask: Path | None
+    strength: float | None
+    control: Mapping[str | None, Path]
+    control_scale: Mapping[str | None, float]
+    control_interval: Mapping[str | None, tuple[float, float]]
     steps: str | None
     num_inference_steps: int | None
     solver: str | None
@@ -59,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
     _add_what(parser.add_argument_group("what to paint"))
+    _add_from(parser.add_argument_group("what to paint it from"))
     _add_how(parser.add_argument_group("how to paint it"))
     _add_where(parser.add_argument_group("where to run, where to write"))
 
@@ -69,6 +85,10 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
         "--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8; blank lines are skipped"
     )
     group.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from, for every prompt")
+    for name in FURTHER_PROMPTS:
+        which = f"{ORDINALS[name[-1]]} text encoder, where the bundle has one"
+        text = "what it steers away from" if name.startswith("negative") else "what it reads instead of each prompt"
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="TEXT", help=f"for the {which}: {text}")
     group.add_argument(
         "--seed",
         type=int,
@@ -92,6 +112,47 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--size", metavar="PIXELS", help="512 for a square, 768x512 for width x height")
     group.add_argument("--width", type=int, metavar="PIXELS", help="instead of --size")
     group.add_argument("--height", type=int, metavar="PIXELS", help="instead of --size")
+
+
+def _add_from(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="start from this picture; its size is used unless another is given, to which it is then resized",
+    )
+    group.add_argument(
+        "--mask", type=Path, metavar="FILE", help="paint only where this picture is white, and keep the rest of --image"
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="how much of --image is painted anew, above 0 and up to 1: the last part of the steps (default 0.8; 1 "
+        "with --mask)",
+    )
+    group.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="steer by this picture with the bundle's ControlNet of that name; may be repeated. FILE alone where there "
+        "is one ControlNet",
+    )
+    group.add_argument(
+        "--control-scale",
+        action="append",
+        default=[],
+        metavar="X",
+        help="how strongly ControlNets steer (default 1), or NAME=X, which may be repeated",
+    )
+    group.add_argument(
+        "--control-interval",
+        action="append",
+        default=[],
+        metavar="START,END",
+        help="the part of the steps in which they do, as fractions (default 0,1), or NAME=START,END",
+    )
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
@@ -172,14 +233,25 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
             raise RequestError("--size", "given beside --width or --height", remedy="Give one of them.")
         width, height = parse_size(namespace.size)
     thread_count("--threads", namespace.threads)
-    if namespace.negative_prompt is not None:
-        require_text("--negative-prompt", namespace.negative_prompt)
+    for name in ("negative_prompt", *FURTHER_PROMPTS):
+        if getattr(namespace, name) is not None:
+            require_text(f"--{name.replace('_', '-')}", getattr(namespace, name))
     require_pictures(namespace.num_images_per_prompt)
     parsed = {
         "prompts": gathered_prompts(namespace.prompt, namespace.prompts_file),
         "solver_config": parse_settings("--solver-config", namespace.solver_config),
         "timesteps": None if namespace.timesteps is None else parse_timesteps(namespace.timesteps),
-        "guidance_interval": parse_interval(namespace.guidance_interval),
+        "guidance_interval": parse_interval("--guidance-interval", namespace.guidance_interval),
+        "further_prompts": {name: getattr(namespace, name) for name in FURTHER_PROMPTS},
+        "control": {name: Path(file) for name, file in parse_named("--control", namespace.control).items()},
+        "control_scale": {
+            name: parse_number("--control-scale", value)
+            for name, value in parse_named("--control-scale", namespace.control_scale).items()
+        },
+        "control_interval": {
+            name: parse_interval("--control-interval", value)
+            for name, value in parse_named("--control-interval", namespace.control_interval).items()
+        },
         "width": width,
         "height": height,
     }

@@ -29,18 +29,43 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, int(found[2]) if found[2] else width
 
 
-def parse_interval(text: str) -> tuple[float, float]:
+def parse_interval(option: str, text: str) -> tuple[float, float]:
     """`0.0,0.8` as a pair of numbers; whether they make sense is for the plan to say.
 
     Raises:
-        RequestError: not two numbers.
+        RequestError: not two numbers; `option` names it.
     """
     try:
         start, end = (float(part) for part in text.split(","))
     except ValueError as error:
         expected = "two fractions of the steps such as 0.0,0.8"
-        raise RequestError("--guidance-interval", "not an interval", got=text, expected=expected) from error
+        raise RequestError(option, "not an interval", got=text, expected=expected) from error
     return start, end
+
+
+def parse_number(option: str, text: str) -> float:
+    """A number; raises RequestError, in which `option` names it, for anything else."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RequestError(option, "not a number", got=text, expected="a number such as 0.8") from error
+
+
+def parse_named(option: str, values: Sequence[str]) -> dict[str | None, str]:
+    """Values that are NAME=VALUE each, or one VALUE without a name, which stands under None.
+
+    Raises:
+        RequestError: a name given twice, or a value without one beside others.
+    """
+    named: dict[str | None, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        key = name if equals and name.isidentifier() else None
+        if key in named or (named and (key is None or None in named)):
+            expected = "one value, or NAME=VALUE with every name once"
+            raise RequestError(option, "values that are not told apart", got=list(values), expected=expected)
+        named[key] = value if key is None else rest
+    return named
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
