@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from ..runtime.manifest import LatentSpace
 from .agreement import latent_space
 from .checkpoint import Part
+from .lazy import parameters_on_meta, stored_tensors
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, full_config, unusable
 from .pruned import autoencoder_kl_from_config
-from .weights import load_tensors
 
 # diffusers' names for an autoencoder's attention up to 0.13, which published checkpoints still carry.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -83,9 +82,9 @@ def encoder_graph(part: Part) -> Graph:
 
 
 def _autoencoder(part: Part) -> AutoencoderKL | AutoencoderTiny:
-    tensors = load_tensors(part.weights)
+    tensors = stored_tensors(part.weights)
     try:
-        with torch.device("meta"):
+        with parameters_on_meta():
             if part.class_name == "AutoencoderTiny":
                 vae = AutoencoderTiny.from_config(dict(part.config))
             else:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..runtime.manifest import TensorSpec
 from .checkpoint import Part
 from .facts import TIME_IDS, DenoiserFacts, denoiser_facts
+from .lazy import parameters_on_meta, stored_tensors
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, full_config, unusable
 from .pruned import resize_inner_widths
-from .weights import load_tensors
 
 # Pooled text is a UNet's argument within a dictionary.
 _ADDED = ("text_embeds", "time_ids")
@@ -59,11 +58,11 @@ def denoiser_graph(part: Part) -> Graph:
 
 
 def _unet_graph(part: Part, facts: DenoiserFacts) -> Graph:
-    tensors = load_tensors(part.weights)
+    tensors = stored_tensors(part.weights)
     try:
-        with torch.device("meta"):
+        with parameters_on_meta():
             unet = UNet2DConditionModel.from_config(dict(part.config))
-            resize_inner_widths(unet, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            resize_inner_widths(unet, part.weights.shapes)
     except UNUSABLE as error:
         raise unusable(part, error) from error
     fill(unet, tensors, part)
@@ -79,9 +78,10 @@ def _unet_graph(part: Part, facts: DenoiserFacts) -> Graph:
 
 
 def _transformer_graph(part: Part, facts: DenoiserFacts) -> Graph:
-    tensors = load_tensors(part.weights)
+    tensors = stored_tensors(part.weights)
     try:
-        transformer = SD3Transformer2DModel.from_config(dict(part.config))
+        with parameters_on_meta():
+            transformer = SD3Transformer2DModel.from_config(dict(part.config))
     except UNUSABLE as error:
         raise unusable(part, error) from error
     fill(transformer, tensors, part)

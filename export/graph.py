@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 from onnxscript import ir
 
-from ..runtime.errors import ExportError
+from ..runtime.errors import ExportError, TandemError
 from ..runtime.manifest import TensorSpec
+from .lazy import unread
 from .modules import Graph
+from .onnx_weights import bind_weights
 
 OPSET = 20
-EXTERNAL_DATA_ABOVE = 1_800_000_000  # protobuf messages end at 2 GiB
+# Protobuf messages end at 2 GiB, and one that is read or written is twice in memory; external data is mapped.
+EXTERNAL_DATA_ABOVE = 512_000_000
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
 
@@ -29,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 
 def onnx_from_module(name: str, graph: Graph) -> ir.Model:
-    """Export a module with every string in its inputs' shapes as a symbolic dimension.
+    """Export a module with every string in its inputs' shapes as a symbolic dimension; its weights are not loaded.
 
     Nodes are named by the module they come from (`down_blocks.0.resnets.0.conv1/Conv`).
 
@@ -44,7 +47,7 @@ def onnx_from_module(name: str, graph: Graph) -> ir.Model:
         )
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), unread(graph.module):
             program = torch.export.export(graph.module, examples, dynamic_shapes=dynamic.arguments, strict=False)
             exported = torch.onnx.export(
                 program,
@@ -54,8 +57,12 @@ def onnx_from_module(name: str, graph: Graph) -> ir.Model:
                 output_names=[spec.name for spec in graph.outputs],
                 external_data=False,
                 verbose=False,
+                optimize=False,
             )
-    except MemoryError:
+            # Before the optimizer, which looks at small values and would load large ones to transpose them.
+            bind_weights(exported.model, graph.weights)
+            exported.optimize()
+    except (MemoryError, TandemError):
         raise
     except Exception as error:  # the exporter raises whatever its passes meet; all of it becomes one error here
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
@@ -68,7 +75,10 @@ def onnx_from_module(name: str, graph: Graph) -> ir.Model:
 
 
 def save(model: ir.Model, folder: Path) -> Path:
-    """Write `model.onnx` to a folder, the weights beside it in `model.onnx_data` where they are over 1.8 GB."""
+    """Write `model.onnx` to a folder, the weights beside it in `model.onnx_data` where they are over 512 MB.
+
+    Weights that are in files of a checkpoint are loaded one after another.
+    """
     path = folder / MODEL_NAME
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     ir.save(model, path, external_data=DATA_NAME if weights > EXTERNAL_DATA_ABOVE else None)

@@ -15,6 +15,7 @@ from onnxscript import ir
 
 from ..runtime.errors import ExportError
 from .graph import save
+from .onnx_weights import Weight
 from .samples import Inputs
 from .session import OnnxRun
 
@@ -81,7 +82,7 @@ def find_islands(model: ir.Model, cases: Iterable[Inputs], scratch: Path) -> fro
     large |= {
         value
         for value in model.graph.initializers.values()
-        if value.dtype == _FLOAT and value.const_value.size and np.abs(value.const_value.numpy()).max() > OVERFLOW_RISK
+        if value.dtype == _FLOAT and _largest(value.const_value) > OVERFLOW_RISK
     }
     islands = {node for node in model.graph if node.op_type in ISLAND_OPS}
     for node in model.graph:
@@ -128,8 +129,12 @@ class _Casts:
         return self._made[value]
 
     def _weight(self, value: ir.Value) -> ir.Value:
-        tensor = ir.tensor(value.const_value.numpy().astype(np.float16), name=f"{value.name}_half")
-        made = ir.Value(name=tensor.name, shape=value.shape, type=ir.TensorType(_HALF), const_value=tensor)
+        name, tensor = f"{value.name}_half", value.const_value
+        if isinstance(tensor, Weight):
+            half = tensor.as_dtype(name, _HALF)
+        else:
+            half = ir.tensor(tensor.numpy().astype(np.float16), name=name)
+        made = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_HALF), const_value=half)
         self._graph.register_initializer(made)
         return made
 
@@ -152,6 +157,12 @@ def _make_attributes_half(node: ir.Node) -> None:
     value = node.attributes.get("value")
     if node.op_type in ("Constant", "ConstantOfShape") and value is not None and value.as_tensor().dtype == _FLOAT:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(value.as_tensor().numpy().astype(np.float16)))
+
+
+def _largest(tensor: ir.TensorProtocol) -> float:
+    if isinstance(tensor, Weight):
+        return tensor.largest
+    return float(np.abs(tensor.numpy()).max(initial=0))
 
 
 def _ancestors(node: ir.Node) -> set[ir.Node]:

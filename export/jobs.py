@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint, Part
 from .conditioning import text_conditioning
 from .denoisers import denoiser_graph
 from .graph import quiet
+from .lazy import run
 from .modules import Graph
 from .samples import Samples, SampleText
 from .sources import Sources
@@ -72,19 +73,19 @@ def samples(sources: Sources, bundle: Path, text: TextConditioning) -> Samples:
     main = sources.main
     with quiet():
         picture = encoder_graph(main.vae)
+    encode = partial(run, picture.module)
     size = max(sources.sample_size)
-    return Samples(_sample_text(main, bundle, text), picture.module, latent_space(main.vae), main.scheduler, size)
+    return Samples(_sample_text(main, bundle, text), encode, latent_space(main.vae), main.scheduler, size)
 
 
 def _sample_text(main: Checkpoint, bundle: Path, text: TextConditioning) -> SampleText:
-    """The sample prompts through every text encoder, one in memory at a time, joined as the manifest says."""
+    """The sample prompts through every text encoder, joined as the manifest says."""
     ids = {name: token_ids(bundle / encoder.tokenizer) for name, encoder in text.encoders.items()}
     beside, behind, pooled = [], [], []
     for name, encoder in text.encoders.items():
         with quiet():
             graph = text_encoder_graph(main.texts[name].encoder, encoder)
-        with torch.inference_mode():
-            given = graph.module(torch.from_numpy(ids[name]))
+        given = run(graph.module, torch.from_numpy(ids[name]))
         tensors = [given] if isinstance(given, Tensor) else list(given)
         outputs = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, tensors, strict=True)}
         (beside if encoder.joins == "width" else behind).append(outputs[encoder.hidden_state])

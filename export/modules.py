@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import Role, TensorSpec
 from .checkpoint import Part
+from .lazy import StoredTensor, attach, attached
 from .weights import listed
 
 # What diffusers and transformers raise for a configuration whose values they cannot work with.
@@ -24,6 +26,7 @@ UNUSABLE = (
 class Graph:
     """A module to export, with what its ONNX graph takes and gives.
 
+    `module`: its parameters are on the meta device; `lazy.run` runs it, its own forward gives nothing.
     `multiple`: height and width, as the graph's main input has them, must be multiples of it.
     `config`: what `config.json` beside the model says, every default written out.
     """
@@ -40,15 +43,20 @@ class Graph:
         """How many weights the graph holds."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
+    @property
+    def weights(self) -> dict[str, StoredTensor]:
+        """Where the values of the module's parameters are stored, by their names in its state dict."""
+        return attached(self.module)
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], part: Part) -> None:
-    """Put tensors in a module's place, all of them and no others.
+
+def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], part: Part) -> None:
+    """Tell a module where its tensors are stored, all of them and no others.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape; they are named.
+        CheckpointError: tensors are missing, left over, of another shape, or not finite; they are named.
     """
     where, expected = str(part.weights.files[0]), {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     misfits = [
         f"{name} {found[name]} instead of {expected[name]}"
         for name in found.keys() & expected
@@ -65,7 +73,12 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], part: Part) -> None:
                 f"{what}: {listed(names)}",
                 expected=f"those of {part.class_name} with {part.config_path}",
             )
-    module.load_state_dict(tensors, strict=True, assign=True)
+    broken = [tensor.name for tensor in tensors.values() if not isfinite(tensor.largest)]
+    if broken:
+        raise CheckpointError(
+            where, f"NaN or infinite weights in {listed(broken)}", remedy="Use an undamaged checkpoint."
+        )
+    attach(module, tensors)
 
 
 def full_config(resolved: Mapping[str, Any], part: Part) -> dict[str, Any]:

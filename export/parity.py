@@ -15,10 +15,13 @@ import torch
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Evidence, Precision
+from . import lazy
 from .half import save_with_roundings
 from .modules import Graph
 from .samples import Inputs
 from .session import OnnxRun
+
+Outputs = list[npt.NDArray[Any]]
 
 METRIC = "max_relative_error"
 # Seen at most: 1.7e-5 in fp32 and 4.3e-3 in fp16 over the shapes family, 3e-6 in fp32 on SD1.5's UNet.
@@ -36,7 +39,7 @@ class Comparison:
 def compare(
     name: str, graph: Graph, model: Path, cases: Iterable[Inputs], precision: Precision, scratch: Path | None = None
 ) -> tuple[Comparison, ...]:
-    """Run a graph on disk in ONNX Runtime's CPU provider and its torch module in float32 on the same inputs.
+    """Run a graph's torch module in float32, then its file in ONNX Runtime's CPU provider, on the same inputs.
 
     ONNX Runtime's CPU provider computes float16 graphs in float32 and drops the roundings between; a float16 graph is
     therefore run in a copy that rounds every float16 value, as a GPU does. The copy lies in `scratch` meanwhile (the
@@ -44,9 +47,15 @@ def compare(
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the graph, or an output's shape differs.
+        CheckpointError: the weights' file is damaged.
     """
+    cases = tuple(cases)
+    references = [_reference(graph, inputs) for inputs in cases]
     with _runnable(name, model, precision, scratch) as run:
-        return tuple(_compared(name, graph, run, inputs, THRESHOLDS[precision]) for inputs in cases)
+        return tuple(
+            _compared(name, graph, inputs, run(inputs), reference, THRESHOLDS[precision])
+            for inputs, reference in zip(cases, references, strict=True)
+        )
 
 
 def require_close(name: str, comparisons: Sequence[Comparison]) -> None:
@@ -75,13 +84,16 @@ def max_relative_error(actual: npt.NDArray[Any], reference: npt.NDArray[Any]) ->
     return error if np.isfinite(error) else float("inf")
 
 
-def _compared(name: str, graph: Graph, run: OnnxRun, inputs: Inputs, threshold: float) -> Comparison:
-    with torch.inference_mode():
-        result = graph.module(*(torch.from_numpy(inputs[spec.name]) for spec in graph.inputs))
-    references = [result] if isinstance(result, torch.Tensor) else list(result)
+def _reference(graph: Graph, inputs: Inputs) -> Outputs:
+    result = lazy.run(graph.module, *(torch.from_numpy(inputs[spec.name]) for spec in graph.inputs))
+    return [tensor.numpy() for tensor in ([result] if isinstance(result, torch.Tensor) else result)]
+
+
+def _compared(
+    name: str, graph: Graph, inputs: Inputs, outputs: Outputs, references: Outputs, threshold: float
+) -> Comparison:
     errors = {}
-    for spec, actual, tensor in zip(graph.outputs, run(inputs), references, strict=True):
-        reference = tensor.numpy()
+    for spec, actual, reference in zip(graph.outputs, outputs, references, strict=True):
         if actual.shape != reference.shape:
             raise ExportError(f"{name}: {spec.name}", "output shape", got=actual.shape, expected=str(reference.shape))
         errors[spec.name] = max_relative_error(actual, reference)

@@ -110,9 +110,8 @@ class Samples:
 
     def _latents(self, height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
         """Latents of pictures, scaled as denoisers see them."""
-        with torch.inference_mode():
-            pictures = torch.from_numpy(_pictures(*self._picture_size(height, width), batch))
-            latents: npt.NDArray[np.float32] = self._encode_picture(pictures)[:, : self._latent.channels].numpy()
+        pictures = torch.from_numpy(_pictures(*self._picture_size(height, width), batch))
+        latents: npt.NDArray[np.float32] = self._encode_picture(pictures)[:, : self._latent.channels].numpy()
         return (latents - np.float32(self._latent.shift_factor)) * np.float32(self._latent.scaling_factor)
 
     def _picture_size(self, height: int, width: int) -> tuple[int, int]:

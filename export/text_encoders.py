@@ -9,8 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ..runtime.manifest import TensorSpec, TextEncoding
 from .checkpoint import Part
+from .lazy import StoredTensor, parameters_on_meta, stored_tensors
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, unusable
-from .weights import load_tensors
 
 # Attention as plain products: what the fused kernels compute, in operators that every exporter knows.
 _CONFIG = {"attn_implementation": "eager", "dtype": "float32"}
@@ -51,10 +51,11 @@ def text_encoder_graph(part: Part, encoding: TextEncoding) -> Graph:
 
 def _clip_graph(part: Part, encoding: TextEncoding) -> Graph:
     projected, states = part.class_name == "CLIPTextModelWithProjection", encoding.hidden_state != "last_hidden_state"
-    tensors = load_tensors(part.weights)
+    tensors = stored_tensors(part.weights)
     try:
         config = CLIPTextConfig(**{**part.config, **_CONFIG})
-        model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+        with parameters_on_meta():
+            model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
     except UNUSABLE as error:
         raise unusable(part, error) from error
     fill(model, _clip_names(tensors, model.state_dict()), part)
@@ -75,9 +76,10 @@ def _clip_graph(part: Part, encoding: TextEncoding) -> Graph:
 
 
 def _t5_graph(part: Part) -> Graph:
-    tensors = load_tensors(part.weights)
+    tensors = stored_tensors(part.weights)
     try:
-        model = T5EncoderModel(T5Config(**{**part.config, **_CONFIG}))
+        with parameters_on_meta():
+            model = T5EncoderModel(T5Config(**{**part.config, **_CONFIG}))
     except UNUSABLE as error:
         raise unusable(part, error) from error
     # One table under two names, of which checkpoints hold either.
@@ -99,7 +101,7 @@ _T5_TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 _PREFIX = "text_model."
 
 
-def _clip_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _clip_names(tensors: Mapping[str, StoredTensor], expected: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
     """Tensors under this transformers version's names: with or without the prefix, without the position ids."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
     prefixed = any(name.startswith(_PREFIX) for name in expected)

@@ -1,4 +1,4 @@
-"""Safetensors files: their headers, checked before a byte of weights is read, and their tensors as float32."""
+"""Safetensors files: their headers, checked before a byte of weights is read, and their tensors one by one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +21,10 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_JSON_BYTES = 16 << 20
 _NAMED = 5
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 _AGAIN = "Download the file again."
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -47,6 +50,15 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in a file a tensor lies, in bytes, and in which of safetensors' dtypes."""
+
+    dtype: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class SafetensorsFile:
     """One safetensors file, its header read and checked; see `Weights`.
 
@@ -55,24 +67,33 @@ class SafetensorsFile:
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, Place]
+    metadata: Mapping[str, Any]
 
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype it is stored in; see `Weights.load`."""
+        """One tensor in the dtype it is stored in; see `Weights.load`.
+
+        It is read, not mapped: pages of a mapped file count as this process's memory for as long as it is open.
+        """
+        import torch  # noqa: PLC0415 — reading headers, as --print-plan does, must not need torch
+
+        place = self.places[name]
+        raw = torch.empty(place.size, dtype=torch.uint8)
         try:
-            return self._reader.get_tensor(name)
-        except Exception as error:  # safetensors' own error and OSError; torch is not imported to name it
-            raise CheckpointError(str(self.path), f"not readable as safetensors ({error})", remedy=_AGAIN) from error
-
-    @cached_property
-    def _reader(self) -> Any:
-        from safetensors import safe_open  # noqa: PLC0415 — needs torch, which reading headers must not
-
-        return safe_open(self.path, framework="pt")
+            with self.path.open("rb") as stream:
+                stream.seek(place.offset)
+                read = stream.readinto(raw.numpy())
+        except OSError as error:
+            raise CheckpointError(str(self.path), f"cannot be read ({error.strerror})", remedy=_AGAIN) from error
+        if read != place.size:
+            raise CheckpointError(
+                f"{self.path}: {name}", "truncated", got=read, expected=f"{place.size} bytes", remedy=_AGAIN
+            )
+        return raw.view(getattr(torch, _TORCH_NAMES[place.dtype])).reshape(self.shapes[name])
 
 
 def parameters(weights: Weights) -> int:
@@ -151,25 +172,8 @@ def read_header(path: Path) -> SafetensorsFile:
     if size != expected:
         what = "truncated" if size < expected else "size"
         raise CheckpointError(str(path), what, got=size, expected=f"{expected} bytes", remedy=_AGAIN)
-    return SafetensorsFile(path, shapes, metadata)
-
-
-def load_tensors(weights: Weights) -> dict[str, torch.Tensor]:
-    """Every tensor, floating ones as float32.
-
-    Raises:
-        CheckpointError: the file is damaged, or a tensor holds NaN or infinity; it is named.
-    """
-    import torch  # noqa: PLC0415 — reading headers, as --print-plan does, must not need torch
-
-    tensors = {name: weights.load(name) for name in weights.shapes}
-    tensors = {name: t.to(torch.float32) if t.is_floating_point() else t for name, t in tensors.items()}
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise CheckpointError(
-            str(weights.files[0]), f"NaN or infinite weights in {listed(broken)}", remedy="Use an undamaged checkpoint."
-        )
-    return tensors
+    places = {name: Place(entries[name]["dtype"], 8 + length + span[0], wanted[name]) for name, span in spans.items()}
+    return SafetensorsFile(path, shapes, places, metadata)
 
 
 def copy_source(source: Path, target: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tandemrt.bench.shapes.bundle import WEIGHTS
+from tandemrt.export.modules import Graph
 
 TOKENIZER = WEIGHTS / "large" / "tokenizer"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -101,3 +103,10 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def loaded(graph: Graph) -> nn.Module:
+    """A graph's module with all of its weights in memory, as float32."""
+    tensors = {name: stored.load().float() for name, stored in graph.weights.items()}
+    graph.module.load_state_dict(tensors, strict=True, assign=True)
+    return graph.module

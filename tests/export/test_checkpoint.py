@@ -18,6 +18,7 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint, read_denoiser
 from tandemrt.export.conditioning import text_conditioning
 from tandemrt.export.denoisers import denoiser_graph
+from tandemrt.export.lazy import run
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.samples import _noise_levels
 from tandemrt.export.sources import read_sources
@@ -26,7 +27,7 @@ from tandemrt.export.weights import parameters
 from tandemrt.runtime.errors import CheckpointError
 from tandemrt.runtime.manifest import SchedulerDefaults
 
-from .mini import TEXT_WIDTH, UNET_FILE, edit_json, edit_tensors, kl_vae, tiny_vae, unet
+from .mini import TEXT_WIDTH, UNET_FILE, edit_json, edit_tensors, kl_vae, loaded, tiny_vae, unet
 
 Damage = Callable[[Path], object]
 
@@ -199,11 +200,11 @@ def test_names_of_older_libraries_are_understood(own_checkpoint: Path) -> None:
         tensors["text_model.embeddings.position_ids"] = torch.arange(24)[None]
 
     checkpoint = read_checkpoint(own_checkpoint)
-    before = decoder_graph(checkpoint.vae, latent_space(checkpoint.vae)).module.state_dict()
+    before = loaded(decoder_graph(checkpoint.vae, latent_space(checkpoint.vae))).state_dict()
     edit_tensors(own_checkpoint / "vae" / UNET_FILE, rename)
     edit_tensors(own_checkpoint / "text_encoder" / "model.safetensors", prefix)
     checkpoint = read_checkpoint(own_checkpoint)
-    after = decoder_graph(checkpoint.vae, latent_space(checkpoint.vae)).module.state_dict()
+    after = loaded(decoder_graph(checkpoint.vae, latent_space(checkpoint.vae))).state_dict()
     assert any(".attentions." in name for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
     encoding = text_conditioning(checkpoint).encoders["text_encoder"]
@@ -313,7 +314,7 @@ def test_a_tiny_decoder_reads_the_latents_of_the_bundle(checkpoint: Path, tiny: 
     stock = tiny_vae().from_pretrained(tiny)
     with torch.inference_mode():
         expected = stock.decode(latent / stock.config.scaling_factor).sample
-        assert torch.allclose(graph.module(latent / main.scaling_factor), expected, atol=1e-5)
+    assert torch.allclose(run(graph.module, latent / main.scaling_factor), expected, atol=1e-5)
 
 
 def test_pruned_widths_come_from_the_tensors(own_checkpoint: Path) -> None:

@@ -16,7 +16,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tandemrt.export.checkpoint import read_checkpoint, read_denoiser
 from tandemrt.export.weight_files import find_weights
-from tandemrt.export.weights import load_tensors
 from tandemrt.runtime.errors import CheckpointError
 
 from .mini import UNET_FILE, unet
@@ -70,8 +69,7 @@ def test_shards_as_diffusers_saves_them_are_the_whole_model(
     weights = read_denoiser(tmp_path, read_checkpoint(checkpoint), allow_pickle=not safe).part.weights
     assert len(weights.files) > 2
     assert dict(weights.shapes) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded = load_tensors(weights)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(weights.load(name), tensor) for name, tensor in model.state_dict().items())
 
 
 def test_shards_as_transformers_saves_them_are_the_whole_model(tmp_path: Path) -> None:
@@ -165,7 +163,7 @@ def test_pickled_weights_are_read_where_that_is_allowed(tmp_path: Path, stem: st
     weights = find_weights(tmp_path, stem, allow_pickle=True)
     assert weights.shapes == {"a": (2, 3), "b": (3,)}
     assert weights.files == (tmp_path / name,)
-    assert torch.equal(load_tensors(weights)["a"], tensors["a"].float())
+    assert torch.equal(weights.load("a"), tensors["a"])
 
 
 def test_safe_weights_are_preferred_to_pickled_ones(tmp_path: Path) -> None:

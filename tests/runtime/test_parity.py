@@ -16,6 +16,8 @@ from tandemrt.export.checkpoint import read_checkpoint, read_denoiser
 from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.runtime import Pipeline
 
+from ..export.mini import loaded
+
 WEIGHTS = Path(__file__).parents[2] / "bench" / "shapes" / "weights"
 PROMPT = "a red circle left of a blue square on a white background"
 MINIMUM_PSNR_DB = 50.0
@@ -116,7 +118,7 @@ def test_tandem_equals_swapping_unets_inside_diffusers(
     class_name, overrides, solver, _ = SOLVERS[name]
     reference.scheduler = scheduler(class_name, overrides)
     source = read_denoiser(WEIGHTS / "small", read_checkpoint(WEIGHTS / "large"))
-    large, small = reference.unet, denoiser_graph(source.part).module.unet
+    large, small = reference.unet, loaded(denoiser_graph(source.part)).unet
     steps = {"unet": large_steps, "unet_small": 8 - large_steps}
     # diffusers' loop counts model calls; PNDM makes one more call than steps, the first step taking two.
     calls_by_large = large_steps + (1 if name == "pndm" and large_steps else 0)
