@@ -47,9 +47,9 @@ class _Transformer(nn.Module):
 def denoiser_graph(part: Part) -> Graph:
     """A denoiser: its inputs, all float32, are those of `UNet2DConditionModel` or of `SD3Transformer2DModel`.
 
-    UNet: sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, sequence, D); where it has them text_embeds
-    (B, P), time_ids (B, 6) and timestep_cond (B, E); its inner widths are those of the tensors. → out_sample
-    (B, C, H, W).
+    UNet: sample (B, C, H, W), timestep (B,) or (1,), encoder_hidden_states (B, sequence, D); where it has them
+    text_embeds (B, P), time_ids (B, 6) and timestep_cond (B, E); its inner widths are those of the tensors. →
+    out_sample (B, C, H, W).
     Transformer: hidden_states (B, C, H, W), timestep (B,), encoder_hidden_states (B, sequence, D), pooled_projections
     (B, P) → out_hidden_states (B, C, H, W).
     """
@@ -101,7 +101,8 @@ def _transformer_graph(part: Part, facts: DenoiserFacts) -> Graph:
 def _shared_inputs(latent: str, facts: DenoiserFacts) -> tuple[TensorSpec, ...]:
     return (
         float_spec(latent, "batch", facts.in_channels, "height", "width"),
-        float_spec("timestep", "batch"),
+        # Not "batch": optimum gives one time step for all rows, and ONNX Runtime reuses memory by symbols.
+        float_spec("timestep", "steps"),
         float_spec("encoder_hidden_states", "batch", "sequence", facts.text_width),
     )
 

@@ -26,8 +26,9 @@ EXTERNAL_DATA_ABOVE = 512_000_000
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
 
-# Sizes to trace with, none of them equal, none of them 1: equal sizes or a 1 could be taken for a fixed relation.
-_EXAMPLE = {"batch": 3, "sequence": 5, "height": 4, "width": 6}
+# Sizes to trace with, none of them 1, and equal only where they are: equal sizes or a 1 could be taken for a fixed
+# relation.
+_EXAMPLE = {"batch": 3, "steps": 3, "sequence": 5, "height": 4, "width": 6}
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 

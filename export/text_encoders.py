@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ..runtime.manifest import TensorSpec, TextEncoding
 from .checkpoint import Part
+from .facts import whole
 from .lazy import StoredTensor, parameters_on_meta, stored_tensors
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, unusable
 
@@ -17,7 +18,10 @@ _CONFIG = {"attn_implementation": "eager", "dtype": "float32"}
 
 
 class _Clip(nn.Module):
-    """The last hidden state and a pooled vector; where `states` are wanted, the hidden state before each layer too."""
+    """The last hidden state and a pooled vector; where `states` are wanted, the hidden state before each layer too.
+
+    The order is that of transformers' outputs, by which diffusers' pipelines for SDXL and SD3 find the pooled vector.
+    """
 
     def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, *, states: bool) -> None:
         super().__init__()
@@ -26,9 +30,10 @@ class _Clip(nn.Module):
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         encoded = self.text_model(input_ids=input_ids, output_hidden_states=self._states)
-        pooled = encoded.text_embeds if "text_embeds" in encoded else encoded.pooler_output
+        last = encoded.last_hidden_state
+        both = (encoded.text_embeds, last) if "text_embeds" in encoded else (last, encoded.pooler_output)
         # The tuple's last is the last layer's, which no pipeline reads before its norm.
-        return encoded.last_hidden_state, pooled, *(encoded.hidden_states[:-1] if self._states else ())
+        return *both, *(encoded.hidden_states[:-1] if self._states else ())
 
 
 class _T5(nn.Module):
@@ -43,14 +48,14 @@ class _T5(nn.Module):
 def text_encoder_graph(part: Part, encoding: TextEncoding) -> Graph:
     """A text encoder: input_ids (B, sequence) int64 → last_hidden_state (B, sequence, D) float32, and of CLIP:
 
-    pooler_output (B, D), or text_embeds (B, P) of one with projection; where the conditioning reads an inner hidden
-    state, hidden_states.N (B, sequence, D), the input of layer N, for every layer.
+    pooler_output (B, D), or before it text_embeds (B, P) of one with projection; where the conditioning reads an inner
+    hidden state, hidden_states.N (B, sequence, D), the input of layer N, for every layer.
     """
     return _t5_graph(part) if part.class_name == "T5EncoderModel" else _clip_graph(part, encoding)
 
 
 def _clip_graph(part: Part, encoding: TextEncoding) -> Graph:
-    projected, states = part.class_name == "CLIPTextModelWithProjection", encoding.hidden_state != "last_hidden_state"
+    projected = part.class_name == "CLIPTextModelWithProjection"
     tensors = stored_tensors(part.weights)
     try:
         config = CLIPTextConfig(**{**part.config, **_CONFIG})
@@ -59,20 +64,30 @@ def _clip_graph(part: Part, encoding: TextEncoding) -> Graph:
     except UNUSABLE as error:
         raise unusable(part, error) from error
     fill(model, _clip_names(tensors, model.state_dict()), part)
-    width = config.hidden_size
-    pooled = ("text_embeds", config.projection_dim) if projected else ("pooler_output", width)
-    inner = [f"hidden_states.{layer}" for layer in range(config.num_hidden_layers)] if states else []
     return Graph(
         role="text_encoder",
-        module=frozen(_Clip(model, states=states)),
+        module=frozen(_Clip(model, states=_reads_states(encoding))),
         inputs=(_IDS,),
-        outputs=(
-            float_spec("last_hidden_state", "batch", "sequence", width),
-            float_spec(pooled[0], "batch", pooled[1]),
-            *(float_spec(name, "batch", "sequence", width) for name in inner),
-        ),
-        config=part.config,
+        outputs=clip_outputs(part, encoding),
+        # optimum reads both from config.json, where transformers may leave out what equals its default.
+        config={
+            "num_hidden_layers": config.num_hidden_layers,
+            "projection_dim": config.projection_dim,
+            **part.config,
+        },
     )
+
+
+def clip_outputs(part: Part, encoding: TextEncoding) -> tuple[TensorSpec, ...]:
+    """The outputs of a CLIP text encoder, as `text_encoder_graph` describes them."""
+    width, layers = whole(part, "hidden_size", 512), whole(part, "num_hidden_layers", 12)
+    last = float_spec("last_hidden_state", "batch", "sequence", width)
+    if part.class_name == "CLIPTextModelWithProjection":
+        both = (float_spec("text_embeds", "batch", whole(part, "projection_dim", 512)), last)
+    else:
+        both = (last, float_spec("pooler_output", "batch", width))
+    inner = [f"hidden_states.{layer}" for layer in range(layers)] if _reads_states(encoding) else []
+    return *both, *(float_spec(name, "batch", "sequence", width) for name in inner)
 
 
 def _t5_graph(part: Part) -> Graph:
@@ -94,6 +109,10 @@ def _t5_graph(part: Part) -> Graph:
         outputs=(float_spec("last_hidden_state", "batch", "sequence", model.config.d_model),),
         config=part.config,
     )
+
+
+def _reads_states(encoding: TextEncoding) -> bool:
+    return encoding.hidden_state != "last_hidden_state"
 
 
 _IDS = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))

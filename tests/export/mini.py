@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def unet() -> UNet2DConditionModel:
+def unet(**more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -69,6 +69,7 @@ def unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=4,
+        **more,
     )
 
 
