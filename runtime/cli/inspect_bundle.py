@@ -78,10 +78,10 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
             ("size", f"{size_text(result['size_bytes'])} in {result['files']} files, beside the manifest"),
             ("latent", f"{latent['channels']} channels, 1/{latent['downsampling']} of the picture's size, "
              f"scaling factor {latent['scaling_factor']:g}, shift {latent['shift_factor']:g}"),
-            ("text", "; ".join(_encodings(text["encoders"]))),
+            ("text", "; ".join(_encodings(text))),
             ("scheduler", _scheduler(result["scheduler"])),
             ("defaults", f"{defaults['width']}x{defaults['height']} pixels, {defaults['num_inference_steps']} steps, "
-             f"guidance scale {defaults['guidance_scale']:g}"),
+             f"guidance scale {defaults['guidance_scale']:g}{_distilled(defaults)}"),
         ],
         indent="  ",
     )  # fmt: skip
@@ -95,9 +95,20 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} brings its own scheduler: {_scheduler(component['scheduler'])}"
 
 
-def _encodings(encoders: Mapping[str, Any]) -> Iterator[str]:
-    for name, encoder in encoders.items():
-        yield f"{name}: {encoder['max_length']} tokens of width {encoder['width']}, {encoder['hidden_state']}"
+def _encodings(text: Mapping[str, Any]) -> Iterator[str]:
+    for name, encoder in text["encoders"].items():
+        pooled = f" and {encoder['pooled']}" if encoder["pooled"] else ""
+        yield f"{name}: {encoder['max_length']} tokens of width {encoder['width']}, {encoder['hidden_state']}{pooled}"
+    if text["zero_tokens"]:
+        yield f"zeros for {text['zero_tokens']} tokens of an encoder that was left out"
+    if text["zero_negative"]:
+        yield "zeros where there is no negative prompt"
+
+
+def _distilled(defaults: Mapping[str, Any]) -> str:
+    """What its own scheduler was distilled for."""
+    timesteps = f", time steps {', '.join(map(str, defaults['timesteps']))}" if defaults["timesteps"] else ""
+    return timesteps + (f", eta {defaults['eta']:g}" if defaults["eta"] else "")
 
 
 def size_text(size_bytes: int) -> str:

@@ -17,6 +17,7 @@ from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence, SchedulerDefaults
 from tandemrt.runtime.solvers.config import KEYS
 
 from .tiny_bundle import resign, write_tiny_bundle
+from .tiny_families import write_tiny_lcm, write_tiny_sd3, write_tiny_sdxl
 
 
 @pytest.fixture
@@ -114,3 +115,19 @@ def test_a_damaged_bundle_is_one_line(
     assert stderr.startswith(f"tandemrt {command}: {named}: ")
     assert stderr.count("\n") == 1
     assert not out.exists()
+
+
+def test_what_families_add_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_sdxl(tmp_path / "sdxl")
+    write_tiny_sd3(tmp_path / "sd3", t5=False)
+    write_tiny_lcm(tmp_path / "lcm")
+    told = {}
+    for name in ("sdxl", "sd3", "lcm"):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        told[name] = " ".join(capsys.readouterr().out.split())
+    assert (
+        "text_encoder_2: 12 tokens of width 10, hidden_states.3 and text_embeds; zeros where there is no"
+        in told["sdxl"]
+    )
+    assert "; zeros for 20 tokens of an encoder that was left out" in told["sd3"]
+    assert "guidance scale 8.5, time steps 799, 399" in told["lcm"]
