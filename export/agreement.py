@@ -106,6 +106,23 @@ def require_denoiser(name: str, source: DenoiserSource, checkpoint: Checkpoint) 
             _require_equal(f"{name}: scaling_factor", "latent space", theirs, main)
 
 
+def require_controlnet(name: str, controlnet: Part, checkpoint: Checkpoint) -> None:
+    """Check that a ControlNet steers the main denoiser: its results fit the UNet's skip connections one by one.
+
+    Raises:
+        CheckpointError: they do not, or latents, text conditioning or the picture's size differ; both are named.
+    """
+    facts, main = denoiser_facts(controlnet), denoiser_facts(checkpoint.denoiser)
+    latent = latent_space(checkpoint.vae)
+    _require_equal(f"{name}: in_channels", "latent channels", facts.in_channels, latent.channels)
+    _require_equal(f"{name}: cross_attention_dim", "text conditioning width", facts.text_width, main.text_width)
+    _require_equal(f"{name}: pooled text", "width", facts.pooled_width, main.pooled_width)
+    _require_equal(f"{name}: skip connections", "channels and reductions", facts.residuals, main.residuals)
+    widths = controlnet.config.get("conditioning_embedding_out_channels") or [16, 32, 96, 256]
+    reduction = 2 ** (len(widths) - 1)
+    _require_equal(f"{name}: conditioning_embedding_out_channels", "reduction", reduction, latent.downsampling)
+
+
 def require_decoder(name: str, vae: Part, checkpoint: Checkpoint) -> None:
     """Check that a further decoder reads the main autoencoder's latents.
 

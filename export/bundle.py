@@ -156,7 +156,7 @@ class _Export:
             source=Source(class_name=job.part.class_name, sha256=self._sources.digest(job.part)),
             parameters=graph.parameters,
             prediction_type=prediction_type(self._sources.main.scheduler) if denoiser else None,
-            spatial_multiple=graph.multiple if denoiser else 1,
+            spatial_multiple=graph.multiple if graph.role in ("denoiser", "controlnet") else 1,
             scheduler=job.scheduler,
             evidence=evidence,
         )

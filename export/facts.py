@@ -21,6 +21,9 @@ _UNSUPPORTED: dict[str, Any] = {
 TIME_IDS = 6
 """SDXL's: original height and width, crop top and left, target height and width."""
 
+Residual = tuple[int, int]
+"""A skip connection: its channels, and how many times smaller than the latent's its sides are."""
+
 
 @dataclass(frozen=True)
 class DenoiserFacts:
@@ -28,7 +31,8 @@ class DenoiserFacts:
 
     text_width: of `encoder_hidden_states`. pooled_width: of SDXL's `text_embeds` or SD3's `pooled_projections`.
     guidance_width: of `timestep_cond`, the embedded guidance scale. multiple: what a latent's sides must be multiples
-    of. sample_size: height and width of the latents it was made for.
+    of. sample_size: height and width of the latents it was made for. residuals: a UNet's skip connections and its
+    middle, where a ControlNet's results are added; a ControlNet's results themselves.
     """
 
     in_channels: int
@@ -38,6 +42,7 @@ class DenoiserFacts:
     guidance_width: int
     multiple: int
     sample_size: tuple[int, int]
+    residuals: tuple[Residual, ...]
 
 
 def denoiser_facts(part: Part) -> DenoiserFacts:
@@ -60,6 +65,7 @@ def denoiser_facts(part: Part) -> DenoiserFacts:
         guidance_width=0 if part.config.get("time_cond_proj_dim") is None else whole(part, "time_cond_proj_dim", 256),
         multiple=whole(part, "patch_size", 2) if transformer else _halvings(part),
         sample_size=_sample_size(part, 128 if transformer else 64),
+        residuals=() if transformer else _residuals(part),
     )
 
 
@@ -106,6 +112,29 @@ def _halvings(unet: Part) -> int:
     if not isinstance(blocks, list) or not blocks:
         raise CheckpointError(f"{_where(unet)}", "down_block_types", got=blocks, expected="a list of names")
     return int(2 ** (len(blocks) - 1))
+
+
+def _residuals(unet: Part) -> tuple[Residual, ...]:
+    """One after the first convolution, after every layer and after every halving, then the middle."""
+    stages = len(unet.config["down_block_types"])
+    widths = _for_each_stage(unet, "block_out_channels", [320, 640, 1280, 1280], stages)
+    layers = _for_each_stage(unet, "layers_per_block", 2, stages)
+    found = [(widths[0], 1)]
+    for stage, (width, count) in enumerate(zip(widths, layers, strict=True)):
+        found += [(width, 2**stage)] * count
+        if stage + 1 < stages:
+            found.append((width, 2 ** (stage + 1)))
+    return *found, (widths[-1], 2 ** (stages - 1))
+
+
+def _for_each_stage(unet: Part, key: str, default: object, stages: int) -> list[int]:
+    stated = unet.config.get(key, default)
+    values = stated if isinstance(stated, list) else [stated] * stages
+    if len(values) != stages or any(not isinstance(value, int) or value < 1 for value in values):
+        raise CheckpointError(
+            f"{_where(unet)}: {key}", "values", got=stated, expected=f"{stages} whole numbers from 1 up"
+        )
+    return values
 
 
 def _sample_size(part: Part, default: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from onnxscript import ir
 from ..runtime.errors import ExportError, TandemError
 from ..runtime.manifest import TensorSpec
 from .lazy import unread
-from .modules import Graph
+from .modules import Graph, extent
 from .onnx_weights import bind_weights
 
 OPSET = 20
@@ -100,11 +100,8 @@ def quiet() -> Iterator[None]:
 
 
 def _example(spec: TensorSpec, multiple: int) -> torch.Tensor:
-    sizes = [
-        size if isinstance(size, int) else _EXAMPLE[size] * (multiple if size in ("height", "width") else 1)
-        for size in spec.shape
-    ]
-    return torch.ones(sizes, dtype=_DTYPES[spec.dtype])
+    sizes = {name: size * (multiple if name in ("height", "width") else 1) for name, size in _EXAMPLE.items()}
+    return torch.ones([extent(size, sizes) for size in spec.shape], dtype=_DTYPES[spec.dtype])
 
 
 def _tidy(model: ir.Model, graph: Graph) -> None:

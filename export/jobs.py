@@ -16,6 +16,7 @@ from .agreement import latent_space
 from .autoencoders import decoder_graph, encoder_graph
 from .checkpoint import Checkpoint, Part
 from .conditioning import text_conditioning
+from .controlnets import controlnet_graph
 from .denoisers import denoiser_graph
 from .graph import quiet
 from .lazy import run
@@ -59,8 +60,10 @@ def jobs(sources: Sources) -> Iterator[Job]:
             build = partial(encoder_graph, part)
         elif part is main.vae or name in sources.decoders:
             build = partial(decoder_graph, part, latent)
+        elif name in sources.controlnets:
+            build = partial(controlnet_graph, part, latent.downsampling)
         else:
-            build = partial(denoiser_graph, part)
+            build = partial(denoiser_graph, part, controlled=sources.is_controlled(part))
         yield Job(name, part, build, sources.own_scheduler(name))
 
 

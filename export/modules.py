@@ -81,6 +81,15 @@ def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], part: Part) -> 
     attach(module, tensors)
 
 
+def extent(size: int | str, symbols: Mapping[str, int]) -> int:
+    """A dimension as a number: a symbol such as `height` may stand alone, divided (`height // 2`) or after a factor."""
+    if isinstance(size, int):
+        return size
+    factor, _, symbol = size.rpartition(" * ")
+    symbol, _, divisor = symbol.partition(" // ")
+    return int(factor or 1) * symbols[symbol] // int(divisor or 1)
+
+
 def full_config(resolved: Mapping[str, Any], part: Part) -> dict[str, Any]:
     public = {key: value for key, value in resolved.items() if not key.startswith("_")}
     return {**public, **part.config}

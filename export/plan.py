@@ -16,7 +16,12 @@ from .presets import Scale, read_preset
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many steps are behind, and how many there are."""
 
-_ADDED_ROLES: dict[str, Role] = {"unet": "denoiser", "transformer": "denoiser", "vae_decoder": "vae_decoder"}
+_ADDED_ROLES: dict[str, Role] = {
+    "unet": "denoiser",
+    "transformer": "denoiser",
+    "vae_decoder": "vae_decoder",
+    "controlnet": "controlnet",
+}
 _ADDED_NAME = re.compile(rf"({'|'.join(_ADDED_ROLES)})_[a-z0-9]+(_[a-z0-9]+)*")
 MAX_STEPS = 1000
 

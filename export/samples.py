@@ -13,7 +13,7 @@ from torch import Tensor
 from ..runtime.manifest import LatentSpace, SchedulerDefaults, TensorSpec
 from ..runtime.schedule import training_alphas_cumprod
 from ..runtime.solvers.config import effective_config
-from .modules import Graph
+from .modules import Graph, extent
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
@@ -71,7 +71,7 @@ class Samples:
         return tuple(self._inputs(graph, *case) for case in _CASES)
 
     def _inputs(self, graph: Graph, height: float, width: float, text: float, batch: int) -> Inputs:
-        if graph.role == "denoiser":
+        if graph.role in ("denoiser", "controlnet"):
             length = max(1, round(self._text.embeddings.shape[1] * text))
             return self._denoiser(graph, *_sizes(height, width, self._size, graph.multiple), length, batch)
         sizes = _sizes(height, width, min(self._size, _LARGEST_OF_AUTOENCODERS), 1)
@@ -98,14 +98,17 @@ class Samples:
             "encoder_hidden_states": self._text.embeddings[prompts, :length],
             "text_embeds": pooled,
             "pooled_projections": pooled,
+            "controlnet_cond": _pictures(*self._picture_size(height, width), batch) / 2 + np.float32(0.5),
+            "conditioning_scale": np.array([0.8], np.float32),
             "time_ids": np.tile(np.array([*self._picture_size(height, width), 0, 0] * 2, np.float32)[:6], (batch, 1)),
         }
         first, *others = graph.inputs
+        extents = {"batch": batch, "height": height, "width": width}
         repainted = np.concatenate([latent, mask, clean * (1 - mask)], 1)
         sample = latent if first.shape[1] == clean.shape[1] else repainted
         return {
             first.name: sample,
-            **{spec.name: known[spec.name] if spec.name in known else _any(spec, batch) for spec in others},
+            **{spec.name: known[spec.name] if spec.name in known else _any(spec, extents) for spec in others},
         }
 
     def _latents(self, height: int, width: int, batch: int) -> npt.NDArray[np.float32]:
@@ -150,7 +153,7 @@ def _shortened(ids: npt.NDArray[np.int64], share: float, batch: int) -> Inputs:
     return {"input_ids": ids[np.arange(1, batch + 1) % len(ids), : max(1, round(ids.shape[1] * share))].copy()}
 
 
-def _any(spec: TensorSpec, batch: int) -> npt.NDArray[np.float32]:
-    """An embedding in the range of sines, for inputs such as the guidance embedding `timestep_cond`."""
-    width = [size for size in spec.shape[1:] if isinstance(size, int)]
-    return np.random.default_rng(batch).uniform(-1, 1, (batch, *width)).astype(np.float32)
+def _any(spec: TensorSpec, extents: Mapping[str, int]) -> npt.NDArray[np.float32]:
+    """Values in -1..1, for inputs such as the guidance embedding `timestep_cond` and a ControlNet's residuals."""
+    shape = [extent(size, extents) for size in spec.shape]
+    return np.random.default_rng(shape).uniform(-1, 1, shape).astype(np.float32)

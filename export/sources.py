@@ -13,11 +13,20 @@ from ..runtime.solvers import resolve_solver
 from .agreement import (
     latent_space,
     prediction_type,
+    require_controlnet,
     require_decoder,
     require_denoiser,
     require_main,
 )
-from .checkpoint import Checkpoint, DenoiserSource, Part, read_autoencoder, read_checkpoint, read_denoiser
+from .checkpoint import (
+    Checkpoint,
+    DenoiserSource,
+    Part,
+    read_autoencoder,
+    read_checkpoint,
+    read_controlnet,
+    read_denoiser,
+)
 from .facts import denoiser_facts
 from .lora import fuse, read_lora, require_used
 from .lora_names import PARTS
@@ -29,11 +38,12 @@ from .weights import parameters, source_digest
 
 @dataclass(frozen=True)
 class Sources:
-    """A checkpoint and the further denoisers and decoders that go into its bundle, by name."""
+    """A checkpoint and the further denoisers, decoders and ControlNets that go into its bundle, by name."""
 
     main: Checkpoint
     denoisers: Mapping[str, DenoiserSource]
     decoders: Mapping[str, Part]
+    controlnets: Mapping[str, Part]
     # One file may hold every model, and is read as a whole.
     _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -48,10 +58,16 @@ class Sources:
             **{name: source.encoder for name, source in self.main.texts.items()},
             self.main.family.denoiser: self.main.denoiser,
             **{name: source.part for name, source in self.denoisers.items()},
+            **self.controlnets,
             "vae_decoder": self.main.vae,
             **self.decoders,
             "vae_encoder": self.main.vae,
         }
+
+    def is_controlled(self, denoiser: Part) -> bool:
+        """Whether the bundle's ControlNets, which fit the main denoiser, fit this one too."""
+        main = denoiser_facts(self.main.denoiser)
+        return bool(self.controlnets) and denoiser_facts(denoiser).residuals == main.residuals
 
     def own_scheduler(self, name: str) -> SchedulerDefaults | None:
         """A component's scheduler where it brings one that differs from the bundle's."""
@@ -80,23 +96,21 @@ def read_sources(plan: ExportPlan) -> Sources:
     if plan.solver is not None or plan.solver_config:
         main = replace(main, scheduler=_asked_for(plan, main.scheduler))
     require_main(main)
+    by_role: dict[str, dict[str, Path]] = {"denoiser": {}, "vae_decoder": {}, "controlnet": {}}
+    for each in plan.added:
+        by_role[each.role][each.name] = each.folder
     sources = Sources(
         main,
-        {
-            each.name: read_denoiser(each.folder, main, allow_pickle=pickle)
-            for each in plan.added
-            if each.role == "denoiser"
-        },
-        {
-            each.name: read_autoencoder(each.folder, allow_pickle=pickle)
-            for each in plan.added
-            if each.role == "vae_decoder"
-        },
+        {name: read_denoiser(path, main, allow_pickle=pickle) for name, path in by_role["denoiser"].items()},
+        {name: read_autoencoder(path, allow_pickle=pickle) for name, path in by_role["vae_decoder"].items()},
+        {name: read_controlnet(path, allow_pickle=pickle) for name, path in by_role["controlnet"].items()},
     )
     for name, denoiser in sources.denoisers.items():
         require_denoiser(name, denoiser, main)
     for name, decoder in sources.decoders.items():
         require_decoder(name, decoder, main)
+    for name, controlnet in sources.controlnets.items():
+        require_controlnet(name, controlnet, main)
     return sources
 
 
