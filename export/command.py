@@ -84,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", metavar="NAME", help=f"export this architecture instead of CHECKPOINT: {', '.join(preset_names())}"
     )
     preset.add_argument(
-        "--scale", choices=SCALES, help="full: true size (default); tiny: an eighth of every width, same topology"
+        "--scale",
+        choices=SCALES,
+        help="full: true size (default); tiny: an eighth of all widths and sides, same topology",
     )
     parser.add_argument(
         "--dtype",

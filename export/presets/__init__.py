@@ -21,14 +21,14 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 _FOLDER = Path(__file__).parent
 _TINY_DIVISOR = 8
-# Configuration keys that are widths, in channels or groups of them; what divides one divides all.
+# Configuration keys that are widths, in channels or groups of them, and sides; what divides one divides all.
 _WIDTHS = frozenset(
     {
         "block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels", "block_mid_channels",
         "conditioning_embedding_out_channels", "norm_num_groups", "cross_attention_dim", "time_cond_proj_dim",
         "addition_time_embed_dim", "projection_class_embeddings_input_dim", "joint_attention_dim",
         "caption_projection_dim", "pooled_projection_dim", "hidden_size", "intermediate_size", "projection_dim",
-        "d_model", "d_kv", "d_ff",
+        "d_model", "d_kv", "d_ff", "sample_size",
     }
 )  # fmt: skip
 # A UNet's key of the same name counts heads, whatever it says.
@@ -51,7 +51,7 @@ class Model(Frozen, frozen=True, kw_only=True):
     pad_token: str | None = None
 
     def scaled(self, scale: Scale) -> dict[str, Any]:
-        """The configuration; `tiny` divides every width by 8 and leaves the topology as it is."""
+        """The configuration; `tiny` divides every width and side by 8 and leaves the topology as it is."""
         widths = _WIDTHS | _WIDTHS_OF.get(self.class_name, frozenset()) if scale == "tiny" else frozenset()
         return {key: _divided(value) if key in widths else value for key, value in self.config.items()}
 
