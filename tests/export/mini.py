@@ -47,6 +47,7 @@ def write_checkpoint(folder: Path) -> Path:
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "vae": ["diffusers", "AutoencoderKL"],
