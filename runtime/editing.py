@@ -4,7 +4,8 @@ The random numbers are drawn in the order of diffusers' StableDiffusionImg2ImgPi
 StableDiffusionInpaintPipeline (those for SDXL and SD3 draw in the same): for the image's distribution, for the noise
 that is added, for the masked image's distribution. Two things differ for batches: every picture of a prompt starts
 from that prompt's image, where diffusers would deal several images out in turn; and with a seed for each picture, each
-draws for its own image when inpainting too.
+draws for its own image when inpainting too. StableDiffusion3InpaintPipeline (0.42) forgets the latents' shift when it
+decodes; here inpainted latents are decoded as all others.
 """
 
 from __future__ import annotations
