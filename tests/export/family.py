@@ -1,0 +1,66 @@
+"""A family at reduced width and its true topology: in diffusers' own pipeline, and on the bundle exported from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from tandemrt.export.bundle import export_bundle
+from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.presets import read_preset
+from tandemrt.export.random_checkpoint import write_checkpoint
+from tandemrt.runtime import Pipeline
+
+PSNR_DB = 45
+PROMPT = "a red cat on a mat"
+SIZE = {"height": 64, "width": 96}
+Pixels = npt.NDArray[np.float32]
+
+
+class Family:
+    """A preset's random weights at tiny scale: in diffusers' pipeline, and in a pipeline on the bundle made of them."""
+
+    def __init__(self, name: str, folder: Path, added: tuple[str, ...] = ()) -> None:
+        preset = read_preset(name)
+        self.folders = write_checkpoint(preset, folder, "tiny")
+        further = tuple(Added(component, self.folders[component]) for component in added)
+        self.checkpoint = folder / "checkpoint"
+        bundle = export_bundle(
+            ExportPlan(self.checkpoint, folder / "bundle", further, guidance_scale=preset.guidance_scale)
+        )
+        self.reference = DiffusionPipeline.from_pretrained(self.checkpoint, dtype=torch.float32)
+        self.reference.set_progress_bar_config(disable=True)
+        self.pipe = Pipeline.open(bundle)
+
+    def expected(self, switch: tuple[int, UNet2DConditionModel] | None = None, **arguments: Any) -> Pixels:
+        """diffusers' picture, with another UNet from a step on where `switch` says so."""
+        large = self.reference.components.get("unet")
+
+        def after_step(pipe: Any, index: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+            if switch is not None and index + 1 == switch[0]:
+                pipe.unet = switch[1]
+            return tensors
+
+        try:
+            generator = torch.Generator().manual_seed(7)
+            return self.reference(
+                PROMPT, generator=generator, output_type="np", callback_on_step_end=after_step, **SIZE, **arguments
+            ).images[0]
+        finally:
+            if large is not None:
+                self.reference.unet = large
+
+    def actual(self, **arguments: Any) -> Pixels:
+        """The runtime's picture."""
+        return self.pipe(PROMPT, seed=7, output_type="np", **SIZE, **arguments).images[0]
+
+
+def require_same(actual: Pixels, expected: Pixels) -> None:
+    assert actual.std() > 1e-2
+    assert -10 * np.log10(np.mean(np.square(actual.astype(np.float64) - expected))) >= PSNR_DB

@@ -1,0 +1,32 @@
+"""SDXS: one step at time step 999, and the ControlNet that turns sketches into pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+
+from .family import PROMPT, SIZE, Family, require_same
+
+
+@pytest.mark.slow
+def test_a_sketch_in_one_step(tmp_path: Path) -> None:
+    family = Family("sdxs-512-sketch", tmp_path, ("controlnet_sketch",))
+    controlnet = ControlNetModel.from_pretrained(family.folders["controlnet_sketch"], dtype=torch.float32)
+    reference = StableDiffusionControlNetPipeline(
+        **family.reference.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    reference.set_progress_bar_config(disable=True)
+    values = np.random.default_rng(7).integers(0, 256, (SIZE["height"], SIZE["width"], 3), np.uint8)
+    sketch = Image.fromarray(values)
+    same = {"num_inference_steps": 1, "guidance_scale": 0.0, "controlnet_conditioning_scale": 0.8}
+    expected = reference(PROMPT, sketch, generator=torch.Generator().manual_seed(7), output_type="np", **same).images[0]
+    with family.pipe:
+        found = family.actual(control_image={"sketch": sketch}, **same)
+        require_same(found, expected)
+        assert np.abs(found - family.actual(num_inference_steps=1, guidance_scale=0.0)).max() > 1e-3
+        assert family.pipe("a cat", num_inference_steps=1, output_type="latent").plan.table.timesteps.tolist() == [999]
