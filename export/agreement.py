@@ -84,6 +84,8 @@ def require_main(checkpoint: Checkpoint) -> None:
 def require_denoiser(name: str, source: DenoiserSource, checkpoint: Checkpoint) -> None:
     """Check that a further denoiser can take over from the main one in mid-generation.
 
+    One may take its guidance as an input and the other not: which branches run is decided step by step.
+
     Raises:
         CheckpointError: latent space, noise schedule, prediction type or text conditioning differ, and both are named;
             or its own scheduler cannot be run.
@@ -98,12 +100,22 @@ def require_denoiser(name: str, source: DenoiserSource, checkpoint: Checkpoint) 
             ours, theirs = _noise_fact(checkpoint.scheduler, key), _noise_fact(source.scheduler, key)
             what = "prediction type" if key == "prediction_type" else "noise schedule"
             _require_equal(f"{name}: {key}", what, theirs, ours)
-    if source.vae_config is not None:
-        main = latent_space(checkpoint.vae).scaling_factor
-        theirs = source.vae_config.get("scaling_factor", main)
-        tiny = "AutoencoderTiny" in (source.vae_config.get("_class_name"), checkpoint.vae.class_name)
-        if not tiny:
-            _require_equal(f"{name}: scaling_factor", "latent space", theirs, main)
+    require_latents(name, source, checkpoint)
+
+
+def require_latents(name: str, source: DenoiserSource, checkpoint: Checkpoint) -> None:
+    """Check that the autoencoder beside a denoiser, where there is one, scales latents as the main one does.
+
+    Raises:
+        CheckpointError: scale or shift differ; both values are named.
+    """
+    config = source.vae_config
+    if config is None or "AutoencoderTiny" in (config.get("_class_name"), checkpoint.vae.class_name):
+        return
+    main = latent_space(checkpoint.vae)
+    scale, shift = config.get("scaling_factor", _SCALING_DEFAULTS["AutoencoderKL"]), config.get("shift_factor") or 0.0
+    _require_equal(f"{name}: scaling_factor", "latent space", scale, main.scaling_factor)
+    _require_equal(f"{name}: shift_factor", "latent space", shift, main.shift_factor)
 
 
 def require_controlnet(name: str, controlnet: Part, checkpoint: Checkpoint) -> None:

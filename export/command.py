@@ -32,6 +32,19 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt export`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
+    _add_sources(parser)
+    _add_preset(parser.add_argument_group("random weights, to measure a device before downloading any"))
+    _add_defaults(parser.add_argument_group("what the bundle is sampled with where a request says nothing"))
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="precision of weights and arithmetic (default: fp32); inputs and outputs are fp32 in both",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT where it is a bundle already")
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -54,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="a further denoiser (unet_NAME) or decoder (vae_decoder_NAME); may be given several times",
+        help="a further denoiser (unet_NAME, transformer_NAME), decoder (vae_decoder_NAME) or ControlNet "
+        "(controlnet_NAME); may be given several times",
     )
     parser.add_argument(
         "--tokenizer",
@@ -79,45 +93,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kohya's or diffusers' layout, or a folder of peft's; may be given several times; further denoisers keep their "
         "weights",
     )
-    preset = parser.add_argument_group("random weights, to measure a device before downloading any")
-    preset.add_argument(
-        "--preset", metavar="NAME", help=f"export this architecture instead of CHECKPOINT: {', '.join(preset_names())}"
-    )
-    preset.add_argument(
-        "--scale",
-        choices=SCALES,
-        help="full: true size (default); tiny: an eighth of all widths and sides, same topology",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("fp32", "fp16"),
-        default="fp32",
-        help="precision of weights and arithmetic (default: fp32); inputs and outputs are fp32 in both",
-    )
-    defaults = parser.add_argument_group("what the bundle is sampled with where a request says nothing")
-    defaults.add_argument(
-        "--solver", metavar="NAME", help="as in `tandemrt generate`, such as tcd; CHECKPOINT's scheduler by default"
-    )
-    defaults.add_argument(
-        "--solver-config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of the scheduler's configuration with a JSON value; may be given several times",
-    )
-    defaults.add_argument("--timesteps", metavar="T,T,...", help="explicit training time steps, falling")
-    defaults.add_argument("--eta", type=float, default=0.0, metavar="X", help="DDIM's eta, TCD's gamma")
-    defaults.add_argument("--guidance-scale", type=float, metavar="F", help="the bundle's default guidance scale")
-    parser.add_argument(
-        "--num-inference-steps", "--denoising-steps", type=int, metavar="N", help="the bundle's default number of steps"
-    )
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="read .bin weights where there is no safetensors file; unpickling can run code, so only for files of "
         "people you trust, though torch's restricted unpickler is used",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT where it is a bundle already")
+
+
+def _add_preset(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--preset", metavar="NAME", help=f"export this architecture instead of CHECKPOINT: {', '.join(preset_names())}"
+    )
+    group.add_argument(
+        "--scale",
+        choices=SCALES,
+        help="full: true size (default); tiny: an eighth of all widths and sides, same topology",
+    )
+
+
+def _add_defaults(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--solver", metavar="NAME", help="as in `tandemrt generate`, such as tcd; CHECKPOINT's scheduler by default"
+    )
+    group.add_argument(
+        "--solver-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the scheduler's configuration with a JSON value; may be given several times",
+    )
+    group.add_argument("--timesteps", metavar="T,T,...", help="explicit training time steps, falling")
+    group.add_argument("--eta", type=float, metavar="X", help="DDIM's eta, TCD's gamma; 0 by default")
+    group.add_argument("--guidance-scale", type=float, metavar="F", help="the bundle's default guidance scale")
+    group.add_argument(
+        "--num-inference-steps", "--denoising-steps", type=int, metavar="N", help="the bundle's default number of steps"
+    )
 
 
 def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
@@ -146,7 +157,7 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
         timesteps=None if args.timesteps is None else parse_timesteps(args.timesteps),
-        eta=args.eta,
+        eta=0.0 if args.eta is None else args.eta,
         force=args.force,
         allow_pickle=args.allow_pickle,
     )
@@ -211,14 +222,23 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _preset_plan(args: argparse.Namespace) -> PresetPlan:
     sources = parse_sources(args.small, args.tiny_vae, args.add)
-    lora = args.lora[0] if args.lora else None
-    given = {"CHECKPOINT": args.checkpoint, "--tokenizer": args.tokenizer, "--denoiser": args.denoiser}
-    given |= {"--vae": args.vae, "--lora": lora, **sources}
-    if args.allow_pickle:
-        raise ArgumentError("--allow-pickle", "is of checkpoints only", expected="no --preset beside it")
-    for name, folder in given.items():
-        if folder is not None:
-            raise ArgumentError(name, "given beside --preset, which names every model", got=str(folder))
+    given = {
+        "CHECKPOINT": args.checkpoint,
+        "--tokenizer": args.tokenizer,
+        "--denoiser": args.denoiser,
+        "--vae": args.vae,
+        "--lora": args.lora or None,
+        "--allow-pickle": args.allow_pickle or None,
+        "--solver": args.solver,
+        "--solver-config": args.solver_config or None,
+        "--timesteps": args.timesteps,
+        "--eta": args.eta,
+        **sources,
+    }
+    for name, value in given.items():
+        if value is not None:
+            what = "given beside --preset, which names every model and the scheduler"
+            raise ArgumentError(name, what, got=str(value))
     return PresetPlan(
         name=args.preset,
         out=args.out,

@@ -179,7 +179,7 @@ class PresetPlan:
             num_inference_steps=(
                 preset.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
             ),
-            timesteps=preset.timesteps if self.num_inference_steps is None else None,
+            timesteps=preset.timesteps,
             eta=preset.eta,
             force=self.force,
         )

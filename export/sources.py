@@ -9,13 +9,14 @@ from typing import Any
 
 from ..runtime.errors import ArgumentError
 from ..runtime.manifest import SchedulerDefaults
-from ..runtime.solvers import resolve_solver
+from ..runtime.solvers import compile_table, resolve_solver
 from .agreement import (
     latent_space,
     prediction_type,
     require_controlnet,
     require_decoder,
     require_denoiser,
+    require_latents,
     require_main,
 )
 from .checkpoint import (
@@ -82,22 +83,34 @@ class Sources:
 def read_sources(plan: ExportPlan) -> Sources:
     """Find every model of a bundle and check that they fit together; weights themselves are not read yet.
 
+    A denoiser in place of the checkpoint's own brings its scheduler along, where one stands beside it.
+
     Raises:
+        ArgumentError: the scheduler does not take the plan's time steps or eta; a denoiser added under another name
+            than the family's.
         CheckpointError: a folder is no checkpoint of a supported kind, or models disagree.
     """
     pickle = plan.allow_pickle
     main = _main(plan)
     if plan.denoiser is not None:
-        main = replace(main, denoiser=read_denoiser(plan.denoiser, main, allow_pickle=pickle).part)
+        source = read_denoiser(plan.denoiser, main, allow_pickle=pickle)
+        require_latents("--denoiser", source, main)
+        main = replace(main, denoiser=source.part, scheduler=source.scheduler or main.scheduler)
     if plan.vae is not None:
-        main = replace(main, vae=read_autoencoder(plan.vae, allow_pickle=pickle))
+        vae = read_autoencoder(plan.vae, allow_pickle=pickle)
+        require_decoder("--vae", vae, main)
+        main = replace(main, vae=vae)
     if plan.loras:
         main = _with_loras(main, plan)
     if plan.solver is not None or plan.solver_config:
         main = replace(main, scheduler=_asked_for(plan, main.scheduler))
     require_main(main)
+    _require_defaults(plan, main.scheduler)
     by_role: dict[str, dict[str, Path]] = {"denoiser": {}, "vae_decoder": {}, "controlnet": {}}
     for each in plan.added:
+        if each.role == "denoiser" and not each.name.startswith(f"{main.family.denoiser}_"):
+            expected = f"{main.family.denoiser}_NAME, as {main.pipeline}'s denoiser is called"
+            raise ArgumentError("--add", "name of a denoiser", got=each.name, expected=expected)
         by_role[each.role][each.name] = each.folder
     sources = Sources(
         main,
@@ -144,6 +157,14 @@ def _asked_for(plan: ExportPlan, own: SchedulerDefaults) -> SchedulerDefaults:
     """The checkpoint's scheduler as the plan would have it; PlanError names what cannot be."""
     class_name, config = resolve_solver(plan.solver or own.class_name, own.config, plan.solver_config)
     return SchedulerDefaults(class_name=class_name, config=config)
+
+
+def _require_defaults(plan: ExportPlan, scheduler: SchedulerDefaults) -> None:
+    """Check that the scheduler takes the plan's time steps and eta; PlanError names what it does not."""
+    if plan.timesteps is not None or plan.eta:
+        steps = None if plan.timesteps is not None else plan.num_inference_steps or 1
+        class_name, config = resolve_solver(scheduler.class_name, scheduler.config)
+        compile_table(class_name, config, steps, timesteps=plan.timesteps, eta=plan.eta)
 
 
 def describe(plan: ExportPlan) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tandemrt.export.agreement import latent_space
+from tandemrt.export.agreement import latent_space, prediction_type
 from tandemrt.export.autoencoders import decoder_graph
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint, read_denoiser
@@ -24,7 +26,7 @@ from tandemrt.export.samples import _noise_levels
 from tandemrt.export.sources import read_sources
 from tandemrt.export.text_encoders import text_encoder_graph
 from tandemrt.export.weights import parameters
-from tandemrt.runtime.errors import CheckpointError
+from tandemrt.runtime.errors import ArgumentError, CheckpointError
 from tandemrt.runtime.manifest import SchedulerDefaults
 
 from .mini import TEXT_WIDTH, UNET_FILE, edit_json, edit_tensors, kl_vae, loaded, tiny_vae, unet
@@ -331,3 +333,52 @@ def test_pruned_widths_come_from_the_tensors(own_checkpoint: Path) -> None:
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def taking(checkpoint: Path, **options: Any) -> ExportPlan:
+    return ExportPlan(checkpoint, checkpoint.parent / "out", **options)
+
+
+def test_a_denoiser_in_the_checkpoints_place_brings_its_scheduler(checkpoint: Path, own_checkpoint: Path) -> None:
+    edit_json(own_checkpoint / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    sources = read_sources(taking(checkpoint, denoiser=own_checkpoint))
+    assert sources.main.denoiser.folder == own_checkpoint / "unet"
+    assert sources.main.vae.folder == checkpoint / "vae"
+    assert prediction_type(sources.main.scheduler) == "v_prediction"
+    solver = read_sources(taking(checkpoint, denoiser=own_checkpoint, solver="lcm")).main.scheduler
+    assert (solver.class_name, prediction_type(solver)) == ("LCMScheduler", "v_prediction")
+    assert (
+        prediction_type(read_sources(taking(checkpoint, denoiser=own_checkpoint / "unet")).main.scheduler) == "epsilon"
+    )
+
+
+@pytest.mark.parametrize("option", ["denoiser", "vae"])
+def test_a_model_of_another_latent_space_does_not_take_the_checkpoints_place(
+    option: str, checkpoint: Path, own_checkpoint: Path
+) -> None:
+    edit_json(own_checkpoint / "vae" / "config.json", scaling_factor=0.13025)
+    with pytest.raises(CheckpointError, match=f"--{option}: scaling_factor: latent space, got 0.13025"):
+        read_sources(taking(checkpoint, **{option: own_checkpoint}))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"eta": math.nan}, "eta: cannot be used, got nan"),
+        ({"eta": -3.0}, "eta: cannot be used"),
+        ({"eta": 0.5, "solver": "euler"}, "eta: EulerDiscreteScheduler has none"),
+        ({"timesteps": (5, 800), "solver": "lcm"}, "timesteps: cannot be used"),
+        ({"timesteps": (), "solver": "lcm"}, "num_inference_steps"),
+        ({"timesteps": (800,)}, "DDIMScheduler takes no explicit time steps"),
+        ({"solver": "magic"}, "solver: unknown, got 'magic'"),
+        (
+            {"added": (Added("transformer_small", Path("t")),)},
+            "name of a denoiser, got 'transformer_small'",
+        ),
+    ],
+)
+def test_defaults_that_cannot_be_used_are_refused_before_the_export(
+    options: dict[str, Any], complaint: str, checkpoint: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=complaint):
+        read_sources(taking(checkpoint, **options))
