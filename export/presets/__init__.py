@@ -38,7 +38,7 @@ _WIDTHS_OF = {"SD3Transformer2DModel": frozenset({"attention_head_dim"})}
 class Model(Frozen, frozen=True, kw_only=True):
     """One architecture: what its `config.json` says, and how many parameters that makes.
 
-    published_parameters: what its authors say, rounded as they round it; published_in: where. source: where the
+    published_parameters: what was published, rounded as it was; published_in: where. source: where the
     configuration comes from. pad_token: of the tokenizer that its authors ship with a text encoder.
     """
 
@@ -60,7 +60,8 @@ class Preset(Frozen, frozen=True, kw_only=True):
     """One checkpoint: its models by folder, further ones (`unet_*`, `vae_decoder_*`, `controlnet_*`) by component.
 
     published_as: the repositories on the hub that hold it; none where its authors kept it. The rest is how it is
-    sampled: `timesteps` replaces the scheduler's own, `eta` is the share of fresh noise, 0..1.
+    sampled: `timesteps` replaces the scheduler's own, `eta` is the share of fresh noise, 0..1. source: where scheduler
+    and steps come from, if they are not published with it.
     """
 
     published_as: tuple[str, ...]
@@ -72,6 +73,7 @@ class Preset(Frozen, frozen=True, kw_only=True):
     num_inference_steps: int
     timesteps: tuple[int, ...] | None = None
     eta: float = 0.0
+    source: str | None = None
 
 
 def preset_names() -> tuple[str, ...]:
