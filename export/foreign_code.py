@@ -1,4 +1,8 @@
-"""Code that a checkpoint brings along: refused by name, never imported."""
+"""Code that a checkpoint brings along: never imported, and refused where the checkpoint asks for it.
+
+Published folders hold scripts that nothing of theirs names, such as the training's; those are passed over. An index
+that names a library of its own is refused where its classes are checked.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,11 @@ _REMEDY = "Only models whose classes diffusers and transformers have themselves 
 
 
 def read_codeless_json(path: Path) -> dict[str, Any]:
-    """A configuration in a folder without Python files that asks for none; see `read_json`.
+    """A configuration that asks for no code of the checkpoint's own; see `read_json`.
 
     Raises:
-        CheckpointError: a Python file beside it, an `auto_map`, or a `_class_name` that names a module too.
+        CheckpointError: an `auto_map`, or a `_class_name` that names a module too.
     """
-    scripts = sorted(path.parent.glob("*.py"))
-    if scripts:
-        raise CheckpointError(str(scripts[0]), "code in a checkpoint, which is never run", remedy=_REMEDY)
     config = read_json(path)
     class_name = config.get("_class_name")
     asking = {

@@ -1,4 +1,4 @@
-"""Checkpoints that bring code along: refused by name, and nothing of theirs is imported."""
+"""Checkpoints that bring code along: refused where they ask for it, and nothing of theirs is imported."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.runtime.errors import CheckpointError
 
 from .mini import edit_json
+from .test_controlnets import write_controlnet
 
 STRIKE = "from pathlib import Path\nPath(__file__).with_name('struck').touch()\n"
 BRINGS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a pipeline of its own": (
-        lambda c: (c / "pipeline.py").write_text(STRIKE),
-        r"pipeline\.py: code in a checkpoint, which is never run",
-    ),
     "a model of its own": (
         lambda c: (
             (c / "unet" / "my_unet.py").write_text(STRIKE),
@@ -26,20 +23,25 @@ BRINGS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"unet: library, got 'my_unet', expected diffusers",
     ),
-    "a file beside a model": (
-        lambda c: (c / "unet" / "my_unet.py").write_text(STRIKE),
-        r"unet/my_unet\.py: code in a checkpoint",
-    ),
     "a pipeline class in a module": (
-        lambda c: edit_json(c / "model_index.json", _class_name=["pipeline", "MyPipeline"]),
+        lambda c: (
+            (c / "pipeline.py").write_text(STRIKE),
+            edit_json(c / "model_index.json", _class_name=["pipeline", "MyPipeline"]),
+        ),
         r"model_index\.json: _class_name: asks for code of the checkpoint's own, which is never run, got \['pipeline'",
     ),
     "a model class in a module": (
-        lambda c: edit_json(c / "vae" / "config.json", _class_name=["my_vae", "AutoencoderKL"]),
+        lambda c: (
+            (c / "vae" / "my_vae.py").write_text(STRIKE),
+            edit_json(c / "vae" / "config.json", _class_name=["my_vae", "AutoencoderKL"]),
+        ),
         r"vae/config\.json: _class_name: asks for code of the checkpoint's own",
     ),
     "transformers' map to code": (
-        lambda c: edit_json(c / "text_encoder" / "config.json", auto_map={"AutoModel": "my_text.MyText"}),
+        lambda c: (
+            (c / "text_encoder" / "my_text.py").write_text(STRIKE),
+            edit_json(c / "text_encoder" / "config.json", auto_map={"AutoModel": "my_text.MyText"}),
+        ),
         r"text_encoder/config\.json: auto_map: asks for code",
     ),
     "diffusers' map to code": (
@@ -63,7 +65,12 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(what: str, own_checkpoint: 
     assert not (tmp_path / "out").exists()
 
 
-def test_code_beside_an_added_denoiser_is_refused(checkpoint: Path, own_checkpoint: Path, tmp_path: Path) -> None:
-    (own_checkpoint / "unet" / "my_unet.py").write_text(STRIKE)
-    with pytest.raises(CheckpointError, match=r"my_unet\.py: code in a checkpoint"):
-        export_bundle(ExportPlan(checkpoint, tmp_path / "out", (Added("unet_small", own_checkpoint),)))
+def test_scripts_that_nothing_asks_for_are_passed_over_and_not_run(own_checkpoint: Path, tmp_path: Path) -> None:
+    """ControlNets are published with the scripts of their training; two names are those that diffusers looks for."""
+    controlnet = write_controlnet(tmp_path / "controlnet")
+    holders = own_checkpoint, *(own_checkpoint / name for name in ("unet", "vae", "text_encoder", "tokenizer"))
+    for folder in (*holders, controlnet):
+        for name in ("pipeline", "diffusers", "transformers", "train"):
+            (folder / f"{name}.py").write_text(STRIKE)
+    export_bundle(ExportPlan(own_checkpoint, tmp_path / "out", (Added("controlnet_edges", controlnet),)))
+    assert not list(tmp_path.rglob("struck"))
