@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from typing import Any
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
 from .foreign_code import read_codeless_json
-from .weight_files import find_weights
-from .weights import Weights, read_header, read_json
+from .weight_files import find_weights, read_weights
+from .weights import Weights, read_json
 
 Config = Mapping[str, Any]
 
@@ -103,8 +104,13 @@ class Part:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What the part was read from."""
-        return self.config_path, *self.weights.files
+        """What is the part's own of what it was read from: a preset's file holds prose too."""
+        return self.weights.files if self.preset else (self.config_path, *self.weights.files)
+
+    @property
+    def facts(self) -> str:
+        """What the part depends on besides `files`: the configuration where that has no file, and LoRAs."""
+        return (json.dumps(self.config, sort_keys=True) if self.preset else "") + self.fused
 
 
 @dataclass(frozen=True)
@@ -196,12 +202,13 @@ def read_denoiser(source: Path, main: Checkpoint, *, allow_pickle: bool = False)
     allow_pickle: see `find_weights`.
 
     Raises:
-        CheckpointError: none of these, or a class that is not supported.
+        CheckpointError: none of these, a class that is not supported, or pickled weights without `allow_pickle`.
     """
     name, classes = main.family.denoiser, (DENOISERS[main.family.denoiser],)
     if source.is_file():
         like = main.denoiser
-        part = Part(source, like.class_name, like.config, read_header(source), preset=like.config_path)
+        weights = read_weights(source, allow_pickle=allow_pickle)
+        part = Part(source, like.class_name, like.config, weights, preset=like.config_path)
         return DenoiserSource(part, None, None)
     pipeline = (source / name / "config.json").is_file()
     part = _read_part(source / name if pipeline else source, name, classes, allow_pickle)

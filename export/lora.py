@@ -2,7 +2,8 @@
 
 Read are kohya's layout, with diffusers' or the original names of blocks, diffusers' own, old and new, and peft's
 folders; updates of linear layers and convolutions. Not read: DoRA, LoHa, LoKr, convolutions in three factors
-(`lora_mid`), and changes of whole tensors such as norms and biases.
+(`lora_mid`), changes of whole tensors such as norms and biases, and kohya's layout for SD3, by the original names of
+its blocks (`lora_unet_joint_blocks_…`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import CheckpointError
-from .lora_config import Config, configs_from_metadata
+from .lora_config import MERGE, METADATA_KEY, Config, configs_from_metadata
 from .lora_names import PartName, spellings, split_prefix
-from .pickled import PICKLES, read_pickled, refused
-from .weight_files import find_weights
-from .weights import Weights, listed, read_header, read_json
+from .weight_files import find_weights, read_weights
+from .weights import SafetensorsFile, Weights, listed, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,10 @@ _FOREIGN = {
 _WHOLE = (".diff", ".diff_b", ".lora_B.bias", ".lora_up.bias")
 _CONFIG = "adapter_config.json"
 _AGAIN = "Download the LoRA again."
-_MERGE = "Merge it into its base where it was trained, and export the result."
 _OTHER_BASE = "Give it to the base model that it was trained on."
+
+Configs = Config | Mapping[str, Config]
+"""A folder's one configuration, or those in a file's header by the prefix of the modules they are about."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ def require_used(lora: Lora, parts: Mapping[PartName, Weights]) -> None:
         )
 
 
-def _open(path: Path, allow_pickle: bool) -> tuple[Weights, tuple[Path, ...], Mapping[str, Config]]:
-    """A LoRA's tensors, all of its files, and its configurations by the prefix of the modules they are about."""
+def _open(path: Path, allow_pickle: bool) -> tuple[Weights, tuple[Path, ...], Configs]:
+    """A LoRA's tensors, all of its files, and what configures them."""
     if path.is_dir():
         if not (path / _CONFIG).is_file():
             raise CheckpointError(
@@ -187,17 +189,13 @@ def _open(path: Path, allow_pickle: bool) -> tuple[Weights, tuple[Path, ...], Ma
             )
         config = Config(str(path / _CONFIG), read_json(path / _CONFIG))
         weights = find_weights(path, "adapter_model", allow_pickle=allow_pickle)
-        return weights, (*weights.files, path / _CONFIG), {"base_model.model.": config}
-    if any(map(path.match, PICKLES)):
-        if not allow_pickle:
-            raise refused(path, "a .safetensors file")
-        pickled = read_pickled(path)
-        return pickled, pickled.files, {}
-    file = read_header(path)
-    return file, file.files, configs_from_metadata(str(path), file.metadata)
+        return weights, (*weights.files, path / _CONFIG), config
+    file = read_weights(path, allow_pickle=allow_pickle)
+    metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
+    return file, file.files, configs_from_metadata(str(path), metadata)
 
 
-def _update(weights: Weights, configs: Mapping[str, Config], module: str, down: str, up: str) -> Update:
+def _update(weights: Weights, configs: Configs, module: str, down: str, up: str) -> Update:
     where, shapes = weights.files[0], (weights.shapes[down], weights.shapes[up])
     fitting = all(len(shape) in (2, 4) for shape in shapes) and set(shapes[1][2:]) <= {1}
     if not fitting or shapes[0][0] != shapes[1][1] or not shapes[0][0]:
@@ -209,7 +207,6 @@ def _update(weights: Weights, configs: Mapping[str, Config], module: str, down: 
             remedy=_AGAIN,
         )
     rank, alpha_name = shapes[0][0], f"{module}.alpha"
-    prefix, own_name = split_prefix(module)
     alpha: float | str
     if alpha_name in weights.shapes:
         if math.prod(weights.shapes[alpha_name]) != 1:
@@ -217,11 +214,27 @@ def _update(weights: Weights, configs: Mapping[str, Config], module: str, down: 
                 f"{where}: {alpha_name}", "shape", got=weights.shapes[alpha_name], expected="one number", remedy=_AGAIN
             )
         alpha, divisor = alpha_name, float(rank)
-    elif prefix in configs:
-        alpha, divisor = configs[prefix].scaling(own_name, rank)
     else:
-        alpha, divisor = float(rank), float(rank)
+        alpha, divisor = _scaling(configs, f"{where}: {down}", module, rank)
     return Update(module, down, up, (shapes[1][0], *shapes[0][1:]), alpha, divisor)
+
+
+def _scaling(configs: Configs, where: str, module: str, rank: int) -> tuple[float, float]:
+    """The alpha of an update that has no tensor for it, and its divisor: as configured, else the rank both."""
+    prefix, own_name = split_prefix(module)
+    if isinstance(configs, Config):
+        return configs.scaling(own_name, rank)
+    if prefix in configs:
+        return configs[prefix].scaling(own_name, rank)
+    if configs:
+        raise CheckpointError(
+            where,
+            f"a module that the header's {METADATA_KEY} says nothing of",
+            got=f"prefix {prefix!r}",
+            expected=" or ".join(map(repr, configs)),
+            remedy=_AGAIN,
+        )
+    return float(rank), float(rank)
 
 
 def _require_without_effect(weights: Weights, key: str) -> None:
@@ -231,7 +244,7 @@ def _require_without_effect(weights: Weights, key: str) -> None:
     kind = _kind(key)
     what = f"{kind} is not supported" if kind else "a tensor that is no low-rank update"
     raise CheckpointError(
-        f"{weights.files[0]}: {key}", what, got=f"shape {weights.shapes[key]}", expected="a plain LoRA", remedy=_MERGE
+        f"{weights.files[0]}: {key}", what, got=f"shape {weights.shapes[key]}", expected="a plain LoRA", remedy=MERGE
     )
 
 

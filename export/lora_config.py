@@ -21,7 +21,7 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
     "use_dora": (False, None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-_MERGE = "Merge it into its base where it was trained, and export the result."
+MERGE = "Merge it into its base where it was trained, and export the result."
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Config:
                     "not a plain LoRA",
                     got=value,
                     expected=" or ".join(map(repr, allowed)),
-                    remedy=_MERGE,
+                    remedy=MERGE,
                 )
 
     def scaling(self, module: str, rank: int) -> tuple[float, float]:

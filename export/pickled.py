@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import CheckpointError
+from .weights import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def read_pickled(path: Path) -> PickledFile:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         unsafe = _UNSAFE.search(str(error))
-        what = unsafe[0] if unsafe else _first_line(error)
+        what = unsafe[0] if unsafe else first_line(error)
         raise CheckpointError(
             str(path),
             f"torch's restricted unpickler refuses it ({what})",
@@ -75,7 +76,7 @@ def read_pickled(path: Path) -> PickledFile:
         ) from error
     except Exception as error:  # a damaged archive raises RuntimeError, EOFError, KeyError and others
         raise CheckpointError(
-            str(path), f"not readable as a pickled state dict ({_first_line(error)})", remedy="Download the file again."
+            str(path), f"not readable as a pickled state dict ({first_line(error)})", remedy="Download the file again."
         ) from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(str(path), "content", got=type(content).__name__, expected="a state dict of tensors")
@@ -97,7 +98,3 @@ def _require_tensor(path: Path, name: object, value: Any) -> None:
     if dtype not in _DTYPES:
         what, expected = "dtype that is not supported", f"one of {', '.join(_DTYPES)}"
         raise CheckpointError(f"{path}: {name}", what, got=dtype, expected=expected)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

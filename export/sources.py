@@ -77,7 +77,7 @@ class Sources:
 
     def digest(self, part: Part) -> str:
         """The sha256 over a part's configuration and weights, and by how much LoRAs are fused into them."""
-        return source_digest(part.files, part.fused, self._digests)
+        return source_digest(part.files, part.facts, self._digests)
 
 
 def read_sources(plan: ExportPlan) -> Sources:

@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights."""
+"""Which files hold a model's weights."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def find_weights(folder: Path, stem: str, *, allow_pickle: bool = False) -> Weig
     if pickled and not allow_pickle:
         raise refused(pickled[0], expected)
     raise CheckpointError(str(folder), "no weights", expected=expected, remedy="Download the checkpoint again.")
+
+
+def read_weights(path: Path, *, allow_pickle: bool = False) -> Weights:
+    """The weights in one file, its header read and checked.
+
+    allow_pickle: take a pickled one; see `read_pickled`.
+
+    Raises:
+        CheckpointError: pickled without `allow_pickle`, or damaged.
+    """
+    if not any(map(path.match, PICKLES)):
+        return read_header(path)
+    if not allow_pickle:
+        raise refused(path, "a .safetensors file")
+    return read_pickled(path)
 
 
 def _find(folder: Path, stem: str, suffix: str, read: Callable[[Path], Weights]) -> Weights | None:

@@ -190,8 +190,8 @@ def copy_source(source: Path, target: Path) -> None:
     target.write_bytes(content)
 
 
-def source_digest(paths: Iterable[Path], fused: str = "", known: dict[Path, str] | None = None) -> str:
-    """The sha256 over the names and sha256 of files, in the order of their names, and over `Part.fused`.
+def source_digest(paths: Iterable[Path], facts: str = "", known: dict[Path, str] | None = None) -> str:
+    """The sha256 over the names and sha256 of files, in the order of their names, and over `Part.facts`.
 
     known: the sha256 of files that need not be read again, to which those of the others are added.
 
@@ -203,13 +203,18 @@ def source_digest(paths: Iterable[Path], fused: str = "", known: dict[Path, str]
         for path in sorted(paths, key=lambda each: each.name):
             known[path] = known.get(path) or file_sha256(path)
             digest.update(f"{path.name}\0{known[path]}\0".encode())
-        if fused:
+        if facts:
             # No file has an empty name.
-            digest.update(f"\0{fused}".encode())
+            digest.update(f"\0{facts}".encode())
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise CheckpointError(str(error.filename), what, remedy="Check the file.") from error
     return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listed(names: Iterable[str]) -> str:

@@ -323,6 +323,21 @@ def test_folders_of_peft_are_held_to_their_configuration(
             read_lora(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["", "unet.", "base_model.model."])
+def test_a_folder_has_one_configuration_for_every_module(tmp_path: Path, prefix: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    write(update(f"{prefix}conv_in", (8, 4), "lora_A", "lora_B"), tmp_path / "adapter_model.safetensors")
+    assert read_lora(tmp_path).updates[0].alpha == 2
+
+
+def test_a_header_that_configures_other_modules_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"text_encoder.r": 1, "text_encoder.lora_alpha": 2})
+    path = write(update("unet.conv_in", (8, 4)), tmp_path / "x.safetensors", lora_adapter_metadata=header)
+    complaint = r"unet\.conv_in\.lora_down.*says nothing of, got \"prefix 'unet\.'\", expected 'text_encoder\.'"
+    with pytest.raises(CheckpointError, match=complaint):
+        read_lora(path)
+
+
 @pytest.mark.parametrize("folder", [True, False], ids=["peft", "file"])
 def test_pickled_loras_are_read_by_leave(tmp_path: Path, folder: bool) -> None:
     """SDXS' anime adapter is published as a folder of peft's with `adapter_model.bin`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan, LoraSource
 from tandemrt.export.presets import read_preset
 from tandemrt.export.random_checkpoint import write_checkpoint
-from tandemrt.export.sources import Sources, describe, read_sources
+from tandemrt.export.sources import Sources, read_sources
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import CheckpointError
@@ -106,7 +109,17 @@ def test_the_digest_covers_loras_and_their_scales(checkpoint: Path, loras: tuple
 
 
 def test_the_plan_tells_of_loras_before_torch_is_needed(checkpoint: Path, loras: tuple[LoraSource, ...]) -> None:
-    facts = describe(ExportPlan(checkpoint, Path("nowhere"), loras=loras))
+    program = (
+        "import sys, json; sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from tandemrt.export.plan import ExportPlan, parse_lora\n"
+        "from tandemrt.export.sources import describe\n"
+        "plan = ExportPlan(Path(sys.argv[1]), Path('nowhere'), loras=tuple(map(parse_lora, sys.argv[2:])))\n"
+        "print(json.dumps(describe(plan)))\n"
+    )
+    given = [f"{lora.path}:{lora.scale}" for lora in loras]
+    command = [sys.executable, "-c", program, str(checkpoint), *given]
+    facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert facts["loras"] == [{"path": str(lora.path), "scale": lora.scale} for lora in loras]
     assert set(facts["components"]) == {"unet", "text_encoder", "vae_decoder", "vae_encoder"}
 

@@ -51,6 +51,15 @@ def test_a_variant_is_taken_where_it_stands_alone(tmp_path: Path) -> None:
         path.rename(tmp_path / "elsewhere")
 
 
+def test_a_pickled_denoiser_of_one_file_is_read_by_leave(checkpoint: Path, tmp_path: Path) -> None:
+    main = read_checkpoint(checkpoint)
+    torch.save(unet().state_dict(), tmp_path / "unet.bin")
+    with pytest.raises(CheckpointError, match=r"unet\.bin: pickled weights are refused"):
+        read_denoiser(tmp_path / "unet.bin", main)
+    part = read_denoiser(tmp_path / "unet.bin", main, allow_pickle=True).part
+    assert part.weights.shapes == main.denoiser.weights.shapes
+
+
 def test_of_several_variants_none_is_guessed(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / f"{STEM}.fp16.safetensors")
     write_index(tmp_path / f"{STEM}.safetensors.index.bf16.json", {})
