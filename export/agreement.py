@@ -131,8 +131,10 @@ def require_controlnet(name: str, controlnet: Part, checkpoint: Checkpoint) -> N
     _require_equal(f"{name}: pooled text", "width", facts.pooled_width, main.pooled_width)
     _require_equal(f"{name}: skip connections", "channels and reductions", facts.residuals, main.residuals)
     widths = controlnet.config.get("conditioning_embedding_out_channels") or [16, 32, 96, 256]
-    reduction = 2 ** (len(widths) - 1)
-    _require_equal(f"{name}: conditioning_embedding_out_channels", "reduction", reduction, latent.downsampling)
+    where = f"{name}: conditioning_embedding_out_channels"
+    if not isinstance(widths, list):
+        raise CheckpointError(where, "value", got=widths, expected="a list of widths")
+    _require_equal(where, "reduction", 2 ** (len(widths) - 1), latent.downsampling)
 
 
 def require_decoder(name: str, vae: Part, checkpoint: Checkpoint) -> None:

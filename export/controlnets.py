@@ -42,10 +42,11 @@ class _ControlNet(nn.Module):
 
 
 def controlnet_graph(part: Part, downsampling: int) -> Graph:
-    """A ControlNet: a UNet's inputs, all float32, with controlnet_cond (B, 3, f·H, f·W) in 0..1 and
+    """A ControlNet, whose outputs a UNet adds to its skip connections and its middle.
 
-    conditioning_scale (1,), which its outputs are multiplied by: down_block_res_sample_N and mid_block_res_sample.
-    `downsampling`: how many pixels a latent's stand for, f.
+    It takes a UNet's inputs, all float32, with controlnet_cond (B, 3, f·H, f·W) in 0..1 and conditioning_scale (1,),
+    which its outputs are multiplied by: down_block_res_sample_N and mid_block_res_sample.
+    `downsampling`: how many pixels a latent's stand for along a side, f.
     """
     facts = denoiser_facts(part)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.errors import CheckpointError
 from .checkpoint import Part
 
-# Conditioning that adds inputs or layers which the runtime does not feed; None or the value given switches it off.
+# Conditioning that the runtime does not feed or the graphs do not have; None or the value given is without it.
 _UNSUPPORTED: dict[str, Any] = {
     "class_embed_type": None,
     "num_class_embeds": None,
@@ -17,6 +17,8 @@ _UNSUPPORTED: dict[str, Any] = {
     "encoder_hid_dim_type": None,
     "dual_cross_attention": False,
     "dual_attention_layers": [],
+    "global_pool_conditions": False,
+    "conditioning_channels": 3,
 }
 TIME_IDS = 6
 """SDXL's: original height and width, crop top and left, target height and width."""

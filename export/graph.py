@@ -19,6 +19,7 @@ from ..runtime.manifest import TensorSpec
 from .lazy import unread
 from .modules import Graph, extent
 from .onnx_weights import bind_weights
+from .weights import first_line
 
 OPSET = 20
 # Protobuf messages end at 2 GiB, and one that is read or written is twice in memory; external data is mapped.
@@ -66,9 +67,10 @@ def onnx_from_module(name: str, graph: Graph) -> ir.Model:
     except (MemoryError, TandemError):
         raise
     except Exception as error:  # the exporter raises whatever its passes meet; all of it becomes one error here
-        first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ExportError(
-            name, f"torch's exporter failed ({type(error).__name__}: {first})", expected=f"a graph in opset {OPSET}"
+            name,
+            f"torch's exporter failed ({type(error).__name__}: {first_line(error)})",
+            expected=f"a graph in opset {OPSET}",
         ) from error
     model: ir.Model = exported.model
     _tidy(model, graph)

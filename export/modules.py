@@ -13,7 +13,7 @@ from ..runtime.errors import CheckpointError
 from ..runtime.manifest import Role, TensorSpec
 from .checkpoint import Part
 from .lazy import StoredTensor, attach, attached
-from .weights import listed
+from .weights import first_line, listed
 
 # What diffusers and transformers raise for a configuration whose values they cannot work with.
 UNUSABLE = (
@@ -26,7 +26,8 @@ UNUSABLE = (
 class Graph:
     """A module to export, with what its ONNX graph takes and gives.
 
-    `module`: its parameters are on the meta device; `lazy.run` runs it, its own forward gives nothing.
+    `module`: its parameters are on the meta device; `lazy.run` runs it. It must not be called
+    itself: that raises, or reads memory that was never written.
     `multiple`: height and width, as the graph's main input has them, must be multiples of it.
     `config`: what `config.json` beside the model says, every default written out.
     """
@@ -91,22 +92,25 @@ def extent(size: int | str, symbols: Mapping[str, int]) -> int:
 
 
 def full_config(resolved: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """What `config.json` is to say: a model's resolved configuration, under what the part's own states."""
     public = {key: value for key, value in resolved.items() if not key.startswith("_")}
     return {**public, **part.config}
 
 
 def frozen(module: nn.Module) -> nn.Module:
+    """The module itself, set to inference and without gradients."""
     return module.eval().requires_grad_(False)
 
 
 def float_spec(name: str, *shape: int | str) -> TensorSpec:
+    """A float32 tensor of a graph, its symbolic dimensions as strings."""
     return TensorSpec(name=name, dtype="float32", shape=shape)
 
 
 def unusable(part: Part, error: Exception) -> CheckpointError:
-    first = (str(error) or type(error).__name__).strip().splitlines()[0]
+    """The error for a configuration that a model's class cannot work with."""
     return CheckpointError(
         str(part.config_path),
-        f"{part.class_name} cannot be built from it ({first})",
+        f"{part.class_name} cannot be built from it ({first_line(error)})",
         remedy="Check its values.",
     )

@@ -35,9 +35,10 @@ UNET_IN_RESNETS = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_UNET_OUTER = re.compile(r"(input|output)_blocks\.(\d{1,3})\.([012])\.(.+)")
+# Input block 0 is the first convolution, of no level.
+_UNET_OUTER = re.compile(r"(?!input_blocks\.0)(input|output)_blocks\.(\d{1,3})\.([012])\.(.+)")
 _UNET_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
-_UNET_SAMPLER = re.compile(r"input_blocks\.(\d{1,3})\.0\.op\.weight")
+_UNET_SAMPLER = re.compile(r"input_blocks\.([1-9]\d{0,2})\.0\.op\.weight")
 
 _VAE_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d{1,3})\.(?:block\.(\d+)\.(.+)|(?:down|up)sample\.conv)")
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(?:block_([12])|attn_1)\.(.+)")

@@ -18,6 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from .checkpoint import tokenizer_of
 from .graph import quiet
 from .presets import Model, Preset, Scale, models
 from .pruned import autoencoder_kl_from_config, pruned_shapes, resize_inner_widths
@@ -51,7 +52,7 @@ def write_checkpoint(preset: Preset, folder: Path, scale: Scale) -> dict[str, Pa
         _write_model(name, scale, main / part)
         class_name = models()[name].class_name
         if part.startswith("text_encoder"):
-            tokenizer = part.replace("text_encoder", "tokenizer")
+            tokenizer = tokenizer_of(part)
             index[tokenizer] = ["transformers", _write_tokenizer(models()[name], main / tokenizer)]
             index[part] = ["transformers", class_name]
         else:

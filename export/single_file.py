@@ -16,11 +16,11 @@ from ..runtime.errors import ArgumentError, CheckpointError
 from . import original_layout as layouts
 from .agreement import prediction_type as predicted
 from .checkpoint import Checkpoint, Part, TextSource, tokenizer_of
+from .pickled import PICKLES
 from .presets import Model, Preset, model_file, models, read_preset
 from .remapped import Origin, Remapped
 from .weights import Weights, listed, parameters, read_header, read_json
 
-_PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 _CONVERT = "Load it with diffusers' from_single_file where you trust it, then save_pretrained."
 # What training and the samplers of old leave in a file, and buffers that are made anew.
 _UNUSED = re.compile(
@@ -33,7 +33,7 @@ _MODEL_TYPES = {
     "CLIPTextModelWithProjection": "clip_text_model",
     "T5EncoderModel": "t5",
 }
-_PROJECTION, _POSITIONS = "text_projection.weight", "text_model.embeddings.position_embedding.weight"
+_PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_single_file(file: Path, tokenizer: Path | None, prediction_type: object
         ArgumentError: the tokenizer or the prediction type is needed and not given.
         CheckpointError: another kind of file; models are missing; tensors that are of none of them.
     """
-    if file.suffix in _PICKLED:
+    if any(map(file.match, PICKLES)):
         raise CheckpointError(str(file), "a pickled checkpoint", expected="a .safetensors file", remedy=_CONVERT)
     base = read_header(file)
     family = _family(base)
@@ -178,7 +178,7 @@ def _parts(base: Weights, family: _Family, preset: Preset) -> dict[str, Part]:
         identities = {}
         if layout is layouts.clip and model.class_name == "CLIPTextModelWithProjection" and _PROJECTION not in origins:
             # As the authors' own code: what the file leaves out stays as it was made.
-            identities = {_PROJECTION: base.shapes[origins[_POSITIONS].name][-1]} if _POSITIONS in origins else {}
+            identities = {_PROJECTION: model.config["projection_dim"]}
         found[component] = Part(
             folder=Path(base.files[0]),
             class_name=model.class_name,

@@ -46,10 +46,10 @@ class _T5(nn.Module):
 
 
 def text_encoder_graph(part: Part, encoding: TextEncoding) -> Graph:
-    """A text encoder: input_ids (B, sequence) int64 → last_hidden_state (B, sequence, D) float32, and of CLIP:
+    """A text encoder: input_ids (B, sequence) int64 → last_hidden_state (B, sequence, D) float32.
 
-    pooler_output (B, D), or before it text_embeds (B, P) of one with projection; where the conditioning reads an inner
-    hidden state, hidden_states.N (B, sequence, D), the input of layer N, for every layer.
+    CLIP's has pooler_output (B, D) after it, or text_embeds (B, P) before it where it has a projection; where the
+    conditioning reads an inner hidden state, also hidden_states.N (B, sequence, D), the input of layer N, of every one.
     """
     return _t5_graph(part) if part.class_name == "T5EncoderModel" else _clip_graph(part, encoding)
 

@@ -126,6 +126,18 @@ def test_a_controlnet_that_does_not_fit_is_refused(
     [
         (lambda folder: edit_json(folder / "config.json", _class_name="UNetMotionModel"), "_class_name: class"),
         (lambda folder: edit_json(folder / "config.json", class_embed_type="timestep"), "class_embed_type"),
+        (
+            lambda folder: edit_json(folder / "config.json", global_pool_conditions=True),
+            "global_pool_conditions: conditioning that is not supported, got True, expected False",
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", conditioning_channels=6),
+            "conditioning_channels: conditioning that is not supported, got 6, expected 3",
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", conditioning_embedding_out_channels=16),
+            "conditioning_embedding_out_channels: value, got 16, expected a list of widths",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "no ControlNet here"),
     ],
 )

@@ -23,9 +23,11 @@ from tandemrt.export.random_tokenizer import write_tokenizer
 from tandemrt.export.remapped import Origin
 from tandemrt.export.single_file import read_single_file
 from tandemrt.export.sources import read_sources
+from tandemrt.export.text_encoders import text_encoder_graph
 from tandemrt.export.verify import _as_exported
+from tandemrt.export.weights import source_digest
 from tandemrt.runtime.errors import ArgumentError, CheckpointError
-from tandemrt.runtime.manifest import MANIFEST_NAME, decode
+from tandemrt.runtime.manifest import MANIFEST_NAME, TextEncoding, decode
 
 from .original import VOCABULARY, State, config_of, original, random_states, small_models
 
@@ -150,6 +152,35 @@ def test_a_projection_that_sd3_leaves_out_is_the_identity(
     assert torch.equal(weights.load("text_projection.weight"), torch.eye(96))
 
 
+def test_a_scalar_of_positions_beside_no_projection_is_named(
+    states: Callable[[str], dict[str, State]], tmp_path: Path
+) -> None:
+    file, clip = original("sd3-medium-no-t5", states("sd3-medium-no-t5")), "text_encoders.clip_l.transformer."
+    del file[f"{clip}text_projection.weight"]
+    file[f"{clip}text_model.embeddings.position_embedding.weight"] = torch.ones(())
+    checkpoint = read_single_file(write(tmp_path, file), tokenizers(tmp_path / "pipeline", "sd3-medium-no-t5"), None)
+    with pytest.raises(CheckpointError, match=r"of another shape: .*position_embedding\.weight \(\) instead of"):
+        text_encoder_graph(checkpoint.texts["text_encoder"].encoder, TextEncoding(max_length=77, width=96))
+
+
+def test_the_digest_covers_an_architecture_and_not_what_is_said_of_it(
+    small: dict[str, Model], states: Callable[[str], dict[str, State]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = write(tmp_path, original("sd15", states("sd15"))), tokenizers(tmp_path / "pipeline", "sd15")
+    monkeypatch.setattr(single_file, "model_file", lambda name: tmp_path / f"{name}.json")
+
+    def digest(**changes: object) -> str:
+        model = msgspec.structs.replace(small["unet-sd1"], **changes)
+        monkeypatch.setitem(small, "unet-sd1", model)
+        (tmp_path / "unet-sd1.json").write_bytes(msgspec.json.encode(model))
+        denoiser = read_single_file(path, folder, None).denoiser
+        return source_digest(denoiser.files, denoiser.facts)
+
+    first = digest()
+    assert digest(source="elsewhere") == first
+    assert digest(config={**small["unet-sd1"].config, "norm_eps": 1e-6}) != first
+
+
 def _without(prefix: str) -> Callable[[State], object]:
     return lambda file: [file.pop(name) for name in list(file) if name.startswith(prefix)]
 
@@ -169,6 +200,11 @@ DAMAGES: dict[str, tuple[str, Callable[[State], object], str]] = {
         "sd15",
         lambda file: file.update({f"{UNET}input_blocks.1.0.extra.weight": torch.ones(1)}),
         r"none of its models: model\.diffusion_model\.input_blocks\.1\.0\.extra\.weight",
+    ),
+    "a sampler before the first level": (
+        "sd15",
+        lambda file: file.update({f"{UNET}input_blocks.0.0.op.weight": torch.ones(1)}),
+        r"none of its models: model\.diffusion_model\.input_blocks\.0\.0\.op\.weight",
     ),
     "two tensors for one": (
         "sd15",
