@@ -11,10 +11,10 @@ from .binding import Conditioning
 from .errors import RequestError
 from .manifest import Component, Manifest, TextConditioning
 from .pictures_in import Size
-from .plan import GUIDANCE_EMBEDDING, Plan
+from .plan import Plan
 from .request import SIZES, Request
 from .request_checks import checked_array
-from .tensors import spec_of
+from .tensors import GUIDANCE_EMBEDDING, spec_of
 from .text import Embeddings
 from .tokenizer import DroppedText
 
@@ -24,6 +24,7 @@ Encode = Callable[[Sequence[Sequence[str]]], tuple[Embeddings, tuple[DroppedText
 # The names of the pooled text in a UNet and in a transformer.
 _POOLED = ("text_embeds", "pooled_projections")
 _SIZES = "time_ids"
+MAX_TEXT_VALUES = 1 << 28  # of all pictures' hidden states
 
 
 def check_conditioning(request: Request, manifest: Manifest, plan: Plan) -> None:
@@ -31,7 +32,8 @@ def check_conditioning(request: Request, manifest: Manifest, plan: Plan) -> None
 
     Raises:
         RequestError: embeddings of wrong shapes, or without their pooled vectors; prompts for more text encoders than
-            there are; SDXL's sizes where no denoiser of the plan takes them, or half of them.
+            there are; SDXL's sizes where no denoiser of the plan takes them, or half of them; too many pictures for
+            so much text.
     """
     text, guided = manifest.text, any(plan.guided)
     if request.prompt_embeds is not None:
@@ -47,6 +49,14 @@ def check_conditioning(request: Request, manifest: Manifest, plan: Plan) -> None
             got=tokens,
             expected=f"{text.max_length}, as the negative prompt has under guidance",
             remedy="Give negative_prompt_embeds of as many tokens too.",
+        )
+    if request.pictures * tokens * text.width > MAX_TEXT_VALUES:
+        raise RequestError(
+            "prompt, num_images_per_prompt",
+            "values that all pictures' text has",
+            got=f"{request.pictures} x {tokens} x {text.width}",
+            expected=f"at most {MAX_TEXT_VALUES}",
+            remedy="Ask for fewer pictures at once.",
         )
     _check_prompts(request, text)
     _check_sizes(request, [manifest.components[name] for name in plan.denoisers])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +13,17 @@ import numpy.typing as npt
 from .arguments import finite_number
 from .backends.base import Session
 from .binding import Bound, Conditioning, bind
-from .errors import RequestError
+from .errors import BundleError, RequestError
 from .manifest import Component, Manifest
 from .pictures_in import Pictures, Size, colour_pixels
 from .plan import Plan
 from .request import Request
 from .request_checks import require_count
-from .tensors import GIVEN, TAKEN, spec_of
+from .tensors import CONTROLNET_PREFIX, GIVEN, TAKEN, spec_of
 
 Float32 = npt.NDArray[np.float32]
 
-PREFIX = "controlnet_"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,11 @@ def checked_controls(request: Request, manifest: Manifest, plan: Plan, size: Siz
     """The ControlNets a request names, in the bundle's order; `size` is the picture's height and width.
 
     Raises:
-        RequestError: the bundle has none, or none of a name; an image, scale or interval that cannot be used; a
-            denoiser that cannot be steered, or not by this ControlNet, where one is to run.
+        RequestError: the bundle has none, or none of a name; one that is given twice; an image or scale that cannot be
+            used; an interval that cannot, or holds no row; a denoiser that cannot be steered, or not by this
+            ControlNet, where one is to run.
     """
-    known = {name.removeprefix(PREFIX): name for name in manifest.names("controlnet")}
+    known = {name.removeprefix(CONTROLNET_PREFIX): name for name in manifest.names("controlnet")}
     if request.control_image is None:
         return ()
     if not known:
@@ -71,12 +73,31 @@ def checked_controls(request: Request, manifest: Manifest, plan: Plan, size: Siz
             expected = "0 <= start < end <= 1"
             got = f"{start:g} and {end:g}"
             raise RequestError(f"control_guidance_start and _end of {name!r}", "fractions", got=got, expected=expected)
+        active = _active_rows(plan.table.rows, start, end)
+        if not any(active):
+            expected = f"one that holds a row of the plan, which has {plan.table.rows}"
+            got = f"{start:g} and {end:g}"
+            raise RequestError(f"control_guidance_start and _end of {name!r}", "interval", got=got, expected=expected)
         pixels = colour_pixels("control_image", images[name], size)
         require_count("control_image", len(pixels), request.batch)
-        controls.append(Control(component, pixels, scales[name], _active_rows(plan.table.rows, start, end)))
+        controls.append(Control(component, pixels, scales[name], active))
     for control in controls:
         _require_steerable(control, manifest, plan)
     return tuple(controls)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A ControlNet with its buffers and, in them, its results."""
+
+    control: Control
+    bound: Bound
+    results: tuple[Float32, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the latest results hold neither NaN nor Inf."""
+        return all(bool(np.isfinite(result).all()) for result in self.results)
 
 
 class Steering:
@@ -92,39 +113,54 @@ class Steering:
         conditioning: Mapping[str, Conditioning],
     ) -> None:
         self._controls, self._sessions, self._conditioning = controls, sessions, conditioning
-        self._bound: dict[tuple[str, bool], tuple[Bound, tuple[Float32, ...]]] = {}
+        self._bound: dict[tuple[str, bool], Running] = {}
 
-    def steer(self, denoiser: Bound, row: int, timestep: float, *, guided: bool) -> None:
-        """Run the row's ControlNets on what the denoiser is given, and leave the sum of their results in its buffers.
+    def running(self, denoiser: Bound, row: int, *, guided: bool) -> list[Running]:
+        """The row's ControlNets, with buffers that are made when they are first needed.
 
-        In rows without any these hold zeros, which change nothing.
+        Raises:
+            BundleError: the shapes of their results are not those the denoiser takes.
+            ExecutionError: the backend cannot allocate.
         """
-        steered = False
-        for control in self._controls:
-            if not control.rows[row]:
-                continue
-            bound, results = self._bound.get((control.component, guided)) or self._bind(control, denoiser, guided)
-            bound.sample[...] = denoiser.sample
-            bound.timestep.fill(timestep)
-            bound.binding.run()
-            for result, residual in zip(results, denoiser.residuals, strict=True):
-                if steered:
-                    np.add(residual, result, out=residual)
-                else:
-                    residual[...] = result
-            steered = True
-        if denoiser.steered and not steered:
-            for residual in denoiser.residuals:
-                residual.fill(0)
-        denoiser.steered = steered
+        listed = [
+            self._bound.get((control.component, guided)) or self._bind(control, denoiser, guided)
+            for control in self._controls
+            if control.rows[row]
+        ]
+        taken = [residual.shape for residual in denoiser.residuals]
+        for one in listed:
+            made = [result.shape for result in one.results]
+            if made != taken:
+                raise BundleError(one.control.component, "shapes of the residuals", got=made, expected=str(taken))
+        return listed
 
-    def _bind(self, control: Control, denoiser: Bound, guided: bool) -> tuple[Bound, tuple[Float32, ...]]:
+    def _bind(self, control: Control, denoiser: Bound, guided: bool) -> Running:
         name, (rows, *latent) = control.component, denoiser.sample.shape
         shape = (rows // (1 + guided), *latent)
         bound = bind(name, self._sessions[name], self._conditioning[name], shape, guided=guided)
         outputs = bound.binding.outputs
-        self._bound[name, guided] = bound, tuple(outputs[result] for result in GIVEN.names(outputs))
+        self._bound[name, guided] = Running(control, bound, tuple(outputs[result] for result in GIVEN.names(outputs)))
         return self._bound[name, guided]
+
+
+def steer(running: Sequence[Running], denoiser: Bound, timestep: float) -> None:
+    """Run ControlNets on what the denoiser is given, and leave the sum of their results in its buffers.
+
+    Without any these hold zeros, which change nothing.
+    """
+    for index, one in enumerate(running):
+        one.bound.sample[...] = denoiser.sample
+        one.bound.timestep.fill(timestep)
+        one.bound.binding.run()
+        for result, residual in zip(one.results, denoiser.residuals, strict=True):
+            if index:
+                np.add(residual, result, out=residual)
+            else:
+                residual[...] = result
+    if denoiser.steered and not running:
+        for residual in denoiser.residuals:
+            residual.fill(0)
+    denoiser.steered = bool(running)
 
 
 def _images(given: Pictures | Mapping[str, Pictures], known: tuple[str, ...]) -> dict[str, Pictures]:
@@ -135,10 +171,7 @@ def _images(given: Pictures | Mapping[str, Pictures], known: tuple[str, ...]) ->
             expected = f"images by name, of {listed}"
             raise RequestError("control_image", "several ControlNets in the bundle", expected=expected)
         return {known[0]: given}
-    images = {str(name).removeprefix(PREFIX): image for name, image in given.items()}
-    for name in images:
-        if name not in known:
-            raise RequestError("control_image", "unknown ControlNet", got=name, expected=f"one of {listed}")
+    images = _by_name("control_image", given, known, "unknown ControlNet")
     if not images:
         raise RequestError("control_image", "an empty mapping", expected=f"images by name, of {listed}")
     return images
@@ -150,20 +183,30 @@ def _numbers(
     """A number for every image: the one given for it, the one given for all, or the default."""
     named = {}
     if isinstance(given, Mapping):
-        named = {str(key).removeprefix(PREFIX): value for key, value in given.items()}
-        for key in named:
-            if key not in images:
-                expected = f"one of {', '.join(images)}"
-                raise RequestError(name, "no image is given for this ControlNet", got=key, expected=expected)
+        named = _by_name(name, given, images, "no image is given for this ControlNet")
     elif given is not None:
         named = dict.fromkeys(images, given)
     numbers = {}
     for key in images:
         number = finite_number(named.get(key, default))
-        if number is None:
-            raise RequestError(name, "not usable", got=named[key], expected="a finite number, or numbers by ControlNet")
+        if number is None or abs(number) > np.finfo(np.float32).max:
+            expected = "a finite float32 number, or numbers by ControlNet"
+            raise RequestError(name, "not usable", got=named[key], expected=expected)
         numbers[key] = number
     return numbers
+
+
+def _by_name(argument: str, given: Mapping[str, T], known: Collection[str], unknown: str) -> dict[str, T]:
+    """The values by ControlNet, whose names may be those of their components too."""
+    named: dict[str, T] = {}
+    for key, value in given.items():
+        name = key if key in known else str(key).removeprefix(CONTROLNET_PREFIX)
+        if name not in known:
+            raise RequestError(argument, unknown, got=name, expected=f"one of {', '.join(known)}")
+        if name in named:
+            raise RequestError(argument, "a ControlNet given twice", got=name, expected="every one once")
+        named[name] = value
+    return named
 
 
 def _active_rows(rows: int, start: float, end: float) -> tuple[bool, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 from .errors import BundleError
 from .manifest import MANIFEST_NAME, SEAL_NAME, Component, FileRecord, Manifest, TextEncoding
-from .tensors import check_role, spec_of
+from .tensors import CONTROLNET_PREFIX, ENCODED, GUIDANCE_EMBEDDING, check_role, spec_of
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_PATH_CHARACTERS = 255
 MAX_EXTENT = 1 << 16
 MAX_ENCODERS = 3
+MAX_TEXT_VALUES = 1 << 24  # of one prompt's hidden states
 MIN_GUIDANCE_WIDTH = 4  # its frequencies fall from 1 to 1/10000 in half as many steps, less one
 TIME_IDS = 6  # original height and width, top and left of the crop, target height and width
 
@@ -73,7 +75,12 @@ def _check_components(manifest: Manifest, where: str) -> None:
             raise BundleError(where, f"model of component {name!r}", got=component.model[:256], expected=expected)
         if component.role == "denoiser" and component.prediction_type is None:
             raise BundleError(where, f"denoiser {name!r} without a prediction type", remedy="Export the bundle again.")
+        if (component.role == "controlnet") != (name.removeprefix(CONTROLNET_PREFIX) not in ("", name)):
+            expected = f"{CONTROLNET_PREFIX}NAME for a ControlNet, and for no other"
+            raise BundleError(where, f"name of a {component.role}", got=name, expected=expected)
         check_role(where, name, component)
+        if component.role == "vae_encoder":
+            _check_encoded(where, name, component, manifest.latent.channels)
     for role in ("text_encoder", "denoiser", "vae_decoder"):
         if not any(component.role == role for component in manifest.components.values()):
             raise BundleError(where, f"no component with role {role!r}", remedy="Export the bundle again.")
@@ -98,12 +105,29 @@ def _check_facts(manifest: Manifest, where: str) -> None:
             raise BundleError(where, name, got=extent, expected=f"1 to {MAX_EXTENT}")
     if not math.isfinite(latent.scaling_factor) or latent.scaling_factor == 0:
         raise BundleError(where, "latent.scaling_factor", got=latent.scaling_factor, expected="a number other than 0")
-    for name, value in (
-        ("latent.shift_factor", latent.shift_factor),
-        ("defaults.guidance_scale", defaults.guidance_scale),
-    ):
-        if not math.isfinite(value):
-            raise BundleError(where, name, got=value, expected="a finite number")
+    if not math.isfinite(latent.shift_factor):
+        raise BundleError(where, "latent.shift_factor", got=latent.shift_factor, expected="a finite number")
+    if not 0 <= defaults.guidance_scale < math.inf:
+        expected = "a finite number, 0 or more"
+        raise BundleError(where, "defaults.guidance_scale", got=defaults.guidance_scale, expected=expected)
+    if not 0 <= defaults.eta <= 1:
+        raise BundleError(where, "defaults.eta", got=defaults.eta, expected="0 to 1")
+    timesteps = defaults.timesteps
+    if timesteps is None:
+        return
+    falling = all(later < earlier for earlier, later in pairwise(timesteps))
+    if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] <= MAX_EXTENT:
+        expected = f"falling whole numbers in {MAX_EXTENT}..0"
+        raise BundleError(where, "defaults.timesteps", got=timesteps, expected=expected)
+
+
+def _check_encoded(where: str, name: str, component: Component, channels: int) -> None:
+    """An encoder for images makes one thing, of the latent's channels."""
+    made = {spec.name: spec.shape[1] for spec in component.outputs if spec.name in ENCODED}
+    fits = all(isinstance(stated, str) or stated == ENCODED[output] * channels for output, stated in made.items())
+    if len(made) != 1 or not fits:
+        expected = " or ".join(f"{output} of {count * channels}" for output, count in ENCODED.items())
+        raise BundleError(where, f"channels of vae_encoder {name!r}", got=made, expected=expected)
 
 
 def _check_text(manifest: Manifest, where: str) -> None:
@@ -125,6 +149,9 @@ def _check_text(manifest: Manifest, where: str) -> None:
         got = f"{count} encoders, width {text.width}, zero_tokens {text.zero_tokens}"
         expected = f"1 to {MAX_ENCODERS} encoders, width {widest} or more, zero_tokens 0 to {MAX_EXTENT}"
         raise BundleError(where, "text", got=got, expected=expected)
+    if text.max_length * text.width > MAX_TEXT_VALUES:
+        got = f"{text.max_length} x {text.width}"
+        raise BundleError(where, "text: tokens and width", got=got, expected=f"at most {MAX_TEXT_VALUES} values")
 
 
 def _check_conditioned(manifest: Manifest, where: str) -> None:
@@ -134,14 +161,17 @@ def _check_conditioned(manifest: Manifest, where: str) -> None:
             continue
         for tensor, size in _conditioned_sizes(manifest).items():
             spec = spec_of(component.inputs, tensor)
-            stated = spec.shape[-1] if spec is not None and spec.shape else size
+            stated = size if spec is None else spec.shape[-1]
             if isinstance(stated, int) and stated != size:
                 what = f"last dimension of {tensor} of {component.role} {name!r}"
                 raise BundleError(where, what, got=stated, expected=f"{size}, what the text encoders make")
-        guidance = spec_of(component.inputs, "timestep_cond")
-        width = guidance.shape[-1] if guidance is not None and guidance.shape else MIN_GUIDANCE_WIDTH
+        guidance = spec_of(component.inputs, GUIDANCE_EMBEDDING)
+        width = MIN_GUIDANCE_WIDTH if guidance is None else guidance.shape[-1]
         if not isinstance(width, int) or not MIN_GUIDANCE_WIDTH <= width <= MAX_EXTENT:
-            what, expected = f"width of timestep_cond of {name!r}", f"{MIN_GUIDANCE_WIDTH} to {MAX_EXTENT}"
+            what, expected = (
+                f"width of {GUIDANCE_EMBEDDING} of {name!r}",
+                f"a number, {MIN_GUIDANCE_WIDTH} to {MAX_EXTENT}",
+            )
             raise BundleError(where, what, got=width, expected=expected)
 
 

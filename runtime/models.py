@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -78,17 +78,26 @@ class Models:
                 self._encoders[name] = PromptEncoder(self._bundle, name, self.session(name))
             return self._encoders[name]
 
-    def encode_pictures(self, encoder: str, pictures: Float32) -> Float32:
+    def encode_pictures(self, encoder: str, pictures: Float32, *, before: Callable[[], None]) -> Float32:
         """What a VAE's encoder makes of (N, 3, H, W) float32 in [-1, 1], one picture at a time, which bounds memory.
 
+        before: called before each picture; what it raises ends the encoding.
+
         Raises:
+            BundleError: what it makes is not of the latent's size.
             ExecutionError: it failed, or returned NaN or Inf.
         """
         session = self.session(encoder)
         binding = session.bind({"sample": (1, *pictures.shape[1:])})
         (output,) = (spec.name for spec in session.outputs if spec.name in ENCODED)
+        space = self._bundle.manifest.latent
+        sides = [side // space.downsampling for side in pictures.shape[2:]]
+        expected, got = (1, ENCODED[output] * space.channels, *sides), binding.outputs[output].shape
+        if got != expected:
+            raise BundleError(encoder, f"shape of {output}", got=got, expected=str(expected))
         encoded = []
         for picture in pictures:
+            before()
             binding.inputs["sample"][0] = picture
             binding.run()
             _require_finite(encoder, binding.outputs[output], output)

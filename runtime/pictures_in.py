@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ Picture: TypeAlias = Image.Image | Array
 Pictures: TypeAlias = Picture | Sequence[Picture]
 Size = tuple[int, int]
 
+_MODES = ("1", "L", "P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _COLOURS = "a PIL image, or an array (height, width, 3) of uint8 or of float32 in 0..1, or a list of these"
 _MASKS = "a PIL image, or an array (height, width) of bool, of uint8 or of float32 in 0..1, or a list of these"
 
@@ -29,10 +30,12 @@ def picture_size(name: str, given: Pictures) -> Size:
 def colour_pixels(name: str, given: Pictures, size: Size) -> Float32:
     """Pictures as (N, 3, height, width) float32 in [0, 1]; PIL images are resized to `size` as diffusers does it.
 
+    Those of modes P, PA and 1 are resized after their conversion, unlike diffusers; those of 16 bits keep them.
+
     Raises:
         RequestError: what is given is no picture, or an array of another size.
     """
-    pixels = _pixels(name, _listed(name, given, 3, _COLOURS), size, lambda image: image.convert("RGB"))
+    pixels = _pixels(name, _listed(name, given, 3, _COLOURS), size, "RGB")
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
@@ -42,7 +45,7 @@ def mask_pixels(name: str, given: Pictures, size: Size) -> Float32:
     Raises:
         RequestError: what is given is no mask, or an array of another size.
     """
-    pixels = _pixels(name, _listed(name, given, 2, _MASKS), size, lambda image: image.convert("L"))
+    pixels = _pixels(name, _listed(name, given, 2, _MASKS), size, "L")
     return (pixels[:, None] >= 0.5).astype(np.float32)
 
 
@@ -73,30 +76,47 @@ def _size(picture: Picture) -> Size:
     return picture.shape[0], picture.shape[1]
 
 
-def _pixels(
-    name: str, pictures: Sequence[Picture], size: Size, converted: Callable[[Image.Image], Image.Image]
-) -> Float32:
-    return np.stack([_scaled(name, _resized(name, picture, size, converted)) for picture in pictures])
+def _pixels(name: str, pictures: Sequence[Picture], size: Size, mode: Literal["RGB", "L"]) -> Float32:
+    return np.stack([_scaled(name, _resized(name, picture, size, mode)) for picture in pictures])
 
 
-def _resized(name: str, picture: Picture, size: Size, converted: Callable[[Image.Image], Image.Image]) -> Array:
+def _resized(name: str, picture: Picture, size: Size, mode: Literal["RGB", "L"]) -> Array:
     if isinstance(picture, Image.Image):
-        if picture.mode in ("P", "1"):
-            # Colours of a palette have no values in between.
-            picture = converted(picture)
-        if _size(picture) != size:
-            picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
-        return np.asarray(converted(picture))
+        try:
+            return _pixels_of_image(name, picture, size, mode)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise RequestError(name, f"the image cannot be read ({error})", remedy="Save it again.") from error
     if _size(picture) != size:
         remedy = "Resize it, or give a PIL image, which is resized."
         raise RequestError(name, "height and width", got=_size(picture), expected=str(size), remedy=remedy)
     return picture
 
 
+def _pixels_of_image(name: str, image: Image.Image, size: Size, mode: Literal["RGB", "L"]) -> Array:
+    """An image's 8-bit pixels, or those of 16 bits in [0, 1], in colours or, for L, in grey."""
+    image.load()
+    deep = image.mode.startswith("I;16")
+    if deep:
+        # Pillow's own conversion to 8 bits cuts off what is brighter than 255.
+        image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
+    elif image.mode not in _MODES:
+        expected = f"one of {', '.join(_MODES)}, I;16"
+        raise RequestError(name, "mode of the image", got=image.mode, expected=expected, remedy="Convert it to 8 bits.")
+    elif image.mode in ("P", "PA", "1"):
+        # Colours of a palette have no values in between.
+        image = image.convert(mode)
+    if _size(image) != size:
+        image = image.resize(size[::-1], Image.Resampling.LANCZOS)
+    if not deep:
+        return np.asarray(image.convert(mode))
+    grey: Array = np.clip(np.asarray(image), 0, 1)
+    return grey if mode == "L" else grey[..., None].repeat(3, axis=2)
+
+
 def _scaled(name: str, array: Array) -> Float32:
     if array.dtype == np.uint8:
         array = array.astype(np.float32) / np.float32(255)
-    if array.dtype not in (np.float32, np.bool_):
+    if array.dtype != np.float32 and not (array.dtype == np.bool_ and array.ndim == 2):
         raise RequestError(name, "type", got=array.dtype, expected="uint8, or float32 in 0..1; bool for a mask")
     pixels: Float32 = array.astype(np.float32)
     # Also false where a value is NaN.

@@ -140,13 +140,17 @@ class Pipeline:
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
-        _stop_if(cancelled, 0, plan)
+        stop = functools.partial(_stop_if, cancelled, 0, plan)
+        stop()
         began = time.perf_counter()
         encode = functools.partial(models.encode_texts, strict=request.strict_prompts)
         names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
         conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
+        stop()
         text_ms, encoding = _since(began), time.perf_counter()
-        beginning = begin(job.editing, plan, noise, models.encode_pictures, request.latents)
+        encode_pictures = functools.partial(models.encode_pictures, before=stop)
+        beginning = begin(job.editing, plan, noise, encode_pictures, request.latents)
+        stop()
         image_ms = _since(encoding)
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
@@ -154,7 +158,7 @@ class Pipeline:
         steering = Steering(job.controls, sessions, conditioning) if job.controls else None
         conditioning = beginning.behind(conditioning)
         sampler = Sampler(plan, sessions, conditioning, noise.draw, keep=beginning.keep, steering=steering)
-        _stop_if(cancelled, 0, plan)
+        stop()
         state = sampler.begin(beginning.latents)
         rows: list[RowTiming] = []
         for done in sampler.run(state):

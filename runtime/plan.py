@@ -13,10 +13,9 @@ from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
 from .solvers import begin_at_strength, compile_table, resolve_solver
 from .table import Table
-from .tensors import spec_of
+from .tensors import GUIDANCE_EMBEDDING, spec_of
 
 MAX_STEP_DIGITS = 9
-GUIDANCE_EMBEDDING = "timestep_cond"
 
 Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
 
@@ -203,6 +202,8 @@ def _timesteps(manifest: Manifest, schedule: Schedule) -> tuple[int, ...] | None
     if given is None:
         default = _default_scheduler(manifest, {manifest.names("denoiser")[0]})
         own = schedule.steps is None and schedule.solver is None and default is manifest.scheduler
+        # Such as use_karras_sigmas, which spaces other time steps.
+        own = own and not any(key.startswith("use_") for key in schedule.solver_config or ())
         return manifest.defaults.timesteps if own else None
     listed = given.ndim > 0 if isinstance(given, np.ndarray) else isinstance(given, Sequence)
     listed = listed and not isinstance(given, str | bytes)

@@ -50,6 +50,8 @@ class Request:
         pictures, `seed=7` and `seed=[7, 8]` are therefore not the same.
     seed_device: whose random numbers, torch's on the CPU or on CUDA.
     latents: standard normal noise to start from, (pictures, C, H/8, W/8) float32, instead of the seed's.
+        With an image it is the noise that is added; diffusers' inpainting, given latents, begins at them alone even
+        where strength is below 1.
     prompt_embeds, negative_prompt_embeds: (prompts, tokens, width) float32, instead of texts.
     pooled_prompt_embeds, negative_pooled_prompt_embeds: (prompts, width) float32, beside these where a bundle uses
         pooled text.
@@ -59,7 +61,8 @@ class Request:
         [0, 1], or a list of these, one for each prompt. Its size is the picture's unless height and width are given,
         to which a PIL image is resized.
     mask_image: where to paint anew, white being new; as `image`, in grey or (H, W). Without it, everywhere.
-    strength: see `Schedule`; with an image 0.8 by default, with a mask too 1.0.
+    strength: see `Schedule`; with an image 0.8 by default, with a mask too 1.0, as in StableDiffusion's pipelines. (In
+        diffusers those for SDXL have 0.3 and 0.9999, those for SD3 0.6.)
     control_image: what a ControlNet reads, of the forms of `image`, or several by the ControlNets' names:
         `{"canny": edges, "depth": depths}`. Where there is no `image`, its size is the picture's by default.
     controlnet_conditioning_scale: how strongly ControlNets steer (default 1.0); control_guidance_start and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .backends.base import Array, Session
 from .binding import Bound, Conditioning, bind
-from .control import Steering
+from .control import Running, Steering, steer
 from .errors import ExecutionError
 from .plan import Plan
 from .tensors import latent_names
@@ -110,9 +110,9 @@ class Sampler:
         if row.guided:
             sample[batch:] = sample[:batch]
         bound.timestep.fill(row.timestep)
+        running = self._running(bound, state.row)
         called = time.perf_counter()
-        if self._steering is not None:
-            self._steering.steer(bound, state.row, row.timestep, guided=row.guided)
+        steer(running, bound, row.timestep)
         bound.binding.run()
         returned = time.perf_counter()
         if row.guided:
@@ -121,12 +121,12 @@ class Sampler:
             np.add(prediction, output[:batch], out=prediction)
         else:
             prediction[...] = output
-        self._require_finite(prediction, state.row, "prediction")
+        self._require_finite(prediction, state.row, "prediction", running)
         if row.draws_noise:
             noise[...] = self._draw_noise()
         for target, terms in zip(state.arrays, row.update, strict=True):
             _combine(terms, vectors, target, scratch)
-        self._require_finite(state.latents, state.row, "latent")
+        self._require_finite(state.latents, state.row, "latent", running)
         if self._keep is not None:
             self._keep(state.row, state.latents)
         state.row += 1
@@ -140,14 +140,23 @@ class Sampler:
         self._bound[row.denoiser, row.guided] = bound, prediction
         return bound, prediction
 
-    def _require_finite(self, values: Float32, row: int, what: str) -> None:
+    def _running(self, bound: Bound, row: int) -> Sequence[Running]:
+        return () if self._steering is None else self._steering.running(bound, row, guided=self._rows[row].guided)
+
+    def _require_finite(self, values: Float32, row: int, what: str, running: Sequence[Running]) -> None:
         # A finite sum proves all values finite at a fraction of the cost of looking at each.
         if math.isfinite(float(values.sum())) or np.isfinite(values).all():
             return
-        bad = int(np.count_nonzero(~np.isfinite(values)))
-        timestep, name = self._plan.table.timesteps[row], self._plan.denoisers[row]
+        where = f"step {self._plan.table.steps[row]} (timestep {self._plan.table.timesteps[row]:g}, "
+        for one in running:
+            if not one.finite:
+                name = one.control.component
+                remedy = f"Lower its controlnet_conditioning_scale; if '{name}' is fp16, export it as fp32."
+                what = f"NaN or Inf in what the ControlNet makes, scaled by {one.control.scale:g}"
+                raise ExecutionError(f"{where}{name})", what, remedy=remedy)
+        bad, name = int(np.count_nonzero(~np.isfinite(values))), self._plan.denoisers[row]
         raise ExecutionError(
-            f"step {self._plan.table.steps[row]} (timestep {timestep:g}, {name})",
+            f"{where}{name})",
             f"NaN or Inf in the {what}",
             got=f"{bad} of {values.size} values",
             expected="finite values",

@@ -8,16 +8,32 @@ from dataclasses import dataclass, field
 from .errors import BundleError
 from .manifest import Component, Dtype, TensorSpec
 
-# What a VAE's encoder makes: a distribution's parameters or, of a tiny autoencoder, the latent itself.
-ENCODED = ("latent_parameters", "latent_sample")
+GUIDANCE_EMBEDDING = "timestep_cond"
+CONTROLNET_PREFIX = "controlnet_"
+# What a VAE's encoder makes, a distribution's parameters or, of a tiny autoencoder, the latent itself, and how many
+# channels it has for each of the latent's.
+ENCODED: Mapping[str, int] = {"latent_parameters": 2, "latent_sample": 1}
 
-Types = Mapping[str, Sequence[Dtype]]
 
-_FLOAT: Sequence[Dtype] = ("float32",)
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How many dimensions a tensor has, and of which types it may be."""
+
+    rank: int
+    dtypes: Sequence[Dtype] = ("float32",)
+
+    def __str__(self) -> str:
+        return f"{' or '.join(self.dtypes)} of rank {self.rank}"
+
+    def fits(self, spec: TensorSpec) -> bool:
+        return spec.dtype in self.dtypes and len(spec.shape) == self.rank
 
 
-def _floats(*names: str) -> Types:
-    return dict.fromkeys(names, _FLOAT)
+Forms = Mapping[str, _Form]
+
+
+def _floats(rank: int, *names: str) -> Forms:
+    return dict.fromkeys(names, _Form(rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,35 +61,37 @@ class _Tensors:
     outputs: those it needs at least, a ControlNet its residuals too.
     """
 
-    inputs: Types
-    outputs: Types = field(default_factory=dict)
-    groups: Sequence[Types] = ()
+    inputs: Forms
+    outputs: Forms = field(default_factory=dict)
+    groups: Sequence[Forms] = ()
     residual_inputs: Residuals | None = None
     residual_outputs: Residuals | None = None
 
 
-_SIZES = _floats("text_embeds", "time_ids")
+_SIZES = _floats(2, "text_embeds", "time_ids")
+# A time step of whole numbers would lose the fractions of Karras' schedule.
+_STEP_AND_TEXT = {**_floats(1, "timestep"), **_floats(3, "encoder_hidden_states")}
 _UNET = _Tensors(
-    # A time step of whole numbers would lose the fractions of Karras' schedule.
-    _floats("sample", "timestep", "encoder_hidden_states"),
-    _floats("out_sample"),
-    groups=(_SIZES, _floats("timestep_cond")),
+    {**_floats(4, "sample"), **_STEP_AND_TEXT},
+    _floats(4, "out_sample"),
+    groups=(_SIZES, _floats(2, GUIDANCE_EMBEDDING)),
     residual_inputs=TAKEN,
 )
 _TRANSFORMER = _Tensors(
-    _floats("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"), _floats("out_hidden_states")
+    {**_floats(4, "hidden_states"), **_STEP_AND_TEXT, **_floats(2, "pooled_projections")},
+    _floats(4, "out_hidden_states"),
 )
 _BY_ROLE: Mapping[str, _Tensors] = {
     # Which of its outputs are used is for the manifest's text conditioning to say.
-    "text_encoder": _Tensors({"input_ids": ("int64", "int32")}),
+    "text_encoder": _Tensors({"input_ids": _Form(2, ("int64", "int32"))}),
     "denoiser": _UNET,
     "controlnet": _Tensors(
-        _floats("sample", "timestep", "encoder_hidden_states", "controlnet_cond", "conditioning_scale"),
+        {**_floats(4, "sample", "controlnet_cond"), **_STEP_AND_TEXT, **_floats(1, "conditioning_scale")},
         groups=(_SIZES,),
         residual_outputs=GIVEN,
     ),
-    "vae_decoder": _Tensors(_floats("latent_sample"), _floats("sample")),
-    "vae_encoder": _Tensors(_floats("sample")),
+    "vae_decoder": _Tensors(_floats(4, "latent_sample"), _floats(4, "sample")),
+    "vae_encoder": _Tensors(_floats(4, "sample")),
 }
 
 
@@ -97,24 +115,24 @@ def spec_of(specs: Iterable[TensorSpec], name: str) -> TensorSpec | None:
 
 
 def check_role(where: str, name: str, component: Component) -> None:
-    """Raise BundleError when component `name` lists other tensors than its role needs, or of other types."""
+    """Raise BundleError when component `name` lists other tensors than its role needs, or of other types or ranks."""
     inputs, outputs = _needed(component)
     for kind, listed, needed in (("inputs", component.inputs, inputs), ("outputs", component.outputs, outputs)):
         names = [spec.name for spec in listed]
         # Nothing could be given to an input that is not known; an output may be left unread.
         missing, unknown = needed.keys() - set(names), set(names) - needed.keys() if kind == "inputs" else ()
-        mistyped = any(spec.dtype not in needed.get(spec.name, (spec.dtype,)) for spec in listed)
-        if missing or unknown or mistyped or len(set(names)) != len(names):
+        unfit = not all(needed[spec.name].fits(spec) for spec in listed if spec.name in needed)
+        if missing or unknown or unfit or len(set(names)) != len(names):
             raise BundleError(
                 where,
                 f"{kind} of {component.role} {name!r}",
-                got=", ".join(f"{spec.name} {spec.dtype}" for spec in listed),
-                expected=", ".join(f"{needed_name} {' or '.join(types)}" for needed_name, types in needed.items()),
+                got=_described(listed),
+                expected=", ".join(f"{needed_name} {form}" for needed_name, form in needed.items()),
                 remedy="Export the bundle again.",
             )
 
 
-def _needed(component: Component) -> tuple[Types, Types]:
+def _needed(component: Component) -> tuple[Forms, Forms]:
     """The inputs a component of this role has, which depends on the optional ones it lists, and its outputs."""
     given, made = [{spec.name for spec in specs} for specs in (component.inputs, component.outputs)]
     tensors = _TRANSFORMER if component.role == "denoiser" and "hidden_states" in given else _BY_ROLE[component.role]
@@ -122,11 +140,11 @@ def _needed(component: Component) -> tuple[Types, Types]:
     for group in tensors.groups:
         inputs |= group if given & group.keys() else {}
     if tensors.residual_inputs is not None and given & {*tensors.residual_inputs.names(given)}:
-        inputs |= _floats(*tensors.residual_inputs.names(given))
+        inputs |= _floats(4, *tensors.residual_inputs.names(given))
     if tensors.residual_outputs is not None:
-        outputs |= _floats(*tensors.residual_outputs.names(made))
+        outputs |= _floats(4, *tensors.residual_outputs.names(made))
     if component.role == "vae_encoder":
-        outputs |= _floats(next((name for name in ENCODED if name in made), ENCODED[0]))
+        outputs |= _floats(4, next((name for name in ENCODED if name in made), next(iter(ENCODED))))
     return inputs, outputs
 
 

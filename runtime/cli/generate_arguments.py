@@ -151,7 +151,7 @@ def _add_from(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="START,END",
-        help="the part of the steps in which they do, as fractions (default 0,1), or NAME=START,END",
+        help="the part of the rows (model calls) in which they do, as fractions (default 0,1), or NAME=START,END",
     )
 
 

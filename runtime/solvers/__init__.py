@@ -185,11 +185,13 @@ def begin_at_strength(class_name: str, num_inference_steps: int, strength: float
     wanted = steps * share
     begin = int(steps - wanted) if _is_flow(class_name) else steps - int(wanted)
     if begin == steps:
+        # One over the number of steps, rounded up: the product of 49 and 1/49 is less than 1.
+        least = math.ceil(1e6 / steps) / 1e6
         raise PlanError(
             "strength",
             f"of {steps} steps, none is left",
             got=strength,
-            expected=f"1/{steps} or more",
+            expected=f"{least:g} or more",
             remedy="Raise strength, or ask for more steps.",
         )
     return begin

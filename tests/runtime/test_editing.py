@@ -6,18 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
-from tandemrt.runtime import ArgumentError, Pipeline, PlanError, Request, RequestError
+from tandemrt.runtime import (
+    ArgumentError,
+    BundleError,
+    CancelledError,
+    ExecutionError,
+    Pipeline,
+    PlanError,
+    Request,
+    RequestError,
+)
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.editing import begin, checked_editing
+from tandemrt.runtime.manifest import Component, Manifest
 from tandemrt.runtime.noise import Noise
 from tandemrt.runtime.plan import compile_plan
 from tandemrt.runtime.rng import new_generator
 
-from .recorded import Recorded
-from .tiny_bundle import write_tiny_bundle
+from .recorded import Recorded, RecordedBinding
+from .tiny_bundle import Graph, described, float_spec, resign, write_tiny_bundle
 from .tiny_families import write_tiny_editing
 
 SIZE = 64
@@ -53,8 +66,11 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]
 
 def encoded(recorded: Recorded, image: np.ndarray) -> np.ndarray:
     """What the encoder makes of an 8-bit picture, by itself."""
-    pixels = (image.astype(np.float32) / 255 * 2 - 1).transpose(2, 0, 1)[None]
-    return recorded.pipeline._models.encode_pictures("vae_encoder", pixels)
+    return of_pixels(recorded, (image.astype(np.float32) / 255 * 2 - 1).transpose(2, 0, 1)[None])
+
+
+def of_pixels(recorded: Recorded, pixels: np.ndarray) -> np.ndarray:
+    return recorded.pipeline._models.encode_pictures("vae_encoder", pixels, before=lambda: None)
 
 
 def sampled(parameters: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -115,15 +131,12 @@ def test_the_picture_has_the_image_s_size_unless_another_is_asked_for(recorded: 
 def test_prompts_start_from_their_own_images(recorded: Recorded) -> None:
     both = latents(recorded, prompt=["red", "blue"], image=[picture(0), picture(1)], num_images_per_prompt=2)
     assert both.shape[0] == 4
-    alone = {
-        (prompt, image): latents(recorded, prompt=prompt, image=picture(image), seed=[seed])
-        for seed, prompt, image in ((1, "red", 0), (4, "blue", 1))
-    }
     seeds = latents(
         recorded, prompt=["red", "blue"], image=[picture(0), picture(1)], num_images_per_prompt=2, seed=[1, 2, 3, 4]
     )
-    np.testing.assert_allclose(seeds[:1], alone["red", 0], atol=1e-5)
-    np.testing.assert_allclose(seeds[3:], alone["blue", 1], atol=1e-5)
+    for row, (prompt, image) in enumerate([("red", 0), ("red", 0), ("blue", 1), ("blue", 1)]):
+        alone = latents(recorded, prompt=prompt, image=picture(image), seed=[row + 1])
+        np.testing.assert_allclose(seeds[row : row + 1], alone, atol=1e-5)
 
 
 def test_a_tiny_encoder_s_latent_is_taken_as_it_is(tiny_encoder: Recorded) -> None:
@@ -174,7 +187,7 @@ def test_what_is_drawn_later_comes_after_the_masked_image_s_draw(recorded: Recor
     manifest = recorded.pipeline.bundle.manifest
     plan = compile_plan(manifest, request.schedule)
     editing, noise = checked_editing(request, manifest, plan, (SIZE, SIZE)), Noise(request, LATENT)
-    begin(editing, plan, noise, recorded.pipeline._models.encode_pictures, None)
+    begin(editing, plan, noise, lambda _, pixels: of_pixels(recorded, pixels), None)
     generator = new_generator(7)
     drawn = [generator.randn(LATENT) for _ in range(4)]
     np.testing.assert_array_equal(noise.draw(), drawn[3])
@@ -185,8 +198,7 @@ def test_an_inpainting_denoiser_reads_mask_and_masked_image(recorded: Recorded) 
     noise = generator.randn(LATENT)
     masked = picture().astype(np.float32) / 255 * 2 - 1
     masked[:, : SIZE // 2] = 0
-    parameters = recorded.pipeline._models.encode_pictures("vae_encoder", masked.transpose(2, 0, 1)[None])
-    behind = sampled(parameters, generator.randn(LATENT))
+    behind = sampled(of_pixels(recorded, masked.transpose(2, 0, 1)[None]), generator.randn(LATENT))
     arguments: dict[str, Any] = {
         "num_inference_steps": None, "steps": {"unet_inpaint": 2}, "image": picture(), "mask_image": left_half(),
         "solver": "euler",
@@ -204,9 +216,21 @@ def test_an_inpainting_denoiser_reads_mask_and_masked_image(recorded: Recorded) 
 def test_plain_and_inpainting_denoisers_take_turns(recorded: Recorded) -> None:
     steps = {"unet_inpaint": 2, "unet": 2}
     arguments: dict[str, Any] = {"image": picture(), "mask_image": left_half(), "num_inference_steps": None}
-    made = latents(recorded, steps=steps, solver="ddim", **arguments)
+    arguments = {**arguments, "steps": steps, "solver": "ddim", "guidance_scale": 1.0}
+    table = recorded.pipeline("red", **arguments).plan.table
     generator = new_generator(7)
-    clean = sampled(encoded(recorded, picture()), generator.randn(LATENT))
+    clean, noise = sampled(encoded(recorded, picture()), generator.randn(LATENT)), generator.randn(LATENT)
+    inpainting, plain = recorded.given("unet_inpaint", **arguments), recorded.given("unet", **arguments)
+    assert [row["timestep"].tolist() for row in (*inpainting, *plain)] == [[step] for step in table.timesteps]
+    np.testing.assert_allclose(inpainting[0]["sample"][:, :4], noise, atol=1e-5)
+    for row in inpainting:
+        np.testing.assert_array_equal(row["sample"][0, 4], left_half()[::8, ::8] / 255)
+    # The plain one's first latent is what the inpainting one left: only after a row of its own is the rest put back.
+    kept, added = table.noised[3]
+    np.testing.assert_allclose(plain[1]["sample"][..., 4:], (kept * clean + added * noise)[..., 4:], atol=1e-5)
+    kept, added = table.noised[2]
+    assert np.abs(plain[0]["sample"][..., 4:] - (kept * clean + added * noise)[..., 4:]).max() > 1e-3
+    made = latents(recorded, prompt="red blue", **arguments)
     np.testing.assert_allclose(made[..., 4:], clean[..., 4:], atol=1e-5)
 
 
@@ -231,7 +255,11 @@ def test_the_time_of_encoding_is_told(recorded: Recorded) -> None:
         ({"image": picture(), "strength": 0.0}, PlanError, "strength.*got 0.0, expected a number above 0"),
         ({"image": picture(), "strength": 1.5}, PlanError, "strength"),
         ({"image": picture(), "strength": "0.5"}, PlanError, "strength"),
-        ({"image": picture(), "strength": 0.01}, PlanError, "strength: of 10 steps, none is left"),
+        (
+            {"image": picture(), "strength": 0.01},
+            PlanError,
+            "strength: of 10 steps, none is left.*expected 0.1 or more",
+        ),
         ({"image": "picture.png"}, RequestError, "image: no picture, got 'str', expected a PIL image"),
         ({"image": []}, RequestError, "image: an empty list"),
         ({"image": [None]}, RequestError, "image: no picture, got 'NoneType'"),
@@ -252,7 +280,7 @@ def test_the_time_of_encoding_is_told(recorded: Recorded) -> None:
         ),
         ({"image": [picture(), picture(height=32)]}, RequestError, r"image: height and width, got \(32, 64\)"),
         ({"image": [picture()] * 2}, RequestError, "image: how many there are, got 2, expected 1 or 1"),
-        ({"image": picture(), "mask_image": picture()}, RequestError, "mask_image: how many|mask_image: height"),
+        ({"image": picture(), "mask_image": picture()}, RequestError, "mask_image: height and width"),
         ({"image": picture(), "mask_image": left_half(32)}, RequestError, "mask_image: height and width"),
         ({"image": picture(), "mask_image": [left_half()] * 3}, RequestError, "mask_image: how many"),
         (
@@ -277,3 +305,95 @@ def test_a_bundle_without_an_encoder_starts_from_no_image(tmp_path: Path) -> Non
         pytest.raises(RequestError, match="image: the bundle has no encoder for images"),
     ):
         pipeline.stream("red", image=picture())
+
+
+def with_encoder(folder: Path, channels: int, output: str = "latent_parameters", stride: int = 8) -> None:
+    """Another encoder in an editing bundle, which states symbols where its sizes would be."""
+    write_tiny_editing(folder)
+    graph = Graph("vae_encoder", 5)
+    weight = graph.weight(channels, 3, stride, stride, scale=0.2)
+    graph.node("Conv", ["sample", weight], output, strides=[stride, stride])
+    outputs = (float_spec(output, "batch", "channels", "down", "across"),)
+    inputs = (float_spec("sample", "batch", 3, "height", "width"),)
+    model, component = described(graph, inputs, outputs, role="vae_encoder")
+    onnx.save_model(model, str(folder / "vae_encoder" / "model.onnx"))
+    resign(folder, lambda manifest: with_component(manifest, "vae_encoder", component))
+
+
+def with_component(manifest: Manifest, name: str, component: Component) -> Manifest:
+    return msgspec.structs.replace(manifest, components={**manifest.components, name: component})
+
+
+@pytest.mark.parametrize(
+    ("channels", "output", "stride", "got"),
+    [
+        (4, "latent_parameters", 8, r"\(1, 4, 8, 8\), expected \(1, 8, 8, 8\)"),
+        (1, "latent_sample", 8, r"\(1, 1, 8, 8\), expected \(1, 4, 8, 8\)"),
+        (8, "latent_parameters", 64, r"\(1, 8, 1, 1\), expected \(1, 8, 8, 8\)"),
+    ],
+)
+def test_what_an_encoder_makes_has_the_latent_s_size(
+    channels: int, output: str, stride: int, got: str, tmp_path: Path
+) -> None:
+    with_encoder(tmp_path / "bundle", channels, output, stride)
+    with (
+        Pipeline.open(tmp_path / "bundle", threads=1) as pipeline,
+        pytest.raises(BundleError, match=f"vae_encoder: shape of {output}, got {got}"),
+    ):
+        pipeline("red", image=picture(), num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [float_spec("latent_parameters", "batch", 4, "h", "w")],
+        [float_spec("latent_parameters", "batch", 8, "h", "w"), float_spec("latent_sample", "batch", 4, "h", "w")],
+    ],
+)
+def test_a_manifest_s_encoder_makes_one_thing_of_the_latent_s_channels(outputs: list[Any], tmp_path: Path) -> None:
+    write_tiny_editing(tmp_path / "bundle")
+
+    def changed(manifest: Manifest) -> Manifest:
+        component = msgspec.structs.replace(manifest.components["vae_encoder"], outputs=tuple(outputs))
+        return with_component(manifest, "vae_encoder", component)
+
+    resign(tmp_path / "bundle", changed)
+    with pytest.raises(BundleError, match=r"channels of vae_encoder 'vae_encoder', got .*latent_sample of 4"):
+        Bundle.open(tmp_path / "bundle")
+
+
+def test_nan_from_the_encoder_is_blamed_on_it(recorded: Recorded) -> None:
+    with pytest.raises(ExecutionError, match="vae_encoder: NaN or Inf in latent_parameters"):
+        of_pixels(recorded, np.full((1, 3, SIZE, SIZE), np.nan, np.float32))
+
+
+def test_a_batch_of_masks_with_one_image(recorded: Recorded) -> None:
+    masks = [left_half(), 255 - left_half()]
+    arguments: dict[str, Any] = {"image": picture(), "solver": "ddim", "strength": 0.5, "guidance_scale": 1.0}
+    both = latents(recorded, prompt=["red", "blue"], mask_image=masks, seed=[1, 2], **arguments)
+    for index, prompt in enumerate(["red", "blue"]):
+        alone = latents(recorded, prompt=prompt, mask_image=masks[index], seed=[index + 1], **arguments)
+        np.testing.assert_allclose(both[index : index + 1], alone, atol=1e-5)
+
+
+def test_previews_show_what_an_edit_has_become(recorded: Recorded) -> None:
+    arguments: dict[str, Any] = {"image": picture(), "mask_image": left_half(), "num_inference_steps": 4}
+    events = list(recorded.pipeline.stream("red", previews=2, seed=7, **arguments))
+    assert [len(event.preview) for event in events] == [0, 1, 0, 1]
+    assert events[1].preview[0].size == (SIZE, SIZE)
+
+
+def test_an_edit_can_be_cancelled_between_its_pictures(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = recorded.pipeline.stream(["red", "blue"], image=[picture(0), picture(1)], num_inference_steps=2)
+    runs = recorded.sessions["vae_encoder"].given
+    runs.clear()
+    run = RecordedBinding.run
+
+    def cancelling(self: RecordedBinding) -> None:
+        run(self)
+        stream.cancel()
+
+    monkeypatch.setattr(RecordedBinding, "run", cancelling)
+    with pytest.raises(CancelledError, match="cancelled after row 0 of 1"):
+        stream.result()
+    assert len(runs) == 1
