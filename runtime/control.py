@@ -189,7 +189,7 @@ def _numbers(
     numbers = {}
     for key in images:
         number = finite_number(named.get(key, default))
-        if number is None or abs(number) > np.finfo(np.float32).max:
+        if number is None or abs(number) > float(np.finfo(np.float32).max):
             expected = "a finite float32 number, or numbers by ControlNet"
             raise RequestError(name, "not usable", got=named[key], expected=expected)
         numbers[key] = number

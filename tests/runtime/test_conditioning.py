@@ -229,6 +229,20 @@ def test_a_bundle_s_time_steps_hold_until_the_caller_says_otherwise(lcm: Recorde
     assert len(timesteps(solver="ddim")) == 4
 
 
+def test_a_bundle_s_time_steps_do_not_hold_where_others_are_to_be_spaced(tmp_path: Path) -> None:
+    def changed(manifest: Manifest) -> Manifest:
+        euler = msgspec.structs.replace(manifest.scheduler, class_name="EulerDiscreteScheduler", config={})
+        return msgspec.structs.replace(
+            manifest, scheduler=euler, defaults=msgspec.structs.replace(manifest.defaults, timesteps=(799, 399))
+        )
+
+    write_tiny_bundle(tmp_path / "bundle")
+    resign(tmp_path / "bundle", changed)
+    with Pipeline.open(tmp_path / "bundle", threads=1) as pipeline:
+        assert list(pipeline("red").plan.table.timesteps) == [799, 399]
+        assert pipeline("red", solver_config={"use_karras_sigmas": True}).plan.table.rows == 10
+
+
 def test_a_bundle_s_eta_holds_for_its_own_scheduler(tmp_path: Path) -> None:
     write_tiny_bundle(tmp_path / "bundle")
 
@@ -330,6 +344,10 @@ def edited_encoder(name: str, **changes: Any) -> Any:
         (edited_text(encoders={}), "text, got '0 encoders"),
         (edited_text(width=5), "text, got '2 encoders, width 5.*width 18 or more"),
         (edited_text(zero_tokens=-1), "zero_tokens -1"),
+        (
+            edited_text(width=1 << 16, zero_tokens=1 << 16),
+            "tokens and width, got '65548 x 65536'",
+        ),
         (edited_text(width=19), "last dimension of encoder_hidden_states of denoiser 'unet', got 18, expected 19"),
         (edited_encoder("text_encoder_2", max_length=13), r"side by side, got \[12, 13\]"),
         (edited_encoder("text_encoder", joins="sequence"), "text.text_encoder_2.joins, got 'width'"),
@@ -352,3 +370,58 @@ def test_a_tokenizer_is_checked_again_with_its_own_encoder(tmp_path: Path) -> No
         (tmp_path / "bundle" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
         with pytest.raises(BundleError, match=r"tokenizer_2.*It was changed after the bundle was opened"):
             pipeline("red", num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((), r"inputs of denoiser 'unet', got .*timestep_cond float32 \(\).*timestep_cond float32 of rank 2"),
+        (("batch", "wide"), "width of timestep_cond of 'unet', got 'wide', expected a number, 4 to 65536"),
+        (("batch", 3), "width of timestep_cond of 'unet', got 3"),
+    ],
+)
+def test_an_embedding_of_guidance_has_a_stated_width(shape: tuple[int | str, ...], words: str, tmp_path: Path) -> None:
+    write_tiny_lcm(tmp_path / "bundle")
+
+    def changed(manifest: Manifest) -> Manifest:
+        unet = manifest.components["unet"]
+        inputs = tuple(
+            msgspec.structs.replace(spec, shape=shape) if spec.name == "timestep_cond" else spec for spec in unet.inputs
+        )
+        parts = {**manifest.components, "unet": msgspec.structs.replace(unet, inputs=inputs)}
+        return msgspec.structs.replace(manifest, components=parts)
+
+    resign(tmp_path / "bundle", changed)
+    with pytest.raises(BundleError, match=words):
+        Bundle.open(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"timesteps": ()}, r"defaults.timesteps, got \(\), expected falling whole numbers in 65536..0"),
+        ({"timesteps": (399, 799)}, "defaults.timesteps"),
+        ({"timesteps": (799, 799)}, "defaults.timesteps"),
+        ({"timesteps": (799, -1)}, "defaults.timesteps"),
+        ({"timesteps": (1 << 17, 5)}, "defaults.timesteps"),
+        ({"eta": 1.5}, "defaults.eta, got 1.5, expected 0 to 1"),
+        ({"eta": -0.5}, "defaults.eta"),
+        ({"guidance_scale": -1.0}, "defaults.guidance_scale, got -1.0, expected a finite number, 0 or more"),
+    ],
+)
+def test_defaults_that_no_plan_could_use_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    write_tiny_lcm(tmp_path / "bundle")
+    resign(
+        tmp_path / "bundle",
+        lambda manifest: msgspec.structs.replace(
+            manifest, defaults=msgspec.structs.replace(manifest.defaults, **changes)
+        ),
+    )
+    with pytest.raises(BundleError, match=words):
+        Bundle.open(tmp_path / "bundle")
+
+
+def test_text_for_more_pictures_than_memory_could_hold_is_refused(sdxl: Recorded) -> None:
+    many = {**EMBEDS, "prompt_embeds": np.zeros((1, 4000, SDXL_WIDTH), np.float32), "pooled_prompt_embeds": POOLED}
+    with pytest.raises(RequestError, match=r"got '4096 x 4000 x 18', expected at most 268435456\. Ask for fewer"):
+        sdxl.pipeline.stream(**many, num_images_per_prompt=4096, height=16, width=16)

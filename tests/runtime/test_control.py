@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from PIL import Image
 
-from tandemrt.runtime import BundleError, Pipeline, RequestError
+from tandemrt.runtime import BundleError, CancelledError, ExecutionError, Pipeline, RequestError
 from tandemrt.runtime.backends.base import Array
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.manifest import Component, Manifest
 
-from .recorded import Recorded
-from .tiny_bundle import RESIDUALS, resign, write_tiny_bundle
+from .recorded import Recorded, RecordedBinding
+from .tiny_bundle import RESIDUALS, denoiser, resign, write_tiny_bundle
 from .tiny_families import write_tiny_control
 
 SIZE = 64
@@ -200,6 +202,19 @@ IMAGES = {"canny": picture()}
             "controlnet_conditioning_scale: not usable, got '1'",
         ),
         ({"control_image": IMAGES, "controlnet_conditioning_scale": {"canny": np.nan}}, "scale: not usable, got nan"),
+        ({"control_image": IMAGES, "controlnet_conditioning_scale": -1e39}, r"scale: not usable, got -1e\+39"),
+        (
+            {"control_image": {**IMAGES, "controlnet_canny": picture(1)}},
+            "control_image: a ControlNet given twice, got 'canny'",
+        ),
+        (
+            {"control_image": IMAGES, "control_guidance_end": {"canny": 0.5, "controlnet_canny": 0.7}},
+            "control_guidance_end: a ControlNet given twice",
+        ),
+        (
+            {"control_image": IMAGES, "control_guidance_start": 0.31, "control_guidance_end": 0.39},
+            "_end of 'canny': interval, got '0.31 and 0.39', expected one that holds a row of the plan, which has 10",
+        ),
         (
             {"control_image": IMAGES, "controlnet_conditioning_scale": {"depth": 1.0}},
             "controlnet_conditioning_scale: no image is given for this ControlNet, got 'depth', expected one of canny",
@@ -273,3 +288,124 @@ def test_residuals_are_complete_or_refused(name: str, kind: str, drop: str, tmp_
     resign(tmp_path / "bundle", changed)
     with pytest.raises(BundleError, match=f"{kind} of .* '{name}', got "):
         Bundle.open(tmp_path / "bundle")
+
+
+def with_component(name: str, component: Component) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: msgspec.structs.replace(manifest, components={**manifest.components, name: component})
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_nan_from_a_controlnet_is_blamed_on_it(recorded: Recorded, guidance_scale: float) -> None:
+    arguments: dict[str, Any] = {
+        "control_image": {"canny": picture(), "depth": picture(1)}, "guidance_scale": guidance_scale,
+        "controlnet_conditioning_scale": {"depth": 3.0}, "prompt": "red", "num_inference_steps": 4,
+    }  # fmt: skip
+    broken = recorded.sessions["controlnet_depth"]
+    original = broken.bind
+
+    def bind(shapes: Any) -> RecordedBinding:
+        binding = original(shapes)
+        run = binding.run
+
+        def run_to_nan() -> None:
+            run()
+            binding.outputs[RESIDUALS[2][1]][0, 0] = np.nan
+
+        binding.run = run_to_nan  # type: ignore[method-assign]
+        return binding
+
+    broken.bind = bind  # type: ignore[method-assign]
+    try:
+        with pytest.raises(ExecutionError, match=r", controlnet_depth\): NaN or Inf in .* scaled by 3\. Lower"):
+            recorded.pipeline(**arguments)
+    finally:
+        broken.bind = original  # type: ignore[method-assign]
+
+
+def test_residuals_of_other_sizes_than_the_denoiser_takes_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    manifest = write_tiny_control(folder, ["canny"])
+    path = folder / "controlnet_canny" / "model.onnx"
+    model, component = onnx.load_model(str(path)), manifest.components["controlnet_canny"]
+    for output in model.graph.output:
+        for axis, symbol in ((2, f"{output.name}_h"), (3, f"{output.name}_w")):
+            output.type.tensor_type.shape.dim[axis].dim_param = symbol
+    (pool,) = (node for node in model.graph.node if node.op_type == "AveragePool")
+    for attribute in pool.attribute:
+        attribute.ints[:] = [4, 4]
+    onnx.save_model(model, str(path))
+    outputs = tuple(
+        msgspec.structs.replace(spec, shape=(*spec.shape[:2], f"{spec.name}_h", f"{spec.name}_w"))
+        for spec in component.outputs
+    )
+    resign(folder, with_component("controlnet_canny", msgspec.structs.replace(component, outputs=outputs)))
+    with (
+        Pipeline.open(folder, threads=1) as pipeline,
+        pytest.raises(BundleError, match=r"canny: shapes of the residuals, got .*\(1, 8, 2, 2\).*expected"),
+    ):
+        pipeline("red", control_image=picture(), num_inference_steps=1, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(("name", "other"), [("controlnet_canny", "canny"), ("unet_free", "controlnet_free")])
+def test_a_controlnet_is_told_by_its_name(name: str, other: str, tmp_path: Path) -> None:
+    write_tiny_control(tmp_path / "bundle")
+
+    def changed(manifest: Manifest) -> Manifest:
+        renamed = {other if key == name else key: part for key, part in manifest.components.items()}
+        return msgspec.structs.replace(manifest, components=renamed)
+
+    resign(tmp_path / "bundle", changed)
+    with pytest.raises(BundleError, match=f"name of a .*, got '{other}', expected controlnet_NAME for a ControlNet"):
+        Bundle.open(tmp_path / "bundle")
+
+
+def test_previews_and_cancellation_while_steered(recorded: Recorded) -> None:
+    stream = recorded.pipeline.stream("red", control_image=IMAGES, num_inference_steps=4, previews=1, seed=7)
+    first = next(stream)
+    assert first.preview[0].size == (SIZE, SIZE)
+    stream.cancel()
+    with pytest.raises(CancelledError, match="cancelled after row 1 of 4"):
+        stream.result()
+
+
+def mixed(folder: Path, name: str, model: tuple[onnx.ModelProto, Component]) -> None:
+    """A control bundle with another denoiser, which `canny` can steer."""
+    write_tiny_control(folder, ["canny"])
+    (folder / name).mkdir()
+    onnx.save_model(model[0], str(folder / name / "model.onnx"))
+    resign(folder, with_component(name, model[1]))
+
+
+def test_a_distilled_and_a_plain_denoiser_are_steered_in_turn(tmp_path: Path) -> None:
+    mixed(tmp_path / "bundle", "unet_lcm", denoiser("unet_lcm", 9, 8, widths={"timestep_cond": 16}, steered=True))
+    arguments: dict[str, Any] = {
+        "control_image": picture(), "num_inference_steps": None, "steps": {"unet_lcm": 2, "unet": 2},
+    }  # fmt: skip
+    with Pipeline.open(tmp_path / "bundle", threads=1) as pipeline:
+        recorded = Recorded(pipeline)
+        for name, branches in (("unet_lcm", 1), ("unet", 2)):
+            rows = recorded.given(name, **arguments)
+            assert [len(row["sample"]) for row in rows] == [branches] * 2
+            for row in rows:
+                made = residuals(recorded, row, {"canny": picture()}, {"canny": 1.0})
+                for (residual, _, _), expected in zip(RESIDUALS, made, strict=True):
+                    np.testing.assert_allclose(row[residual], expected, atol=1e-6)
+
+
+def test_an_inpainting_denoiser_is_steered_by_its_latent_alone(tmp_path: Path) -> None:
+    mixed(tmp_path / "bundle", "unet_inpaint", denoiser("unet_inpaint", 9, 8, behind=5, steered=True))
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:, : SIZE // 2] = 255
+    arguments: dict[str, Any] = {
+        "control_image": picture(), "image": picture(3), "mask_image": mask, "steps": {"unet_inpaint": 2},
+        "num_inference_steps": None,
+    }  # fmt: skip
+    with Pipeline.open(tmp_path / "bundle", threads=1) as pipeline:
+        recorded = Recorded(pipeline)
+        rows = recorded.given("unet_inpaint", **arguments)
+        assert [row["sample"].shape[1] for row in rows] == [9, 9]
+        for row in rows:
+            latent = {**row, "sample": np.ascontiguousarray(row["sample"][:, :4])}
+            made = residuals(recorded, latent, {"canny": picture()}, {"canny": 1.0})
+            for (residual, _, _), expected in zip(RESIDUALS, made, strict=True):
+                np.testing.assert_allclose(row[residual], expected, atol=1e-6)

@@ -21,6 +21,7 @@ from tandemrt.runtime.manifest import (
     TextEncoding,
 )
 from tandemrt.runtime.plan import Schedule, compile_plan, parse_steps
+from tandemrt.runtime.solvers import begin_at_strength
 
 BETAS = {
     "beta_start": 0.00085,
@@ -186,3 +187,11 @@ def test_steps_are_read_from_text(text: str, expected: tuple[tuple[str, int], ..
 def test_text_that_is_no_steps_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="steps"):
         parse_steps(text, ("unet", "unet_small"))
+
+
+@given(st.integers(1, 100_000))
+def test_the_strength_that_is_advised_leaves_a_step(steps: int) -> None:
+    with pytest.raises(PlanError) as caught:
+        begin_at_strength("DDIMScheduler", steps, 1e-9)
+    least = float(str(caught.value).split("expected ")[1].split(" or more")[0])
+    assert begin_at_strength("DDIMScheduler", steps, least) == steps - 1
