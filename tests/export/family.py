@@ -19,7 +19,7 @@ from tandemrt.runtime import Pipeline
 
 PSNR_DB = 45
 PROMPT = "a red cat on a mat"
-SIZE = {"height": 64, "width": 96}
+SIZE = {"height": 64, "width": 128}
 Pixels = npt.NDArray[np.float32]
 
 

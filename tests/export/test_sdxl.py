@@ -35,7 +35,7 @@ def test_sdxl_with_two_prompts_and_sizes(sdxl: Family) -> None:
         "negative_prompt": "blurry",
         "negative_prompt_2": "a photograph",
         "original_size": (512, 768),
-        "target_size": (64, 96),
+        "target_size": (64, 128),
         "crops_coords_top_left": (8, 16),
     }
     found = sdxl.actual(**same)
