@@ -119,6 +119,12 @@ def test_inpainting(pipe: Pipeline, folder: Path, solver: str, strength: float) 
     ).images
     found = paint(pipe, image=picture(), mask_image=mask(), solver=solver, **same)
     require_same(found, expected)
+    elsewhere = Image.fromarray(255 - np.asarray(mask()))
+    others = ({"image": picture(1), "mask_image": mask()}, {"image": picture(), "mask_image": elsewhere})
+    # At strength 1 little of a picture is left under the noise; it still counts for more than the way to diffusers'.
+    least = max(2 * np.mean(np.square(found - expected)), 1e-6)
+    for other in others:
+        assert np.mean(np.square(found - paint(pipe, solver=solver, **other, **same))) > least
 
 
 def test_an_inpainting_unet_of_nine_channels(tmp_path: Path) -> None:
