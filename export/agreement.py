@@ -76,6 +76,8 @@ def require_main(checkpoint: Checkpoint) -> None:
         CheckpointError: they do not, and both values are named; or it cannot, and the key is named.
     """
     _require_channels(checkpoint.family.denoiser, denoiser_facts(checkpoint.denoiser), checkpoint)
+    if checkpoint.vae_encoder is not None:
+        require_decoder("vae_encoder", checkpoint.vae_encoder, checkpoint)
     prediction_type(checkpoint.scheduler)
     _require_scheduler("scheduler", checkpoint.scheduler)
     text_conditioning(checkpoint)
@@ -138,7 +140,7 @@ def require_controlnet(name: str, controlnet: Part, checkpoint: Checkpoint) -> N
 
 
 def require_decoder(name: str, vae: Part, checkpoint: Checkpoint) -> None:
-    """Check that a further decoder reads the main autoencoder's latents.
+    """Check that a further decoder, or the main one's encoder, is of the main autoencoder's latents.
 
     An AutoencoderTiny says 1.0 whatever family it is of, so its scale proves nothing and is not compared.
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from ..runtime.manifest import LatentSpace
+from ..runtime.manifest import LatentSpace, TensorSpec
 from .agreement import latent_space
 from .checkpoint import Part
+from .facts import whole
 from .lazy import parameters_on_meta, stored_tensors
 from .modules import UNUSABLE, Graph, fill, float_spec, frozen, full_config, unusable
 from .pruned import autoencoder_kl_from_config
+
+Tensors = tuple[TensorSpec, ...]
 
 # diffusers' names for an autoencoder's attention up to 0.13, which published checkpoints still carry.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -52,12 +55,12 @@ def decoder_graph(part: Part, bundle: LatentSpace) -> Graph:
     """
     vae, own = _autoencoder(part), latent_space(part)
     scale = bundle.scaling_factor / own.scaling_factor
-    factor = bundle.downsampling
+    inputs, outputs = decoder_tensors(part, bundle)
     return Graph(
         role="vae_decoder",
         module=frozen(_Decoder(vae, scale, own.shift_factor - bundle.shift_factor * scale)),
-        inputs=(float_spec("latent_sample", "batch", bundle.channels, "height", "width"),),
-        outputs=(float_spec("sample", "batch", vae.config.out_channels, f"{factor} * height", f"{factor} * width"),),
+        inputs=inputs,
+        outputs=outputs,
         config=full_config(vae.config, part),
     )
 
@@ -68,16 +71,35 @@ def encoder_graph(part: Part) -> Graph:
     The first C channels of latent_parameters are a Gaussian's mean, the others its log variance. An AutoencoderTiny
     has no distribution: its output is the latent itself, `latent_sample` (B, C, H/f, W/f).
     """
-    vae, space = _autoencoder(part), latent_space(part)
-    tiny, factor = part.class_name == "AutoencoderTiny", space.downsampling
-    name, channels = ("latent_sample", space.channels) if tiny else ("latent_parameters", 2 * space.channels)
+    vae = _autoencoder(part)
+    inputs, outputs = encoder_tensors(part)
     return Graph(
         role="vae_encoder",
         module=frozen(_Encoder(vae)),
-        inputs=(float_spec("sample", "batch", vae.config.in_channels, "height", "width"),),
-        outputs=(float_spec(name, "batch", channels, f"height // {factor}", f"width // {factor}"),),
+        inputs=inputs,
+        outputs=outputs,
         config=full_config(vae.config, part),
-        multiple=factor,
+        multiple=latent_space(part).downsampling,
+    )
+
+
+def decoder_tensors(part: Part, bundle: LatentSpace) -> tuple[Tensors, Tensors]:
+    """Inputs and outputs of `decoder_graph`."""
+    channels, factor = whole(part, "out_channels", 3), bundle.downsampling
+    return (
+        (float_spec("latent_sample", "batch", bundle.channels, "height", "width"),),
+        (float_spec("sample", "batch", channels, f"{factor} * height", f"{factor} * width"),),
+    )
+
+
+def encoder_tensors(part: Part) -> tuple[Tensors, Tensors]:
+    """Inputs and outputs of `encoder_graph`."""
+    space, tiny = latent_space(part), part.class_name == "AutoencoderTiny"
+    name, channels = ("latent_sample", space.channels) if tiny else ("latent_parameters", 2 * space.channels)
+    factor = space.downsampling
+    return (
+        (float_spec("sample", "batch", whole(part, "in_channels", 3), "height", "width"),),
+        (float_spec(name, "batch", channels, f"height // {factor}", f"width // {factor}"),),
     )
 
 

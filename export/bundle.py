@@ -26,19 +26,20 @@ from ..runtime.manifest import (
     file_sha256,
     write,
 )
+from .adopt import AdoptedGraph, require_plausible
 from .agreement import latent_space, prediction_type
 from .checkpoint import TOKENIZERS, TextSource, tokenizer_of
 from .conditioning import text_conditioning, text_limits
 from .graph import MODEL_NAME, onnx_from_module, save
 from .half import find_islands, half_from_float
-from .jobs import Job, jobs, samples
-from .modules import Graph
+from .jobs import Job, jobs, reference_of, references, samples
+from .modules import Graph, Interface
 from .parity import compare, require_close
 from .plan import ExportPlan, PresetPlan, Progress, no_progress
 from .presets import read_preset
 from .publish import Staging, require_free, writing_failed
 from .random_checkpoint import write_checkpoint
-from .samples import Samples
+from .samples import PROBE, Inputs, Samples
 from .sources import Sources, read_sources
 from .tokenizer import export_tokenizer
 
@@ -96,6 +97,7 @@ class _Export:
         self._plan, self._sources, self._folder, self._progress = plan, sources, folder, progress
         self._producers = _installed_versions()
         self._jobs = tuple(jobs(sources))
+        self._references = references(plan)
         self._done, self._total = 0, _STEPS_PER_COMPONENT * len(self._jobs) + 1
 
     def run(self) -> Manifest:
@@ -131,7 +133,7 @@ class _Export:
         self._step(f"{job.name}: export {graph.parameters / 1e6:.1f} M parameters")
         folder = self._folder / job.name
         folder.mkdir()
-        model = onnx_from_module(job.name, graph)
+        model = graph.model if isinstance(graph, AdoptedGraph) else onnx_from_module(job.name, graph)
         islands: tuple[str, ...] = ()
         if self._plan.dtype == "fp16":
             kept = find_islands(model, cases, self._folder)
@@ -140,11 +142,21 @@ class _Export:
         path = write_model(model, folder)
         _write_json(folder / "config.json", dict(graph.config))
         self._step(f"{job.name}: verify")
-        comparisons = compare(job.name, graph, path, cases, self._plan.dtype, self._folder)
-        require_close(job.name, comparisons)
-        return self._entry(job, graph, islands, tuple(each.evidence for each in comparisons))
+        return self._entry(job, graph, islands, self._evidence(job.name, graph, path, cases))
 
-    def _entry(self, job: Job, graph: Graph, islands: tuple[str, ...], evidence: tuple[Evidence, ...]) -> Component:
+    def _evidence(
+        self, name: str, graph: Graph | AdoptedGraph, model: Path, cases: tuple[Inputs, ...]
+    ) -> tuple[Evidence, ...]:
+        """How close a graph on disk is to PyTorch; nothing of an adopted one that there is no checkpoint of."""
+        if isinstance(graph, AdoptedGraph) and not self._references:
+            require_plausible(name, graph, model, cases[PROBE])
+            return ()
+        reference = reference_of(name, graph, self._references) if isinstance(graph, AdoptedGraph) else graph
+        comparisons = compare(name, reference, model, cases, self._plan.dtype, self._folder)
+        require_close(name, comparisons)
+        return tuple(each.evidence for each in comparisons)
+
+    def _entry(self, job: Job, graph: Interface, islands: tuple[str, ...], evidence: tuple[Evidence, ...]) -> Component:
         denoiser = graph.role == "denoiser"
         return Component(
             role=graph.role,

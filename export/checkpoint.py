@@ -13,6 +13,7 @@ from typing import Any
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
 from .foreign_code import read_codeless_json
+from .foreign_graph import is_foreign
 from .weight_files import find_weights, read_weights
 from .weights import Weights, read_json
 
@@ -79,6 +80,11 @@ TOKENIZERS: Mapping[str, tuple[str, ...]] = {
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 _SCHEDULER_CLASS = re.compile(r"[A-Za-z0-9]+Scheduler")
 _INDEX = "model_index.json"
+_MANIFEST = "tandem.json"
+# The autoencoder's folders in an export by optimum, and what its classes' names begin with.
+_HALVES = ("vae_decoder", "vae_encoder")
+_MARK = "ORT"
+_ADOPTED = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
@@ -136,6 +142,7 @@ class Checkpoint:
 
     texts: its text encoders by component, in the order they are joined.
     zero_negative: an absent negative prompt means zeros, as SDXL's `force_zeros_for_empty_prompt` says.
+    vae_encoder: the autoencoder's other half where `vae` is a decoder alone, as optimum exports them.
     """
 
     folder: Path
@@ -145,6 +152,7 @@ class Checkpoint:
     texts: Mapping[str, TextSource]
     scheduler: SchedulerDefaults
     zero_negative: bool = False
+    vae_encoder: Part | None = None
 
     @property
     def family(self) -> Family:
@@ -155,15 +163,18 @@ class Checkpoint:
 def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Read a diffusers directory's index, configurations and weight headers; no code of the checkpoint is run.
 
+    In the place of weights there may be ONNX graphs, and in the place of `vae/` its two halves, as optimum leaves them.
     allow_pickle: see `find_weights`.
 
     Raises:
         CheckpointError: no diffusers directory; a pipeline, component or class that is not supported; a part missing.
     """
-    if not (folder / _INDEX).is_file():
+    if not (folder / _INDEX).is_file() or (folder / _MANIFEST).is_file():
         raise _no_checkpoint(folder)
     index = read_codeless_json(folder / _INDEX)
     where, pipeline = str(folder / _INDEX), index.get("_class_name")
+    if isinstance(pipeline, str):
+        pipeline = pipeline.removeprefix(_MARK)
     _require_class(where, "_class_name", pipeline, tuple(PIPELINES))
     family = PIPELINES[str(pipeline)]
     stated = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
@@ -172,7 +183,8 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
             _require_entry(where, name, entry, family)
     left_out = {name for name in family.optional if name not in stated}
     wanted = [name for name in (*family.classes, "scheduler") if name not in left_out | {*map(tokenizer_of, left_out)}]
-    missing = [name for name in wanted if name not in stated or not (folder / name).is_dir()]
+    halves = {} if (folder / "vae").is_dir() else {"vae": _HALVES}
+    missing = [name for name in wanted if name not in stated or not _are_there(folder, halves.get(name, (name,)))]
     if missing:
         raise CheckpointError(
             str(folder),
@@ -180,11 +192,13 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
             expected=f"folders {', '.join(wanted)}, named in {_INDEX}",
             remedy="Download the checkpoint again.",
         )
+    vae_classes = (stated["vae"][1],) if halves else AUTOENCODERS
+    vae = [_read_part(folder / name, "vae", vae_classes, allow_pickle) for name in halves.get("vae", ("vae",))]
     return Checkpoint(
         folder=folder,
         pipeline=str(pipeline),
         denoiser=_read_part(folder / family.denoiser, family.denoiser, family.classes[family.denoiser], allow_pickle),
-        vae=_read_part(folder / "vae", "vae", AUTOENCODERS, allow_pickle),
+        vae=vae[0],
         texts={
             name: TextSource(_read_part(folder / name, name, (kind,), allow_pickle), folder / tokenizer_of(name))
             for name, kind in family.text_encoders.items()
@@ -192,6 +206,7 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         },
         scheduler=read_scheduler(folder / _SCHEDULER_CONFIG),
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family is _SDXL)),
+        vae_encoder=vae[1] if halves else None,
     )
 
 
@@ -273,8 +288,15 @@ def _read_part(folder: Path, component: str, classes: tuple[str, ...], allow_pic
         class_name, stem, key = architectures[0] if isinstance(architectures, list) else None, "model", "architectures"
     else:
         class_name, stem, key = config.get("_class_name"), "diffusion_pytorch_model", "_class_name"
+    weights = find_weights(folder, stem, allow_pickle=allow_pickle)
+    if is_foreign(weights):
+        if component not in _ADOPTED:
+            what, expected = f"an ONNX graph of a {component}", f"one of a {', '.join(_ADOPTED)}, or safetensors"
+            raise CheckpointError(str(folder), what, expected=expected, remedy="Give the checkpoint itself.")
+        # optimum's pipelines save the name of a class of their own.
+        class_name = classes[0] if str(class_name).startswith(_MARK) else class_name
     _require_class(str(config_path), key, class_name, classes)
-    return Part(folder, str(class_name), config, find_weights(folder, stem, allow_pickle=allow_pickle))
+    return Part(folder, str(class_name), config, weights)
 
 
 def _require_entry(where: str, name: str, entry: list[Any], family: Family) -> None:
@@ -296,6 +318,10 @@ def _require_entry(where: str, name: str, entry: list[Any], family: Family) -> N
         _require_class(where, name, class_name, classes[name])
 
 
+def _are_there(folder: Path, names: tuple[str, ...]) -> bool:
+    return all((folder / name).is_dir() for name in names)
+
+
 def _require_class(where: str, key: str, class_name: object, allowed: tuple[str, ...]) -> None:
     if class_name not in allowed:
         raise CheckpointError(f"{where}: {key}", "class", got=class_name, expected=" or ".join(allowed))
@@ -306,6 +332,6 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
     what, remedy = "not a checkpoint", "Check the path."
     if not folder.exists():
         what = "no such checkpoint"
-    elif (folder / "tandem.json").is_file():
+    elif (folder / _MANIFEST).is_file():
         what, remedy = "a bundle already", "Give the checkpoint that it was exported from."
     return CheckpointError(str(folder), what, expected=f"a diffusers directory with {_INDEX}", remedy=remedy)

@@ -25,6 +25,7 @@ examples:
   tandemrt export stable-diffusion-v1-5/ bundle/ --small small-sd/ --tiny-vae taesd/
   tandemrt export stable-diffusion-v1-5/ bundle/ --lora Hyper-SD15-8steps-lora.safetensors --lora style.safetensors:0.6
   tandemrt export sd_xl_base_1.0.safetensors bundle/ --tokenizer stable-diffusion-xl-base-1.0/
+  tandemrt export optimum-export/ bundle/ --verify-against stable-diffusion-v1-5/
   tandemrt export bundle/ --preset hybrid-sd
 """
 
@@ -50,7 +51,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CHECKPOINT",
-        help="a diffusers directory (model_index.json), or one .safetensors file in its authors' layout",
+        help="a diffusers directory (model_index.json), one .safetensors file in its authors' layout, or an export by "
+        "optimum, whose graphs are adapted as they are",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle to make; must not exist, see --force")
     parser.add_argument(
@@ -98,6 +100,12 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read .bin weights where there is no safetensors file; unpickling can run code, so only for files of "
         "people you trust, though torch's restricted unpickler is used",
+    )
+    parser.add_argument(
+        "--verify-against",
+        type=Path,
+        metavar="SOURCE",
+        help="the checkpoint that optimum's graphs in CHECKPOINT came from: they are compared with it, else run once",
     )
 
 
@@ -160,6 +168,7 @@ def plan_from_arguments(args: argparse.Namespace) -> ExportPlan | PresetPlan:
         eta=0.0 if args.eta is None else args.eta,
         force=args.force,
         allow_pickle=args.allow_pickle,
+        verify_against=args.verify_against,
     )
 
 
@@ -201,8 +210,8 @@ def run(plan: ExportPlan | PresetPlan, reporter: Reporter) -> dict[str, Any]:
                 "parameters": component.parameters,
                 "precision": component.precision,
                 "fp32_islands": len(component.fp32_islands),
-                "max_relative_error": max(each.value for each in component.evidence),
-                "threshold": component.evidence[0].threshold,
+                "max_relative_error": max((each.value for each in component.evidence), default=None),
+                "threshold": component.evidence[0].threshold if component.evidence else None,
             }
             for name, component in manifest.components.items()
         },
@@ -214,10 +223,12 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"{result['bundle']}: {result['bytes'] / 1e6:.1f} MB"
     for name, component in result["components"].items():
         islands = f", {component['fp32_islands']} fp32 islands" if component["fp32_islands"] else ""
-        yield (
-            f"  {name}: {component['parameters']:,} parameters, {component['precision']}{islands}, max_relative_error "
-            f"{component['max_relative_error']:.2g} (at most {component['threshold']:g})"
-        )
+        if component["threshold"] is None:
+            verdict = "not compared with PyTorch"
+        else:
+            error = component["max_relative_error"]
+            verdict = f"max_relative_error {error:.2g} (at most {component['threshold']:g})"
+        yield f"  {name}: {component['parameters']:,} parameters, {component['precision']}{islands}, {verdict}"
 
 
 def _preset_plan(args: argparse.Namespace) -> PresetPlan:
@@ -227,6 +238,7 @@ def _preset_plan(args: argparse.Namespace) -> PresetPlan:
         "--tokenizer": args.tokenizer,
         "--denoiser": args.denoiser,
         "--vae": args.vae,
+        "--verify-against": args.verify_against,
         "--lora": args.lora or None,
         "--allow-pickle": args.allow_pickle or None,
         "--solver": args.solver,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -20,6 +20,28 @@ UNUSABLE = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError, ZeroDivisionError,
     ImportError,
 )  # fmt: skip
+
+
+class Interface(Protocol):
+    """What samples and manifests go by in a graph; see `Graph`."""
+
+    @property
+    def role(self) -> Role: ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    @property
+    def parameters(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class ExportPlan:
     solver, solver_config: the bundle's scheduler, as `tandemrt generate` names it; None keeps the checkpoint's.
     guidance_scale, num_inference_steps, timesteps, eta: the bundle's defaults for a generation; None for the format's.
     allow_pickle: take pickled weights where there are no others.
+    verify_against: the checkpoint to compare ONNX graphs with that stand in the place of weights.
     force: replace `out` where it is a bundle already.
     """
 
@@ -110,6 +111,7 @@ class ExportPlan:
     timesteps: tuple[int, ...] | None = None
     eta: float = 0.0
     allow_pickle: bool = False
+    verify_against: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -147,6 +149,7 @@ class ExportPlan:
             "timesteps": None if self.timesteps is None else list(self.timesteps),
             "eta": self.eta,
             "allow_pickle": self.allow_pickle,
+            "verify_against": None if self.verify_against is None else str(self.verify_against),
             "force": self.force,
         }
 
@@ -188,7 +191,7 @@ class PresetPlan:
         """The plan in JSON's types."""
         facts = self.export_plan(Path(), {}).as_json()
         sources = ("checkpoint", "added", "tokenizer", "denoiser", "vae", "loras")
-        for key in (*sources, "solver", "solver_config", "allow_pickle"):
+        for key in (*sources, "solver", "solver_config", "allow_pickle", "verify_against"):
             del facts[key]
         return {"preset": self.name, "scale": self.scale, **facts}
 

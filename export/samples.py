@@ -13,7 +13,7 @@ from torch import Tensor
 from ..runtime.manifest import LatentSpace, SchedulerDefaults, TensorSpec
 from ..runtime.schedule import training_alphas_cumprod
 from ..runtime.solvers.config import effective_config
-from .modules import Graph, extent
+from .modules import Interface, extent
 
 Inputs = dict[str, npt.NDArray[np.generic]]
 
@@ -23,6 +23,8 @@ PROMPTS = (
     "An oil painting of two sailing boats in a storm, at dusk; highly detailed!",
 )
 # Latent height and width and the text's length as shares of the model's own, and the batch: square, landscape, tall.
+# PROBE is the one of them that differs most from what a graph was traced with.
+PROBE = 1
 _CASES = ((1.0, 1.0, 1.0, 1), (0.5, 0.75, 0.5, 2), (1.25, 0.5, 0.25, 1), (1.0, 1.0, 1.0, 2))
 # So many multiples at least stand for a share of 1: with fewer, cases would round to one size.
 _MULTIPLES = 4
@@ -64,13 +66,13 @@ class Samples:
         self._encode_picture = encode_picture
         self._kept, self._noise = _noise_levels(scheduler)
 
-    def cases(self, name: str, graph: Graph) -> tuple[Inputs, ...]:
+    def cases(self, name: str, graph: Interface) -> tuple[Inputs, ...]:
         """Three shapes and two batch sizes of inputs for the graph of component `name`, on every symbolic axis."""
         if graph.role == "text_encoder":
             return tuple(_shortened(self._text.token_ids[name], text, batch) for _, _, text, batch in _CASES)
         return tuple(self._inputs(graph, *case) for case in _CASES)
 
-    def _inputs(self, graph: Graph, height: float, width: float, text: float, batch: int) -> Inputs:
+    def _inputs(self, graph: Interface, height: float, width: float, text: float, batch: int) -> Inputs:
         if graph.role in ("denoiser", "controlnet"):
             length = max(1, round(self._text.embeddings.shape[1] * text))
             return self._denoiser(graph, *_sizes(height, width, self._size, graph.multiple), length, batch)
@@ -80,7 +82,7 @@ class Samples:
         scaled = self._latents(*sizes, batch) / self._latent.scaling_factor + self._latent.shift_factor
         return {"latent_sample": scaled.astype(np.float32)}
 
-    def _denoiser(self, graph: Graph, height: int, width: int, length: int, batch: int) -> Inputs:
+    def _denoiser(self, graph: Interface, height: int, width: int, length: int, batch: int) -> Inputs:
         clean = self._latents(height, width, batch)
         rows = np.arange(batch)
         timestep = np.array([_TIMESTEPS[(row + batch) % len(_TIMESTEPS)] for row in rows], np.float32)

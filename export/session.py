@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -41,6 +42,12 @@ class OnnxRun:
         except Exception as error:  # onnxruntime's errors have no base class of their own
             raise self._failed("does not run", error) from error
         return outputs
+
+    def named(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """As a call, with the outputs by name and whole numbers in the graph's own type."""
+        narrow = {each.name for each in self._session.get_inputs() if each.type == "tensor(int32)"}
+        given = {name: values.astype(np.int32) if name in narrow else values for name, values in inputs.items()}
+        return dict(zip((each.name for each in self._session.get_outputs()), self(given), strict=True))
 
     def _failed(self, what: str, error: Exception) -> ExportError:
         first = str(error).strip().splitlines()[0]

@@ -29,6 +29,7 @@ from .checkpoint import (
     read_denoiser,
 )
 from .facts import denoiser_facts
+from .foreign_graph import is_foreign
 from .lora import fuse, read_lora, require_used
 from .lora_names import PARTS
 from .plan import ExportPlan
@@ -56,19 +57,20 @@ class Sources:
     def parts(self) -> dict[str, Part]:
         """The part that every component of the bundle is made from, in the manifest's order."""
         return {
-            **{name: source.encoder for name, source in self.main.texts.items()},
+            **_encoders(self.main),
             self.main.family.denoiser: self.main.denoiser,
             **{name: source.part for name, source in self.denoisers.items()},
             **self.controlnets,
             "vae_decoder": self.main.vae,
             **self.decoders,
-            "vae_encoder": self.main.vae,
+            "vae_encoder": self.main.vae_encoder or self.main.vae,
         }
 
     def is_controlled(self, denoiser: Part) -> bool:
         """Whether the bundle's ControlNets, which fit the main denoiser, fit this one too."""
         main = denoiser_facts(self.main.denoiser)
-        return bool(self.controlnets) and denoiser_facts(denoiser).residuals == main.residuals
+        fits = denoiser_facts(denoiser).residuals == main.residuals
+        return bool(self.controlnets) and fits and not is_foreign(denoiser.weights)
 
     def own_scheduler(self, name: str) -> SchedulerDefaults | None:
         """A component's scheduler where it brings one that differs from the bundle's."""
@@ -99,8 +101,9 @@ def read_sources(plan: ExportPlan) -> Sources:
     if plan.vae is not None:
         vae = read_autoencoder(plan.vae, allow_pickle=pickle)
         require_decoder("--vae", vae, main)
-        main = replace(main, vae=vae)
+        main = replace(main, vae=vae, vae_encoder=None)
     if plan.loras:
+        _require_weights("--lora", {main.family.denoiser: main.denoiser, **_encoders(main)})
         main = _with_loras(main, plan)
     if plan.solver is not None or plan.solver_config:
         main = replace(main, scheduler=_asked_for(plan, main.scheduler))
@@ -111,6 +114,9 @@ def read_sources(plan: ExportPlan) -> Sources:
         if each.role == "denoiser" and not each.name.startswith(f"{main.family.denoiser}_"):
             expected = f"{main.family.denoiser}_NAME, as {main.pipeline}'s denoiser is called"
             raise ArgumentError("--add", "name of a denoiser", got=each.name, expected=expected)
+        if each.role == "controlnet":
+            # Its residuals would need inputs that the graph has not.
+            _require_weights(f"--add {each.name}", {main.family.denoiser: main.denoiser})
         by_role[each.role][each.name] = each.folder
     sources = Sources(
         main,
@@ -124,13 +130,35 @@ def read_sources(plan: ExportPlan) -> Sources:
         require_decoder(name, decoder, main)
     for name, controlnet in sources.controlnets.items():
         require_controlnet(name, controlnet, main)
+    if plan.dtype != "fp32":
+        _require_weights(f"--dtype {plan.dtype}", sources.parts())
+    if plan.verify_against is not None and not any(is_foreign(part.weights) for part in sources.parts().values()):
+        what, got = "is for ONNX graphs; weights are always compared with", str(plan.verify_against)
+        raise ArgumentError("--verify-against", what, got=got, remedy="Leave it out.")
     return sources
+
+
+def _encoders(main: Checkpoint) -> dict[str, Part]:
+    return {name: text.encoder for name, text in main.texts.items()}
+
+
+def _require_weights(option: str, parts: Mapping[str, Part]) -> None:
+    """Check that parts are weights, not graphs that others made of them."""
+    for name, part in parts.items():
+        if is_foreign(part.weights):
+            raise ArgumentError(
+                option,
+                f"{name} is an ONNX graph, which is taken as it is",
+                got=str(part.folder),
+                expected="a checkpoint",
+                remedy="Give the checkpoint that it was exported from.",
+            )
 
 
 def _with_loras(main: Checkpoint, plan: ExportPlan) -> Checkpoint:
     """The checkpoint with the plan's LoRAs fused into its denoiser and its text encoders."""
     loras = [(read_lora(each.path, allow_pickle=plan.allow_pickle), each.scale) for each in plan.loras]
-    parts = {main.family.denoiser: main.denoiser, **{name: text.encoder for name, text in main.texts.items()}}
+    parts = {main.family.denoiser: main.denoiser, **_encoders(main)}
     fused: dict[str, Part] = {}
     for name in PARTS:
         if name in parts:

@@ -67,7 +67,7 @@ def _clip_graph(part: Part, encoding: TextEncoding) -> Graph:
     return Graph(
         role="text_encoder",
         module=frozen(_Clip(model, states=_reads_states(encoding))),
-        inputs=(_IDS,),
+        inputs=(TOKEN_IDS,),
         outputs=clip_outputs(part, encoding),
         # optimum reads both from config.json, where transformers may leave out what equals its default.
         config={
@@ -105,7 +105,7 @@ def _t5_graph(part: Part) -> Graph:
     return Graph(
         role="text_encoder",
         module=frozen(_T5(model)),
-        inputs=(_IDS,),
+        inputs=(TOKEN_IDS,),
         outputs=(float_spec("last_hidden_state", "batch", "sequence", model.config.d_model),),
         config=part.config,
     )
@@ -115,7 +115,7 @@ def _reads_states(encoding: TextEncoding) -> bool:
     return encoding.hidden_state != "last_hidden_state"
 
 
-_IDS = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
+TOKEN_IDS = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
 _T5_TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 _PREFIX = "text_model."
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckpointError, ExportError
 from ..runtime.manifest import Evidence
-from .jobs import Job, jobs, samples
+from .jobs import Job, jobs, require_weights, samples
 from .parity import compare
 from .plan import ExportPlan, Progress, no_progress
 from .sources import Sources, read_sources
@@ -28,6 +28,7 @@ def verify_bundle(bundle: Bundle, plan: ExportPlan, progress: Progress = no_prog
     found = read_sources(_as_exported(plan, bundle))
     wanted = [job for job in jobs(found) if job.name in bundle.manifest.components]
     for job in wanted:
+        require_weights(job)
         _require_source(job, found, bundle)
     inputs = samples(found, bundle.path, bundle.manifest.text)
     results: dict[str, Sequence[Evidence]] = {}

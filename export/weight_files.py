@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..runtime.errors import CheckpointError
+from .foreign_graph import find_graph
 from .pickled import PICKLES, read_pickled, refused
 from .shards import read_shards
 from .weights import Weights, read_header
@@ -18,8 +19,9 @@ _PICKLED_STEMS = {"model": "pytorch_model"}
 def find_weights(folder: Path, stem: str, *, allow_pickle: bool = False) -> Weights:
     """The weights called `stem` in a model folder, their headers read and checked.
 
-    One safetensors file or several with an index; without either, those of the one variant there is, such as fp16.
-    allow_pickle: take pickled weights where there are no others; see `read_pickled`.
+    One safetensors file or several with an index; without either, those of the one variant there is, such as fp16; an
+    ONNX graph where there are none.
+    allow_pickle: take pickled weights where there are no safe ones; see `read_pickled`.
 
     Raises:
         CheckpointError: no weights, several variants of them, pickled ones without `allow_pickle`, or damaged ones.
@@ -27,6 +29,8 @@ def find_weights(folder: Path, stem: str, *, allow_pickle: bool = False) -> Weig
     found = _find(folder, stem, "safetensors", read_header)
     if found is None and allow_pickle:
         found = _find(folder, _PICKLED_STEMS.get(stem, stem), "bin", read_pickled)
+    if found is None:
+        found = find_graph(folder)
     if found is not None:
         return found
     expected = f"{stem}.safetensors"
