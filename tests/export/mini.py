@@ -42,7 +42,9 @@ def write_checkpoint(folder: Path) -> Path:
     )
     text.save_pretrained(folder / "text_encoder")
     kl_vae().save_pretrained(folder / "vae")
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     scheduler.save_pretrained(folder / "scheduler")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     index = {

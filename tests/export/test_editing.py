@@ -29,7 +29,7 @@ from tandemrt.runtime import Pipeline
 from .mini import unet, write_checkpoint
 from .test_controlnets import write_controlnet
 
-PSNR_DB = 45
+PSNR_DB = 60
 PROMPT = "a red circle"
 WIDTH, HEIGHT = 24, 16
 SOLVERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
