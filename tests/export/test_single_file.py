@@ -124,7 +124,7 @@ def _bare(names: Iterable[str]) -> set[str]:
     return {name.removeprefix("text_model.") for name in names} - {"encoder.embed_tokens.weight"}
 
 
-@pytest.mark.parametrize(("kind", "size"), [("epsilon", 64), ("v_prediction", 96)])
+@pytest.mark.parametrize(("kind", "size"), [("epsilon", 8), ("v_prediction", 12)])
 def test_what_stable_diffusion_2_predicts_is_asked_for(
     kind: str, size: int, states: Callable[[str], dict[str, State]], tmp_path: Path
 ) -> None:
