@@ -61,6 +61,8 @@ def export_bundle(plan: ExportPlan, progress: Progress = no_progress) -> Path:
     """
     require_free(plan.out, force=plan.force)
     sources = read_sources(plan)
+    if sources.assumption is not None:
+        progress(sources.assumption, 0, 1)
     with Staging(plan.out, force=plan.force) as staging:
         try:
             manifest = _Export(plan, sources, staging.folder, progress).run()

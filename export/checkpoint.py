@@ -143,6 +143,7 @@ class Checkpoint:
     texts: its text encoders by component, in the order they are joined.
     zero_negative: an absent negative prompt means zeros, as SDXL's `force_zeros_for_empty_prompt` says.
     vae_encoder: the autoencoder's other half where `vae` is a decoder alone, as optimum exports them.
+    preset: which preset a single file was taken for, whose scheduler it therefore has; None where a folder says it.
     """
 
     folder: Path
@@ -153,6 +154,7 @@ class Checkpoint:
     scheduler: SchedulerDefaults
     zero_negative: bool = False
     vae_encoder: Part | None = None
+    preset: str | None = None
 
     @property
     def family(self) -> Family:

@@ -83,9 +83,9 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="SOURCE",
         help="the UNet or transformer in place of CHECKPOINT's, which is then the teacher that text encoders and VAE "
-        "come from: a checkpoint, a model's folder, or one file of its weights",
+        "come from and, as one file, may lack its own: a checkpoint, a model's folder, or one file of its weights",
     )
-    parser.add_argument("--vae", type=Path, metavar="DIR", help="the autoencoder in place of CHECKPOINT's")
+    parser.add_argument("--vae", type=Path, metavar="DIR", help="the autoencoder in place of CHECKPOINT's, or of none")
     parser.add_argument(
         "--lora",
         action="append",

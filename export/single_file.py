@@ -38,12 +38,13 @@ _PROJECTION = "text_projection.weight"
 
 @dataclass(frozen=True)
 class _Family:
-    """Files of one layout: the beginning of a name that no other has, the models by component, what they may be.
+    """Files of one layout: the beginnings of names that no other has, the models by component, what they may be.
 
-    models: what the names of a component's tensors begin with, and how the rest of them is to be read.
+    models: what the names of a component's tensors begin with, and how the rest of them is to be read; the denoiser's
+        stand first.
     """
 
-    mark: str
+    marks: tuple[str, ...]
     models: Mapping[str, tuple[str, layouts.Layout]]
     presets: tuple[str, ...]
 
@@ -54,7 +55,7 @@ _LATENT_DIFFUSION: Mapping[str, tuple[str, layouts.Layout]] = {
 }
 _FAMILIES = (
     _Family(
-        "model.diffusion_model.joint_blocks.",
+        ("model.diffusion_model.joint_blocks.", "text_encoders.clip_g."),
         {
             "transformer": ("model.diffusion_model.", layouts.mmdit),
             "vae": ("first_stage_model.", layouts.autoencoder),
@@ -65,7 +66,7 @@ _FAMILIES = (
         ("sd3-medium", "sd3-medium-no-t5"),
     ),
     _Family(
-        "conditioner.embedders.",
+        ("conditioner.embedders.",),
         {
             **_LATENT_DIFFUSION,
             "text_encoder": ("conditioner.embedders.0.transformer.", layouts.clip),
@@ -74,23 +75,27 @@ _FAMILIES = (
         ("sdxl", "ssd-1b", "koala-700m"),
     ),
     _Family(
-        "cond_stage_model.model.",
+        ("cond_stage_model.model.",),
         {**_LATENT_DIFFUSION, "text_encoder": ("cond_stage_model.model.", layouts.openclip)},
         ("sd21-base", "sd21"),
     ),
     _Family(
-        "cond_stage_model.transformer.",
+        ("cond_stage_model.transformer.",),
         {**_LATENT_DIFFUSION, "text_encoder": ("cond_stage_model.transformer.", layouts.clip)},
         ("sd15",),
     ),
 )
 
 
-def read_single_file(file: Path, tokenizer: Path | None, prediction_type: object) -> Checkpoint:
+def read_single_file(
+    file: Path, tokenizer: Path | None, prediction_type: object, replaced: Collection[str] = ()
+) -> Checkpoint:
     """Read a Stable Diffusion 1, 2, XL or 3 checkpoint from one safetensors file; only its header is read yet.
 
     tokenizer: a folder with a CLIP tokenizer's files, or a pipeline directory with `tokenizer/`, `tokenizer_2/` …
     prediction_type: what the denoiser predicts, where several presets differ in nothing else.
+    replaced: components that others are taken in place of, `unet`, `transformer` or `vae`: where the file holds none,
+        a part without weights stands for it.
 
     Raises:
         ArgumentError: the tokenizer or the prediction type is needed and not given.
@@ -100,7 +105,7 @@ def read_single_file(file: Path, tokenizer: Path | None, prediction_type: object
         raise CheckpointError(str(file), "a pickled checkpoint", expected="a .safetensors file", remedy=_CONVERT)
     base = read_header(file)
     family = _family(base)
-    preset = _preset(base, family, prediction_type)
+    name, preset = _preset(base, family, prediction_type, replaced)
     parts = _parts(base, family, preset)
     texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     folders = _tokenizers(preset, tokenizer)
@@ -112,58 +117,63 @@ def read_single_file(file: Path, tokenizer: Path | None, prediction_type: object
         texts={name: TextSource(part, folders[name]) for name, part in texts.items()},
         scheduler=preset.scheduler,
         zero_negative=preset.pipeline == "StableDiffusionXLPipeline",
+        preset=name,
     )
 
 
 def _family(base: Weights) -> _Family:
     for family in _FAMILIES:
-        if any(name.startswith(family.mark) for name in base.shapes):
+        if any(name.startswith(family.marks) for name in base.shapes):
             return family
     raise CheckpointError(
         str(base.files[0]),
         f"not a checkpoint in its authors' layout (it holds {listed(base.shapes)})",
-        expected=f"a denoiser, an autoencoder and text encoders ({', '.join(each.mark for each in _FAMILIES)}*)",
+        expected=f"a denoiser, an autoencoder and text encoders ({', '.join(each.marks[0] for each in _FAMILIES)}*)",
         remedy="Give a diffusers directory; a denoiser alone goes beside one, as --denoiser.",
     )
 
 
-def _preset(base: Weights, family: _Family, prediction_type: object) -> Preset:
-    """The preset with the models that are in the file and a denoiser of about its size."""
+def _preset(base: Weights, family: _Family, prediction_type: object, replaced: Collection[str]) -> tuple[str, Preset]:
+    """The preset with the models that are in the file and a denoiser of about its size, behind its name."""
     present = {
         component
         for component, (prefix, _) in family.models.items()
-        if any(name.startswith(prefix) for name in base.shapes)
+        if component in replaced or any(name.startswith(prefix) for name in base.shapes)
     }
-    presets = [preset for preset in map(read_preset, family.presets) if preset.models.keys() == present]
+    presets = {name: preset for name in family.presets if (preset := read_preset(name)).models.keys() == present}
     if not presets:
         least = min(map(read_preset, family.presets), key=lambda preset: len(preset.models))
         missing = next(component for component in family.models if component in least.models.keys() - present)
+        option = {"vae": "--vae", "unet": "--denoiser", "transformer": "--denoiser"}.get(missing)
         raise CheckpointError(
             str(base.files[0]),
             f"missing component {missing}",
             expected=f"tensors {family.models[missing][0]}*",
-            remedy="Use a file that holds every model, or a diffusers directory.",
+            remedy=(f"Give one with {option}, or u" if option else "U")
+            + "se a file that holds every model, or a diffusers directory.",
         )
-    distances = [_distance(base, family, preset) for preset in presets]
-    closest = [preset for preset, distance in zip(presets, distances, strict=True) if distance == min(distances)]
-    kinds = [predicted(preset.scheduler) for preset in closest]
-    if len(closest) > 1 and prediction_type not in kinds:
+    distances = {name: _distance(base, family, preset) for name, preset in presets.items()}
+    closest = {
+        name: predicted(presets[name].scheduler) for name in presets if distances[name] == min(distances.values())
+    }
+    if len(set(closest.values())) > 1 and prediction_type not in closest.values():
         raise ArgumentError(
             "--solver-config prediction_type",
             f"cannot be told from the tensors of {base.files[0]}",
             got=prediction_type,
-            expected=" or ".join(kinds),
+            expected=" or ".join(closest.values()),
             remedy="Give --solver-config prediction_type=epsilon for one of 512 px, =v_prediction for one of 768 px.",
         )
-    return next((preset for preset, kind in zip(closest, kinds, strict=True) if kind == prediction_type), closest[0])
+    name = next((name for name, kind in closest.items() if kind == prediction_type), next(iter(closest)))
+    return name, presets[name]
 
 
 def _distance(base: Weights, family: _Family, preset: Preset) -> int:
-    """How many parameters more or fewer than the preset's the file's denoiser has."""
+    """How many parameters more or fewer than the preset's the file's denoiser has; 0 where it has none."""
     component = next(iter(family.models))
     prefix = family.models[component][0]
     own = Remapped(base, {name: Origin(name) for name in base.shapes if name.startswith(prefix)}, {})
-    return abs(parameters(own) - models()[preset.models[component]].parameters)
+    return abs(parameters(own) - models()[preset.models[component]].parameters) if own.origins else 0
 
 
 def _parts(base: Weights, family: _Family, preset: Preset) -> dict[str, Part]:

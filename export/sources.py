@@ -20,6 +20,7 @@ from .agreement import (
     require_main,
 )
 from .checkpoint import (
+    DENOISERS,
     Checkpoint,
     DenoiserSource,
     Part,
@@ -76,6 +77,17 @@ class Sources:
         """A component's scheduler where it brings one that differs from the bundle's."""
         scheduler = self.denoisers[name].scheduler if name in self.denoisers else None
         return scheduler if scheduler != self.main.scheduler else None
+
+    @property
+    def assumption(self) -> str | None:
+        """What a single file was taken for, and how to say otherwise; None for a folder, which says so itself."""
+        if self.main.preset is None:
+            return None
+        return (
+            f"{self.main.folder.name} is taken for {self.main.preset}, with {self.main.scheduler.class_name}: its "
+            "tensors cannot tell a model distilled from it, such as a turbo one, which needs --solver, "
+            "--solver-config, --timesteps, --num-inference-steps or --guidance-scale"
+        )
 
     def digest(self, part: Part) -> str:
         """The sha256 over a part's configuration and weights, and by how much LoRAs are fused into them."""
@@ -172,7 +184,8 @@ def _with_loras(main: Checkpoint, plan: ExportPlan) -> Checkpoint:
 
 def _main(plan: ExportPlan) -> Checkpoint:
     if plan.checkpoint.is_file():
-        return read_single_file(plan.checkpoint, plan.tokenizer, plan.solver_config.get("prediction_type"))
+        replaced = (*(DENOISERS if plan.denoiser else ()), *(("vae",) if plan.vae else ()))
+        return read_single_file(plan.checkpoint, plan.tokenizer, plan.solver_config.get("prediction_type"), replaced)
     if plan.tokenizer is not None:
         expected = "a CHECKPOINT that is one file"
         raise ArgumentError(
@@ -207,6 +220,8 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
     main, latent = sources.main, latent_space(sources.main.vae)
     return {
         **plan.as_json(),
+        "taken_for": main.preset,
+        "assumption": sources.assumption,
         "components": {
             name: {
                 "class_name": part.class_name,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tandemrt.export import single_file
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.presets import Model
 
 from .mini import tiny_vae, write_checkpoint
+from .original import State, random_states, small_models
+from .single_files import PRESETS
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +45,18 @@ def half_bundle(checkpoint: Path, tiny: Path, tmp_path_factory: pytest.TempPathF
     """The small checkpoint with a tiny decoder, as an fp16 bundle; not to be written to."""
     out = tmp_path_factory.mktemp("half") / "bundle"
     return export_bundle(ExportPlan(checkpoint, out, (Added("vae_decoder_tiny", tiny),), dtype="fp16"))
+
+
+@pytest.fixture(scope="session")
+def states() -> Callable[[str], dict[str, State]]:
+    """The random tensors of a preset's small models, by its name; not to be changed."""
+    kept: dict[str, dict[str, State]] = {}
+    return lambda preset: kept.setdefault(preset, random_states(preset))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
+    """Single files are read as if every preset's architectures were the small ones that the tests write."""
+    every = {name: model for preset in (*PRESETS, "sd21-base") for name, model in small_models(preset).items()}
+    monkeypatch.setattr(single_file, "models", lambda: every)
+    return every
