@@ -1,9 +1,11 @@
-"""Numbers as callers give them: Python's or numpy's, but no truth values and no texts."""
+"""Arguments as callers give them: numbers, Python's or numpy's, but no truth values and no texts; and names."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -45,3 +47,9 @@ def thread_count(where: str, value: object) -> int | None:
     if count is None or not 1 <= count <= MAX_THREADS:
         raise ArgumentError(where, "number of threads", got=value, expected=f"a whole number in 1..{MAX_THREADS}")
     return count
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A question after the one of the `known` names that is nearest; empty where none is near."""
+    alike = get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean {alike[0]!r}?" if alike else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from . import manifest as manifests
+from .arguments import did_you_mean
 from .errors import BundleError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Component, FileRecord, Manifest, TensorSpec
 from .manifest_checks import TOKENIZER_FILE, check_manifest
@@ -74,8 +75,9 @@ class Bundle:
             BundleError: the bundle has none of that name.
         """
         if name not in self.manifest.components:
-            known = ", ".join(self.manifest.components)
-            raise BundleError(_shown(self.path), "no such component", got=name, expected=f"one of {known}")
+            expected = f"one of {', '.join(self.manifest.components)}"
+            remedy = did_you_mean(name, self.manifest.components)
+            raise BundleError(_shown(self.path), "no such component", got=name, expected=expected, remedy=remedy)
         return self.manifest.components[name]
 
     def model_path(self, name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import finite_number
+from .arguments import did_you_mean, finite_number
 from .backends.base import Session
 from .binding import Bound, Conditioning, bind
 from .errors import BundleError, RequestError
@@ -202,7 +202,8 @@ def _by_name(argument: str, given: Mapping[str, T], known: Collection[str], unkn
     for key, value in given.items():
         name = key if key in known else str(key).removeprefix(CONTROLNET_PREFIX)
         if name not in known:
-            raise RequestError(argument, unknown, got=name, expected=f"one of {', '.join(known)}")
+            expected, remedy = f"one of {', '.join(known)}", did_you_mean(name, known)
+            raise RequestError(argument, unknown, got=name, expected=expected, remedy=remedy)
         if name in named:
             raise RequestError(argument, "a ControlNet given twice", got=name, expected="every one once")
         named[name] = value

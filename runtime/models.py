@@ -60,14 +60,18 @@ class Models:
         return session
 
     def encode_texts(
-        self, prompts: Sequence[Sequence[str]], *, strict: bool
+        self, prompts: Sequence[Sequence[str]], *, strict: bool, before: Callable[[], None]
     ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
-        """What the text encoders make of prompts, a list for each in their order, joined, and the text that was cut."""
+        """What the text encoders make of prompts, a list for each in their order, joined, and the text that was cut.
+
+        before: called before an encoder is loaded and before each prompt; what it raises ends the encoding.
+        """
         text = self._bundle.manifest.text
         parts: list[Embeddings] = []
         dropped: list[tuple[str, DroppedText]] = []
         for name, texts in zip(text.encoders, prompts, strict=False):
-            part, cut = self._text_encoder(name).encode(texts, strict=strict)
+            before()
+            part, cut = self._text_encoder(name).encode(texts, strict=strict, before=before)
             parts.append(part)
             dropped += [(name, one) for one in cut]
         return joined(text, parts), merged(dropped)
@@ -104,8 +108,10 @@ class Models:
             encoded.append(binding.outputs[output][0].copy())
         return np.stack(encoded)
 
-    def decode(self, decoder: str, latents: Float32) -> Iterator[Float32]:
+    def decode(self, decoder: str, latents: Float32, *, before: Callable[[], None]) -> Iterator[Float32]:
         """Decode (B, C, h, w) one picture at a time, which bounds memory: (H, W, 3) float32 in [0, 1] each.
+
+        before: called before each picture; what it raises ends the decoding.
 
         Raises:
             ExecutionError: the decoder failed, or returned NaN or Inf.
@@ -113,6 +119,7 @@ class Models:
         space = self._bundle.manifest.latent
         binding = self.session(decoder).bind({"latent_sample": (1, *latents.shape[1:])})
         for latent in latents:
+            before()
             np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])
             binding.inputs["latent_sample"][0] += space.shift_factor
             binding.run()

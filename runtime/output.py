@@ -25,7 +25,11 @@ class RowTiming:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where a generation's time went, in milliseconds; `image_ms` is the encoding of an image to start from."""
+    """Where a generation's time went, in milliseconds.
+
+    image_ms: making an image to start from and those of ControlNets ready. A model's first row has its binding in
+    total_ms. What all of it took, `total_ms`, also holds the loading of models.
+    """
 
     text_ms: float
     image_ms: float

@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from PIL import Image
 
-from .arguments import thread_count
+from .arguments import did_you_mean, thread_count
 from .bundle import Bundle
 from .conditioning import check_conditioning, conditioned
 from .control import Control, Steering, checked_controls
@@ -140,36 +140,42 @@ class Pipeline:
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
-        stop = functools.partial(_stop_if, cancelled, 0, plan)
+        rows: list[RowTiming] = []
+
+        def stop() -> None:
+            if cancelled.is_set():
+                raise CancelledError("generation", f"cancelled after row {len(rows)} of {plan.table.rows}")
+
         stop()
         began = time.perf_counter()
-        encode = functools.partial(models.encode_texts, strict=request.strict_prompts)
+        encode = functools.partial(models.encode_texts, strict=request.strict_prompts, before=stop)
         names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
         conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
-        stop()
         text_ms, encoding = _since(began), time.perf_counter()
         encode_pictures = functools.partial(models.encode_pictures, before=stop)
         beginning = begin(job.editing, plan, noise, encode_pictures, request.latents)
-        stop()
-        image_ms = _since(encoding)
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
-        sessions = {name: models.session(name) for name in names}
+        image_ms = _since(encoding)
+        sessions = {}
+        for name in names:
+            stop()
+            sessions[name] = models.session(name)
         steering = Steering(job.controls, sessions, conditioning) if job.controls else None
         conditioning = beginning.behind(conditioning)
         sampler = Sampler(plan, sessions, conditioning, noise.draw, keep=beginning.keep, steering=steering)
         stop()
         state = sampler.begin(beginning.latents)
-        rows: list[RowTiming] = []
         for done in sampler.run(state):
             rows.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms))
             wanted = request.previews and (done.row + 1) % request.previews == 0
-            preview = _images(models.decode(job.preview_decoder, done.denoised())) if wanted else ()
+            preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop)) if wanted else ()
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
             yield StepEvent(done.row, plan.table.rows, step, timestep, rows[-1], preview)
-            _stop_if(cancelled, done.row + 1, plan)
+            stop()
         decoding = time.perf_counter()
-        pixels = () if request.output_type == "latent" else tuple(models.decode(job.decoder, state.latents))
+        wants_pixels = request.output_type != "latent"
+        pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
         timings = Timings(text_ms, image_ms, tuple(rows), _since(decoding), _since(began))
         images = _images(pixels) if request.output_type == "pil" else pixels
         return Output(images, state.latents, timings, plan, noise.seeds, dropped)
@@ -180,17 +186,13 @@ class Pipeline:
         if name is None:
             return "vae_decoder_tiny" if tiny and "vae_decoder_tiny" in decoders else decoders[0]
         if name not in decoders:
-            raise RequestError("decoder", "unknown", got=name, expected=f"one of {', '.join(decoders)}")
+            expected, remedy = f"one of {', '.join(decoders)}", did_you_mean(name, decoders)
+            raise RequestError("decoder", "unknown", got=name, expected=expected, remedy=remedy)
         return name
 
 
 def _images(pixels: Iterable[Float32]) -> tuple[Image.Image, ...]:
     return tuple(image_from_pixels(picture) for picture in pixels)
-
-
-def _stop_if(cancelled: threading.Event, rows: int, plan: Plan) -> None:
-    if cancelled.is_set():
-        raise CancelledError("generation", f"cancelled after row {rows} of {plan.table.rows}")
 
 
 def _since(began: float) -> float:

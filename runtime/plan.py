@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .arguments import finite_number, whole_number
+from .arguments import did_you_mean, finite_number, whole_number
 from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
 from .solvers import begin_at_strength, compile_table, resolve_solver
@@ -16,6 +16,7 @@ from .table import Table
 from .tensors import GUIDANCE_EMBEDDING, spec_of
 
 MAX_STEP_DIGITS = 9
+_SPACING_KEYS = ("timestep_spacing", "steps_offset", "original_inference_steps")
 
 Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
 
@@ -29,7 +30,8 @@ class Schedule:
         ("unet", 5)]`.
     solver: a short name such as `ddim`, `euler`, `dpmsolver++`; the bundle's own scheduler otherwise.
     solver_config: scheduler keys that override the bundle's, such as `{"use_karras_sigmas": True}`.
-    timesteps: explicit time steps, where the solver takes them; their number is the number of steps.
+    timesteps: explicit time steps, where the solver takes them; their number is the number of steps. The bundle's own
+        give way to steps, a solver, and a solver_config that spaces time steps.
     eta: DDIM's eta, TCD's gamma.
     guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers. A
         denoiser that takes it as an embedding, as LCMs do, never runs the other branch.
@@ -166,7 +168,8 @@ def _runs(manifest: Manifest, schedule: Schedule, timesteps: tuple[int, ...] | N
     runs = []
     for name, given in _pairs(steps, denoisers[0]):
         if name not in denoisers:
-            raise PlanError("steps", "unknown denoiser", got=name, expected=f"one of {', '.join(denoisers)}")
+            expected, remedy = f"one of {', '.join(denoisers)}", did_you_mean(name, denoisers)
+            raise PlanError("steps", "unknown denoiser", got=name, expected=expected, remedy=remedy)
         count = whole_number(given)
         if count is None or count < 0:
             raise PlanError(f"steps: {name}", "number of steps", got=given, expected="a whole number, 0 or more")
@@ -202,8 +205,7 @@ def _timesteps(manifest: Manifest, schedule: Schedule) -> tuple[int, ...] | None
     if given is None:
         default = _default_scheduler(manifest, {manifest.names("denoiser")[0]})
         own = schedule.steps is None and schedule.solver is None and default is manifest.scheduler
-        # Such as use_karras_sigmas, which spaces other time steps.
-        own = own and not any(key.startswith("use_") for key in schedule.solver_config or ())
+        own = own and not any(map(_spaces_timesteps, (schedule.solver_config or {}).items()))
         return manifest.defaults.timesteps if own else None
     listed = given.ndim > 0 if isinstance(given, np.ndarray) else isinstance(given, Sequence)
     listed = listed and not isinstance(given, str | bytes)
@@ -212,6 +214,12 @@ def _timesteps(manifest: Manifest, schedule: Schedule) -> tuple[int, ...] | None
     if len(whole) != len(numbers):
         raise PlanError("timesteps", "not usable", got=given, expected="a sequence of whole numbers")
     return whole
+
+
+def _spaces_timesteps(setting: tuple[str, object]) -> bool:
+    """Whether a scheduler's key and value ask for time steps other than those a bundle names."""
+    key, value = setting
+    return key in _SPACING_KEYS or (key.startswith("use_") and bool(value))
 
 
 def _require_solver(schedule: Schedule) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import whole_number
+from .arguments import did_you_mean, whole_number
 from .errors import RequestError
 
 Float32 = npt.NDArray[np.float32]
@@ -48,8 +47,7 @@ def require_known(given: Iterable[str], known: Sequence[str]) -> None:
     """Raise RequestError when one of the names `given` is not `known`."""
     for name in given:
         if name not in known:
-            alike = get_close_matches(name, known, n=1)
-            remedy = _INSTEAD.get(name) or (f"Did you mean {alike[0]}=?" if alike else "Leave it out.")
+            remedy = _INSTEAD.get(name) or did_you_mean(name, known) or "Leave it out."
             raise RequestError(name, "unknown argument", expected=f"one of {', '.join(known)}", remedy=remedy)
 
 

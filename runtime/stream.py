@@ -48,7 +48,7 @@ class Stream(Iterator[StepEvent]):
         return self._output
 
     def cancel(self) -> None:
-        """Stop after the row that is running, or before the first, from any thread.
+        """Stop after the call of a model that is running, from any thread; a model that is loading is loaded first.
 
         Asking for the next event, or for the result, then raises CancelledError; so does a loop that is under way.
         """

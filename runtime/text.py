@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,8 +58,12 @@ class PromptEncoder:
         """As `PromptTokenizer.tokenize`."""
         return self._tokenizer.tokenize(prompts, strict=strict)
 
-    def encode(self, prompts: Sequence[str], *, strict: bool = False) -> tuple[Embeddings, tuple[DroppedText, ...]]:
+    def encode(
+        self, prompts: Sequence[str], *, strict: bool = False, before: Callable[[], None] = lambda: None
+    ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
         """What the encoder makes of prompts, of its own width, and the text that was dropped.
+
+        before: called before each prompt; what it raises ends the encoding.
 
         Raises:
             RequestError: as `tokenize`.
@@ -67,7 +71,10 @@ class PromptEncoder:
             ExecutionError: the text encoder failed, or returned NaN or Inf.
         """
         tokens = self.tokenize(prompts, strict=strict)
-        embeddings = [self._embedding(ids) for ids in tokens.ids]
+        embeddings = []
+        for ids in tokens.ids:
+            before()
+            embeddings.append(self._embedding(ids))
         pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]
         hidden = np.stack([embedding.hidden for embedding in embeddings])
         return Embeddings(hidden, np.stack(pooled) if pooled else None), tokens.dropped

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..arguments import did_you_mean
 from ..bundle import Bundle
 from ..errors import ArgumentError, BundleError
 from ..manifest import Evidence
@@ -106,7 +107,8 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
     unknown = [name for name in plan.added if name not in components]
     if unknown:
         option = f"{SHORT_FOR[unknown[0]]} or --add" if unknown[0] in SHORT_FOR else "--add"
-        raise ArgumentError(option, "no such component", got=unknown[0], expected=f"one of {', '.join(components)}")
+        expected, remedy = f"one of {', '.join(components)}", did_you_mean(unknown[0], components)
+        raise ArgumentError(option, "no such component", got=unknown[0], expected=expected, remedy=remedy)
     parity: Mapping[str, Sequence[Evidence]] = {}
     if plan.checkpoint is not None:
         verify_bundle = importlib.import_module("tandemrt.export.verify").verify_bundle

@@ -240,7 +240,14 @@ def test_a_bundle_s_time_steps_do_not_hold_where_others_are_to_be_spaced(tmp_pat
     resign(tmp_path / "bundle", changed)
     with Pipeline.open(tmp_path / "bundle", threads=1) as pipeline:
         assert list(pipeline("red").plan.table.timesteps) == [799, 399]
-        assert pipeline("red", solver_config={"use_karras_sigmas": True}).plan.table.rows == 10
+        for config, rows in (
+            ({"use_karras_sigmas": True}, 10),
+            ({"timestep_spacing": "trailing"}, 10),
+            ({"steps_offset": 1}, 10),
+            ({"use_karras_sigmas": False}, 2),
+            ({"prediction_type": "v_prediction"}, 2),
+        ):
+            assert pipeline("red", solver_config=config).plan.table.rows == rows
 
 
 def test_a_bundle_s_eta_holds_for_its_own_scheduler(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 from tandemrt.runtime import (
     ArgumentError,
     BundleError,
-    CancelledError,
     ExecutionError,
     Pipeline,
     PlanError,
@@ -29,7 +28,7 @@ from tandemrt.runtime.noise import Noise
 from tandemrt.runtime.plan import compile_plan
 from tandemrt.runtime.rng import new_generator
 
-from .recorded import Recorded, RecordedBinding
+from .recorded import Recorded
 from .tiny_bundle import Graph, described, float_spec, resign, write_tiny_bundle
 from .tiny_families import write_tiny_editing
 
@@ -381,19 +380,3 @@ def test_previews_show_what_an_edit_has_become(recorded: Recorded) -> None:
     events = list(recorded.pipeline.stream("red", previews=2, seed=7, **arguments))
     assert [len(event.preview) for event in events] == [0, 1, 0, 1]
     assert events[1].preview[0].size == (SIZE, SIZE)
-
-
-def test_an_edit_can_be_cancelled_between_its_pictures(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = recorded.pipeline.stream(["red", "blue"], image=[picture(0), picture(1)], num_inference_steps=2)
-    runs = recorded.sessions["vae_encoder"].given
-    runs.clear()
-    run = RecordedBinding.run
-
-    def cancelling(self: RecordedBinding) -> None:
-        run(self)
-        stream.cancel()
-
-    monkeypatch.setattr(RecordedBinding, "run", cancelling)
-    with pytest.raises(CancelledError, match="cancelled after row 0 of 1"):
-        stream.result()
-    assert len(runs) == 1

@@ -150,6 +150,7 @@ def test_guidance_interval_is_of_the_steps_that_run() -> None:
         ({"steps": {"unet": -1, "unet_small": 2}}, "unet.*got -1"),
         ({"steps": {"unet": 2.5}}, "unet.*got 2.5"),
         ({"steps": {"unet_large": 2}}, "got 'unet_large', expected one of unet, unet_small, unet_one_step"),
+        ({"steps": {"unet_smal": 2}}, r"got 'unet_smal', .*\. Did you mean 'unet_small'\?$"),
         ({"solver": "dpm3000"}, "dpm3000"),
         ({"solver_config": {"thresholding": True}}, "thresholding"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
