@@ -29,7 +29,6 @@ from .weights import listed, parameters
 
 Tensors = tuple[TensorSpec, ...]
 
-_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 # Double precision is for a few constants, such as frequencies.
 _ARITHMETIC = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
@@ -246,7 +245,7 @@ def _require_fitting(where: str, value: ir.Value, spec: TensorSpec) -> None:
         len(stated) == len(spec.shape)
         and all(size is None or size == wanted for size, wanted in zip(stated, spec.shape, strict=True))
     )
-    if value.dtype != _DTYPES[spec.dtype] or not fits:
+    if value.dtype != ir.DataType.from_numpy(np.dtype(spec.dtype)) or not fits:
         raise CheckpointError(
             f"{where}: {spec.name}",
             "tensor",

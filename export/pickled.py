@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import CheckpointError
-from .weights import first_line
+from .weights import DTYPES, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 WARNING = "--allow-pickle: unpickling can run code that a file brings along; give it files of people you trust alone"
 _UNSAFE = re.compile(r"unsupported (?:global|class|operand)[^\n]*?(?= was not an allowed|\.?\n|$)", re.IGNORECASE)
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_DTYPES = tuple(name for name, _ in DTYPES.values())
 
 
 @dataclass(frozen=True)

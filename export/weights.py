@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 8 << 20
 MAX_JSON_BYTES = 16 << 20
 _NAMED = 5
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+# Of each dtype by safetensors' name: torch's name, and the bytes of one number.
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
+    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
 }  # fmt: skip
 _AGAIN = "Download the file again."
 _LFS_POINTER = b"version https://git-lfs"
@@ -93,7 +93,7 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path}: {name}", "truncated", got=read, expected=f"{place.size} bytes", remedy=_AGAIN
             )
-        return raw.view(getattr(torch, _TORCH_NAMES[place.dtype])).reshape(self.shapes[name])
+        return raw.view(getattr(torch, DTYPES[place.dtype][0])).reshape(self.shapes[name])
 
 
 def parameters(weights: Weights) -> int:
@@ -225,15 +225,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _item_bytes(where: str, dtype: str) -> int:
-    if dtype not in _ITEM_BYTES:
+    if dtype not in DTYPES:
         raise CheckpointError(
             where,
             "dtype that is not supported",
             got=dtype,
-            expected=f"one of {', '.join(_ITEM_BYTES)}",
+            expected=f"one of {', '.join(DTYPES)}",
             remedy="Save the model again in one of them.",
         )
-    return _ITEM_BYTES[dtype]
+    return DTYPES[dtype][1]
 
 
 def _size(shape: Iterable[int]) -> int:

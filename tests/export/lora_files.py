@@ -92,6 +92,17 @@ def write_weights(model: nn.Module, path: Path) -> SafetensorsFile:
     return read_header(path)
 
 
+def write_lora(tensors: Tensors, path: Path, **metadata: str) -> Path:
+    """A LoRA's file; `metadata`: what its header holds besides."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata or None)
+    return path
+
+
+def parts(models: Mapping[str, nn.Module], folder: Path) -> dict[Any, SafetensorsFile]:
+    """The weights of several models, each in a file named after its part."""
+    return {part: write_weights(model, folder / f"{part}.safetensors") for part, model in models.items()}
+
+
 def adapters(
     models: Mapping[str, nn.Module],
     seed: int = 0,
