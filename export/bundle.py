@@ -28,10 +28,11 @@ from ..runtime.manifest import (
 )
 from .adopt import AdoptedGraph, require_plausible
 from .agreement import latent_space, prediction_type
+from .audit import find_islands
 from .checkpoint import TOKENIZERS, TextSource, tokenizer_of
 from .conditioning import text_conditioning, text_limits
 from .graph import MODEL_NAME, onnx_from_module, save
-from .half import find_islands, half_from_float
+from .half import half_from_float
 from .jobs import Job, jobs, reference_of, references, samples
 from .modules import Graph, Interface
 from .parity import compare, require_close
@@ -154,7 +155,7 @@ class _Export:
             require_plausible(name, graph, model, cases[PROBE])
             return ()
         reference = reference_of(name, graph, self._references) if isinstance(graph, AdoptedGraph) else graph
-        comparisons = compare(name, reference, model, cases, self._plan.dtype, self._folder)
+        comparisons = compare(name, reference, model, cases, self._plan.dtype)
         require_close(name, comparisons)
         return tuple(each.evidence for each in comparisons)
 

@@ -19,6 +19,7 @@ from ..runtime.manifest import TensorSpec
 from .lazy import unread
 from .modules import Graph, extent
 from .onnx_weights import bind_weights
+from .simplify import simplify
 from .weights import first_line
 
 OPSET = 20
@@ -61,9 +62,9 @@ def onnx_from_module(name: str, graph: Graph) -> ir.Model:
                 verbose=False,
                 optimize=False,
             )
-            # Before the optimizer, which looks at small values and would load large ones to transpose them.
+            # First, because simplifying looks at small values and would load large ones to transpose them.
             bind_weights(exported.model, graph.weights)
-            exported.optimize()
+            simplify(exported.model)
     except (MemoryError, TandemError):
         raise
     except Exception as error:  # the exporter raises whatever its passes meet; all of it becomes one error here

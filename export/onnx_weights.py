@@ -29,9 +29,9 @@ class Weight(ir.LazyTensor):
         """The largest magnitude among the values."""
         return self.stored.largest
 
-    def as_dtype(self, name: str, dtype: ir.DataType) -> Weight:
-        """The same values in another precision."""
-        return Weight(name, self.stored, dtype, self.permutation)
+    def half(self, name: str) -> Weight:
+        """The same values as float16."""
+        return Weight(name, self.stored, ir.DataType.FLOAT16, self.permutation)
 
     def transposed(self, name: str, permutation: Sequence[int]) -> Weight:
         """The same values with their axes in another order, as ONNX's Transpose has it."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Evidence, Precision
 from . import lazy
-from .half import save_with_roundings
+from .half import with_roundings
 from .modules import Graph
 from .samples import Inputs
 from .session import OnnxRun
@@ -37,13 +35,12 @@ class Comparison:
 
 
 def compare(
-    name: str, graph: Graph, model: Path, cases: Iterable[Inputs], precision: Precision, scratch: Path | None = None
+    name: str, graph: Graph, model: Path, cases: Iterable[Inputs], precision: Precision
 ) -> tuple[Comparison, ...]:
     """Run a graph's torch module in float32, then its file in ONNX Runtime's CPU provider, on the same inputs.
 
     ONNX Runtime's CPU provider computes float16 graphs in float32 and drops the roundings between; a float16 graph is
-    therefore run in a copy that rounds every float16 value, as a GPU does. The copy lies in `scratch` meanwhile (the
-    system's folder for temporary files where None is given).
+    therefore run in a form that rounds every float16 value, as a GPU does.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the graph, or an output's shape differs.
@@ -51,11 +48,14 @@ def compare(
     """
     cases = tuple(cases)
     references = [_reference(graph, inputs) for inputs in cases]
-    with _runnable(name, model, precision, scratch) as run:
-        return tuple(
-            _compared(name, graph, inputs, run(inputs), reference, THRESHOLDS[precision])
-            for inputs, reference in zip(cases, references, strict=True)
-        )
+    if precision == "fp32":
+        run = OnnxRun(name, model)
+    else:
+        run = OnnxRun(name, with_roundings(model), model.parent, in_order=True)
+    return tuple(
+        _compared(name, graph, inputs, run(inputs), reference, THRESHOLDS[precision])
+        for inputs, reference in zip(cases, references, strict=True)
+    )
 
 
 def require_close(name: str, comparisons: Sequence[Comparison]) -> None:
@@ -100,12 +100,3 @@ def _compared(
     output = max(errors, key=lambda each: errors[each])
     shapes = {key: tuple(value.shape) for key, value in inputs.items()}
     return Comparison(output, Evidence(metric=METRIC, value=errors[output], threshold=threshold, input_shapes=shapes))
-
-
-@contextlib.contextmanager
-def _runnable(name: str, model: Path, precision: Precision, scratch: Path | None) -> Iterator[OnnxRun]:
-    if precision == "fp32":
-        yield OnnxRun(name, model, optimized=True)
-        return
-    with TemporaryDirectory(dir=scratch) as folder:
-        yield OnnxRun(name, save_with_roundings(model, Path(folder)), optimized=False)

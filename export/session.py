@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnxscript import ir
 
 from ..runtime.errors import ExportError
 
@@ -16,11 +17,17 @@ from ..runtime.errors import ExportError
 class OnnxRun:
     """One model in ONNX Runtime on the CPU, called with arrays by name; `name` is the component's, for errors.
 
+    model: a file, or a graph in memory whose weights may lie beside it in `folder`. Weights of their own file are
+        mapped, never copied, not even into the layout that a kernel likes best.
+    in_order: nodes run one by one as the graph has them; nothing is folded, fused or reordered.
+
     Raises, as calling it does:
         ExportError: ONNX Runtime cannot load or run the graph.
     """
 
-    def __init__(self, name: str, model: Path, *, optimized: bool) -> None:
+    def __init__(
+        self, name: str, model: Path | ir.Model, folder: Path | None = None, *, in_order: bool = False
+    ) -> None:
         import onnxruntime  # noqa: PLC0415 — an extra of its own: onnxruntime or onnxruntime-gpu
 
         self._name = name
@@ -29,10 +36,17 @@ class OnnxRun:
         options.intra_op_num_threads = torch.get_num_threads()
         # Spinning between nodes takes a core from whoever shares the machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not optimized:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_pattern = False
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if in_order:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no base class of their own
             raise self._failed("does not load", error) from error
 

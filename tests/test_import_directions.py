@@ -53,7 +53,7 @@ RULES = {
     ),
     "export/": Rule(
         ours=frozenset({"runtime"}),
-        third_party=TORCH_STACK | {"numpy", "msgspec", "tokenizers", "onnx", "onnxscript"},
+        third_party=TORCH_STACK | {"numpy", "msgspec", "tokenizers", "onnx", "onnx_ir", "onnxscript"},
         lazy_third_party=frozenset({"onnxruntime"}),
     ),
     # Quantizers join lazy_third_party as they come.

@@ -175,14 +175,6 @@ def test_half_precision_is_listed_and_smaller(half_bundle: Path) -> None:
     assert manifest.latent.scaling_factor == 0.18215
 
 
-def test_an_unusable_temporary_folder_is_an_error_of_the_export(
-    checkpoint: Path, half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(ExportError, match=r"missing/.*cannot be written \(No such file.*\)\. Let TMPDIR name"):
-        verify_bundle(Bundle.open(half_bundle), ExportPlan(checkpoint, half_bundle))
-
-
 def test_a_half_precision_export_writes_nowhere_but_beside_its_bundle(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

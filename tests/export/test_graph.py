@@ -13,11 +13,12 @@ from onnxscript import ir
 
 from tandemrt.export import graph as graphs
 from tandemrt.export.agreement import latent_space
+from tandemrt.export.audit import find_islands
 from tandemrt.export.autoencoders import decoder_graph
 from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint, read_denoiser
 from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.export.graph import onnx_from_module, save
-from tandemrt.export.half import find_islands, half_from_float
+from tandemrt.export.half import half_from_float
 from tandemrt.export.modules import Graph
 from tandemrt.export.parity import THRESHOLDS, compare, max_relative_error, require_close
 from tandemrt.export.samples import Inputs
