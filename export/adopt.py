@@ -60,7 +60,7 @@ class AdoptedGraph:
 
     @cached_property
     def _session(self) -> OnnxRun:
-        return OnnxRun(self.source.parent.name, self.source, optimized=True)
+        return OnnxRun(self.source.parent.name, self.source)
 
 
 def adopt_text_encoder(part: Part, encoding: TextEncoding) -> AdoptedGraph:
@@ -100,7 +100,7 @@ def require_plausible(name: str, graph: AdoptedGraph, model: Path, inputs: Input
     Raises:
         ExportError: ONNX Runtime cannot load or run it, or an output has another shape or holds NaN or infinity.
     """
-    results = OnnxRun(name, model, optimized=True)(inputs)
+    results = OnnxRun(name, model)(inputs)
     sizes = {
         axis: size
         for spec in graph.inputs
