@@ -1,0 +1,123 @@
+"""What exporting an architecture at its true size takes: `python -m tandemrt.bench.export_memory NAME... --json FILE`.
+
+Seconds, peak memory and parity per component, on random weights. Take the figures on a quiet Linux machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tandemrt.export.bundle import export_preset
+from tandemrt.export.plan import PresetPlan
+from tandemrt.export.presets import preset_names
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.manifest import Component, Precision
+
+from .figures import markdown_table, write_json, write_text
+from .machine import described, machine_facts
+from .program import run_program
+
+# For SDXL's UNet, SD 1.5's and SD3's transformer in float16.
+GOALS = {"unet of sd15": {"peak_gib": 5, "seconds": 60}, "unet of sdxl": {"peak_gib": 12}, "sd3": {"peak_gib": 12}}
+
+
+class _Meter:
+    """Seconds and peak resident memory of each component, by the reports of an export's progress."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_gib: dict[str, float] = {}
+        self._name, self._began = "", 0.0
+
+    def __call__(self, message: str, _done: int, _total: int) -> None:
+        now, peak = time.perf_counter(), _peak_gib()
+        if self._name:
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._began
+            self.peak_gib[self._name] = max(self.peak_gib.get(self._name, 0.0), peak)
+        self._name, self._began = message.partition(":")[0], now
+        # Lets the kernel forget the peak so far.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def export_figures(name: str, precision: Precision, scratch: Path) -> dict[str, Any]:
+    """Export one preset into the folder `scratch`; what that took, as rows that JSON holds."""
+    meter = _Meter()
+    bundle = export_preset(PresetPlan(name, scratch / "bundle", dtype=precision), meter)
+    rows = [
+        {"component": key, **_facts(component), "seconds": meter.seconds[key], "peak_gib": meter.peak_gib[key]}
+        for key, component in Bundle.open(bundle).manifest.components.items()
+    ]
+    return {"preset": name, "dtype": precision, "rows": rows}
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The figures as one Markdown table."""
+    heads = ("preset, component", "dtype", "parameters, M", "seconds", "peak, GiB", "parity", "fp32 islands")
+    rows = [
+        [
+            f"{export['preset']} {row['component']}",
+            export["dtype"],
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_gib']:.1f}",
+            f"{row['parity']:.1e}",
+            str(row["islands"]),
+        ]
+        for export in facts["exports"]
+        for row in export["rows"]
+    ]
+    note = (
+        "Seconds from reading the weights to the verified file; memory with the mapped parts of files; parity is the "
+        "largest relative error to PyTorch in fp32. Random weights. "
+    )
+    return markdown_table(heads, rows) + "\n" + note + described(facts["machine"]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="+", choices=preset_names(), metavar="NAME", help="a preset of the export")
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    parser.add_argument("--scratch", type=Path, help="a folder with space for a checkpoint and its bundle")
+    options = parser.parse_args(arguments)
+    facts = {"machine": machine_facts(), "goals": GOALS, "exports": _kept(options)}
+    for name in options.presets:
+        with TemporaryDirectory(dir=options.scratch) as scratch, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            facts["exports"].append(fresh.submit(export_figures, name, options.dtype, Path(scratch)).result())
+        write_json(options.json, facts)
+        write_text(options.json.with_suffix(".md"), markdown(facts))
+    print(markdown(facts))
+
+
+def _kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the file holds already of other presets and precisions."""
+    if not options.json.exists():
+        return []
+    before = json.loads(options.json.read_text(encoding="utf-8"))["exports"]
+    return [each for each in before if each["dtype"] != options.dtype or each["preset"] not in options.presets]
+
+
+def _facts(component: Component) -> dict[str, Any]:
+    return {
+        "parameters": component.parameters,
+        "islands": len(component.fp32_islands),
+        "parity": max(each.value for each in component.evidence),
+        "threshold": max(each.threshold for each in component.evidence),
+    }
+
+
+def _peak_gib() -> float:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        return next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    run_program(main)
