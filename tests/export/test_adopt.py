@@ -166,7 +166,7 @@ def test_a_checkpoint_gives_evidence(found: Path, checkpoint: Path, tmp_path: Pa
     plan = ExportPlan(found, tmp_path / "bundle", verify_against=checkpoint)
     components = Bundle.open(export_bundle(plan)).manifest.components
     for component in components.values():
-        assert len(component.evidence) == 4
+        assert len(component.evidence) == 3
         assert all(each.holds and each.value > 0 for each in component.evidence)
 
 
