@@ -29,7 +29,7 @@ from .program import run_program
 GOALS = {"unet of sd15": {"peak_gib": 5, "seconds": 60}, "unet of sdxl": {"peak_gib": 12}, "sd3": {"peak_gib": 12}}
 
 
-class _Meter:
+class Meter:
     """Seconds and peak resident memory of each component, by the reports of an export's progress."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _Meter:
 
 def export_figures(name: str, precision: Precision, scratch: Path) -> dict[str, Any]:
     """Export one preset into the folder `scratch`; what that took, as rows that JSON holds."""
-    meter = _Meter()
+    meter = Meter()
     bundle = export_preset(PresetPlan(name, scratch / "bundle", dtype=precision), meter)
     rows = [
         {"component": key, **_facts(component), "seconds": meter.seconds[key], "peak_gib": meter.peak_gib[key]}

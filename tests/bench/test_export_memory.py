@@ -1,0 +1,38 @@
+"""How what an export takes is told apart by component; the exports themselves are run by hand."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from tandemrt.bench.export_memory import Meter, markdown
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read and reset through /proc")
+
+
+def test_seconds_and_peaks_go_to_the_component_that_was_announced() -> None:
+    meter = Meter()
+    meter("unet: load", 0, 7)
+    meter("unet: export", 1, 7)
+    ballast = np.ones(256 << 20, np.uint8)
+    del ballast
+    meter("vae_decoder: load", 3, 7)
+    meter("vae_decoder: export", 4, 7)
+    meter("bundle: publish", 6, 7)
+    assert meter.seconds.keys() == meter.peak_gib.keys() == {"unet", "vae_decoder"}
+    assert meter.peak_gib["unet"] - meter.peak_gib["vae_decoder"] == pytest.approx(0.25, abs=0.1)
+    assert all(0 < seconds < 60 for seconds in meter.seconds.values())
+
+
+def test_every_component_has_a_line() -> None:
+    row = {"component": "unet", "parameters": 859_520_964, "seconds": 61.4, "peak_gib": 3.46, "parity": 1.7e-3}
+    facts = {
+        "machine": {
+            "processor": "P", "cores": 2, "memory_gib": 8, "nvidia_devices": [], "system": "Linux", "python": "3.11",
+            "versions": {}, "load_average": 0.1,
+        },
+        "exports": [{"preset": "sd15", "dtype": "fp16", "rows": [row | {"islands": 145}]}],
+    }  # fmt: skip
+    assert "| sd15 unet | fp16 | 859.5 | 61 | 3.5 | 1.7e-03 | 145 |" in markdown(facts)
