@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,14 +21,17 @@ def test_seconds_and_peaks_go_to_the_component_that_was_announced() -> None:
     del ballast
     meter("vae_decoder: load", 3, 7)
     meter("vae_decoder: export", 4, 7)
+    meter("vae_decoder: verify", 5, 7)
+    time.sleep(0.2)
     meter("bundle: publish", 6, 7)
-    assert meter.seconds.keys() == meter.peak_gib.keys() == {"unet", "vae_decoder"}
-    assert meter.peak_gib["unet"] - meter.peak_gib["vae_decoder"] == pytest.approx(0.25, abs=0.1)
-    assert all(0 < seconds < 60 for seconds in meter.seconds.values())
+    assert meter.rows.keys() == {"unet", "vae_decoder"}
+    assert meter.rows["unet"]["peak_gib"] - meter.rows["vae_decoder"]["peak_gib"] == pytest.approx(0.25, abs=0.1)
+    assert meter.rows["unet"]["verify_s"] == 0 < meter.rows["unet"]["export_s"]
+    assert meter.rows["vae_decoder"]["verify_s"] >= 0.2
 
 
 def test_every_component_has_a_line() -> None:
-    row = {"component": "unet", "parameters": 859_520_964, "seconds": 61.4, "peak_gib": 3.46, "parity": 1.7e-3}
+    row = {"component": "unet", "parameters": 859_520_964, "export_s": 48.6, "verify_s": 28.1, "peak_gib": 3.46, "parity": 1.7e-3}
     facts = {
         "machine": {
             "processor": "P", "cores": 2, "memory_gib": 8, "nvidia_devices": [], "system": "Linux", "python": "3.11",
@@ -35,4 +39,4 @@ def test_every_component_has_a_line() -> None:
         },
         "exports": [{"preset": "sd15", "dtype": "fp16", "rows": [row | {"islands": 145}]}],
     }  # fmt: skip
-    assert "| sd15 unet | fp16 | 859.5 | 61 | 3.5 | 1.7e-03 | 145 |" in markdown(facts)
+    assert "| sd15 unet | fp16 | 859.5 | 49 | 28 | 3.5 | 1.7e-03 | 145 |" in markdown(facts)
