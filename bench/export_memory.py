@@ -32,8 +32,8 @@ GOALS = {"unet of sd15": {"peak_gib": 5, "export_s": 60}, "unet of sdxl": {"peak
 class Meter:
     """What each component takes, by the reports of an export's progress.
 
-    rows: by component, `export_s` (read, traced, written), `verify_s` (run here and in PyTorch) and, in resident memory,
-        `peak_gib`.
+    rows: by component, `export_s` (read, traced, written), `verify_s` (run here and in PyTorch) and `peak_gib`, the
+        peak of resident memory.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,16 @@ def export_figures(name: str, precision: Precision, scratch: Path) -> dict[str, 
 
 def markdown(facts: dict[str, Any]) -> str:
     """The figures as one Markdown table."""
-    heads = ("preset, component", "dtype", "parameters, M", "export, s", "verify, s", "peak, GiB", "parity", "fp32 islands")
+    heads = (
+        "preset, component",
+        "dtype",
+        "parameters, M",
+        "export, s",
+        "verify, s",
+        "peak, GiB",
+        "parity",
+        "fp32 islands",
+    )
     rows = [
         [
             f"{export['preset']} {row['component']}",

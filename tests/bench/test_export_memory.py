@@ -31,7 +31,14 @@ def test_seconds_and_peaks_go_to_the_component_that_was_announced() -> None:
 
 
 def test_every_component_has_a_line() -> None:
-    row = {"component": "unet", "parameters": 859_520_964, "export_s": 48.6, "verify_s": 28.1, "peak_gib": 3.46, "parity": 1.7e-3}
+    row = {
+        "component": "unet",
+        "parameters": 859_520_964,
+        "export_s": 48.6,
+        "verify_s": 28.1,
+        "peak_gib": 3.46,
+        "parity": 1.7e-3,
+    }
     facts = {
         "machine": {
             "processor": "P", "cores": 2, "memory_gib": 8, "nvidia_devices": [], "system": "Linux", "python": "3.11",
