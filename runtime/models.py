@@ -51,7 +51,8 @@ class Models:
 
     def _opened(self, name: str) -> Session:
         self._bundle.check_component(name)
-        session = open_session(self._bundle.model_path(name), self._target, threads=self._threads)
+        target = self._target.of_role(self._bundle.component(name).role)
+        session = open_session(self._bundle.model_path(name), target, threads=self._threads)
         try:
             self._bundle.check_tensors(name, session.inputs, session.outputs)
         except BundleError:

@@ -1,16 +1,19 @@
-"""The files an ONNX model refers to, found without a protobuf library or a model parser.
+"""What an ONNX model says of itself, read without a protobuf library or a model parser: the files it refers to, and
+the tensors it takes and gives.
 
-Field numbers are those of onnx.proto3 (onnx 1.23). Only the messages on the way to a tensor are entered; everything
-else, raw weights above all, is stepped over by its length.
+Field numbers are those of onnx.proto3 (onnx 1.23). Only the messages on the way to what is sought are entered;
+everything else, raw weights above all, is stepped over by its length.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import BundleError
+from .manifest import Dtype, TensorSpec
 
 MAX_DEPTH = 64
 MAX_FIELDS = 2_000_000
@@ -27,10 +30,13 @@ _ENTERED: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 _GRAPH_OF_MODEL = 7
+# Of TensorProto.DataType, what a tensor of a model may be.
+_DTYPES: dict[int, Dtype] = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Buffer = mmap.mmap | bytes
 Span = tuple[int, int]
+T = TypeVar("T")
 
 
 class _MalformedError(ValueError):
@@ -43,9 +49,24 @@ def external_files(model: Path) -> frozenset[str]:
     Raises:
         BundleError: the file is not a well-formed protobuf message with a graph, or cannot be read.
     """
+    return _read(model, lambda walk: frozenset(walk.locations()))
+
+
+def graph_tensors(model: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """A graph's inputs and outputs with their symbolic shapes; initializers that are listed as inputs are left out.
+
+    A dimension without size or symbol is given a symbol of its own.
+
+    Raises:
+        BundleError: as `external_files` does; or a tensor's type is not one of the manifest's.
+    """
+    return _read(model, lambda walk: walk.tensors())
+
+
+def _read(model: Path, read: Callable[[_Walk], T]) -> T:
     try:
         with model.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return frozenset(_Walk(data).locations())
+            return read(_Walk(data))
     except (_MalformedError, OSError, ValueError) as error:
         raise BundleError(
             str(model), f"not an ONNX model ({error})", remedy="Copy the bundle again, or export it again."
@@ -60,10 +81,45 @@ class _Walk:
         self._left = MAX_FIELDS
 
     def locations(self) -> Iterator[str]:
-        whole = (0, len(self._data))
-        if not any(number == _GRAPH_OF_MODEL for number, _ in self._fields(whole)):
+        self._graphs()
+        yield from self._inside("Model", (0, len(self._data)), MAX_DEPTH)
+
+    def tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        weights: set[str] = set()
+        listed: dict[int, list[TensorSpec]] = {11: [], 12: []}
+        for graph in self._graphs():
+            for number, span in self._fields(graph):
+                if number == 5:
+                    weights.update(self._text(name) for field, name in self._fields(span) if field == 8)
+                elif number in listed:
+                    listed[number].append(self._spec(span))
+        return tuple(spec for spec in listed[11] if spec.name not in weights), tuple(listed[12])
+
+    def _graphs(self) -> list[Span]:
+        graphs = [span for number, span in self._fields((0, len(self._data))) if number == _GRAPH_OF_MODEL]
+        if not graphs:
             raise _MalformedError("it holds no graph")
-        yield from self._inside("Model", whole, MAX_DEPTH)
+        return graphs
+
+    def _spec(self, value_info: Span) -> TensorSpec:
+        fields = dict(self._fields(value_info))
+        name = self._text(fields.get(1, (0, 0)))
+        tensor = dict(self._fields(fields.get(2, (0, 0)))).get(1, (0, 0))
+        kind = self._numbers(tensor).get(1, 0)
+        if kind not in _DTYPES:
+            raise _MalformedError(f"tensor {name!r} is of element type {kind}")
+        stated = dict(self._fields(tensor)).get(2, (0, 0))
+        dims = [span for number, span in self._fields(stated) if number == 1]
+        shape = tuple(self._size(dim) or f"{name}_{axis}" for axis, dim in enumerate(dims))
+        return TensorSpec(name=name, dtype=_DTYPES[kind], shape=shape)
+
+    def _size(self, dim: Span) -> int | str | None:
+        """A dimension's number or symbol; None for neither, or a number that is no size."""
+        symbol, number = dict(self._fields(dim)).get(2), self._numbers(dim).get(1, 0)
+        return self._text(symbol) if symbol else number if 0 < number < 1 << 63 else None
+
+    def _text(self, span: Span) -> str:
+        return self._data[slice(*span)].decode("utf-8", "backslashreplace")
 
     def _inside(self, message: str, span: Span, depth: int) -> Iterator[str]:
         if depth == 0:
@@ -88,6 +144,13 @@ class _Walk:
 
     def _fields(self, span: Span) -> Iterator[tuple[int, Span]]:
         """The length-delimited fields of a message: number, and where the content lies."""
+        return ((number, value) for number, value in self._every_field(span) if isinstance(value, tuple))
+
+    def _numbers(self, span: Span) -> dict[int, int]:
+        """The whole numbers among a message's fields."""
+        return {number: value for number, value in self._every_field(span) if isinstance(value, int)}
+
+    def _every_field(self, span: Span) -> Iterator[tuple[int, Span | int]]:
         at, end = span
         while at < end:
             self._left -= 1
@@ -98,7 +161,8 @@ class _Walk:
             if number == 0:
                 raise _MalformedError(f"field number 0 at byte {at}")
             if wire == _VARINT:
-                _, at = self._varint(at, end)
+                value, at = self._varint(at, end)
+                yield number, value
             elif wire == _BYTES:
                 length, at = self._varint(at, end)
                 if length > end - at:

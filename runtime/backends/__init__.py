@@ -21,6 +21,10 @@ def open_session(model: Path, target: Target, *, threads: int | None = None) -> 
     """
     check_runnable(target)
     threads = thread_count("threads", threads)
-    from . import onnxruntime  # noqa: PLC0415 (a backend loads when it is used)
+    if target.backend == "openvino":
+        from . import openvino  # noqa: PLC0415 (a backend loads when it is used)
+
+        return openvino.OpenVinoSession(model, target, threads)
+    from . import onnxruntime  # noqa: PLC0415
 
     return onnxruntime.OnnxRuntimeSession(model, target, threads)

@@ -7,13 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from ..errors import ExecutionError, TargetError
 from ..manifest import Dtype, TensorSpec
-from ..shapes import evaluated
 from ..targets import Target, install_hint
 from .base import Array, Shape
+from .buffers import allocated, one_line
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _FATAL = 4  # of ONNX Runtime's log severities; what goes wrong is raised as an exception as well
@@ -44,23 +42,7 @@ class OnnxRuntimeSession:
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> OnnxRuntimeBinding:
         """Allocate buffers for these input shapes; see `Session.bind`."""
-        sizes = self._sizes(input_shapes)
-        try:
-            inputs = {spec.name: np.zeros(input_shapes[spec.name], spec.dtype) for spec in self.inputs}
-            shapes = [evaluated(spec.shape, sizes) for spec in self.outputs]
-            # One run with zeros tells what the symbolic dimensions do not.
-            known = [shape for shape in shapes if shape is not None]
-            output_shapes = known if len(known) == len(shapes) else self._measured_output_shapes(inputs)
-            outputs = {
-                spec.name: np.zeros(shape, spec.dtype) for spec, shape in zip(self.outputs, output_shapes, strict=True)
-            }
-        except (MemoryError, ValueError) as error:
-            raise ExecutionError(
-                self._name,
-                f"buffers cannot be allocated ({error})",
-                got=dict(input_shapes),
-                remedy="Ask for a smaller size or batch.",
-            ) from error
+        inputs, outputs = allocated(self._name, self.inputs, self.outputs, input_shapes, self._measured_output_shapes)
         return OnnxRuntimeBinding(self, inputs, outputs)
 
     def close(self) -> None:
@@ -88,7 +70,7 @@ class OnnxRuntimeSession:
         try:
             session.run_with_iobinding(io, options)
         except Exception as error:  # ONNX Runtime raises plain RuntimeError and its own classes
-            raise ExecutionError(self._name, f"ONNX Runtime failed ({_one_line(error)})") from error
+            raise ExecutionError(self._name, f"ONNX Runtime failed ({one_line(error)})") from error
 
     def _live(self) -> Any:
         session = self._session
@@ -103,27 +85,6 @@ class OnnxRuntimeSession:
             )
         shape = tuple(size if size is not None else f"{node.name}_{axis}" for axis, size in enumerate(node.shape))
         return TensorSpec(name=node.name, dtype=_DTYPES[node.type], shape=shape)
-
-    def _sizes(self, shapes: Mapping[str, Shape]) -> dict[str, int]:
-        """The size of every symbolic dimension of the inputs."""
-        names = [spec.name for spec in self.inputs]
-        if set(names) != set(shapes):
-            raise ExecutionError(self._name, "inputs", got=sorted(shapes), expected=", ".join(names))
-        sizes: dict[str, int] = {}
-        for spec in self.inputs:
-            shape = shapes[spec.name]
-            fits = len(shape) == len(spec.shape) and all(
-                size >= 1 and size == (sizes.setdefault(stated, size) if isinstance(stated, str) else stated)
-                for size, stated in zip(shape, spec.shape, strict=True)
-            )
-            if not fits:
-                raise ExecutionError(
-                    self._name,
-                    f"shape of input {spec.name!r}",
-                    got=shape,
-                    expected="(" + ", ".join(map(str, spec.shape)) + ")",
-                )
-        return sizes
 
     def _measured_output_shapes(self, inputs: Mapping[str, Array]) -> list[Shape]:
         io = self.io_binding(inputs, None)
@@ -150,7 +111,7 @@ def _onnxruntime() -> Any:
         import onnxruntime  # noqa: PLC0415 (heavy, and of an extra)
     except Exception as error:  # a damaged installation fails in any way
         raise TargetError(
-            "onnxruntime", f"cannot be imported ({_one_line(error)})", remedy=f"Run `{install_hint('onnxruntime')}`."
+            "onnxruntime", f"cannot be imported ({one_line(error)})", remedy=f"Run `{install_hint('onnxruntime')}`."
         ) from error
     return onnxruntime
 
@@ -170,14 +131,10 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None) -> Any:
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
         remedy = "Check it with `tandemrt verify`, or try a newer onnxruntime."
         raise ExecutionError(
-            str(model), f"ONNX Runtime cannot load the model ({_one_line(error)})", remedy=remedy
+            str(model), f"ONNX Runtime cannot load the model ({one_line(error)})", remedy=remedy
         ) from error
     granted = session.get_providers()
     if granted != [provider]:
         raise TargetError(model.parent.name, "execution providers granted", got=granted, expected=f"{provider} alone")
     session.disable_fallback()
     return session
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

@@ -1,0 +1,155 @@
+"""OpenVINO on the CPU. A run reads and writes the binding's numpy arrays in place, nothing is copied.
+
+The model is compiled with the shapes its graph states, symbolic ones for every size at once: compiled anew for each
+binding's shapes it ran some 5% faster (SD 1.5's UNet), but a second set of shapes takes its weights a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import BundleError, ExecutionError, TargetError
+from ..onnx_files import graph_tensors
+from ..targets import Target, install_hint
+from .base import Array, Shape
+from .buffers import Arrays, allocated, one_line, require_numpy_types
+
+# What arithmetic is asked for. Left to itself, OpenVINO runs an fp32 graph in bf16 where the processor can.
+_INFERENCE_PRECISIONS = {None: "f32", "fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
+_REMEDY = "Check it with `tandemrt verify`, or try a newer openvino."
+
+
+class OpenVinoSession:
+    """An ONNX model on OpenVINO; see `Session`. Loaded by path, so external data is found beside the model."""
+
+    def __init__(self, model: Path, target: Target, threads: int | None) -> None:
+        """Load `model`.
+
+        Raises:
+            TargetError: OpenVINO is not installed, or did not grant the device or the precision.
+            ExecutionError: OpenVINO cannot load the model.
+        """
+        self._name = model.parent.name
+        self._ov = _openvino()
+        try:
+            self.inputs, self.outputs = graph_tensors(model)
+        except BundleError as error:
+            raise ExecutionError(str(model), f"OpenVINO cannot load the model ({error})") from error
+        require_numpy_types(self._name, (*self.inputs, *self.outputs))
+        self._compiled: Any = _compiled(self._ov, model, target, threads)
+
+    def bind(self, input_shapes: Mapping[str, Shape]) -> OpenVinoBinding:
+        """Allocate buffers for these input shapes; see `Session.bind`."""
+        self._live()
+        inputs, outputs = allocated(self._name, self.inputs, self.outputs, input_shapes, self._measured_output_shapes)
+        return OpenVinoBinding(self, inputs, outputs)
+
+    def close(self) -> None:
+        """Free the model; a second call does nothing. A run in progress on another thread ends as usual."""
+        self._compiled = None
+
+    def request(self, arrays: Mapping[str, Array]) -> Any:
+        """OpenVINO's request with these arrays as its tensors."""
+        request = self._live().create_infer_request()
+        for name, array in arrays.items():
+            request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+        return request
+
+    def run(self, request: Any) -> None:
+        """Run once; safe from many threads with a request each."""
+        self._live()
+        try:
+            # `infer` would hand the outputs back as copies.
+            request.start_async()
+            request.wait()
+        except Exception as error:  # OpenVINO raises plain RuntimeError
+            raise ExecutionError(self._name, f"OpenVINO failed ({one_line(error)})") from error
+
+    def require_shape(self, name: str, made: Shape, stated: Shape) -> None:
+        """Raise ExecutionError when an output is not of the shape that the graph states."""
+        if made != stated:
+            raise ExecutionError(self._name, f"OpenVINO failed (shape of {name!r})", got=made, expected=str(stated))
+
+    def _live(self) -> Any:
+        compiled = self._compiled
+        if compiled is None:
+            raise ExecutionError(self._name, "the model is closed", remedy="Open it again.")
+        return compiled
+
+    def _measured_output_shapes(self, inputs: Arrays) -> Sequence[Shape]:
+        request = self.request(inputs)
+        self.run(request)
+        return [tuple(request.get_tensor(spec.name).shape) for spec in self.outputs]
+
+
+class OpenVinoBinding:
+    """A session with host buffers; see `Binding`."""
+
+    def __init__(self, session: OpenVinoSession, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+        self.inputs: Mapping[str, Array] = MappingProxyType(inputs)
+        self.outputs: Mapping[str, Array] = MappingProxyType(outputs)
+        self._session = session
+        self._request = session.request({**inputs, **outputs})
+        self._made = {name: self._request.get_tensor(name) for name in outputs}
+
+    def run(self) -> None:
+        """Run the model once; see `Binding.run`."""
+        self._session.run(self._request)
+        # A result smaller than its buffer would leave the rest as it was.
+        for name, tensor in self._made.items():
+            self._session.require_shape(name, tuple(tensor.shape), self.outputs[name].shape)
+
+
+def _openvino() -> Any:
+    try:
+        import openvino  # noqa: PLC0415 (heavy, and of an extra)
+    except Exception as error:  # a damaged installation fails in any way
+        raise TargetError(
+            "openvino", f"cannot be imported ({one_line(error)})", remedy=f"Run `{install_hint('openvino')}`."
+        ) from error
+    return openvino
+
+
+def _compiled(ov: Any, model: Path, target: Target, threads: int | None) -> Any:
+    precision = _INFERENCE_PRECISIONS[target.precision]
+    # One stream: a picture's models run one after the other, each on all threads.
+    config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = str(threads)
+    try:
+        core = ov.Core()
+        graph = core.read_model(model)
+        if target.precision == "int8":
+            _require_quantized(model.parent.name, graph)
+        compiled = core.compile_model(graph, "CPU", config)
+        granted = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        devices = compiled.get_property("EXECUTION_DEVICES")
+    except TargetError:
+        raise
+    except Exception as error:  # OpenVINO raises plain RuntimeError
+        what = f"OpenVINO cannot load the model ({one_line(error)})"
+        raise ExecutionError(str(model), what, remedy=_REMEDY) from error
+    if granted != precision:
+        raise TargetError(
+            model.parent.name,
+            f"precision of the arithmetic that OpenVINO granted for target {target}",
+            got=granted,
+            expected=precision,
+            remedy="Ask for openvino:cpu:fp32, or use a processor with the instructions; `tandemrt doctor` lists them.",
+        )
+    if devices != ["CPU"]:
+        raise TargetError(model.parent.name, "devices granted", got=devices, expected="CPU alone")
+    return compiled
+
+
+def _require_quantized(name: str, graph: Any) -> None:
+    if not any(op.get_type_name() == "FakeQuantize" for op in graph.get_ops()):
+        raise TargetError(
+            name,
+            "its graph quantizes nothing",
+            expected="QuantizeLinear and DequantizeLinear nodes for precision int8",
+            remedy="Quantize it first, or ask for openvino:cpu:fp32.",
+        )

@@ -1,0 +1,196 @@
+"""OpenVINO's own: precision asked for and granted, int8, doctor's list, and pictures that equal ONNX Runtime's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import openvino
+import pytest
+from onnx import TensorProto, helper, numpy_helper, save_model
+
+from tandemrt.runtime import ExecutionError, Pipeline, TargetError
+from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.backends import openvino as backend
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.targets import Target, parse_target, probe_backends
+
+from .tiny_bundle import write_tiny_bundle
+
+PROMPT = "a red circle left of a blue square on a white background"
+MINIMUM_PSNR_DB = {"fp32": 60.0, "bf16": 35.0}
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+WAYS: dict[str, dict[str, Any]] = {
+    "large": {"num_inference_steps": 8},
+    "tandem": {"steps": {"unet": 4, "unet_small": 4}},
+    "ancestral": {"num_inference_steps": 8, "solver": "euler_a", "seed": 8},
+    "pictures": {"num_inference_steps": 4, "num_images_per_prompt": 2, "height": 96, "width": 80},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openvino") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+class Paint(Protocol):
+    def __call__(self, target: str, **arguments: Any) -> np.ndarray: ...
+
+
+def painter(bundle: Path) -> Iterator[Paint]:
+    """What paints on a target, with one pipeline kept for each."""
+    with ExitStack() as stack:
+
+        @cache
+        def pipeline(target: str) -> Pipeline:
+            return stack.enter_context(Pipeline.open(bundle, target=target, threads=1))
+
+        yield lambda target, **arguments: np.stack(
+            pipeline(target)(**{"seed": 7, "output_type": "np", **arguments}).images
+        )
+
+
+@pytest.fixture(scope="module")
+def paint_shapes(shapes_bundle: Path) -> Iterator[Paint]:
+    yield from painter(shapes_bundle)
+
+
+@pytest.fixture(scope="module")
+def paint_tiny(tiny: Path) -> Iterator[Paint]:
+    yield from painter(tiny)
+
+
+def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of pictures in [0, 1]."""
+    return float(-10 * np.log10(max(np.mean(np.square(ours.astype(np.float64) - reference)), 1e-20)))
+
+
+def quantized(folder: Path) -> Path:
+    """x convolved, activations and weights in int8 behind QuantizeLinear and DequantizeLinear."""
+    weights = np.random.default_rng(0).integers(-127, 128, (8, 4, 3, 3)).astype(np.int8)
+    constants = {"scale": np.float32(0.05), "zero": np.int8(0), "w_scale": np.float32(0.01), "w": weights}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "zero"], ["wd"]),
+        helper.make_node("Conv", ["xd", "wd"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    tensors = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", channels, "h", "w_"])
+        for name, channels in (("x", 4), ("y", 8))
+    ]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "quantized", tensors[:1], tensors[1:], initializers)
+    (folder / "unet").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    save_model(model, str(folder / "unet" / "model.onnx"))
+    return folder / "unet" / "model.onnx"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", MINIMUM_PSNR_DB)
+def test_pictures_equal_those_of_onnxruntime(paint_shapes: Paint, precision: str, way: str) -> None:
+    arguments = {"prompt": PROMPT, "guidance_scale": 2.0, **WAYS[way]}
+    expected = paint_shapes("onnxruntime:cpu:fp32", **arguments)
+    if precision == "bf16" and not HAS_BF16:
+        with pytest.raises(TargetError, match=r"granted for target openvino:cpu:bf16, got 'f32', expected bf16"):
+            paint_shapes("openvino:cpu:bf16", **arguments)
+        return
+    ours = paint_shapes(f"openvino:cpu:{precision}", **arguments)
+    assert psnr_db(ours, expected) >= MINIMUM_PSNR_DB[precision]
+    if precision == "bf16":
+        assert (ours != expected).any()
+
+
+def test_without_a_precision_the_bundle_s_own_is_kept(paint_tiny: Paint) -> None:
+    """Left to itself OpenVINO would compute an fp32 graph in bf16 on processors that can."""
+    settings = {"prompt": "red", "num_inference_steps": 2}
+    np.testing.assert_array_equal(paint_tiny("openvino:cpu", **settings), paint_tiny("openvino:cpu:fp32", **settings))
+
+
+def test_a_precision_that_was_not_granted_is_no_silent_fallback(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "f16"  # no processor's own up to AVX512-FP16
+    if "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        asked = "dynamic"
+    monkeypatch.setitem(backend._INFERENCE_PRECISIONS, "bf16", asked)
+    with pytest.raises(TargetError, match=rf"unet: precision of the arithmetic .*, expected {asked}\. Ask for"):
+        open_session(tiny / "unet" / "model.onnx", Target("openvino", "cpu", "bf16"))
+
+
+def test_what_a_precision_asks_of_the_bundle() -> None:
+    for text in ("openvino:cpu", "openvino:cpu:bf16", "openvino:cpu:int8"):
+        parse_target(text).check_precision("unet", "fp32")
+    for text in ("openvino:cpu", "openvino:cpu:fp16", "openvino:cpu:int8"):
+        parse_target(text).check_precision("unet", "fp16")
+    with pytest.raises(TargetError, match=r"got 'fp16', expected fp32 for target openvino:cpu:bf16\. Ask for"):
+        parse_target("openvino:cpu:bf16").check_precision("unet", "fp16")
+
+
+def test_int8_runs_what_the_graph_quantizes(tmp_path: Path) -> None:
+    session = open_session(quantized(tmp_path), Target("openvino", "cpu", "int8"))
+    reference = open_session(tmp_path / "unet" / "model.onnx", Target("onnxruntime", "cpu"))
+    results = []
+    for one in (session, reference):
+        binding = one.bind({"x": (1, 4, 8, 8)})
+        binding.inputs["x"][...] = np.random.default_rng(1).standard_normal((1, 4, 8, 8))
+        binding.run()
+        results.append(binding.outputs["y"].copy())
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    assert np.abs(results[1]).max() > 0.1
+
+
+def test_int8_wants_quantized_denoisers(tiny: Path) -> None:
+    with (
+        Pipeline.open(tiny, target="openvino:cpu:int8") as pipeline,
+        pytest.raises(TargetError, match="unet: its graph quantizes nothing, expected QuantizeLinear"),
+    ):
+        pipeline("red", num_inference_steps=1)
+
+
+def test_a_used_up_buffer_is_seen_by_nobody_else(tiny: Path) -> None:
+    """Closing while a binding lives on: the binding says so, and a second session is untouched."""
+    shapes = {"latent_sample": (1, 4, 2, 2)}
+    sessions = [open_session(tiny / "vae_decoder" / "model.onnx", Target("openvino", "cpu")) for _ in range(2)]
+    first, second = (session.bind(shapes) for session in sessions)
+    sessions[0].close()
+    with pytest.raises(ExecutionError, match="vae_decoder: the model is closed"):
+        first.run()
+    second.run()
+    assert np.isfinite(second.outputs["sample"]).all()
+
+
+def test_generate_on_openvino(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["--prompt", "red", "--num-inference-steps", "2", "--output-dir", str(out)]
+    assert main(["generate", str(tiny), *arguments, "--target", "openvino:cpu:fp32"]) == 0
+    assert list(out.glob("*.png"))
+    capsys.readouterr()
+
+
+def test_auto_takes_openvino_where_onnxruntime_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_target("auto").backend == "onnxruntime"
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    target = parse_target("auto")
+    assert (target.backend, target.precision) == ("openvino", None)
+    assert "ONNX Runtime is not" in target.reason
+
+
+def test_doctor_lists_what_the_processor_grants() -> None:
+    (status,) = (status for status in probe_backends() if status.backend == "openvino")
+    assert status.targets[0] == Target("openvino", "cpu")
+    assert (Target("openvino", "cpu", "bf16") in status.targets) == HAS_BF16
+
+
+def test_without_openvino_the_extra_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(TargetError, match=r'Run `pip install "tandemrt\[openvino\]"`'):
+        open_session(tiny / "unet" / "model.onnx", Target("openvino", "cpu"))
+    with pytest.raises(TargetError, match="openvino: is not installed"):
+        Pipeline.open(tiny, target="openvino:cpu")
