@@ -15,6 +15,7 @@ from .binding import Bound, Conditioning, bind
 from .control import Running, Steering, steer
 from .errors import ExecutionError
 from .plan import Plan
+from .table import Table
 from .tensors import latent_names
 
 Float32 = npt.NDArray[np.float32]
@@ -144,24 +145,43 @@ class Sampler:
         return () if self._steering is None else self._steering.running(bound, row, guided=self._rows[row].guided)
 
     def _require_finite(self, values: Float32, row: int, what: str, running: Sequence[Running]) -> None:
-        # A finite sum proves all values finite at a fraction of the cost of looking at each.
-        if math.isfinite(float(values.sum())) or np.isfinite(values).all():
+        if _finite(values):
             return
-        where = f"step {self._plan.table.steps[row]} (timestep {self._plan.table.timesteps[row]:g}, "
         for one in running:
             if not one.finite:
                 name = one.control.component
                 remedy = f"Lower its controlnet_conditioning_scale; if '{name}' is fp16, export it as fp32."
                 what = f"NaN or Inf in what the ControlNet makes, scaled by {one.control.scale:g}"
-                raise ExecutionError(f"{where}{name})", what, remedy=remedy)
-        bad, name = int(np.count_nonzero(~np.isfinite(values))), self._plan.denoisers[row]
-        raise ExecutionError(
-            f"{where}{name})",
-            f"NaN or Inf in the {what}",
-            got=f"{bad} of {values.size} values",
-            expected="finite values",
-            remedy=f"Try another solver or guidance scale; if '{name}' is fp16, export it as fp32.",
-        )
+                raise ExecutionError(_where(self._plan, row, name), what, remedy=remedy)
+        require_finite(self._plan, row, what, values)
+
+
+def require_finite(plan: Plan, row: int, what: str, values: Float32) -> None:
+    """Raise ExecutionError, which names the row and its denoiser, when `values` hold NaN or Inf."""
+    if _finite(values):
+        return
+    name = plan.denoisers[row]
+    raise ExecutionError(
+        _where(plan, row, name),
+        f"NaN or Inf in the {what}",
+        got=f"{int(np.count_nonzero(~np.isfinite(values)))} of {values.size} values",
+        expected="finite values",
+        remedy=f"Try another solver or guidance scale; if '{name}' is fp16, export it as fp32.",
+    )
+
+
+def denoised_estimate(table: Table, row: int, vectors: Float32) -> Callable[[], Float32]:
+    """The clean latent a row implies, computed when asked, from (x, h1 … hH, ε) before its update."""
+    return _Denoised(_denoised_terms(table, row), vectors)
+
+
+def _finite(values: Float32) -> bool:
+    # A finite sum proves all values finite at a fraction of the cost of looking at each.
+    return math.isfinite(float(values.sum())) or bool(np.isfinite(values).all())
+
+
+def _where(plan: Plan, row: int, name: str) -> str:
+    return f"step {plan.table.steps[row]} (timestep {plan.table.timesteps[row]:g}, {name})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +229,14 @@ def _compiled_rows(plan: Plan) -> tuple[_Row, ...]:
                 draws_noise=bool(draws_noise[n]),
                 model_input=_terms(table.model_input[n].tolist()),
                 update=tuple(_terms(coefficients) for coefficients in update),
-                denoised=_terms([*table.denoised_state[n].tolist(), float(table.denoised_prediction[n])]),
+                denoised=_denoised_terms(table, n),
             )
         )
     return tuple(rows)
+
+
+def _denoised_terms(table: Table, row: int) -> Terms:
+    return _terms([*table.denoised_state[row].tolist(), float(table.denoised_prediction[row])])
 
 
 def _terms(coefficients: list[float]) -> Terms:

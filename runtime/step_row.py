@@ -1,0 +1,72 @@
+"""What a step engine takes and makes: the tensors of one call, and a plan's row as it is given one.
+
+A step engine is a denoiser's graph with batch duplication, guidance and the linear update of `Table` around it; one
+call is one row. Its tensors, all float32, beside the denoiser's own other than the latent:
+
+state: (1+H, B, C, h, w), (x, h1 … hH); `next_state` is what the row makes of it.
+model_input: (1+H,), the coefficients of what the denoiser is given.
+update: (1+H, 3+H), the coefficients of (x, h1 … hH, ε, z) in each entry of the next state.
+noise: (B, C, h, w), z; any finite values where the row draws none.
+guidance_scale: (1,), of an engine that runs both branches. The denoiser's own inputs then have 2B rows, those of the
+    unconditional branch first.
+channels: (B, …, h, w), what follows the latent in a denoiser that reads more channels than it predicts.
+prediction: (B, C, h, w), ε, the guided model output.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PlanError
+from .table import Table
+
+STATE = "state"
+NEXT_STATE = "next_state"
+MODEL_INPUT = "model_input"
+UPDATE = "update"
+NOISE = "noise"
+GUIDANCE_SCALE = "guidance_scale"
+CHANNELS = "channels"
+PREDICTION = "prediction"
+# In place of the time step, where an engine has the time steps of its schedule built in: () int64, its place in them.
+STEP_INDEX = "step_index"
+
+Float32 = npt.NDArray[np.float32]
+
+
+def model_input_row(table: Table, row: int, history: int) -> Float32:
+    """`model_input` for a row: (1+history,) float32.
+
+    Raises:
+        PlanError: the schedule carries more history than the engine's state holds.
+    """
+    _require_room(table, history)
+    coefficients = np.zeros(1 + history, np.float32)
+    coefficients[: 1 + table.history] = table.model_input[row]
+    return coefficients
+
+
+def update_row(table: Table, row: int, history: int) -> Float32:
+    """`update` for a row: (1+history, 3+history) float32; entries that the schedule lacks stay zero.
+
+    Raises:
+        PlanError: the schedule carries more history than the engine's state holds.
+    """
+    _require_room(table, history)
+    coefficients, entries = np.zeros((1 + history, 3 + history), np.float32), 1 + table.history
+    coefficients[:entries, :entries] = table.transition[row]
+    coefficients[:entries, -2] = table.prediction[row]
+    coefficients[:entries, -1] = table.noise[row]
+    return coefficients
+
+
+def _require_room(table: Table, history: int) -> None:
+    if table.history > history:
+        raise PlanError(
+            "solver",
+            f"history that {table.solver} carries",
+            got=table.history,
+            expected=f"at most {history}, which the engine was composed for",
+            remedy="Compose the step engine with more history, or use another solver.",
+        )
