@@ -51,7 +51,7 @@ class Models:
 
     def _opened(self, name: str) -> Session:
         self._bundle.check_component(name)
-        target = self._target.of_role(self._bundle.component(name).role)
+        target = self._target.of_component(self._bundle.component(name))
         session = open_session(self._bundle.model_path(name), target, threads=self._threads)
         try:
             self._bundle.check_tensors(name, session.inputs, session.outputs)

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import ArgumentError, TargetError
-from .manifest import Role
+from .manifest import Component
 
 _NVIDIA = Path("/proc/driver/nvidia")
+_NVIDIA_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 _SM = r"portable|sm\d{2,3}(\+sm\d{2,3})*"
 # What a bundle must be exported in for a precision; of int8 and fp8 its graphs tell themselves.
 _EXPORTED_IN = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32"}
@@ -44,10 +45,11 @@ class Target:
                 remedy=f"Ask for {self.backend}:{self.device}:{precision}, or export with --dtype {wanted}.",
             )
 
-    def of_role(self, role: Role) -> Target:
-        """What is asked of a component of this role: quantization of denoisers alone."""
+    def of_component(self, component: Component) -> Target:
+        """What is asked of one component, its own precision where none is named; of denoisers alone quantization."""
         quantized = self.precision is not None and self.precision not in _EXPORTED_IN
-        return replace(self, precision=None) if quantized and role != "denoiser" else self
+        named = None if quantized and component.role != "denoiser" else self.precision
+        return replace(self, precision=named or component.precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,13 @@ class _Backend:
 
 _TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 _BACKENDS = {
-    "onnxruntime": _Backend(("onnxruntime", "onnxruntime-gpu"), "cpu", "cpu|cuda", ("fp32", "fp16"), runs_on=("cpu",)),
+    "onnxruntime": _Backend(
+        ("onnxruntime", "onnxruntime-gpu"),
+        "cpu",
+        "cpu|cuda|tensorrt|tensorrt-rtx",
+        ("fp32", "fp16"),
+        runs_on=("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
+    ),
     "openvino": _Backend(("openvino",), "openvino", "cpu|gpu|npu", ("fp32", "fp16", "bf16", "int8"), runs_on=("cpu",)),
     "tensorrt-rtx": _Backend(("tensorrt-rtx",), "tensorrt-rtx", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True),
     "tensorrt": _Backend(("tensorrt",), "tensorrt", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True),
@@ -110,10 +118,20 @@ def parse_target(text: str) -> Target:
 
 def _automatic() -> Target:
     """The fastest target here that runs any bundle in the precision it was exported in."""
+    if _runs_on_cuda():
+        return Target("onnxruntime", "cuda", reason="ONNX Runtime has its CUDA provider, and an NVIDIA GPU is here")
     if not _is_importable("onnxruntime") and _is_importable("openvino"):
         return Target("openvino", "cpu", reason="OpenVINO is installed and ONNX Runtime is not")
     # In bf16 OpenVINO is faster yet; in fp32 it took 1.2 to 4 times as long (shapes family, AMD EPYC with AVX-512).
     return Target("onnxruntime", "cpu", reason="the fastest here that keeps the precision a bundle was exported in")
+
+
+def _runs_on_cuda() -> bool:
+    if not has_nvidia_driver() or not _is_importable("onnxruntime"):
+        return False
+    import onnxruntime  # noqa: PLC0415 (heavy)
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def check_runnable(target: Target) -> None:
@@ -126,6 +144,13 @@ def check_runnable(target: Target) -> None:
             expected=" or ".join(_RUNNABLE),
             remedy="Use --target auto.",
         )
+    if _needs_nvidia(target) and not has_nvidia_driver():
+        what = "needs an NVIDIA GPU, and no NVIDIA driver is running here"
+        raise TargetError(f"target {target}", what, remedy="Use --target auto, or a machine with such a GPU.")
+
+
+def _needs_nvidia(target: Target) -> bool:
+    return _BACKENDS[target.backend].needs_nvidia or (target.backend == "onnxruntime" and target.device != "cpu")
 
 
 def check_installed(target: Target) -> None:
@@ -141,9 +166,9 @@ def _is_importable(module: str) -> bool:
         return True
 
 
-def install_hint(backend: str) -> str:
-    """The command that installs what `backend` needs."""
-    return f'pip install "tandemrt[{_BACKENDS[backend].extra}]"'
+def install_hint(backend: str, *, gpu: bool = False) -> str:
+    """The command that installs what `backend` needs; gpu: for ONNX Runtime on NVIDIA GPUs."""
+    return f'pip install "tandemrt[{"gpu" if gpu else _BACKENDS[backend].extra}]"'
 
 
 def probe_backends() -> tuple[BackendStatus, ...]:
@@ -160,7 +185,7 @@ def _status(name: str, backend: _Backend) -> BackendStatus:
     if len(versions) > 1:
         both = " and ".join(versions)
         missing.append(f"{both} overwrite each other's files: uninstall both, then {install_hint(name)}")
-    if backend.needs_nvidia and not devices:
+    if backend.needs_nvidia and not has_nvidia_driver():
         missing.append("no NVIDIA driver is running here")
     targets: tuple[Target, ...] = ()
     if name in _PROBES and len(versions) == 1:
@@ -177,7 +202,10 @@ def _status(name: str, backend: _Backend) -> BackendStatus:
 def _probed_onnxruntime() -> tuple[tuple[str, ...], tuple[Target, ...]]:
     import onnxruntime  # noqa: PLC0415 (heavy)
 
-    return tuple(onnxruntime.get_available_providers()), (Target("onnxruntime", "cpu"),)
+    from .backends.providers import devices_here  # noqa: PLC0415 (it imports this module)
+
+    devices = devices_here(onnxruntime) if has_nvidia_driver() else ("cpu",)
+    return tuple(onnxruntime.get_available_providers()), tuple(Target("onnxruntime", device) for device in devices)
 
 
 def _probed_openvino() -> tuple[tuple[str, ...], tuple[Target, ...]]:
@@ -196,6 +224,11 @@ def _installed_versions(distributions: tuple[str, ...]) -> dict[str, str]:
 
     found = (next(iter(metadata.distributions(name=name)), None) for name in distributions)
     return {name: package.version for name, package in zip(distributions, found, strict=True) if package is not None}
+
+
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver runs here; containers may show its devices and not its /proc, WSL neither."""
+    return bool(nvidia_gpus()) or any(path.exists() for path in _NVIDIA_DEVICES)
 
 
 def nvidia_gpus() -> tuple[str, ...]:

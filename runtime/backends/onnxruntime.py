@@ -1,8 +1,10 @@
-"""ONNX Runtime's CPU provider. A run reads and writes the binding's numpy arrays in place, nothing is copied."""
+"""ONNX Runtime. On the CPU a run reads and writes the binding's numpy arrays in place, nothing is copied; on a GPU
+the binding has buffers there too, filled before the run and read after it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,8 +14,10 @@ from ..manifest import Dtype, TensorSpec
 from ..targets import Target, install_hint
 from .base import Array, Shape
 from .buffers import allocated, one_line
+from .providers import opened
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider"}
+# Devices whose memory ONNX Runtime lets us fill and read; for others it copies host buffers itself.
+_BUFFERS_ON = {"cuda": "cuda", "tensorrt": "cuda"}
 _FATAL = 4  # of ONNX Runtime's log severities; what goes wrong is raised as an exception as well
 # What numpy can hold: bfloat16 it cannot.
 _DTYPES: dict[str, Dtype] = {
@@ -22,6 +26,15 @@ _DTYPES: dict[str, Dtype] = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """What a run is given: ONNX Runtime's binding, and the buffers on a device with the arrays they mirror."""
+
+    io: Any
+    given: tuple[tuple[Any, Array], ...] = ()
+    made: tuple[tuple[Any, Array], ...] = ()
 
 
 class OnnxRuntimeSession:
@@ -36,6 +49,7 @@ class OnnxRuntimeSession:
         """
         self._name = model.parent.name
         self._ort = _onnxruntime()
+        self._memory = _BUFFERS_ON.get(target.device, "cpu")
         self._session = _loaded(self._ort, model, target, threads)
         self.inputs = tuple(self._spec(node, target) for node in self._session.get_inputs())
         self.outputs = tuple(self._spec(node, target) for node in self._session.get_outputs())
@@ -49,28 +63,37 @@ class OnnxRuntimeSession:
         """Free the model; a second call does nothing. A run in progress on another thread ends as usual."""
         self._session = None
 
-    def io_binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array] | None) -> Any:
-        """ONNX Runtime's binding of these arrays; outputs it allocates itself where `outputs` is None."""
+    def buffers(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array] | None) -> _Buffers:
+        """What a run on these arrays is given; ONNX Runtime allocates the outputs itself where `outputs` is None."""
         io = self._live().io_binding()
-        from_numpy = self._ort.OrtValue.ortvalue_from_numpy
-        for name, array in inputs.items():
-            io.bind_ortvalue_input(name, from_numpy(array))
-        for spec in self.outputs:
-            if outputs is None:
-                io.bind_output(spec.name, "cpu")
-            else:
-                io.bind_ortvalue_output(spec.name, from_numpy(outputs[spec.name]))
-        return io
+        on_device = self._memory != "cpu"
+        given = tuple((self._value(array), array) for array in inputs.values())
+        for name, (value, _) in zip(inputs, given, strict=True):
+            io.bind_ortvalue_input(name, value)
+        made = tuple((self._value(outputs[spec.name]), outputs[spec.name]) for spec in self.outputs) if outputs else ()
+        for spec, (value, _) in zip(self.outputs, made, strict=False):
+            io.bind_ortvalue_output(spec.name, value)
+        for spec in self.outputs[len(made) :]:
+            io.bind_output(spec.name, "cpu")
+        return _Buffers(io, given, made) if on_device else _Buffers(io)
 
-    def run(self, io: Any) -> None:
-        """Run once with an `io_binding`; safe from many threads with a binding each."""
+    def run(self, buffers: _Buffers) -> None:
+        """Run once; safe from many threads with `buffers` each."""
         session = self._live()
         options = self._ort.RunOptions()
         options.log_severity_level = _FATAL
         try:
-            session.run_with_iobinding(io, options)
+            for value, array in buffers.given:
+                value.update_inplace(array)
+            session.run_with_iobinding(buffers.io, options)
+            for value, array in buffers.made:
+                array[...] = value.numpy()
         except Exception as error:  # ONNX Runtime raises plain RuntimeError and its own classes
             raise ExecutionError(self._name, f"ONNX Runtime failed ({one_line(error)})") from error
+
+    def _value(self, array: Array) -> Any:
+        """The array itself on the CPU, a copy of it on a GPU."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0)
 
     def _live(self) -> Any:
         session = self._session
@@ -87,9 +110,9 @@ class OnnxRuntimeSession:
         return TensorSpec(name=node.name, dtype=_DTYPES[node.type], shape=shape)
 
     def _measured_output_shapes(self, inputs: Mapping[str, Array]) -> list[Shape]:
-        io = self.io_binding(inputs, None)
-        self.run(io)
-        return [tuple(value.shape()) for value in io.get_outputs()]
+        buffers = self.buffers(inputs, None)
+        self.run(buffers)
+        return [tuple(value.shape()) for value in buffers.io.get_outputs()]
 
 
 class OnnxRuntimeBinding:
@@ -99,11 +122,11 @@ class OnnxRuntimeBinding:
         self.inputs: Mapping[str, Array] = MappingProxyType(inputs)
         self.outputs: Mapping[str, Array] = MappingProxyType(outputs)
         self._session = session
-        self._io = session.io_binding(inputs, outputs)
+        self._buffers = session.buffers(inputs, outputs)
 
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
-        self._session.run(self._io)
+        self._session.run(self._buffers)
 
 
 def _onnxruntime() -> Any:
@@ -125,16 +148,12 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The file's name must not choose its parser: ONNX Runtime would read its own flatbuffer format from an .ort file.
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    provider = _PROVIDERS[target.device]
     try:
-        session = ort.InferenceSession(str(model), options, providers=[provider])
+        return opened(ort, model, options, target)
+    except TargetError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
         remedy = "Check it with `tandemrt verify`, or try a newer onnxruntime."
         raise ExecutionError(
             str(model), f"ONNX Runtime cannot load the model ({one_line(error)})", remedy=remedy
         ) from error
-    granted = session.get_providers()
-    if granted != [provider]:
-        raise TargetError(model.parent.name, "execution providers granted", got=granted, expected=f"{provider} alone")
-    session.disable_fallback()
-    return session

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, save_model
 from tandemrt.runtime import targets
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Array, Binding, Session
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import ArgumentError, ExecutionError, TargetError
 from tandemrt.runtime.targets import Target, parse_target, probe_backends
 
@@ -332,7 +333,7 @@ def test_auto_says_why() -> None:
         ("", "backend, got '', expected auto or one of onnxruntime, openvino, tensorrt-rtx, tensorrt"),
         ("coreml:cpu:fp32", "backend, got"),
         ("AUTO", "backend, got"),
-        ("onnxruntime", "expected onnxruntime:DEVICE with DEVICE one of cpu, cuda"),
+        ("onnxruntime", "expected onnxruntime:DEVICE with DEVICE one of cpu, cuda, tensorrt, tensorrt-rtx"),
         ("onnxruntime:tpu:fp32", "device"),
         ("onnxruntime:cpu:fp32:x", "device"),
         ("tensorrt:cuda:fp16", "DEVICE one of sm89, several as sm89\\+sm120, or portable"),
@@ -346,10 +347,74 @@ def test_malformed_targets_are_arguments_that_cannot_be_used(text: str, message:
         parse_target(text)
 
 
-@pytest.mark.parametrize("text", ["onnxruntime:cuda:fp16", "openvino:gpu:fp16", "tensorrt:sm90:fp16"])
+@pytest.mark.parametrize("text", ["openvino:gpu:fp16", "openvino:npu"])
 def test_targets_that_cannot_run_say_so(text: str, tiny: Path) -> None:
     with pytest.raises(TargetError, match=f"got '{text}', expected onnxruntime:cpu"):
         open_session(tiny / "unet" / "model.onnx", parse_target(text))
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(targets, "_NVIDIA", tmp_path)
+    monkeypatch.setattr(targets, "_NVIDIA_DEVICES", ())
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(targets, "_NVIDIA_DEVICES", (tmp_path,))
+
+
+@pytest.mark.usefixtures("no_driver")
+@pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx"])
+def test_gpu_providers_without_a_gpu_are_one_sentence(device: str, tiny: Path) -> None:
+    message = (
+        f"target onnxruntime:{device}:fp32: needs an NVIDIA GPU, and no NVIDIA driver is running here. "
+        "Use --target auto, or a machine with such a GPU."
+    )
+    with pytest.raises(TargetError) as raised:
+        open_session(tiny / "unet" / "model.onnx", parse_target(f"onnxruntime:{device}:fp32"))
+    assert str(raised.value) == message
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (
+            "cuda",
+            r"provider that this ONNX Runtime has not, got 'CUDAEx.*one of .*CPUExecutionProvider\. Run",
+        ),
+        ("tensorrt", r"got 'TensorrtExecutionProvider'.* then `pip install \"tandemrt\[gpu\]\"`"),
+        ("tensorrt-rtx", r"its provider cannot be loaded .*Run `pip install onnxruntime-ep-nv-tensorrt-rtx`"),
+    ],
+)
+def test_gpu_providers_that_are_not_installed_say_what_to_install(
+    device: str, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    with pytest.raises(TargetError, match=message):
+        open_session(tiny / "unet" / "model.onnx", Target("onnxruntime", device))
+
+
+@pytest.mark.usefixtures("driver")
+def test_auto_and_doctor_take_the_gpu_where_its_provider_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    target = parse_target("auto")
+    assert str(target) == "onnxruntime:cuda"
+    assert "GPU" in target.reason
+    assert [one.device for one in probe_backends()[0].targets][:2] == ["cpu", "cuda"]
+
+
+def test_what_is_asked_of_a_component(tiny: Path) -> None:
+    components = Bundle.open(tiny).manifest.components
+    unet, encoder = components["unet"], components["text_encoder"]
+    assert str(parse_target("openvino:cpu").of_component(unet)) == "openvino:cpu:fp32"
+    assert str(parse_target("openvino:cpu:bf16").of_component(encoder)) == "openvino:cpu:bf16"
+    assert str(parse_target("openvino:cpu:int8").of_component(unet)) == "openvino:cpu:int8"
+    assert str(parse_target("openvino:cpu:int8").of_component(encoder)) == "openvino:cpu:fp32"
 
 
 def test_another_precision_than_the_model_s_is_refused() -> None:

@@ -1,0 +1,33 @@
+"""Pictures of the shapes family on a GPU and on the CPU, compared; `pytest -m gpu` on a machine that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandemrt.runtime import Pipeline
+
+PROMPT = "a red circle left of a blue square on a white background"
+
+Painted = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def painted() -> Painted:
+    """The pictures a bundle paints on a target, (N, H, W, 3) float32 in [0, 1]."""
+
+    def paint(bundle: Path, target: str, **arguments: Any) -> np.ndarray:
+        defaults = {"prompt": PROMPT, "num_inference_steps": 8, "guidance_scale": 2.0, "seed": 7}
+        with Pipeline.open(bundle, target=target) as pipeline:
+            return np.stack(pipeline(**{**defaults, **arguments}, output_type="np").images)
+
+    return paint
+
+
+def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of pictures in [0, 1]."""
+    return float(-10 * np.log10(max(np.mean(np.square(ours.astype(np.float64) - reference)), 1e-20)))
