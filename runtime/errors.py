@@ -8,6 +8,7 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 ├── ExportError              an export that failed or missed its parity threshold
 ├── BundleError              a bundle that is damaged, foreign or newer than this runtime
 ├── TargetError              a backend, device or precision that is not available here
+├── EngineError              an engine that cannot be built, or does not fit what it is asked for
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
     └── CancelledError       a generation stopped by its caller
 """
@@ -75,6 +76,10 @@ class BundleError(TandemError):
 
 class TargetError(TandemError):
     """A backend, device or precision is not available here."""
+
+
+class EngineError(TandemError):
+    """An engine cannot be built, or none that is there fits the bundle, the machine or the request."""
 
 
 class ExecutionError(TandemError):

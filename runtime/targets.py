@@ -219,6 +219,18 @@ def _probed_openvino() -> tuple[tuple[str, ...], tuple[Target, ...]]:
 _PROBES = {"onnxruntime": _probed_onnxruntime, "openvino": _probed_openvino}
 
 
+def installed_version(backend: str) -> str:
+    """The version of the installed package of `backend`.
+
+    Raises:
+        TargetError: it is not installed.
+    """
+    versions = _installed_versions(_BACKENDS[backend].distributions)
+    if not versions:
+        raise TargetError(backend, "is not installed", remedy=f"Run `{install_hint(backend)}`.")
+    return next(iter(versions.values()))
+
+
 def _installed_versions(distributions: tuple[str, ...]) -> dict[str, str]:
     from importlib import metadata  # noqa: PLC0415 (a tenth of a second, for doctor alone)
 

@@ -13,20 +13,27 @@ from typing import Any
 import msgspec
 
 from ..bundle import Bundle
+from ..engine_files import cache_folder
+from ..errors import ArgumentError
 from ..manifest import Component, Evidence, Manifest
 from ..solvers.config import KEYS
 from .columns import aligned
+from .inspect_engines import engine_facts, engine_lines
 from .reporter import Reporter
 
 EPILOG = """\
-example:
+examples:
   tandemrt inspect bundle/
+  tandemrt inspect bundle/ --engines
 """
 
 
 @dataclass(frozen=True, slots=True)
 class InspectPlan:
+    """engines: the cache whose engines of the bundle are shown beside it, None for none."""
+
     bundle: Path
+    engines: Path | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    parser.add_argument("--engines", action="store_true", help="show the engines built of it as well")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where they are; as in `tandemrt build-engine`")
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> InspectPlan:
-    return InspectPlan(namespace.bundle)
+    if namespace.cache is not None and not namespace.engines:
+        raise ArgumentError("--cache", "is of engines only", got=str(namespace.cache), expected="--engines beside it")
+    return InspectPlan(namespace.bundle, cache_folder(namespace.cache) if namespace.engines else None)
 
 
 def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
@@ -48,6 +59,7 @@ def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
 
     Raises:
         BundleError: the bundle is damaged, foreign or newer than this runtime.
+        EngineError: the cache belongs to another user, or everybody may write to it.
     """
     bundle = Bundle.open(plan.bundle)
     manifest = bundle.manifest
@@ -64,6 +76,7 @@ def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
         "size_bytes": sum(record.size for record in manifest.files.values()),
         **facts,
         "components": components,
+        **({} if plan.engines is None else {"engines": engine_facts(bundle, plan.engines)}),
     }
 
 
@@ -93,6 +106,9 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         if component["scheduler"] is not None:
             yield ""
             yield f"{name} brings its own scheduler: {_scheduler(component['scheduler'])}"
+    if "engines" in result:
+        yield ""
+        yield from engine_lines(result["engines"])
 
 
 def _encodings(text: Mapping[str, Any]) -> Iterator[str]:

@@ -8,13 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-# Precision -> instruction sets that speed it up, as Linux names them in /proc/cpuinfo; x86-64 first, then Arm.
-INSTRUCTION_SETS = {
-    "fp32": ("avx2", "fma", "avx512f", "asimd", "sve", "sve2"),
-    "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
-    "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
-    "int8": ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
-}
+from ..architecture import INSTRUCTION_SETS, parse_cpuinfo
+
 NVIDIA_FIELDS = ("name", "compute_cap", "driver_version", "memory.total")
 NVIDIA_SMI_TIMEOUT_S = 10.0
 
@@ -37,16 +32,6 @@ def machine_facts() -> dict[str, Any]:
         "available_memory_gib": memory.get("MemAvailable"),
         "nvidia_devices": nvidia_devices(),
     }
-
-
-def parse_cpuinfo(text: str) -> tuple[str | None, frozenset[str]]:
-    """The model name and the flags of the first processor in the text of /proc/cpuinfo."""
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = fields.get("flags") or fields.get("Features") or ""
-    return fields.get("model name"), frozenset(flags.split())
 
 
 def parse_meminfo(text: str) -> dict[str, float]:

@@ -36,6 +36,7 @@ class Entry:
 
 COMMANDS: Mapping[str, Entry] = {
     "export": Entry("tandemrt.export.command", "turn a checkpoint into a verified bundle", "export,cpu"),
+    "build-engine": Entry("tandemrt.engines.command", "compile a bundle's models for what they run on", "engines"),
     "generate": Entry("tandemrt.runtime.cli.generate", "paint pictures from prompts with a bundle", "cpu"),
     "inspect": Entry("tandemrt.runtime.cli.inspect_bundle", "show what a bundle holds", "cpu", plans=False),
     "verify": Entry("tandemrt.runtime.cli.verify_bundle", "check that a bundle is what was exported", "export,cpu"),

@@ -1,0 +1,162 @@
+"""The cache of engines: a lock for each key, work beside the place, and one rename that publishes it whole.
+
+    <engines>/<key>          a whole engine
+    <engines>/.<key>.lock    held (flock) by the one that builds it, and by its builder process
+    <engines>/.<key>.part    what is being built; `.old`: a damaged engine on its way out
+
+What a killed builder leaves is under names whose lock nobody holds: the next run sweeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from ..runtime.engine_files import SIDECAR_NAME, Engine, check_engine_files, engines_folder, read_sidecar
+from ..runtime.errors import EngineError
+from ..runtime.manifest import FileRecord, file_sha256
+from .job import Progress
+
+POLL_S = 0.05
+_LITTER = re.compile(r"\.([0-9a-f]{64})\.(lock|part|old)")
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+class Claim:
+    """The right to build one key: `part` is the empty folder to build in, `lock` the descriptor of the held lock."""
+
+    def __init__(self, engines: Path, key: str, lock: int) -> None:
+        self._engines, self._key, self.lock = engines, key, lock
+        self.part = engines / f".{key}.part"
+
+    def publish(self, engine: Engine) -> Path:
+        """Write the sidecar, flush everything to the disk and give the folder its name, in a damaged one's place.
+
+        Raises:
+            OSError: the file system is full or refuses.
+        """
+        place, old = self._engines / self._key, self._engines / f".{self._key}.old"
+        sidecar = msgspec.json.format(msgspec.json.encode(engine), indent=1) + b"\n"
+        (self.part / SIDECAR_NAME).write_bytes(sidecar)
+        for path in (*self.part.iterdir(), self.part):
+            _sync(path)
+        if os.path.lexists(place):
+            place.rename(old)
+        self.part.rename(place)
+        _sync(self._engines)
+        shutil.rmtree(old, ignore_errors=True)
+        return place
+
+
+@contextlib.contextmanager
+def claimed(cache: Path, key: str, progress: Progress) -> Iterator[Claim]:
+    """Wait for the right to build `key`, and give it back with everything that was not published.
+
+    Raises:
+        EngineError: the cache cannot be written.
+    """
+    engines = engines_folder(cache)
+    try:
+        engines.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(engines)
+        lock = _locked(engines, key, progress)
+    except OSError as error:
+        raise unwritable(engines, error) from error
+    claim = Claim(engines, key, lock)
+    try:
+        shutil.rmtree(claim.part, ignore_errors=True)
+        try:
+            claim.part.mkdir(mode=0o700)
+            yield claim
+        except OSError as error:
+            raise unwritable(engines, error) from error
+    finally:
+        shutil.rmtree(claim.part, ignore_errors=True)
+        _lock_path(engines, key).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def cached(cache: Path, key: str) -> tuple[Path, Engine] | None:
+    """The engine of `key` if it is there and whole; a damaged one counts as none, since it is built anew."""
+    place = engines_folder(cache) / key
+    if not os.path.lexists(place):
+        return None
+    try:
+        engine = read_sidecar(place)
+        check_engine_files(place, engine)
+    except EngineError:
+        return None
+    return place, engine
+
+
+def records_of(folder: Path, names: tuple[str, ...]) -> dict[str, FileRecord]:
+    """Size and digest of files in a folder."""
+    return {name: FileRecord(size=(folder / name).stat().st_size, sha256=file_sha256(folder / name)) for name in names}
+
+
+def unwritable(folder: Path, error: OSError) -> EngineError:
+    """The error for a cache whose file system refused; it says what to do about it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "Free some space, or give another folder with --cache." if full else "Give another folder with --cache."
+    return EngineError(
+        str(error.filename or folder), f"the cache cannot be written ({error.strerror or error})", remedy=remedy
+    )
+
+
+def _locked(engines: Path, key: str, progress: Progress) -> int:
+    told = False
+    while (lock := _try_lock(_lock_path(engines, key))) is None:
+        if not told:
+            progress(f"waiting for another process that builds {key[:12]}", 0, 1)
+            told = True
+        time.sleep(POLL_S)
+    return lock
+
+
+def _lock_path(engines: Path, key: str) -> Path:
+    return engines / f".{key}.lock"
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None where another process does."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before may have removed the file between the two calls: then this is a lock of nothing.
+        if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:
+            return lock
+    except OSError as error:
+        if error.errno not in (*_HELD, errno.ENOENT):
+            os.close(lock)
+            raise
+    os.close(lock)
+    return None
+
+
+def _sweep(engines: Path) -> None:
+    """Remove what builders left that are gone."""
+    keys = {found[1] for entry in engines.iterdir() if (found := _LITTER.fullmatch(entry.name))}
+    for key in keys:
+        lock = _try_lock(_lock_path(engines, key))
+        if lock is not None:
+            for kind in ("part", "old"):
+                shutil.rmtree(engines / f".{key}.{kind}", ignore_errors=True)
+            _lock_path(engines, key).unlink(missing_ok=True)
+            os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

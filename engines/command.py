@@ -1,0 +1,206 @@
+"""The `build-engine` command: its arguments, what it says before and after. Backends are imported by what they do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runtime.bundle import Bundle
+from ..runtime.cli.reporter import Reporter
+from ..runtime.engine_files import cache_folder
+from ..runtime.targets import Target, parse_target
+from .build import Outcome, changes, described, ensure_engine
+from .estimate import estimated, memory_available_bytes
+from .plan import BuildPlan, Request, requests_of
+from .profiles import parse_profile
+
+DESCRIPTION = (
+    "Compile a bundle's models ahead of time for what they run on. Engines go to a cache of your own, under a digest "
+    "of everything they depend on: asked for again, one is there at once; when anything has changed, it is built anew. "
+    "TensorRT-RTX engines need no GPU to be built."
+)
+EPILOG = """\
+targets:
+  onnxruntime:cpu  onnxruntime:cuda         the graph optimized for one execution provider
+  openvino:cpu  openvino:cpu:bf16           a compiled blob; bf16 of an fp32 bundle where the processor has it
+  tensorrt-rtx:sm89+sm120:fp16              for these GPUs, built anywhere; of a bundle exported with --dtype fp16
+  tensorrt-rtx:portable                     for any RTX GPU from Ampere on
+  tensorrt:sm90:fp16                        on that GPU; tensorrt:portable from Ampere on
+
+profiles, in pixels:
+  512x512                                   one picture a call, with guidance and without
+  512x512:b1-b4                             one to four pictures
+  512..768x512..768:b1..4:opt=512x512:b1    sizes and pictures in between, tuned for one of them
+  fast=512x512:guided                       named; both guidance branches always, so nothing varies (or: unguided)
+
+examples:
+  tandemrt build-engine bundle/ --target openvino:cpu:bf16
+  tandemrt build-engine bundle/ --target tensorrt-rtx:sm89+sm120 --profile 512x512 --profile 512..1024x512..1024:b1-b4
+  tandemrt build-engine bundle/ --target auto --component unet --explain
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tandemrt build-engine`."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    parser.add_argument(
+        "--target",
+        action="append",
+        required=True,
+        metavar="TARGET",
+        help="BACKEND:DEVICE[:PRECISION], see below, or auto for what this machine runs best; may be given several "
+        "times",
+    )
+    parser.add_argument(
+        "--component",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a component to build, such as unet; may be given several times (default: all)",
+    )
+    parser.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="PROFILE",
+        help="sizes and pictures per call that the engine is to take, see below; may be given several times (default: "
+        "one picture of the bundle's default size)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where engines are kept (default: $TANDEMRT_CACHE, else tandemrt/ in $XDG_CACHE_HOME or ~/.cache)",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say which engines are in the cache, what has changed for the others, and build nothing",
+    )
+
+
+def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
+    """The plan that the arguments describe.
+
+    Raises:
+        ArgumentError: a value that cannot be used.
+    """
+    return BuildPlan(
+        bundle=args.bundle,
+        targets=tuple(map(parse_target, args.target)),
+        cache=cache_folder(args.cache),
+        components=tuple(args.component),
+        profiles=tuple(map(parse_profile, args.profile)),
+        explain=args.explain,
+    )
+
+
+def plan_facts(plan: BuildPlan) -> dict[str, Any]:
+    """What `--print-plan` shows: every engine with its profiles, what it takes, and why it is to be built."""
+    bundle = Bundle.open(plan.bundle)
+    return {
+        "bundle": str(plan.bundle),
+        "cache": str(plan.cache),
+        "targets": [_target_facts(target) for target in plan.targets],
+        "engines": [_request_facts(request, plan.cache) for request in requests_of(plan, bundle)],
+    }
+
+
+def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
+    """Do what the plan says; the result is in JSON's types.
+
+    Raises:
+        TandemError: see `requests_of` and `ensure_engine`.
+    """
+    if plan.explain:
+        return plan_facts(plan)
+    from importlib import metadata  # noqa: PLC0415 (slower than a whole --help)
+
+    bundle = Bundle.open(plan.bundle)
+    requests = requests_of(plan, bundle)
+    for target in plan.targets:
+        if target.reason:
+            reporter.line(f"target {target}: {target.reason}")
+    versions = {"tandemrt": metadata.version("tandemrt")}
+    outcomes = []
+    for request in requests:
+        _say_beforehand(request, plan.cache, reporter)
+        outcomes.append(ensure_engine(request, plan.cache, reporter.progress, versions))
+    return {"bundle": str(plan.bundle), "cache": str(plan.cache), "engines": list(map(_outcome_facts, outcomes))}
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    """Every engine in a line: whether it was built, how large it is, where it lies."""
+    for engine in result["engines"]:
+        title = " ".join([engine["component"], "for", engine["target"], *engine["profiles"]])
+        if "folder" not in engine:
+            yield f"{title}: {_explained(engine)}"
+            continue
+        how = f"built in {engine['build_s']:.1f} s" if engine["built"] else "was in the cache"
+        yield f"{title}: {how}, {engine['size_bytes'] / 1e6:.1f} MB, {engine['folder']}"
+
+
+def _explained(facts: Mapping[str, Any]) -> str:
+    if facts["cached"]:
+        return "in the cache"
+    if facts["changes"] is None:
+        return "to be built: the cache has no engine of it for this backend"
+    return f"to be built: {'; '.join(facts['changes'])}"
+
+
+def _say_beforehand(request: Request, cache: Path, reporter: Reporter) -> None:
+    changed = changes(request, cache)
+    if changed == ():
+        return
+    needs = estimated(request)
+    why = f"; {'; '.join(changed)}" if changed else ""
+    reporter.line(
+        f"{request.title}: to be built, about {needs.memory_bytes / 1e9:.1f} GB of memory, {needs.build_s:.0f} s, "
+        f"{needs.size_bytes / 1e6:.0f} MB on disk{why}"
+    )
+    available = memory_available_bytes()
+    if available is not None and available < needs.memory_bytes:
+        reporter.warn(
+            f"{request.title}: only {available / 1e9:.1f} GB of memory are available; the build may be killed"
+        )
+
+
+def _target_facts(target: Target) -> dict[str, str]:
+    return {"target": str(target), **({"reason": target.reason} if target.reason else {})}
+
+
+def _request_facts(request: Request, cache: Path) -> dict[str, Any]:
+    changed, needs = changes(request, cache), estimated(request)
+    return {
+        "component": request.component,
+        "target": str(request.target),
+        "profiles": list(request.profile_names),
+        "shapes": list(map(described, request.ingredients.profiles)),
+        "key": request.key,
+        "cached": changed == (),
+        "changes": None if changed is None else list(changed),
+        "estimated_memory_bytes": needs.memory_bytes,
+        "estimated_build_s": needs.build_s,
+        "estimated_size_bytes": needs.size_bytes,
+    }
+
+
+def _outcome_facts(outcome: Outcome) -> dict[str, Any]:
+    engine = outcome.engine
+    names: Sequence[str] = outcome.request.profile_names
+    return {
+        "component": outcome.request.component,
+        "target": str(outcome.request.target),
+        "profiles": list(names),
+        "key": outcome.request.key,
+        "folder": str(outcome.folder),
+        "built": outcome.built,
+        "build_s": engine.build_s,
+        "size_bytes": engine.size_bytes,
+        "peak_memory_bytes": engine.peak_memory_bytes,
+        "profile_memory_bytes": list(engine.profile_memory_bytes),
+        "layers": len(engine.layers),
+    }

@@ -1,0 +1,92 @@
+"""ONNX Runtime engines: the graph optimized ahead of time for one execution provider, weights in a file beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..runtime.engine_files import Layer
+from ..runtime.errors import EngineError, TargetError
+from ..runtime.targets import install_hint
+from .job import Built, Job, Progress
+
+MODEL_NAME = "model.onnx"
+WEIGHTS_NAME = "model.onnx_data"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_WEIGHTS_OUTSIDE_FROM_BYTES = 1024
+_FATAL = 4
+
+
+def build(job: Job, progress: Progress) -> Built:
+    """Optimize the graph for the device's provider, layouts and fusions included, and save it.
+
+    Raises:
+        TargetError: ONNX Runtime is missing, or has not the provider.
+        EngineError: the graph cannot be loaded.
+    """
+    ort = imported()
+    progress(f"{job.component}: optimize", 0, 2)
+    path = Path(job.folder, MODEL_NAME)
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(path)
+    for key, value in (
+        ("optimized_model_external_initializers_file_name", WEIGHTS_NAME),
+        ("optimized_model_external_initializers_min_size_in_bytes", str(_WEIGHTS_OUTSIDE_FROM_BYTES)),
+        # The file's name must not choose its parser: ONNX Runtime would read its own flatbuffer format too.
+        ("load_model_format", "ONNX"),
+    ):
+        options.add_session_config_entry(f"session.{key}", value)
+    provider = PROVIDERS[job.device]
+    try:
+        session = ort.InferenceSession(job.model, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+        reason = " ".join(str(error).split())[:500]
+        raise EngineError(job.component, f"ONNX Runtime cannot optimize the graph ({reason})") from error
+    if session.get_providers()[0] != provider:
+        raise TargetError(job.component, "execution providers granted", got=session.get_providers(), expected=provider)
+    progress(f"{job.component}: inspect", 1, 2)
+    files = (MODEL_NAME, WEIGHTS_NAME) if Path(job.folder, WEIGHTS_NAME).exists() else (MODEL_NAME,)
+    return Built(files=files, layers=tuple(_layers(path)), versions={"onnxruntime": ort.__version__})
+
+
+def imported() -> Any:
+    """ONNX Runtime's module; raises TargetError where it is missing."""
+    try:
+        import onnxruntime  # noqa: PLC0415 (heavy, and of an extra)
+    except Exception as error:  # a damaged installation fails in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise TargetError(
+            "onnxruntime", f"cannot be imported ({reason})", remedy=f"Run `{install_hint('onnxruntime')}`."
+        ) from error
+    return onnxruntime
+
+
+def require_buildable(device: str) -> None:
+    """Raise TargetError unless ONNX Runtime has the device's execution provider here."""
+    available = imported().get_available_providers()
+    if PROVIDERS.get(device) not in available:
+        raise TargetError(
+            f"target onnxruntime:{device}",
+            "execution provider that is not here",
+            got=PROVIDERS.get(device),
+            expected=f"one of {', '.join(available)}",
+            remedy='Run `pip install "tandemrt[gpu]"` on a machine with a GPU, or build for onnxruntime:cpu.',
+        )
+
+
+def _layers(path: Path) -> list[Layer]:
+    """The nodes of the optimized graph; those with a domain of ONNX Runtime's own are fusions or layouts of it."""
+    import onnx  # noqa: PLC0415 (what plans alone do without)
+
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    return [
+        Layer(
+            name=node.name,
+            kind=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
+            precision=onnx.TensorProto.DataType.Name(types.get(node.output[0], 0)).lower().replace("undefined", ""),
+        )
+        for node in graph.node
+    ]

@@ -1,0 +1,181 @@
+"""What `tandemrt build-engine` is asked to do, and the engines that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.bundle import Bundle
+from ..runtime.engine_files import (
+    Ingredients,
+    InputRange,
+    architecture_of,
+    origin_of,
+    precision_of,
+    weights_of,
+)
+from ..runtime.errors import ArgumentError, TargetError
+from ..runtime.manifest import Component
+from ..runtime.targets import Target, installed_version
+from . import flavour, onnxruntime, openvino
+from .profiles import Profile, check_profiles, default_profile, input_ranges
+
+# To be raised when engines come to be built in another way from the same ingredients.
+RECIPES = {"tensorrt-rtx": 1, "tensorrt": 1, "openvino": 1, "onnxruntime": 1}
+_QUANTIZED = ("int8", "fp8")
+# What a bundle must be exported in where precision is not the graph's alone.
+_EXPORTED_IN = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """Engines of a bundle to have in a cache, built where they are not there.
+
+    components: all where none is named. profiles: the bundle's default size where none is given.
+    explain: say what is there and what is not, and why, and build nothing.
+    """
+
+    bundle: Path
+    targets: tuple[Target, ...]
+    cache: Path
+    components: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        for option, values in (("--target", self.targets), ("--component", self.components)):
+            named = [str(value) for value in values]
+            twice = next((name for name in named if named.count(name) > 1), None)
+            if twice is not None:
+                raise ArgumentError(option, "given twice", got=twice)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One engine that is wanted: of what, for which target, and all that it depends on."""
+
+    component: str
+    target: Target
+    model: Path
+    facts: Component
+    ingredients: Ingredients
+    profile_names: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The engine's place in a cache."""
+        return self.ingredients.key
+
+    @property
+    def title(self) -> str:
+        """The request in a few words."""
+        names = f", {'; '.join(self.profile_names)}" if self.profile_names else ""
+        return f"{self.component} for {self.target}{names}"
+
+
+def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
+    """The engines of a plan, in the order of its targets and of the bundle's components.
+
+    Raises:
+        BundleError: the bundle has no such component.
+        ArgumentError: a profile is outside the models.
+        TargetError: a target cannot be built for here, or asks for a precision that a component is not in.
+    """
+    names = plan.components or tuple(bundle.manifest.components)
+    components = {name: bundle.component(name) for name in names}
+    profiles = plan.profiles or (default_profile(bundle.manifest),)
+    check_profiles(profiles, bundle.manifest, names)
+    for target in plan.targets:
+        _require_buildable(target)
+    return tuple(
+        request
+        for target in plan.targets
+        for name, component in components.items()
+        for request in _requests(bundle, name, component, _target_of(target, name, component, bundle), profiles)
+    )
+
+
+def _require_buildable(target: Target) -> None:
+    if target.backend in flavour.BACKENDS:
+        flavour.require_buildable(target.backend, target.device)
+    elif target.backend == "openvino":
+        openvino.require_buildable(target.device, target.precision or "fp32")
+    else:
+        onnxruntime.require_buildable(target.device)
+
+
+def _target_of(target: Target, name: str, component: Component, bundle: Bundle) -> Target:
+    """The target as it is for one component: of those that are quantized it asks nothing of the others.
+
+    Raises:
+        TargetError: the component was not exported in the precision that the target asks for.
+    """
+    asked = target.precision
+    if asked in _QUANTIZED:
+        if component.role != "denoiser":
+            return Target(target.backend, target.device)
+        if not _is_quantized(bundle.model_path(name)):
+            raise TargetError(
+                name,
+                f"its graph quantizes nothing, and {target} computes in what the graph states",
+                expected="QuantizeLinear and DequantizeLinear nodes",
+                remedy=f"Quantize the bundle first, or ask for {target.backend}:{target.device}:{component.precision}.",
+            )
+        return target
+    hinted = target.backend == "openvino"
+    wanted = (_EXPORTED_IN[asked] if hinted else asked) if asked is not None else component.precision
+    if wanted != component.precision:
+        export = f", or export with --dtype {wanted}" if wanted in ("fp32", "fp16") else ""
+        raise TargetError(
+            name,
+            "precision of the exported model",
+            got=component.precision,
+            expected=f"{wanted} for target {target}, since precision lives in the graph",
+            remedy=f"Ask for {target.backend}:{target.device}:{component.precision}{export}.",
+        )
+    return target
+
+
+def _is_quantized(model: Path) -> bool:
+    import onnx  # noqa: PLC0415 (of the extra `export`; a plan without quantization does without it)
+
+    return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
+
+
+def _requests(
+    bundle: Bundle, name: str, component: Component, target: Target, profiles: Sequence[Profile]
+) -> Iterator[Request]:
+    ranges = [(profile.name, input_ranges(name, component, bundle.manifest, profile)) for profile in profiles]
+    distinct: list[tuple[str, dict[str, InputRange]]] = []
+    for named, one in ranges:
+        if one not in [other for _, other in distinct]:
+            distinct.append((named, one))
+    if target.backend in flavour.BACKENDS:
+        groups = [distinct]
+    elif target.backend == "openvino":  # has no profiles: an engine for each
+        groups = [[one] for one in distinct]
+    else:  # ONNX Runtime takes every shape
+        groups = [[]]
+    for group in groups:
+        made_of = _ingredients(bundle, name, target, tuple(one for _, one in group))
+        yield Request(name, target, bundle.model_path(name), component, made_of, tuple(named for named, _ in group))
+
+
+def _ingredients(
+    bundle: Bundle, name: str, target: Target, profiles: tuple[Mapping[str, InputRange], ...]
+) -> Ingredients:
+    precision = precision_of(target, bundle.component(name))
+    return Ingredients(
+        graph=origin_of(bundle, name),
+        weights=weights_of(bundle, name),
+        origin=origin_of(bundle, name),
+        profiles=tuple(dict(one) for one in profiles),
+        backend=target.backend,
+        backend_version=installed_version(target.backend),
+        device="+".join(sorted(set(target.device.split("+")), key=lambda device: (len(device), device))),
+        architecture=architecture_of(target),
+        precision=precision,
+        flags=openvino.configuration(target.device, precision) if target.backend == "openvino" else {},
+        recipe=RECIPES[target.backend],
+    )

@@ -1,0 +1,108 @@
+"""The part of `tandemrt inspect` that shows the engines a cache holds of a bundle's components."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..bundle import Bundle
+from ..engine_files import Engine, cached_engines, origin_of, weights_of
+from ..errors import EngineError
+from .columns import aligned
+
+SHOWN_KINDS = 8
+
+
+def engine_facts(bundle: Bundle, cache: Path) -> list[dict[str, Any]]:
+    """What the sidecars say of the engines that were built from a bundle's components, and what follows from it.
+
+    An engine that cannot be read is listed with its `error` and nothing else.
+
+    Raises:
+        EngineError: the cache belongs to another user, or everybody may write to it.
+    """
+    names = {(origin_of(bundle, name), tuple(weights_of(bundle, name).items())): name
+             for name in bundle.manifest.components}  # fmt: skip
+    facts = []
+    for folder, engine in cached_engines(cache):
+        if isinstance(engine, EngineError):
+            facts.append({"folder": str(folder), "error": str(engine)})
+            continue
+        component = names.get((engine.ingredients.origin, tuple(sorted(engine.ingredients.weights.items()))))
+        if component is not None:
+            told: dict[str, Any] = msgspec.to_builtins(engine)
+            facts.append({**told, "component": component, "folder": str(folder), **_derived(engine)})
+    return facts
+
+
+def engine_lines(engines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The engines as lines of text: a table, then for each its profiles and what it is made of."""
+    if not engines:
+        yield "no engines in the cache; `tandemrt build-engine` makes them"
+        return
+    whole = [engine for engine in engines if "error" not in engine]
+    if whole:
+        yield from aligned([("engine", "component", "variant", "target", "backend", "size", "build", "peak memory"),
+                            *map(_row, whole)])  # fmt: skip
+    for engine in whole:
+        yield ""
+        yield f"{engine['folder']}"
+        yield from aligned(list(_details(engine)), indent="  ")
+    for engine in engines:
+        if "error" in engine:
+            yield f"{engine['folder']}: unusable ({engine['error']})"
+
+
+def _derived(engine: Engine) -> dict[str, Any]:
+    fused = [layer for layer in engine.layers if len(layer.nodes) > 1]
+    return {
+        "size_bytes": engine.size_bytes,
+        "layer_kinds": dict(Counter(layer.kind for layer in engine.layers).most_common()),
+        "layer_precisions": dict(Counter(layer.precision for layer in engine.layers if layer.precision).most_common()),
+        "fused_layers": len(fused),
+        "fused_nodes": sum(len(layer.nodes) for layer in fused),
+    }
+
+
+def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    made_of = engine["ingredients"]
+    return (
+        Path(engine["folder"]).name[:12],
+        engine["component"],
+        made_of["variant"],
+        f"{made_of['backend']}:{made_of['device']}:{made_of['precision']}",
+        f"{made_of['backend']} {made_of['backend_version']}",
+        f"{engine['size_bytes'] / 1e6:.1f} MB",
+        f"{engine['build_s']:.1f} s",
+        f"{engine['peak_memory_bytes'] / 1e6:.0f} MB",
+    )
+
+
+def _details(engine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    memory: Sequence[int] = engine["profile_memory_bytes"]
+    for index, (name, ranges) in enumerate(
+        zip(engine["profile_names"], engine["ingredients"]["profiles"], strict=False)
+    ):
+        scratch = f"; {memory[index] / 1e6:.1f} MB of scratch memory" if index < len(memory) else ""
+        yield f"profile {name}", "; ".join(f"{tensor} {_sides(one)}" for tensor, one in ranges.items()) + scratch
+    if not engine["ingredients"]["profiles"]:
+        yield "profiles", "takes every shape"
+    kinds = list(engine["layer_kinds"].items())
+    more = f" and {len(kinds) - SHOWN_KINDS} other kinds" if len(kinds) > SHOWN_KINDS else ""
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds[:SHOWN_KINDS])
+    yield "layers", f"{len(engine['layers'])}: {listed}{more}" if kinds else "the backend did not tell"
+    if engine["layer_precisions"]:
+        yield "precisions", ", ".join(f"{count} {name}" for name, count in engine["layer_precisions"].items())
+    if engine["fused_layers"]:
+        yield "fusions", f"{engine['fused_nodes']} nodes in {engine['fused_layers']} layers"
+    yield "built with", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+
+
+def _sides(one: Mapping[str, Sequence[int]]) -> str:
+    sides = (str(low) if low == high else f"{low}..{high}" for low, high in zip(one["min"], one["max"], strict=True))
+    tuned = "" if one["opt"] == one["max"] else f" tuned for ({', '.join(map(str, one['opt']))})"
+    return f"({', '.join(sides)}){tuned}"

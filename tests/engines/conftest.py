@@ -1,0 +1,49 @@
+"""Bundles and requests that the builders' tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tandemrt.engines.plan import BuildPlan, Request, requests_of
+from tandemrt.engines.profiles import parse_profile
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.targets import parse_target
+
+from ..runtime.tiny_bundle import write_tiny_bundle
+
+Requests = Callable[..., tuple[Request, ...]]
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a few kilobytes; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Bundle:
+    return Bundle.open(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def requests(tiny: Bundle) -> Requests:
+    """The requests for targets, components and profiles as on the command line."""
+
+    def requests(
+        *targets: str, components: tuple[str, ...] = (), profiles: tuple[str, ...] = (), bundle: Bundle = tiny
+    ) -> tuple[Request, ...]:
+        plan = BuildPlan(
+            bundle.path,
+            tuple(map(parse_target, targets)),
+            Path("unused"),
+            components,
+            tuple(map(parse_profile, profiles)),
+        )
+        return requests_of(plan, bundle)
+
+    return requests

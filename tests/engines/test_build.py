@@ -1,0 +1,331 @@
+"""Engines of small graphs: what is built runs and gives the graph's numbers; what cannot be built leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+
+from tandemrt.engines import plan as plans
+from tandemrt.engines.build import changes, ensure_engine
+from tandemrt.engines.tensorrt import layer_of
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.engine_files import Layer, check_engine_files, engines_folder, read_sidecar
+from tandemrt.runtime.errors import EngineError, TargetError
+
+from .conftest import Requests
+
+TARGETS = ("onnxruntime:cpu", "openvino:cpu", "tensorrt-rtx:portable")
+VERSIONS = {"tandemrt": "0"}
+FEEDS = {
+    "sample": np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32),
+    "timestep": np.array([500.0], np.float32),
+    "encoder_hidden_states": np.random.default_rng(1).standard_normal((2, 12, 8)).astype(np.float32),
+}
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def left_in(cache: Path) -> list[str]:
+    folder = engines_folder(cache)
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def reference(bundle: Bundle) -> np.ndarray[Any, Any]:
+    return onnxruntime.InferenceSession(bundle.model_path("unet")).run(None, FEEDS)[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_engine_is_built_once_and_says_what_it_is(target: str, requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests(target, components=("unet",))
+    first = ensure_engine(request, tmp_path, silent, VERSIONS)
+    again = ensure_engine(request, tmp_path, silent, VERSIONS)
+    assert (first.built, again.built) == (True, False)
+    assert first.folder == again.folder == engines_folder(tmp_path) / request.key
+    assert left_in(tmp_path) == [request.key]
+    engine = read_sidecar(first.folder)
+    check_engine_files(first.folder, engine)
+    assert engine == first.engine == again.engine
+    assert {path.name for path in first.folder.iterdir()} == {*engine.files, "engine.json"}
+    assert {layer.kind for layer in engine.layers if "onv" in layer.name or "onv" in layer.kind}
+    assert engine.ingredients.backend in engine.versions
+    assert engine.peak_memory_bytes > 1 << 20
+
+
+def test_an_onnxruntime_engine_gives_the_graphs_numbers(tiny: Bundle, requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    folder = ensure_engine(request, tmp_path, silent, VERSIONS).folder
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (found,) = onnxruntime.InferenceSession(folder / "model.onnx", options).run(None, FEEDS)
+    np.testing.assert_allclose(found, reference(tiny), atol=1e-5)
+
+
+@pytest.mark.parametrize(("profile", "shape"), [("64:guided", "[2,4,8,8]"), ("64..96", "[1..2,4,8..12,8..12]")])
+def test_an_openvino_engine_gives_the_graphs_numbers(
+    profile: str, shape: str, tiny: Bundle, requests: Requests, tmp_path: Path
+) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",), profiles=(profile,))
+    outcome = ensure_engine(request, tmp_path, silent, VERSIONS)
+    blob = BytesIO((outcome.folder / "engine.blob").read_bytes())
+    # A blob forgets the precision it was compiled for.
+    compiled = openvino.Core().import_model(blob, "CPU", outcome.engine.ingredients.flags)
+    assert str(compiled.input("sample").partial_shape) == shape
+    found = compiled(FEEDS)[compiled.output("out_sample")]
+    np.testing.assert_allclose(found, reference(tiny), atol=1e-5)
+
+
+def test_a_tensorrt_rtx_engine_serves_all_its_profiles(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests(
+        "tensorrt-rtx:sm120+sm89", components=("vae_decoder",), profiles=("64", "wide=128x64", "64:b2")
+    )
+    assert request.ingredients.device == "sm89+sm120"
+    assert request.profile_names == ("64", "wide")  # a decoder takes one picture a call, so b2 changes nothing
+    engine = ensure_engine(request, tmp_path, silent, VERSIONS).engine
+    assert len(engine.profile_memory_bytes) in (0, 2)
+    assert [ranges["latent_sample"].max for ranges in engine.ingredients.profiles] == [(1, 4, 8, 8), (1, 4, 8, 16)]
+
+
+def test_layers_are_read_from_what_the_builder_prints() -> None:
+    line = (
+        "Name: a/Conv_myl0_2, LayerType: correlation, Inputs: [ { Name: x, Datatype: Float }], Constants: [], "
+        "Outputs: [ { Name: y, Dimensions: [-1,4], Datatype: Half, Format: (NHWC) }], TacticName: , StreamId: 0, "
+        "Metadata: [ONNX Layer: a/Conv][ONNX Layer: a/Relu]"
+    )
+    assert layer_of(line) == Layer(
+        name="a/Conv_myl0_2", kind="correlation", precision="half", nodes=("a/Conv", "a/Relu")
+    )
+    assert layer_of("Engine Layer Information:") is None
+
+
+def test_the_key_is_of_everything_the_engine_depends_on(
+    requests: Requests, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(target: str = "openvino:cpu", profile: str = "64", component: str = "unet") -> str:
+        (request,) = requests(target, components=(component,), profiles=(profile,))
+        return request.key
+
+    base = key()
+    assert base == key()
+    assert base == key(profile="named=64")
+    others = [key("onnxruntime:cpu"), key(profile="128"), key(component="unet_small"), key("tensorrt-rtx:sm89"),
+              key("tensorrt-rtx:sm120"), key("tensorrt-rtx:portable")]  # fmt: skip
+    monkeypatch.setattr(plans, "installed_version", lambda backend: "2030.1")
+    others.append(key())
+    monkeypatch.setattr(plans, "architecture_of", lambda target: "another machine")
+    others.append(key())
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_what_changed_is_said(requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    assert changes(request, tmp_path) is None
+    built = ensure_engine(request, tmp_path, silent, VERSIONS)
+    assert changes(request, tmp_path) == ()
+    monkeypatch.setattr(plans, "installed_version", lambda backend: "2030.1")
+    (newer,) = requests("onnxruntime:cpu", components=("unet",))
+    version = request.ingredients.backend_version
+    assert changes(newer, tmp_path) == (f"the backend version changed ({version} there, 2030.1 now)",)
+    retrained = msgspec.structs.replace(request.ingredients, weights={"model.onnx.data": "0" * 64})
+    other = plans.Request("unet", request.target, request.model, request.facts, retrained, ())
+    assert changes(other, tmp_path) == ("the weights changed",)
+    (built.folder / "model.onnx").write_bytes(b"")
+    assert changes(request, tmp_path) == (f"the engine in {built.folder} is damaged",)
+
+
+def test_a_damaged_engine_is_built_anew(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    first = ensure_engine(request, tmp_path, silent, VERSIONS)
+    content = bytearray((first.folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (first.folder / "model.onnx").write_bytes(content)
+    assert ensure_engine(request, tmp_path, silent, VERSIONS).built
+    check_engine_files(first.folder, read_sidecar(first.folder))
+    assert left_in(tmp_path) == [request.key]
+
+
+def builders() -> list[int]:
+    """The builder processes of this one."""
+    children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text("ascii").split()
+    return [int(pid) for pid in children if b"tandemrt.engines.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_cancelled_build_leaves_nothing(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",))
+
+    def interrupt(label: str, done: int, total: int) -> None:
+        assert len(builders()) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_engine(request, tmp_path, interrupt, VERSIONS)
+    assert builders() == []
+    assert left_in(tmp_path) == []
+
+
+def test_a_killed_builder_is_an_error_with_a_remedy(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",))
+
+    def kill(label: str, done: int, total: int) -> None:
+        for pid in builders():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(
+        EngineError, match=r"was killed, as the system does when memory runs out.*The cache is as it was"
+    ):
+        ensure_engine(request, tmp_path, kill, VERSIONS)
+    assert left_in(tmp_path) == []
+
+
+@contextmanager
+def limited(limit: int, soft: int) -> Iterator[None]:
+    before = resource.getrlimit(limit)
+    resource.setrlimit(limit, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(limit, before)
+
+
+def test_a_full_cache_is_an_error_with_a_remedy(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",))
+    with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(EngineError, match=r"cannot be written.*Free some space"):
+        ensure_engine(request, tmp_path, silent, VERSIONS)
+    assert left_in(tmp_path) == []
+
+
+def test_a_cache_that_is_no_folder_is_an_error_with_a_remedy(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EngineError, match=r"cannot be written.*another folder with --cache"):
+        ensure_engine(request, tmp_path / "file", silent, VERSIONS)
+
+
+def test_a_builder_that_crashes_is_an_error_with_its_log(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",))
+    broken = msgspec.structs.replace(request.ingredients, backend="none")
+    crashing = plans.Request("unet", request.target, request.model, request.facts, broken, ())
+    with pytest.raises(EngineError, match=r"ended without a result \(exit status 1\).*KeyError: 'none'"):
+        ensure_engine(crashing, tmp_path, silent, VERSIONS)
+    assert left_in(tmp_path) == []
+
+
+def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: Path) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"no graph")
+    for target in TARGETS:
+        (request,) = requests(target, components=("unet",))
+        refused = plans.Request("unet", request.target, broken, request.facts, request.ingredients, ())
+        with pytest.raises(EngineError, match=r"^unet: "):
+            ensure_engine(refused, tmp_path / "cache", silent, VERSIONS)
+    assert left_in(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "tensorrt-rtx:sm89:fp16",
+            r"text_encoder: precision of the exported model, got 'fp32', expected fp16.*--dtype fp16",
+        ),
+        ("tensorrt-rtx:sm89:bf16", r"expected bf16 for target.*Ask for tensorrt-rtx:sm89:fp32\.$"),
+        ("tensorrt-rtx:sm89:int8", r"unet: its graph quantizes nothing.*or ask for tensorrt-rtx:sm89:fp32"),
+        ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
+        ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected of sm75, .*, or portable"),
+        ("onnxruntime:cuda", r"execution provider that is not here"),
+        ("openvino:npu", r"device, got 'npu', expected one of .*cpu"),
+    ],
+)
+def test_what_a_target_lacks_is_refused_before_the_build(target: str, message: str, requests: Requests) -> None:
+    with pytest.raises(TargetError, match=message):
+        requests(target)
+
+
+def test_tensorrt_needs_its_gpu(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandemrt.engines import flavour  # noqa: PLC0415
+
+    monkeypatch.setattr(flavour, "imported", lambda backend: None)
+    monkeypatch.setattr(flavour, "nvidia_gpus", tuple)
+    with pytest.raises(TargetError, match=r"no NVIDIA driver is running here.*tensorrt-rtx, which needs none"):
+        requests("tensorrt:sm90")
+
+
+def test_bf16_is_built_where_the_processor_has_it(requests: Requests, tmp_path: Path) -> None:
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if not able:
+        with pytest.raises(TargetError, match="no instructions for the precision"):
+            requests("openvino:cpu:bf16", components=("unet",))
+        return
+    (request,) = requests("openvino:cpu:bf16", components=("unet",))
+    engine = ensure_engine(request, tmp_path, silent, VERSIONS).engine
+    assert "bf16" in {layer.precision for layer in engine.layers}
+
+
+def built_in_parallel(request: plans.Request, cache: Path, processes: int) -> list[int]:
+    """How each of several processes ended: 1 where it built, 0 where it found what another had built."""
+    children = []
+    for _ in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            status = 2
+            try:
+                status = int(ensure_engine(request, cache, silent, VERSIONS).built)
+            finally:
+                os._exit(status)
+        children.append(pid)
+    return sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+
+
+def test_builders_of_one_key_do_the_work_once(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    assert built_in_parallel(request, tmp_path, 8) == [0] * 7 + [1]
+    assert left_in(tmp_path) == [request.key]
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_an_engine_or_none(requests: Requests, tmp_path: Path) -> None:
+    from tandemrt.engines import cache as caches  # noqa: PLC0415
+
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    began = time.monotonic()
+    place = ensure_engine(request, tmp_path, silent, VERSIONS).folder
+    took = time.monotonic() - began
+    random = np.random.default_rng(9)
+    sync, published = caches._sync, 0
+    for moment in random.uniform(0, 1.1 * took, 50):
+        (place / "model.onnx").unlink(missing_ok=True)  # what is there is to be replaced
+        pid = os.fork()
+        if pid == 0:
+            try:
+                # Publishing is over in a moment that a kill would hardly hit.
+                caches._sync = lambda path: (time.sleep(took / 20), sync(path))[1]
+                ensure_engine(request, tmp_path, silent, VERSIONS)
+            finally:
+                os._exit(0)
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if place.exists() and (place / "model.onnx").exists():
+            check_engine_files(place, read_sidecar(place))
+            published += 1
+    assert published < 50
+    ensure_engine(request, tmp_path, silent, VERSIONS)
+    check_engine_files(place, read_sidecar(place))
+    (other,) = requests("onnxruntime:cpu", components=("unet_small",))
+    ensure_engine(other, tmp_path, silent, VERSIONS)
+    assert left_in(tmp_path) == sorted([request.key, other.key])

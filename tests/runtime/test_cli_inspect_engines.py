@@ -1,0 +1,108 @@
+"""`tandemrt inspect --engines`: what the sidecars say, of this bundle's engines alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import (
+    FORMAT,
+    SIDECAR_NAME,
+    Engine,
+    Ingredients,
+    InputRange,
+    Layer,
+    engines_folder,
+    origin_of,
+    weights_of,
+)
+from tandemrt.runtime.manifest import FileRecord
+
+from .tiny_bundle import write_tiny_bundle
+
+
+def write_engine(cache: Path, bundle: Bundle, **facts: object) -> Path:
+    made_of = Ingredients(
+        **{
+            "graph": origin_of(bundle, "vae_decoder"),
+            "origin": origin_of(bundle, "vae_decoder"),
+            "weights": weights_of(bundle, "vae_decoder"),
+            "profiles": ({"latent_sample": InputRange(min=(1, 4, 8, 8), opt=(1, 4, 8, 8), max=(1, 4, 8, 16))},),
+            "backend": "tensorrt-rtx",
+            "backend_version": "1.7",
+            "device": "sm89",
+            "architecture": "linux-x86_64",
+            "precision": "fp32",
+            "flags": {},
+            "recipe": 1,
+            **facts,
+        }
+    )
+    engine = Engine(
+        format=FORMAT,
+        component="decoder_elsewhere",
+        ingredients=made_of,
+        files={"engine.plan": FileRecord(size=2_000_000, sha256="0" * 64)},
+        inputs=(),
+        outputs=(),
+        profile_names=("wide",),
+        profile_memory_bytes=(3_000_000,),
+        layers=(
+            Layer(name="one", kind="correlation", precision="half", nodes=("a/Conv", "a/Relu")),
+            Layer(name="two", kind="kgen", precision="float", nodes=("b/Mul",)),
+        ),
+        build_s=1.5,
+        peak_memory_bytes=400_000_000,
+        versions={"tandemrt": "0.1.0"},
+    )
+    folder = engines_folder(cache) / made_of.key
+    folder.mkdir(parents=True)
+    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(engine))
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    write_tiny_bundle(tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
+
+
+def test_engines_are_shown(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_engine(tmp_path, bundle)
+    other = write_engine(tmp_path, bundle, origin="0" * 64)
+    damaged = write_engine(tmp_path, bundle, recipe=2)
+    (damaged / SIDECAR_NAME).write_bytes(b"")
+    assert main(["inspect", str(bundle.path), "--engines", "--cache", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "vae_decoder  plain    tensorrt-rtx:sm89:fp32  tensorrt-rtx 1.7  2.0 MB  1.5 s  400 MB" in out
+    for told in (
+        "latent_sample (1, 4, 8, 8..16) tuned for (1, 4, 8, 8); 3.0 MB of scratch memory",
+        "2: 1 correlation, 1 kgen",
+        "1 half, 1 float",
+        "2 nodes in 1 layers",
+        f"{damaged}: unusable (",
+    ):
+        assert told in out
+    assert folder.name[:12] in out
+    assert other.name[:12] not in out
+
+
+def test_engines_as_json(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_engine(tmp_path, bundle)
+    assert main(["inspect", str(bundle.path), "--engines", "--cache", str(tmp_path), "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert (engine["folder"], engine["component"]) == (str(folder), "vae_decoder")
+    assert (engine["size_bytes"], engine["layer_kinds"]) == (2_000_000, {"correlation": 1, "kgen": 1})
+    assert engine["layers"][0]["nodes"] == ["a/Conv", "a/Relu"]
+
+
+def test_a_cache_without_engines_says_so(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle.path), "--engines", "--cache", str(tmp_path)]) == 0
+    assert "no engines in the cache" in capsys.readouterr().out
+    assert main(["inspect", str(bundle.path), "--cache", str(tmp_path)]) == 2
+    assert "--cache: is of engines only" in capsys.readouterr().err

@@ -1,0 +1,231 @@
+"""Finding an engine: which of several fits, and what is said when one that is there does not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tandemrt.runtime import engine_files
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.engine_files import (
+    FORMAT,
+    SIDECAR_NAME,
+    Engine,
+    Ingredients,
+    InputRange,
+    cache_folder,
+    cached_engines,
+    engines_folder,
+    find_engine,
+    origin_of,
+    read_sidecar,
+    weights_of,
+)
+from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.manifest import FileRecord, file_sha256
+from tandemrt.runtime.targets import Target
+
+from .tiny_bundle import write_tiny_bundle
+
+HERE = "linux-test cpu"
+SHAPES = {"sample": (2, 4, 8, 8), "timestep": (1,), "encoder_hidden_states": (2, 12, 8)}
+OPENVINO = Target("openvino", "cpu")
+Add = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("engines") / "bundle"
+    write_tiny_bundle(folder)
+    return Bundle.open(folder)
+
+
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_files, "installed_version", lambda backend: "2026.4.1")
+    monkeypatch.setattr(engine_files, "architecture_of", lambda target: HERE)
+
+
+def ranges(low: int, high: int) -> dict[str, InputRange]:
+    return {
+        "sample": InputRange(min=(1, 4, low, low), opt=(2, 4, high, high), max=(2, 4, high, high)),
+        "timestep": InputRange(min=(1,), opt=(1,), max=(1,)),
+        "encoder_hidden_states": InputRange(min=(1, 12, 8), opt=(2, 12, 8), max=(2, 12, 8)),
+    }
+
+
+@pytest.fixture
+def add(bundle: Bundle, tmp_path: Path) -> Add:
+    """Put an engine of `unet` into the cache, of a few bytes; returns its folder."""
+
+    def add(*profiles: dict[str, InputRange], **facts: Any) -> Path:
+        made_of = Ingredients(
+            **{
+                "graph": origin_of(bundle, "unet"),
+                "origin": origin_of(bundle, "unet"),
+                "weights": weights_of(bundle, "unet"),
+                "profiles": profiles or (ranges(8, 8),),
+                "backend": "openvino",
+                "backend_version": "2026.4.1",
+                "device": "cpu",
+                "architecture": HERE,
+                "precision": "fp32",
+                "flags": {},
+                "recipe": 1,
+                **facts,
+            }
+        )
+        folder = engines_folder(tmp_path) / made_of.key
+        folder.mkdir(parents=True)
+        (folder / "engine.blob").write_bytes(b"compiled")
+        engine = Engine(
+            format=FORMAT,
+            component="unet",
+            ingredients=made_of,
+            files={"engine.blob": FileRecord(size=8, sha256=file_sha256(folder / "engine.blob"))},
+            inputs=bundle.component("unet").inputs,
+            outputs=bundle.component("unet").outputs,
+            profile_names=("64x64",),
+            build_s=1.0,
+            peak_memory_bytes=1,
+            versions={},
+        )
+        (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(engine))
+        return folder
+
+    return add
+
+
+def test_the_narrowest_profile_that_serves_the_call_is_taken(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    wide = add(ranges(4, 32))
+    both = add(ranges(4, 16), ranges(8, 8))
+    found = find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+    assert (found.folder, found.profile) == (both, 1)
+    assert find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 9, 9)}, cache=tmp_path).profile == 0
+    assert find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 32, 32)}, cache=tmp_path).folder == wide
+
+
+def test_without_an_engine_the_command_is_said(bundle: Bundle, tmp_path: Path) -> None:
+    expected = rf"there is no engine for openvino:cpu .*Run `tandemrt build-engine {bundle.path} --target openvino:cpu"
+    with pytest.raises(EngineError, match=expected):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"backend_version": "2026.3.0"}, r"is of openvino 2026\.3\.0, here is 2026\.4\.1"),
+        ({"architecture": "linux-other"}, r"is for linux-other"),
+        ({"precision": "bf16"}, r"computes in bf16, not fp32"),
+        ({"weights": {}}, r"was built from other weights"),
+        ({"device": "gpu"}, r"is for gpu, not cpu"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_diagnosed(
+    facts: dict[str, Any], reason: str, bundle: Bundle, add: Add, tmp_path: Path
+) -> None:
+    folder = add(**facts)
+    with pytest.raises(EngineError, match=rf"no engine for openvino:cpu fits: {folder.name[:12]} {reason}"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_a_call_outside_every_profile_is_diagnosed(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    add(ranges(8, 16))
+    with pytest.raises(EngineError, match=r"sample \(2, 4, 32, 32\) is outside \(1\.\.2, 4, 8\.\.16, 8\.\.16\)"):
+        find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (2, 4, 32, 32)}, cache=tmp_path)
+
+
+def test_engines_of_other_graphs_and_backends_are_passed_over(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    add(origin="0" * 64)
+    add(backend="tensorrt-rtx")
+    add(variant="step")
+    with pytest.raises(EngineError, match="there is no engine"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant="step")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "here", "fits"),
+    [
+        ("sm89+sm120", "sm89", True), ("sm89+sm120", "sm86", False), ("portable", "sm86", True),
+        ("portable", "sm75", False), ("sm89", "sm89+sm120", False),
+    ],
+)  # fmt: skip
+def test_an_engine_runs_on_the_architectures_it_was_built_for(
+    built_for: str, here: str, fits: bool, bundle: Bundle, add: Add, tmp_path: Path
+) -> None:
+    add(backend="tensorrt-rtx", device=built_for)
+    target = Target("tensorrt-rtx", here)
+    if fits:
+        assert find_engine(bundle, "unet", target, SHAPES, cache=tmp_path)
+    else:
+        with pytest.raises(EngineError, match=f"is for {built_for}, not {here}".replace("+", r"\+")):
+            find_engine(bundle, "unet", target, SHAPES, cache=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"compile", b"compilee"])
+def test_a_damaged_file_is_found_before_it_is_loaded(content: bytes, bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    (add() / "engine.blob").write_bytes(content)
+    with pytest.raises(EngineError, match=r"engine\.blob: (size|sha256), got .*Build the engine again"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_a_linked_file_is_refused(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    folder = add()
+    (folder / "engine.blob").rename(tmp_path / "elsewhere")
+    (folder / "engine.blob").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="not a regular file"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'{"format":1', b'{"format":2', "format of the engine, got 2, expected 1"),
+        (b'"engine.blob":', b'"../escape":', "names of files, got '../escape'"),
+        (b'"recipe":1', b'"recipe":2', "key, got"),
+        (b"{", b"", "not an engine's sidecar"),
+    ],
+)
+def test_a_strange_sidecar_is_refused(old: bytes, new: bytes, message: str, add: Add, tmp_path: Path) -> None:
+    folder = add()
+    raw = (folder / SIDECAR_NAME).read_bytes()
+    assert old in raw
+    (folder / SIDECAR_NAME).write_bytes(raw.replace(old, new, 1))
+    with pytest.raises(EngineError, match=message):
+        read_sidecar(folder)
+    ((place, error),) = cached_engines(tmp_path)
+    assert place == folder
+    assert isinstance(error, EngineError)
+
+
+def test_a_cache_that_everybody_may_write_to_is_not_read(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    add()
+    engines_folder(tmp_path).chmod(0o777)
+    with pytest.raises(EngineError, match=r"can be written by everybody.*chmod o-w"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_a_cache_of_another_user_is_not_read(
+    bundle: Bundle, add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(EngineError, match="belongs to another user"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TANDEMRT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_folder() == Path.home() / ".cache" / "tandemrt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/tandemrt")
+    monkeypatch.setenv("TANDEMRT_CACHE", "/own")
+    assert cache_folder() == Path("/own")
+    assert cache_folder("/given") == Path("/given")
