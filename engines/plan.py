@@ -24,8 +24,6 @@ from .profiles import Profile, check_profiles, default_profile, input_ranges
 # To be raised when engines come to be built in another way from the same ingredients.
 RECIPES = {"tensorrt-rtx": 1, "tensorrt": 1, "openvino": 1, "onnxruntime": 1}
 _QUANTIZED = ("int8", "fp8")
-# What a bundle must be exported in where precision is not the graph's alone.
-_EXPORTED_IN = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +109,24 @@ def _target_of(target: Target, name: str, component: Component, bundle: Bundle) 
     Raises:
         TargetError: the component was not exported in the precision that the target asks for.
     """
-    asked = target.precision
-    if asked in _QUANTIZED:
-        if component.role != "denoiser":
-            return Target(target.backend, target.device)
-        if not _is_quantized(bundle.model_path(name)):
-            raise TargetError(
-                name,
-                f"its graph quantizes nothing, and {target} computes in what the graph states",
-                expected="QuantizeLinear and DequantizeLinear nodes",
-                remedy=f"Quantize the bundle first, or ask for {target.backend}:{target.device}:{component.precision}.",
-            )
-        return target
-    hinted = target.backend == "openvino"
-    wanted = (_EXPORTED_IN[asked] if hinted else asked) if asked is not None else component.precision
-    if wanted != component.precision:
-        export = f", or export with --dtype {wanted}" if wanted in ("fp32", "fp16") else ""
+    target = target.of_role(component.role)
+    as_it_is = f"{target.backend}:{target.device}:{component.precision}"
+    if target.precision in _QUANTIZED and not _is_quantized(bundle.model_path(name)):
         raise TargetError(
             name,
-            "precision of the exported model",
-            got=component.precision,
-            expected=f"{wanted} for target {target}, since precision lives in the graph",
-            remedy=f"Ask for {target.backend}:{target.device}:{component.precision}{export}.",
+            f"its graph quantizes nothing, and {target} computes in what the graph states",
+            expected="QuantizeLinear and DequantizeLinear nodes",
+            remedy=f"Quantize the bundle first, or ask for {as_it_is}.",
         )
+    if target.precision == "bf16" and target.backend != "openvino":
+        raise TargetError(
+            name,
+            f"precision of the exported model, and {target} computes in what the graph states",
+            got=component.precision,
+            expected="bf16",
+            remedy=f"Ask for {as_it_is}, or export with --dtype fp16 and ask for fp16.",
+        )
+    target.check_precision(name, component.precision)
     return target
 
 
