@@ -1,0 +1,222 @@
+"""Step engines beside the plain loop: `python -m tandemrt.bench.step_engines --json FILE ...`.
+
+What the graphs lose in nodes and weights when time steps are folded, and what a step takes in three ways, in turns
+within one run: the loop around the denoiser, a step engine, and a step engine with its time steps folded. DIR is a
+denoiser's folder in a bundle: `unet` of `tandemrt export OUT --preset sdxs-512-0.9`, and of `--preset bk-sdm-tiny`.
+Take the figures on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tandemrt.engines.fold import folded
+from tandemrt.engines.graph_files import MODEL_NAME, read_graph, write_graph
+from tandemrt.engines.step import step_graph
+from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.binding import Conditioning
+from tandemrt.runtime.onnx_files import graph_tensors
+from tandemrt.runtime.plan import Plan
+from tandemrt.runtime.sampler import Sampler
+from tandemrt.runtime.solvers import compile_table
+from tandemrt.runtime.step_sampler import StepSampler
+from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.tensors import latent_names
+
+from .figures import markdown_table, spread, write_json, write_text
+from .loops import SCHEDULE, Float32, normal
+from .machine import described, machine_facts
+from .program import run_program
+
+TARGETS = ("onnxruntime:cpu:fp32", "openvino:cpu:fp32")
+STEPS, GUIDANCE_SCALE, TOKENS = 25, 7.5, 77
+LOOP, FUSED, FOLDED = "loop around the denoiser", "step engine", "step engine, folded"
+_UNET = "unet"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A denoiser's folder, the plan it runs, and how many of the plan's rows are timed."""
+
+    name: str
+    folder: Path
+    plan: Plan
+    rows: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether both branches run."""
+        return self.plan.guided[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Height and width of the latent, threads of a model, and how many rounds go before and count."""
+
+    latent: int
+    threads: int | None
+    warm_up: int
+    repeats: int
+
+
+def one_step_case(folder: Path) -> Case:
+    """SDXS's one step: time step 999, no guidance."""
+    table = compile_table("DDIMScheduler", {**SCHEDULE, "timestep_spacing": "trailing", "clip_sample": False}, 1)
+    return Case("one step", folder, Plan(table, (_UNET,), (False,), 0.0), 1)
+
+
+def schedule_case(folder: Path, rows: int) -> Case:
+    """25 steps of DPM-Solver++ 2M under guidance, the first `rows` of them timed."""
+    table = compile_table("DPMSolverMultistepScheduler", SCHEDULE, STEPS)
+    plan = Plan(table, (_UNET,) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
+    return Case(f"{STEPS} steps, guided", folder, plan, rows)
+
+
+def case_figures(case: Case, targets: Sequence[str], options: Options, scratch: Path) -> dict[str, Any]:
+    """Nodes and weights of the case's graphs, and milliseconds a step on each target."""
+    whole = read_graph(case.folder / MODEL_NAME)
+    timesteps = tuple(dict.fromkeys(case.plan.table.timesteps.tolist()))
+    few = folded(whole, timesteps, case.folder)
+    graphs = {
+        "denoiser": whole,
+        "denoiser, folded": few,
+        FUSED: step_graph(whole, guided=case.guided),
+        FOLDED: step_graph(few, guided=case.guided),
+    }
+    sizes = {
+        name: {
+            "nodes": len(graph.graph.node),
+            "weights": int(sum(np.prod(tensor.dims, dtype=np.int64) for tensor in graph.graph.initializer)),
+        }
+        for name, graph in graphs.items()
+    }
+    models = {LOOP: case.folder / MODEL_NAME}
+    for index, name in enumerate((FUSED, FOLDED)):
+        models[name] = write_graph(graphs[name], scratch / str(index), case.folder)
+    timings = [_timed(case, target, models, timesteps, options) for target in targets]
+    latent = [1, *_latent_shape(case.folder, options.latent)[1:]]
+    return {"case": case.name, "latent": latent, "rows_timed": case.rows, "graphs": sizes, "timings": timings}
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The figures as Markdown tables: medians with the 10th to 90th percentile."""
+    graphs = [
+        [f"{case['case']}: {name}", str(size["nodes"]), f"{size['weights']:,}"]
+        for case in facts["cases"]
+        for name, size in case["graphs"].items()
+    ]
+    steps = [
+        [
+            f"{case['case']}, `{timing['target']}`",
+            _cell(timing["step_ms"][LOOP], 0),
+            *(_cell(timing["ratios"][name], 3) for name in (FUSED, FOLDED)),
+        ]
+        for case in facts["cases"]
+        for timing in case["timings"]
+    ]
+    note = "Medians, in brackets the 10th to 90th percentile; ratios to the loop's time in the same round. "
+    return "\n".join(
+        [
+            markdown_table(("graph", "nodes", "weights"), graphs),
+            markdown_table(("a step", f"{LOOP}, ms", f"{FUSED}, ratio", f"{FOLDED}, ratio"), steps),
+            note + described(facts["machine"]) + "\n",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one-step", type=Path, metavar="DIR", help="a one-step model's folder")
+    parser.add_argument("--schedule", type=Path, metavar="DIR", help="the folder of a model of many steps")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the tables beside it")
+    parser.add_argument("--target", action="append", help=f"by default {' and '.join(TARGETS)}")
+    parser.add_argument("--latent", type=int, default=64, help="height and width of the latent")
+    parser.add_argument("--rows", type=int, default=2, help="steps of the schedule that are timed")
+    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before the first that counts")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds that count")
+    parser.add_argument(
+        "--scratch", type=Path, help="where graphs are written; weights are linked within a file system"
+    )
+    given = parser.parse_args(arguments)
+    cases = [one_step_case(given.one_step)] if given.one_step else []
+    cases += [schedule_case(given.schedule, given.rows)] if given.schedule else []
+    options = Options(given.latent, given.threads, given.warm_up, given.repeats)
+    facts: dict[str, Any] = {"machine": machine_facts(), "warm_up": given.warm_up, "rounds": given.repeats, "cases": []}
+    with TemporaryDirectory(dir=given.scratch) as scratch:
+        for index, case in enumerate(cases):
+            figures = case_figures(case, given.target or TARGETS, options, Path(scratch, str(index)))
+            facts["cases"].append(figures)
+    write_json(given.json, facts)
+    table = markdown(facts)
+    write_text(given.json.with_suffix(".md"), table)
+    print(table)
+
+
+def _timed(
+    case: Case, target: str, models: dict[str, Path], timesteps: Sequence[float], options: Options
+) -> dict[str, Any]:
+    sessions = {
+        name: open_session(model, parse_target(target), threads=options.threads) for name, model in models.items()
+    }
+    shape = _latent_shape(case.folder, options.latent)
+    given, key = {_UNET: _conditioning(case.folder)}, (_UNET, case.guided)
+    begun = normal(shape) * np.float32(case.plan.table.init_noise_sigma)
+    samplers = {
+        LOOP: Sampler(case.plan, {_UNET: sessions[LOOP]}, given, begun.copy),
+        FUSED: StepSampler(case.plan, {key: sessions[FUSED]}, given, begun.copy),
+        FOLDED: StepSampler(case.plan, {key: sessions[FOLDED]}, given, begun.copy, timesteps={_UNET: timesteps}),
+    }
+    steps: dict[str, list[float]] = {name: [] for name in samplers}
+    latents: dict[str, Float32] = {}
+    for round_ in range(options.warm_up + options.repeats):
+        for name, sampler in samplers.items():
+            state = sampler.begin(begun)
+            taken = [done.total_ms for done in sampler.run(state, case.rows)]
+            latents[name] = state.latents.copy()
+            if round_ >= options.warm_up:
+                steps[name].append(sum(taken) / len(taken))
+    for session in sessions.values():
+        session.close()
+    scale = float(np.abs(latents[LOOP]).max())
+    return {
+        "target": target,
+        "step_ms": {name: spread(values) for name, values in steps.items()},
+        "ratios": {name: spread(np.divide(steps[name], steps[LOOP]).tolist()) for name in (FUSED, FOLDED)},
+        "max_relative_difference": {
+            name: float(np.abs(latents[name] - latents[LOOP]).max()) / scale for name in (FUSED, FOLDED)
+        },
+    }
+
+
+def _latent_shape(folder: Path, side: int) -> tuple[int, int, int, int]:
+    inputs, _ = graph_tensors(folder / MODEL_NAME)
+    latent = latent_names(inputs).sample
+    (channels,) = (int(spec.shape[1]) for spec in inputs if spec.name == latent)
+    return 1, channels, side, side
+
+
+def _conditioning(folder: Path) -> Conditioning:
+    inputs, _ = graph_tensors(folder / MODEL_NAME)
+    sizes: dict[int | str, int] = {"batch": 1, "sequence": TOKENS}
+    branch = {
+        spec.name: normal(tuple(int(sizes.get(size, size)) for size in spec.shape))
+        for spec in inputs
+        if spec.name not in (latent_names(inputs).sample, "timestep")
+    }
+    return Conditioning(branch, branch)
+
+
+def _cell(figures: dict[str, float], digits: int) -> str:
+    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
+
+
+if __name__ == "__main__":
+    run_program(main)
