@@ -109,7 +109,7 @@ def _target_of(target: Target, name: str, component: Component, bundle: Bundle) 
     Raises:
         TargetError: the component was not exported in the precision that the target asks for.
     """
-    target = target.of_role(component.role)
+    target = target.of_component(component)
     as_it_is = f"{target.backend}:{target.device}:{component.precision}"
     if target.precision in _QUANTIZED and not _is_quantized(bundle.model_path(name)):
         raise TargetError(
