@@ -65,12 +65,19 @@ def imported() -> Any:
 
 def require_buildable(device: str) -> None:
     """Raise TargetError unless ONNX Runtime has the device's execution provider here."""
+    if device not in PROVIDERS:
+        raise TargetError(
+            f"target onnxruntime:{device}",
+            "this execution provider compiles when it loads a graph, nothing is built ahead of time",
+            expected=f"onnxruntime:{' or onnxruntime:'.join(PROVIDERS)}",
+            remedy=f"Run on onnxruntime:{device} as it is, or build for {device}.",
+        )
     available = imported().get_available_providers()
-    if PROVIDERS.get(device) not in available:
+    if PROVIDERS[device] not in available:
         raise TargetError(
             f"target onnxruntime:{device}",
             "execution provider that is not here",
-            got=PROVIDERS.get(device),
+            got=PROVIDERS[device],
             expected=f"one of {', '.join(available)}",
             remedy='Run `pip install "tandemrt[gpu]"` on a machine with a GPU, or build for onnxruntime:cpu.',
         )

@@ -12,7 +12,6 @@ from ..runtime.engine_files import (
     InputRange,
     architecture_of,
     origin_of,
-    precision_of,
     weights_of,
 )
 from ..runtime.errors import ArgumentError, TargetError
@@ -81,16 +80,14 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
         TargetError: a target cannot be built for here, or asks for a precision that a component is not in.
     """
     names = plan.components or tuple(bundle.manifest.components)
-    components = {name: bundle.component(name) for name in names}
+    for name in names:
+        bundle.component(name)
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)
     for target in plan.targets:
         _require_buildable(target)
     return tuple(
-        request
-        for target in plan.targets
-        for name, component in components.items()
-        for request in _requests(bundle, name, component, _target_of(target, name, component, bundle), profiles)
+        request for target in plan.targets for name in names for request in _requests(bundle, name, target, profiles)
     )
 
 
@@ -104,7 +101,7 @@ def _require_buildable(target: Target) -> None:
 
 
 def _target_of(target: Target, name: str, component: Component, bundle: Bundle) -> Target:
-    """The target as it is for one component: of those that are quantized it asks nothing of the others.
+    """The target as it is for one component, with the precision it computes in.
 
     Raises:
         TargetError: the component was not exported in the precision that the target asks for.
@@ -136,9 +133,9 @@ def _is_quantized(model: Path) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
 
 
-def _requests(
-    bundle: Bundle, name: str, component: Component, target: Target, profiles: Sequence[Profile]
-) -> Iterator[Request]:
+def _requests(bundle: Bundle, name: str, target: Target, profiles: Sequence[Profile]) -> Iterator[Request]:
+    component = bundle.component(name)
+    exact = _target_of(target, name, component, bundle)
     ranges = [(profile.name, input_ranges(name, component, bundle.manifest, profile)) for profile in profiles]
     distinct: list[tuple[str, dict[str, InputRange]]] = []
     for named, one in ranges:
@@ -151,14 +148,14 @@ def _requests(
     else:  # ONNX Runtime takes every shape
         groups = [[]]
     for group in groups:
-        made_of = _ingredients(bundle, name, target, tuple(one for _, one in group))
+        made_of = _ingredients(bundle, name, exact, tuple(one for _, one in group))
         yield Request(name, target, bundle.model_path(name), component, made_of, tuple(named for named, _ in group))
 
 
 def _ingredients(
     bundle: Bundle, name: str, target: Target, profiles: tuple[Mapping[str, InputRange], ...]
 ) -> Ingredients:
-    precision = precision_of(target, bundle.component(name))
+    precision = target.precision or bundle.component(name).precision
     return Ingredients(
         graph=origin_of(bundle, name),
         weights=weights_of(bundle, name),

@@ -23,7 +23,7 @@ import msgspec
 from .architecture import cpu_architecture, system_architecture
 from .bundle import Bundle
 from .errors import EngineError
-from .manifest import Component, FileRecord, Frozen, TensorSpec, file_sha256
+from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
 from .onnx_files import external_files
 from .targets import Target, installed_version
 
@@ -168,11 +168,6 @@ def weights_of(bundle: Bundle, name: str) -> dict[str, str]:
     return {location: bundle.manifest.files[path].sha256 for location, path in beside}
 
 
-def precision_of(target: Target, component: Component) -> str:
-    """What an engine of a component computes in on a target."""
-    return target.precision or component.precision
-
-
 def architecture_of(target: Target) -> str:
     """What an engine for a target is bound to here: the processor where it runs on one, else the system alone."""
     return cpu_architecture() if target.device == "cpu" else system_architecture()
@@ -265,7 +260,7 @@ def find_engine(
         EngineError: there is none, or none that fits, with the reason and the command that builds one.
         TargetError: the target's backend is not installed.
     """
-    cache = cache_folder(cache)
+    cache, target = cache_folder(cache), target.of_component(bundle.component(component))
     origin, weights = origin_of(bundle, component), weights_of(bundle, component)
     misfits: list[str] = []
     fitting: list[tuple[int, Found]] = []
@@ -275,7 +270,7 @@ def find_engine(
         made_of = engine.ingredients
         if (made_of.origin, made_of.backend, made_of.variant) != (origin, target.backend, variant):
             continue
-        reason = _misfit(made_of, weights, target, precision_of(target, bundle.component(component)))
+        reason = _misfit(made_of, weights, target)
         served = _serving(made_of, shapes)
         if reason is None and served is not None:
             fitting.append((served[0], Found(folder, engine, served[1])))
@@ -290,13 +285,13 @@ def find_engine(
     return found
 
 
-def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target, precision: str) -> str | None:
+def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) -> str | None:
     """Why an engine does not run here, in words that follow its name; None where it does."""
     version = installed_version(target.backend)
     differing: tuple[tuple[bool, str], ...] = (
         (made_of.weights != weights, "was built from other weights"),
         (not _covers(made_of.device, target.device), f"is for {made_of.device}, not {target.device}"),
-        (made_of.precision != precision, f"computes in {made_of.precision}, not {precision}"),
+        (made_of.precision != target.precision, f"computes in {made_of.precision}, not {target.precision}"),
         (made_of.backend_version != version, f"is of {made_of.backend} {made_of.backend_version}, here is {version}"),
         (made_of.architecture != architecture_of(target), f"is for {made_of.architecture}"),
     )

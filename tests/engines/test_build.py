@@ -247,6 +247,7 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
         ("tensorrt-rtx:sm89:int8", r"unet: its graph quantizes nothing.*or ask for tensorrt-rtx:sm89:fp32"),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
         ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected of sm75, .*, or portable"),
+        ("onnxruntime:tensorrt-rtx", r"compiles when it loads a graph.*or build for tensorrt-rtx\."),
         ("onnxruntime:cuda", r"execution provider that is not here"),
         ("openvino:npu", r"device, got 'npu', expected one of .*cpu"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler, TCDScheduler, UNet2DConditionModel
 
+from ..engines.families import require_engines
 from .family import Family, require_same
 
 pytestmark = pytest.mark.slow
@@ -68,3 +70,7 @@ def test_sdxl_as_hyper_sd_samples_it(
     finally:
         sdxl.reference.scheduler = own
     require_same(sdxl.actual(guidance_scale=0.0, **ours), expected)
+
+
+def test_sdxl_builds_on_every_backend(sdxl: Family, tmp_path: Path) -> None:
+    require_engines(sdxl.pipe.bundle, tmp_path)

@@ -10,11 +10,12 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
+from ..engines.families import require_engines
 from .family import PROMPT, SIZE, Family, require_same
 
 
 @pytest.mark.slow
-def test_a_sketch_in_one_step(tmp_path: Path) -> None:
+def test_a_sketch_in_one_step_and_its_engines(tmp_path: Path) -> None:
     family = Family("sdxs-512-sketch", tmp_path, ("controlnet_sketch",))
     controlnet = ControlNetModel.from_pretrained(family.folders["controlnet_sketch"], dtype=torch.float32)
     reference = StableDiffusionControlNetPipeline(
@@ -30,3 +31,4 @@ def test_a_sketch_in_one_step(tmp_path: Path) -> None:
         require_same(found, expected)
         assert np.abs(found - family.actual(num_inference_steps=1, guidance_scale=0.0)).max() > 1e-3
         assert family.pipe("a cat", num_inference_steps=1, output_type="latent").plan.table.timesteps.tolist() == [999]
+    require_engines(family.pipe.bundle, tmp_path / "cache")

@@ -111,7 +111,7 @@ def test_the_narrowest_profile_that_serves_the_call_is_taken(bundle: Bundle, add
 
 
 def test_without_an_engine_the_command_is_said(bundle: Bundle, tmp_path: Path) -> None:
-    expected = rf"there is no engine for openvino:cpu .*Run `tandemrt build-engine {bundle.path} --target openvino:cpu"
+    expected = rf"there is no engine for openvino:cpu:fp32 .*Run `tandemrt build-engine {bundle.path} --target openv"
     with pytest.raises(EngineError, match=expected):
         find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
@@ -130,7 +130,7 @@ def test_an_engine_that_does_not_fit_is_diagnosed(
     facts: dict[str, Any], reason: str, bundle: Bundle, add: Add, tmp_path: Path
 ) -> None:
     folder = add(**facts)
-    with pytest.raises(EngineError, match=rf"no engine for openvino:cpu fits: {folder.name[:12]} {reason}"):
+    with pytest.raises(EngineError, match=rf"no engine for openvino:cpu:fp32 fits: {folder.name[:12]} {reason}"):
         find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 

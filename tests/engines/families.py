@@ -1,0 +1,75 @@
+"""Whole families on every backend that builds here: each component is built, found, and gives its graph's numbers."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+
+from tandemrt.engines.build import Outcome, ensure_engine
+from tandemrt.engines.plan import BuildPlan, Request, requests_of
+from tandemrt.engines.profiles import default_profile, input_ranges
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.engine_files import find_engine
+from tandemrt.runtime.targets import Target
+
+TARGETS = (Target("onnxruntime", "cpu"), Target("openvino", "cpu"), Target("tensorrt-rtx", "portable"))
+Arrays = dict[str, np.ndarray[Any, Any]]
+MAX_RELATIVE_ERROR = 1e-3
+
+
+def require_engines(bundle: Bundle, cache: Path) -> None:
+    """Build every component of a bundle for every backend, for its default profile, and run what runs on a CPU."""
+    plan = BuildPlan(bundle.path, TARGETS, cache)
+    expected: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for request in requests_of(plan, bundle):
+        feeds = random_inputs(request, bundle)
+        shapes = {name: array.shape for name, array in feeds.items()}
+        outcome = ensure_engine(request, cache, lambda label, done, total: None, {})
+        found = find_engine(
+            bundle, request.component, Target(request.target.backend, here(request)), shapes, cache=cache
+        )
+        assert found.folder == outcome.folder
+        if request.component not in expected:
+            expected[request.component] = ran_by_onnxruntime(request.model, feeds)
+        if request.target.backend == "onnxruntime":
+            require_close(ran_by_onnxruntime(outcome.folder / "model.onnx", feeds), expected[request.component])
+        elif request.target.backend == "openvino":
+            require_close(ran_by_openvino(outcome, feeds), expected[request.component])
+
+
+def here(request: Request) -> str:
+    return "sm89" if request.target.device == "portable" else request.target.device
+
+
+def random_inputs(request: Request, bundle: Bundle) -> Arrays:
+    """Inputs of the sizes that the default profile is tuned for: tokens are small numbers, the rest is normal."""
+    ranges = input_ranges(request.component, request.facts, bundle.manifest, default_profile(bundle.manifest))
+    random = np.random.default_rng(3)
+    return {
+        spec.name: random.integers(0, 40, ranges[spec.name].opt).astype(spec.dtype)
+        if spec.dtype.startswith("int")
+        else random.standard_normal(ranges[spec.name].opt).astype(spec.dtype)
+        for spec in request.facts.inputs
+    }
+
+
+def ran_by_onnxruntime(model: Path, feeds: Arrays) -> list[np.ndarray[Any, Any]]:
+    return list(onnxruntime.InferenceSession(model).run(None, feeds))
+
+
+def ran_by_openvino(outcome: Outcome, feeds: Arrays) -> list[np.ndarray[Any, Any]]:
+    blob = BytesIO((outcome.folder / "engine.blob").read_bytes())
+    compiled = openvino.Core().import_model(blob, "CPU", outcome.engine.ingredients.flags)
+    made = compiled(feeds)
+    return [made[compiled.output(spec.name)] for spec in outcome.request.facts.outputs]
+
+
+def require_close(actual: list[np.ndarray[Any, Any]], expected: list[np.ndarray[Any, Any]]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert np.abs(one - other).max() <= MAX_RELATIVE_ERROR * np.abs(other).max()
