@@ -76,11 +76,12 @@ def _derived(graph: onnx.GraphProto) -> set[str]:
 def _results(graph: onnx.GraphProto, derived: set[str], where: str) -> list[str]:
     """What the rest of the graph reads of them, in the order it does."""
     results: dict[str, None] = {}
+    one_for_all = _takes_one_row(graph)
     for node in graph.node:
         reads = [name for name in node.input if name in derived]
         if not reads or derived.issuperset(node.output):
             continue
-        if node.op_type not in _BROADCASTS:
+        if not one_for_all and node.op_type not in _BROADCASTS:
             raise BundleError(
                 where,
                 f"{node.op_type} {node.name!r} reads the time step, which cannot be folded there",
@@ -90,6 +91,16 @@ def _results(graph: onnx.GraphProto, derived: set[str], where: str) -> list[str]
             )
         results.update(dict.fromkeys(reads))
     return list(results)
+
+
+def _takes_one_row(graph: onnx.GraphProto) -> bool:
+    """Whether a time step may have one row for a batch of any size, so that the graph itself sees to the rest."""
+    sizes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in graph.input
+    }
+    rows = sizes.pop(TIMESTEP)
+    return rows == [1] or all(size not in other for other in sizes.values() for size in rows)
 
 
 def _part(model: onnx.ModelProto, results: Sequence[str], weights: Path) -> onnx.ModelProto:

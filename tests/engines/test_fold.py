@@ -204,5 +204,6 @@ def test_what_cannot_be_folded_is_refused(tmp_path: Path) -> None:
     (sine,) = [node for node in model.graph.node if node.op_type == "Sin"]
     reader = next(node for node in model.graph.node if sine.output[0] in node.input)
     reader.op_type = "MatMul"
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "batch"
     with pytest.raises(BundleError, match=r"MatMul '.*' reads the time step, which cannot be folded there"):
         folded(model, [1.0], tmp_path)

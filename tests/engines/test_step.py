@@ -157,6 +157,27 @@ def test_openvino_runs_step_engines_with_parity(shapes_bundle: Path, tmp_path: P
     np.testing.assert_allclose(got.latents, expected.latents, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("guided", [True, False])
+def test_tensorrt_rtx_builds_step_engines(families: Callable[[str], Tiny], tmp_path: Path, guided: bool) -> None:
+    import tensorrt_rtx as trt  # noqa: PLC0415 — heavy
+
+    bundle, _ = families("unet")
+    path = bundle / "unet" / "model.onnx"
+    composed = write_graph(step_graph(read_graph(path), guided=guided), tmp_path, path.parent)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    assert parser.parse_from_file(str(composed)), parser.get_error(0)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    sizes = {"batch": 1, "2*batch": 2, "sequence": 12, "height": 8, "width": 8}
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
+        shape = [sizes[name] if size == -1 else size for name, size in zip(names, tensor.shape, strict=True)]
+        profile.set_shape(tensor.name, shape, shape, shape)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config).nbytes > 1000
+
+
 def test_names_stay_and_weights_are_linked_unread(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     write_tiny_bundle(bundle)
