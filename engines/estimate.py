@@ -1,7 +1,8 @@
 """What a build will take, before it starts: memory, time and size, from the weights and the target.
 
-The figures are lines through what builds of the shapes family and of Stable Diffusion 1.5 took on two cores of an AMD
-EPYC; they say whether to start, not what will be measured.
+Memory and size are lines through what builds took of the shapes family and of Stable Diffusion 1.5, XL and SDXS at an
+eighth of their widths, and TensorRT-RTX's also of Stable Diffusion 1.5's UNet in fp16 at its true size (6.1 GB, 19 s on
+two cores). Time is the roughest: it grows with the number of layers too.
 """
 
 from __future__ import annotations
@@ -26,35 +27,38 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """Of a backend: memory with nothing to build; per byte of weights, memory, seconds per GB, and size; for further
-    architectures or profiles of one engine, the same share of time and size again."""
+    """Of a backend: memory, seconds and size with next to nothing to build, and what a byte, or GB, of weights adds.
+
+    repeated: the share of the time that each further architecture or profile of one engine takes.
+    """
 
     memory_bytes: float
-    memory: float
+    memory_per_byte: float
     seconds: float
     seconds_per_gb: float
-    size: float
+    size_bytes: float
     repeated: float = 0.0
 
 
 _RATES = {
-    "tensorrt-rtx": _Rates(0.3e9, 3.4, 2.0, 11.0, 1.02, 0.3),
-    "tensorrt": _Rates(1.5e9, 3.4, 20.0, 150.0, 1.02, 0.8),
-    "openvino": _Rates(0.2e9, 4.0, 1.0, 8.0, 1.02),
-    "onnxruntime": _Rates(0.1e9, 3.0, 0.5, 4.0, 1.02),
+    "tensorrt-rtx": _Rates(0.45e9, 3.4, 2.0, 10.0, 10e6, 0.3),
+    "tensorrt": _Rates(1.5e9, 3.4, 20.0, 150.0, 10e6, 0.8),
+    "openvino": _Rates(0.12e9, 4.4, 3.0, 15.0, 1e6),
+    "onnxruntime": _Rates(0.09e9, 2.3, 2.0, 12.0, 1e6),
 }
 
 
 def estimated(request: Request) -> Estimate:
     """The estimate for one engine."""
-    weights = weights_bytes(request)
-    rates = _RATES[request.ingredients.backend]
-    repeats = request.ingredients.device.count("+") + max(len(request.ingredients.profiles) - 1, 0)
-    more = 1 + rates.repeated * repeats
+    made_of = request.ingredients
+    rates, weights = _RATES[made_of.backend], weights_bytes(request)
+    if (made_of.device, made_of.precision) == ("cpu", "fp16"):
+        weights *= 2  # a processor computes in fp32, and its engines hold the weights so
+    repeats = made_of.device.count("+") + max(len(made_of.profiles) - 1, 0)
     return Estimate(
-        memory_bytes=round(rates.memory_bytes + rates.memory * weights),
-        build_s=round((rates.seconds + rates.seconds_per_gb * weights / 1e9) * more, 1),
-        size_bytes=round(rates.size * weights * (more if "+" in request.ingredients.device else 1)),
+        memory_bytes=round(rates.memory_bytes + rates.memory_per_byte * weights),
+        build_s=round((rates.seconds + rates.seconds_per_gb * weights / 1e9) * (1 + rates.repeated * repeats), 1),
+        size_bytes=round(rates.size_bytes + weights),
     )
 
 
