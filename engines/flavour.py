@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..runtime.engine_files import PORTABLE
 from ..runtime.errors import TargetError
-from ..runtime.targets import install_hint, nvidia_gpus
+from ..runtime.targets import PORTABLE, install_hint, nvidia_gpus
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 BACKENDS = frozenset(_MODULES)

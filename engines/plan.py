@@ -21,7 +21,7 @@ from . import flavour, onnxruntime, openvino
 from .profiles import Profile, check_profiles, default_profile, input_ranges
 
 # To be raised when engines come to be built in another way from the same ingredients.
-RECIPES = {"tensorrt-rtx": 1, "tensorrt": 1, "openvino": 1, "onnxruntime": 1}
+RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 1}
 _QUANTIZED = ("int8", "fp8")
 
 

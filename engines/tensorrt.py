@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engine_files import PORTABLE, Layer
+from ..runtime.engine_files import Layer
 from ..runtime.errors import EngineError
+from ..runtime.targets import PORTABLE
 from .flavour import capabilities, imported
 from .job import Built, Job, Progress
 
@@ -65,6 +66,8 @@ def _configured(trt: Any, builder: Any, job: Job, monitor: Any) -> Any:
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # On by default, it rounds the factors of fp32 products to 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
     for ranges in job.profiles:
         profile = builder.create_optimization_profile()
         for name, one in ranges.items():

@@ -25,13 +25,12 @@ from .bundle import Bundle
 from .errors import EngineError
 from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
 from .onnx_files import external_files
-from .targets import Target, installed_version
+from .targets import PORTABLE, Target, installed_version
 
 FORMAT = 1
 SIDECAR_NAME = "engine.json"
 MAX_SIDECAR_BYTES = 64 << 20
 PLAIN = "plain"
-PORTABLE = "portable"
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -283,6 +282,23 @@ def find_engine(
     found = min(fitting, key=lambda pair: (pair[0], pair[1].folder.name))[1]
     check_engine_files(found.folder, found.engine)
     return found
+
+
+def profile_for(engine: Engine, shapes: Mapping[str, Shape]) -> int | None:
+    """The narrowest profile of an engine that takes these shapes, by its place; None where none does."""
+    served = _serving(engine.ingredients, shapes)
+    return None if served is None else served[1]
+
+
+def has_engine(bundle: Bundle, component: str, target: Target, *, cache: Path | None = None) -> bool:
+    """Whether anything in the cache was built from a component for a target's backend and device.
+
+    Raises:
+        EngineError: as of `cached_engines`.
+    """
+    wanted = origin_of(bundle, component), target.backend, target.device
+    sidecars = (engine for _, engine in cached_engines(cache_folder(cache)) if isinstance(engine, Engine))
+    return any((one.ingredients.origin, one.ingredients.backend, one.ingredients.device) == wanted for one in sidecars)
 
 
 def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) -> str | None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .backends import open_session
 from .backends.base import Array, Session
 from .bundle import Bundle
+from .engine_session import open_component
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .targets import Target
@@ -51,8 +51,7 @@ class Models:
 
     def _opened(self, name: str) -> Session:
         self._bundle.check_component(name)
-        target = self._target.of_component(self._bundle.component(name))
-        session = open_session(self._bundle.model_path(name), target, threads=self._threads)
+        session = open_component(self._bundle, name, self._target, self._threads)
         try:
             self._bundle.check_tensors(name, session.inputs, session.outputs)
         except BundleError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,9 @@ from .manifest import Component
 
 _NVIDIA = Path("/proc/driver/nvidia")
 _NVIDIA_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-_SM = r"portable|sm\d{2,3}(\+sm\d{2,3})*"
+# In the place of an architecture: every one that a flavour of TensorRT can build for at once.
+PORTABLE = "portable"
+_SM = rf"{PORTABLE}|sm\d{{2,3}}(\+sm\d{{2,3}})*"
 # What a bundle must be exported in for a precision; of int8 and fp8 its graphs tell themselves.
 _EXPORTED_IN = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32"}
 
@@ -92,6 +96,8 @@ _BACKENDS = {
     "tensorrt-rtx": _Backend(("tensorrt-rtx",), "tensorrt-rtx", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True),
     "tensorrt": _Backend(("tensorrt",), "tensorrt", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True),
 }
+# Backends that run no ONNX, only what was built from it.
+ENGINES_ONLY = frozenset(name for name, backend in _BACKENDS.items() if backend.needs_nvidia)
 _RUNNABLE = tuple(f"{name}:{device}" for name, backend in _BACKENDS.items() for device in backend.runs_on)
 
 
@@ -136,7 +142,7 @@ def _runs_on_cuda() -> bool:
 
 def check_runnable(target: Target) -> None:
     """Raise TargetError when this version of tandemrt cannot run bundles on `target`."""
-    if target.device not in _BACKENDS[target.backend].runs_on:
+    if target.backend not in ENGINES_ONLY and target.device not in _BACKENDS[target.backend].runs_on:
         raise TargetError(
             "target",
             "this version of tandemrt cannot run bundles on it",
@@ -188,14 +194,14 @@ def _status(name: str, backend: _Backend) -> BackendStatus:
     if backend.needs_nvidia and not has_nvidia_driver():
         missing.append("no NVIDIA driver is running here")
     targets: tuple[Target, ...] = ()
-    if name in _PROBES and len(versions) == 1:
+    if not missing:
         try:
             devices, targets = _PROBES[name]()
+        except TargetError as error:
+            missing.append(str(error))
         except Exception as error:  # a damaged installation fails in any way
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             missing.append(f"{name} is installed but cannot be imported ({reason}): reinstall it")
-    if not backend.runs_on:
-        missing.append("this version of tandemrt does not run bundles on it yet")
     return BackendStatus(name, next(iter(versions.values()), None), devices, targets, tuple(missing))
 
 
@@ -216,7 +222,17 @@ def _probed_openvino() -> tuple[tuple[str, ...], tuple[Target, ...]]:
     return tuple(core.available_devices), tuple(Target("openvino", "cpu", precision) for precision in precisions)
 
 
-_PROBES = {"onnxruntime": _probed_onnxruntime, "openvino": _probed_openvino}
+def _probed_tensorrt(name: str) -> tuple[tuple[str, ...], tuple[Target, ...]]:
+    from .backends.cuda import device  # noqa: PLC0415 (it imports this module)
+
+    return nvidia_gpus(), (Target(name, device().architecture),)
+
+
+_PROBES: Mapping[str, Callable[[], tuple[tuple[str, ...], tuple[Target, ...]]]] = {
+    "onnxruntime": _probed_onnxruntime,
+    "openvino": _probed_openvino,
+    **{name: functools.partial(_probed_tensorrt, name) for name in sorted(ENGINES_ONLY)},
+}
 
 
 def installed_version(backend: str) -> str:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..arguments import thread_count
-from ..targets import Target, check_runnable
+from ..errors import TargetError
+from ..targets import ENGINES_ONLY, PORTABLE, Target, check_runnable
 from .base import Session
+
+if TYPE_CHECKING:
+    from ..engine_files import Found
+
+_GRAPH = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 
 
 def open_session(model: Path, target: Target, *, threads: int | None = None) -> Session:
-    """Load a model on a target.
+    """Load an ONNX model on a target that runs ONNX.
 
     threads: how many CPU threads one run may use, 1 to 1024; the backend's choice otherwise.
 
@@ -24,7 +32,44 @@ def open_session(model: Path, target: Target, *, threads: int | None = None) -> 
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415 (a backend loads when it is used)
 
-        return openvino.OpenVinoSession(model, target, threads)
+        return openvino.OpenVinoSession.of_graph(model, target, threads)
     from . import onnxruntime  # noqa: PLC0415
 
     return onnxruntime.OnnxRuntimeSession(model, target, threads)
+
+
+def open_engine(found: Found, target: Target, *, threads: int | None = None) -> Session:
+    """Load a compiled engine, whose files `find_engine` has proved.
+
+    threads: as of `open_session`; an engine on a GPU has none.
+
+    Raises:
+        TargetError: the target is not installed or was not granted, or there is no GPU.
+        EngineError, ExecutionError: the backend refuses the engine.
+    """
+    check_runnable(target)
+    if target.backend in ENGINES_ONLY:
+        from . import tensorrt  # noqa: PLC0415
+
+        return tensorrt.TensorRtSession(found.folder, found.engine)
+    if target.backend == "openvino":
+        from . import openvino  # noqa: PLC0415
+
+        return openvino.OpenVinoSession.of_engine(found, target, thread_count("threads", threads))
+    return open_session(found.folder / _GRAPH, target, threads=threads)
+
+
+def target_here(target: Target) -> Target:
+    """A target of engines alone with the architecture of the GPU that is here.
+
+    Raises:
+        TargetError: there is none, or the target is for others.
+    """
+    from . import cuda  # noqa: PLC0415
+
+    here = cuda.device().architecture
+    named = target.device.split("+")
+    if target.device != PORTABLE and here not in named:
+        remedy = f"Ask for {target.backend}:{here}, and build its engines."
+        raise TargetError(f"target {target}", "the GPU here", got=here, expected=" or ".join(named), remedy=remedy)
+    return replace(target, device=here)

@@ -6,12 +6,16 @@ binding's shapes it ran some 5% faster (SD 1.5's UNet), but a second set of shap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from ..engine_files import Found
 from ..errors import BundleError, ExecutionError, TargetError
+from ..manifest import TensorSpec
 from ..onnx_files import graph_tensors
 from ..targets import Target, install_hint
 from .base import Array, Shape
@@ -23,23 +27,55 @@ _REMEDY = "Check it with `tandemrt verify`, or try a newer openvino."
 
 
 class OpenVinoSession:
-    """An ONNX model on OpenVINO; see `Session`. Loaded by path, so external data is found beside the model."""
+    """A model compiled by OpenVINO; see `Session`."""
 
-    def __init__(self, model: Path, target: Target, threads: int | None) -> None:
-        """Load `model`.
+    def __init__(self, name: str, compiled: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        """Raises TargetError where a tensor is of a type that numpy has not."""
+        self._name, self._ov = name, _openvino()
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self._compiled: Any = compiled
+        require_numpy_types(name, (*self.inputs, *self.outputs))
+
+    @classmethod
+    def of_graph(cls, model: Path, target: Target, threads: int | None) -> OpenVinoSession:
+        """Compile an ONNX model. Loaded by path, so external data is found beside it.
 
         Raises:
             TargetError: OpenVINO is not installed, or did not grant the device or the precision.
             ExecutionError: OpenVINO cannot load the model.
         """
-        self._name = model.parent.name
-        self._ov = _openvino()
+        name = model.parent.name
+
+        def compile_graph(core: Any, configuration: Mapping[str, str]) -> Any:
+            graph = core.read_model(model)
+            if target.precision == "int8":
+                _require_quantized(name, graph)
+            return core.compile_model(graph, "CPU", configuration)
+
+        _openvino()
         try:
-            self.inputs, self.outputs = graph_tensors(model)
+            inputs, outputs = graph_tensors(model)
         except BundleError as error:
             raise ExecutionError(str(model), f"OpenVINO cannot load the model ({error})") from error
-        require_numpy_types(self._name, (*self.inputs, *self.outputs))
-        self._compiled: Any = _compiled(self._ov, model, target, threads)
+        require_numpy_types(name, (*inputs, *outputs))
+        return cls(name, _granted(model, target, threads, compile_graph), inputs, outputs)
+
+    @classmethod
+    def of_engine(cls, found: Found, target: Target, threads: int | None) -> OpenVinoSession:
+        """Import a compiled model.
+
+        Raises:
+            TargetError: OpenVINO is not installed, or did not grant the device or the precision.
+            ExecutionError: OpenVINO refuses the engine.
+        """
+        (file,) = found.engine.files
+        path = found.folder / file
+
+        def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
+            return core.import_model(_openvino().Tensor(np.fromfile(path, np.uint8)), "CPU", configuration)
+
+        compiled = _granted(path, target, threads, import_blob)
+        return cls(found.engine.component, compiled, found.engine.inputs, found.engine.outputs)
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> OpenVinoBinding:
         """Allocate buffers for these input shapes; see `Session.bind`."""
@@ -113,35 +149,33 @@ def _openvino() -> Any:
     return openvino
 
 
-def _compiled(ov: Any, model: Path, target: Target, threads: int | None) -> Any:
-    precision = _INFERENCE_PRECISIONS[target.precision]
-    # One stream: a picture's models run one after the other, each on all threads.
-    config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+def _granted(path: Path, target: Target, threads: int | None, load: Callable[[Any, Mapping[str, str]], Any]) -> Any:
+    """What `load` makes of OpenVINO's core and a configuration, if it is what the target asks for."""
+    ov, precision = _openvino(), _INFERENCE_PRECISIONS[target.precision]
+    # One stream: a picture's models run one after the other, each on all threads. A pinned thread would wait for
+    # whatever else runs on its core.
+    configuration = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": "1", "ENABLE_CPU_PINNING": "NO"}
     if threads is not None:
-        config["INFERENCE_NUM_THREADS"] = str(threads)
+        configuration["INFERENCE_NUM_THREADS"] = str(threads)
     try:
-        core = ov.Core()
-        graph = core.read_model(model)
-        if target.precision == "int8":
-            _require_quantized(model.parent.name, graph)
-        compiled = core.compile_model(graph, "CPU", config)
+        compiled = load(ov.Core(), configuration)
         granted = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         devices = compiled.get_property("EXECUTION_DEVICES")
     except TargetError:
         raise
     except Exception as error:  # OpenVINO raises plain RuntimeError
         what = f"OpenVINO cannot load the model ({one_line(error)})"
-        raise ExecutionError(str(model), what, remedy=_REMEDY) from error
+        raise ExecutionError(str(path), what, remedy=_REMEDY) from error
     if granted != precision:
         raise TargetError(
-            model.parent.name,
+            path.parent.name,
             f"precision of the arithmetic that OpenVINO granted for target {target}",
             got=granted,
             expected=precision,
             remedy="Ask for openvino:cpu:fp32, or use a processor with the instructions; `tandemrt doctor` lists them.",
         )
     if devices != ["CPU"]:
-        raise TargetError(model.parent.name, "devices granted", got=devices, expected="CPU alone")
+        raise TargetError(path.parent.name, "devices granted", got=devices, expected="CPU alone")
     return compiled
 
 

@@ -332,8 +332,8 @@ def test_a_closed_pipeline_refuses_and_closes_again(bundle: Path) -> None:
 
 
 def test_a_target_that_is_not_here_is_refused_when_opening(bundle: Path) -> None:
-    with pytest.raises(TargetError, match="openvino"):
-        Pipeline.open(bundle, target="openvino:cpu:bf16")
+    with pytest.raises(TargetError, match="openvino:gpu"):
+        Pipeline.open(bundle, target="openvino:gpu:fp32")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025, 2**31])
@@ -344,6 +344,9 @@ def test_a_thread_count_that_cannot_be_is_refused_when_opening(bundle: Path, thr
 
 def test_a_missing_onnxruntime_is_told_when_opening(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(TargetError, match=r"onnxruntime: is not installed.*tandemrt\[cpu\]"):
+        Pipeline.open(bundle, target="onnxruntime:cpu")
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(TargetError, match=r"onnxruntime: is not installed.*tandemrt\[cpu\]"):
         Pipeline.open(bundle)
 

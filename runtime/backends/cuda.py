@@ -1,0 +1,172 @@
+"""NVIDIA's CUDA runtime through cuda-bindings: memory, streams and graphs of the first GPU, errors as ours.
+
+Nothing here is called where no driver runs: `device()` says so first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ExecutionError, TargetError
+from ..targets import has_nvidia_driver
+from .base import Array, Shape
+from .buffers import one_line
+
+_WHERE = "CUDA"
+
+
+class Device:
+    """The first GPU: `architecture` such as `sm89`, and the scratch memory that engines on it share."""
+
+    def __init__(self, runtime: Any) -> None:
+        self.runtime = runtime
+        self.architecture = f"sm{self._attribute('Major')}{self._attribute('Minor')}"
+        self.scratch = Scratch(self)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """What a function of the CUDA runtime returns beside its status.
+
+        Raises:
+            ExecutionError: it failed; the error and its description are named.
+        """
+        status, *results = getattr(self.runtime, function)(*arguments)
+        if int(status) != 0:
+            described = self.runtime.cudaGetErrorString(status)[1]
+            text = described.decode() if isinstance(described, bytes) else str(described)
+            out_of_memory = status == self.runtime.cudaError_t.cudaErrorMemoryAllocation
+            remedy = "Ask for a smaller size or batch, or close other pipelines." if out_of_memory else ""
+            raise ExecutionError(_WHERE, f"{function} failed ({text})", remedy=remedy)
+        return results[0] if len(results) == 1 else results or None
+
+    def _attribute(self, which: str) -> int:
+        kind = getattr(self.runtime.cudaDeviceAttr, f"cudaDevAttrComputeCapability{which}")
+        return int(self.call("cudaDeviceGetAttribute", kind, 0))
+
+
+class Memory:
+    """`size` bytes on the GPU at `address`, freed with the object."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self.size = size
+        self.address = int(device.call("cudaMalloc", max(size, 1)))
+        weakref.finalize(self, device.runtime.cudaFree, self.address)
+
+
+class Scratch:
+    """Memory that engines use while they run and none needs afterwards: one block, as large as the largest wants.
+
+    `lock` is held from a run's start to its end, so that no two runs use it at once.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.lock = threading.Lock()
+        self._device = device
+        self._memory: Memory | None = None
+
+    def reserved(self, size: int) -> Memory:
+        """The block, of `size` bytes or more; another one than before where it had to grow. Call it under the lock."""
+        if self._memory is None or self._memory.size < size:
+            self._memory = None  # freed first: the two need not fit beside each other
+            self._memory = Memory(self._device, size)
+        return self._memory
+
+
+class Stream:
+    """A queue of work on the GPU, destroyed with the object."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.handle = int(device.call("cudaStreamCreateWithFlags", device.runtime.cudaStreamNonBlocking))
+        weakref.finalize(self, device.runtime.cudaStreamDestroy, self.handle)
+
+    def upload(self, array: Array, address: int) -> None:
+        """Copy a pinned array to the GPU, in the stream's order."""
+        self._copy(address, array.ctypes.data, array.nbytes, "HostToDevice")
+
+    def download(self, address: int, array: Array) -> None:
+        """Copy into a pinned array from the GPU, in the stream's order."""
+        self._copy(array.ctypes.data, address, array.nbytes, "DeviceToHost")
+
+    def move(self, source: int, destination: int, size: int) -> None:
+        """Copy `size` bytes within the GPU, in the stream's order."""
+        self._copy(destination, source, size, "DeviceToDevice")
+
+    def wait(self) -> None:
+        """Return when everything queued is done."""
+        self._device.call("cudaStreamSynchronize", self.handle)
+
+    def recorded(self, work: Callable[[], None]) -> Graph:
+        """What `work` queues on this stream, as a graph that can be launched; nothing of it runs now."""
+        device, relaxed = self._device, self._device.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        device.call("cudaStreamBeginCapture", self.handle, relaxed)
+        try:
+            work()
+        except BaseException:
+            # A failed capture leaves no graph, and its own error would hide the first.
+            device.runtime.cudaStreamEndCapture(self.handle)
+            device.runtime.cudaGetLastError()
+            raise
+        return Graph(device, device.call("cudaStreamEndCapture", self.handle))
+
+    def _copy(self, destination: int, source: int, size: int, direction: str) -> None:
+        kind = getattr(self._device.runtime.cudaMemcpyKind, f"cudaMemcpy{direction}")
+        self._device.call("cudaMemcpyAsync", destination, source, size, kind, self.handle)
+
+
+class Graph:
+    """Recorded work, launched as one."""
+
+    def __init__(self, device: Device, recorded: Any) -> None:
+        self._device = device
+        try:
+            self._executable = device.call("cudaGraphInstantiate", recorded, 0)
+        finally:
+            device.runtime.cudaGraphDestroy(recorded)
+        weakref.finalize(self, device.runtime.cudaGraphExecDestroy, self._executable)
+
+    def launch(self, stream: Stream) -> None:
+        self._device.call("cudaGraphLaunch", self._executable, stream.handle)
+
+
+def pinned(device: Device, shape: Shape, dtype: npt.DTypeLike) -> Array:
+    """Zeros in host memory that the GPU copies from and to at full speed; freed when nothing refers to it."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    address = int(device.call("cudaMallocHost", max(size, 1)))
+    block = (ctypes.c_byte * size).from_address(address)
+    weakref.finalize(block, device.runtime.cudaFreeHost, address)
+    array: Array = np.frombuffer(memoryview(block), dtype).reshape(shape)
+    array.fill(0)
+    return array
+
+
+@functools.cache
+def device() -> Device:
+    """The first GPU.
+
+    Raises:
+        TargetError: there is no driver or no GPU, or cuda-bindings is not installed.
+    """
+    remedy = "Use --target auto, or a machine with such a GPU."
+    if not has_nvidia_driver():
+        raise TargetError(_WHERE, "no NVIDIA driver is running here", remedy=remedy)
+    try:
+        from cuda.bindings import runtime  # noqa: PLC0415 (of an extra)
+
+        status, count = runtime.cudaGetDeviceCount()
+    except Exception as error:  # a damaged installation fails in any way
+        what = f"cuda-bindings cannot be used ({one_line(error)})"
+        raise TargetError(_WHERE, what, remedy="Run `pip install cuda-bindings`.") from error
+    if int(status) != 0 or not count:
+        said = runtime.cudaGetErrorString(status)[1]
+        text = said.decode() if isinstance(said, bytes) else str(said)
+        raise TargetError(_WHERE, f"no GPU can be used ({text})", remedy=remedy)
+    return Device(runtime)
