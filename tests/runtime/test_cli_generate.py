@@ -129,10 +129,8 @@ def test_print_plan_writes_nothing(bundle: Path, tmp_path: Path, capsys: pytest.
     assert facts["plan"]["steps"] == [["unet", 2], ["unet_small", 2]]
     assert facts["files"] == [str(tmp_path / "out" / "0001-seed3-red.png")]
     assert facts["bundle"]["digest"] == Bundle.open(bundle).digest
-    assert facts["target"] == {
-        "name": "onnxruntime:cpu",
-        "reason": "the fastest here that keeps the precision a bundle was exported in",
-    }
+    reason = "the fastest here that keeps the precision a bundle was exported in"
+    assert facts["target"] == {"name": "onnxruntime:cpu", "reason": reason}
     assert not (tmp_path / "out").exists()
 
 
