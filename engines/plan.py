@@ -85,13 +85,14 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)
     for target in plan.targets:
-        _require_buildable(target)
+        require_buildable(target)
     return tuple(
         request for target in plan.targets for name in names for request in _requests(bundle, name, target, profiles)
     )
 
 
-def _require_buildable(target: Target) -> None:
+def require_buildable(target: Target) -> None:
+    """Raise TargetError when engines for a target cannot be built here."""
     if target.backend in flavour.BACKENDS:
         flavour.require_buildable(target.backend, target.device)
     elif target.backend == "openvino":
@@ -135,27 +136,37 @@ def _is_quantized(model: Path) -> bool:
 
 def _requests(bundle: Bundle, name: str, target: Target, profiles: Sequence[Profile]) -> Iterator[Request]:
     component = bundle.component(name)
-    exact = _target_of(target, name, component, bundle)
     ranges = [(profile.name, input_ranges(name, component, bundle.manifest, profile)) for profile in profiles]
+    for group in grouped(target, ranges):
+        made_of = ingredients_of(bundle, name, target, tuple(one for _, one in group))
+        yield Request(name, target, bundle.model_path(name), component, made_of, tuple(named for named, _ in group))
+
+
+def grouped(
+    target: Target, ranges: Sequence[tuple[str, dict[str, InputRange]]]
+) -> list[list[tuple[str, dict[str, InputRange]]]]:
+    """Which profiles, by name, go into one engine of a target; those that come to the same shapes are one."""
     distinct: list[tuple[str, dict[str, InputRange]]] = []
     for named, one in ranges:
         if one not in [other for _, other in distinct]:
             distinct.append((named, one))
     if target.backend in flavour.BACKENDS:
-        groups = [distinct]
-    elif target.backend == "openvino":  # has no profiles: an engine for each
-        groups = [[one] for one in distinct]
-    else:  # ONNX Runtime takes every shape
-        groups = [[]]
-    for group in groups:
-        made_of = _ingredients(bundle, name, exact, tuple(one for _, one in group))
-        yield Request(name, target, bundle.model_path(name), component, made_of, tuple(named for named, _ in group))
+        return [distinct]
+    if target.backend == "openvino":  # has no profiles: an engine for each
+        return [[one] for one in distinct]
+    return [[]]  # ONNX Runtime takes every shape
 
 
-def _ingredients(
+def ingredients_of(
     bundle: Bundle, name: str, target: Target, profiles: tuple[Mapping[str, InputRange], ...]
 ) -> Ingredients:
-    precision = target.precision or bundle.component(name).precision
+    """What an engine of component `name` depends on, as it was exported.
+
+    Raises:
+        TargetError: the component is not in the precision that the target asks for, or the backend is not installed.
+    """
+    exact = _target_of(target, name, bundle.component(name), bundle)
+    precision = exact.precision or bundle.component(name).precision
     return Ingredients(
         graph=origin_of(bundle, name),
         weights=weights_of(bundle, name),
