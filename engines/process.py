@@ -18,6 +18,11 @@ from ..runtime.errors import EngineError, TandemError
 from .job import Built, Job, Progress
 
 LOG_TAIL_BYTES = 2000
+# Python would look for modules in the working directory first, which may hold anything.
+_WORKER = (
+    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "from tandemrt.engines.worker import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
+)
 
 
 class _Message(msgspec.Struct):
@@ -46,18 +51,18 @@ def build_apart(job: Job, progress: Progress, *, inherited: tuple[int, ...] = ()
                 os.close(writing)
             try:
                 built = _heard(messages, progress)
-                status = process.wait()
+                if built is None:
+                    raise _silent(job, process.wait(), _tail(log))
+                return built
             finally:
-                # Ctrl-C reaches this process alone; no builder is asked to stop that can be stopped at once.
+                # One that has built needs not tidy up its memory. Ctrl-C reaches this process alone, and no builder is
+                # asked to stop that can be stopped at once.
                 process.kill()
                 process.wait()
-        if built is None:
-            raise _silent(job, status, _tail(log))
-        return built
 
 
 def _started(job: Job, writing: int, log: IO[bytes], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tandemrt.engines.worker", str(writing), str(os.getpid())]
+    command = [sys.executable, "-c", _WORKER, str(writing), str(os.getpid())]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(writing, *inherited), start_new_session=True
     )

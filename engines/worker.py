@@ -1,11 +1,12 @@
-"""The process that builds one engine: `python -m tandemrt.engines.worker PIPE PARENT`, the job as JSON on its stdin.
+"""The process that builds one engine; `process.py` starts it, with the job as JSON on its stdin.
 
 Builders are native code that can take all memory or crash: here they take nobody with them. What they print goes to
-this process's output, which its parent keeps; messages go to the file descriptor PIPE, one line of JSON each.
+this process's output, which its parent keeps; messages go to a pipe, one line of JSON each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -32,7 +33,10 @@ _STATUS = Path("/proc/self/status")
 
 
 def main(pipe: int, parent: int) -> int:
-    """Build the job on stdin and say what came of it; the exit status is 0 when that could be said."""
+    """Build the job on stdin and say what came of it; the exit status is 0 when that could be said.
+
+    pipe: the file descriptor that messages go to. parent: the process that this one is not to outlive.
+    """
     _die_with(parent)
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
 
@@ -69,10 +73,5 @@ def _die_with(parent: int) -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-    score = Path("/proc/self/oom_score_adj")
-    if score.exists():
-        score.write_text(_FIRST_TO_BE_KILLED, encoding="ascii")
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    with contextlib.suppress(OSError):  # not Linux, or a container that lets nobody write there
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_BE_KILLED, encoding="ascii")

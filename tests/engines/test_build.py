@@ -159,6 +159,15 @@ def test_a_damaged_engine_is_built_anew(requests: Requests, tmp_path: Path) -> N
     assert left_in(tmp_path) == [request.key]
 
 
+def test_a_builder_imports_nothing_from_the_working_directory(
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('not the one that is installed')", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert ensure_engine(request, tmp_path, silent, VERSIONS).built
+
+
 def builders() -> list[int]:
     """The builder processes of this one."""
     children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text("ascii").split()
