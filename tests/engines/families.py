@@ -22,9 +22,9 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 MAX_RELATIVE_ERROR = 1e-3
 
 
-def require_engines(bundle: Bundle, cache: Path) -> None:
-    """Build every component of a bundle for every backend, for its default profile, and run what runs on a CPU."""
-    plan = BuildPlan(bundle.path, TARGETS, cache)
+def require_engines(bundle: Bundle, cache: Path, components: tuple[str, ...] = ()) -> None:
+    """Build components, all by default, for every backend and the default profile, and run what runs on a CPU."""
+    plan = BuildPlan(bundle.path, TARGETS, cache, components)
     expected: dict[str, list[np.ndarray[Any, Any]]] = {}
     for request in requests_of(plan, bundle):
         feeds = random_inputs(request, bundle)
