@@ -1,9 +1,9 @@
 """Step engines beside the plain loop: `python -m tandemrt.bench.step_engines --json FILE ...`.
 
-What the graphs lose in nodes and weights when time steps are folded, and what a step takes in three ways, in turns
-within one run: the loop around the denoiser, a step engine, and a step engine with its time steps folded. DIR is a
-denoiser's folder in a bundle: `unet` of `tandemrt export OUT --preset sdxs-512-0.9`, and of `--preset bk-sdm-tiny`.
-Take the figures on a quiet machine.
+What the graphs lose in nodes and weights when time steps are folded, and what a step takes in four ways, in turns in
+one run: the loop around the denoiser, a step engine, one with its time steps folded, and one with LoRA slots that hold
+a LoRA of full rank. DIR is a denoiser's folder in a bundle: `unet` of `tandemrt export OUT --preset sdxs-512-0.9`, and
+of `--preset bk-sdm-tiny`. Take the figures on a quiet machine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import numpy as np
 
 from tandemrt.engines.fold import folded
 from tandemrt.engines.graph_files import MODEL_NAME, read_graph, write_graph
+from tandemrt.engines.slots import lora_slots
 from tandemrt.engines.step import step_graph
 from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
+from tandemrt.runtime.lora_slots import LORA_DOWN, LORA_UP, Adapter, LowRank, slot_inputs
 from tandemrt.runtime.onnx_files import graph_tensors
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
@@ -37,7 +40,13 @@ from .program import run_program
 
 TARGETS = ("onnxruntime:cpu:fp32", "openvino:cpu:fp32")
 STEPS, GUIDANCE_SCALE, TOKENS = 25, 7.5, 77
-LOOP, FUSED, FOLDED = "loop around the denoiser", "step engine", "step engine, folded"
+LORA_SLOTS, LORA_RANK = 2, 16
+LOOP, FUSED, FOLDED, SLOTTED = (
+    "loop around the denoiser",
+    "step engine",
+    "step engine, folded",
+    "step engine, LoRA slots",
+)
 _UNET = "unet"
 
 
@@ -89,6 +98,7 @@ def case_figures(case: Case, targets: Sequence[str], options: Options, scratch: 
         "denoiser, folded": few,
         FUSED: step_graph(whole, guided=case.guided),
         FOLDED: step_graph(few, guided=case.guided),
+        SLOTTED: step_graph(lora_slots(whole, slots=LORA_SLOTS, rank=LORA_RANK), guided=case.guided),
     }
     sizes = {
         name: {
@@ -98,7 +108,7 @@ def case_figures(case: Case, targets: Sequence[str], options: Options, scratch: 
         for name, graph in graphs.items()
     }
     models = {LOOP: case.folder / MODEL_NAME}
-    for index, name in enumerate((FUSED, FOLDED)):
+    for index, name in enumerate((FUSED, FOLDED, SLOTTED)):
         models[name] = write_graph(graphs[name], scratch / str(index), case.folder)
     timings = [_timed(case, target, models, timesteps, options) for target in targets]
     latent = [1, *_latent_shape(case.folder, options.latent)[1:]]
@@ -116,7 +126,7 @@ def markdown(facts: dict[str, Any]) -> str:
         [
             f"{case['case']}, `{timing['target']}`",
             _cell(timing["step_ms"][LOOP], 0),
-            *(_cell(timing["ratios"][name], 3) for name in (FUSED, FOLDED)),
+            *(_cell(timing["ratios"][name], 3) for name in (FUSED, FOLDED, SLOTTED)),
         ]
         for case in facts["cases"]
         for timing in case["timings"]
@@ -125,7 +135,7 @@ def markdown(facts: dict[str, Any]) -> str:
     return "\n".join(
         [
             markdown_table(("graph", "nodes", "weights"), graphs),
-            markdown_table(("a step", f"{LOOP}, ms", f"{FUSED}, ratio", f"{FOLDED}, ratio"), steps),
+            markdown_table(("a step", f"{LOOP}, ms", *(f"{name}, ratio" for name in (FUSED, FOLDED, SLOTTED))), steps),
             note + described(facts["machine"]) + "\n",
         ]
     )
@@ -149,7 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [one_step_case(given.one_step)] if given.one_step else []
     cases += [schedule_case(given.schedule, given.rows)] if given.schedule else []
     options = Options(given.latent, given.threads, given.warm_up, given.repeats)
-    facts: dict[str, Any] = {"machine": machine_facts(), "warm_up": given.warm_up, "rounds": given.repeats, "cases": []}
+    lora = {"slots": LORA_SLOTS, "rank": LORA_RANK}
+    rounds = {"warm_up": given.warm_up, "rounds": given.repeats}
+    facts: dict[str, Any] = {"machine": machine_facts(), **rounds, "lora": lora, "cases": []}
     with TemporaryDirectory(dir=given.scratch) as scratch:
         for index, case in enumerate(cases):
             figures = case_figures(case, given.target or TARGETS, options, Path(scratch, str(index)))
@@ -167,12 +179,14 @@ def _timed(
         name: open_session(model, parse_target(target), threads=options.threads) for name, model in models.items()
     }
     shape = _latent_shape(case.folder, options.latent)
-    given, key = {_UNET: _conditioning(case.folder)}, (_UNET, case.guided)
+    branch, key = _conditioning(case.folder), (_UNET, case.guided)
+    given, slotted = {_UNET: Conditioning(branch, branch)}, _with_lora(branch, sessions[SLOTTED])
     begun = normal(shape) * np.float32(case.plan.table.init_noise_sigma)
     samplers = {
         LOOP: Sampler(case.plan, {_UNET: sessions[LOOP]}, given, begun.copy),
         FUSED: StepSampler(case.plan, {key: sessions[FUSED]}, given, begun.copy),
         FOLDED: StepSampler(case.plan, {key: sessions[FOLDED]}, given, begun.copy, timesteps={_UNET: timesteps}),
+        SLOTTED: StepSampler(case.plan, {key: sessions[SLOTTED]}, {_UNET: slotted}, begun.copy),
     }
     steps: dict[str, list[float]] = {name: [] for name in samplers}
     latents: dict[str, Float32] = {}
@@ -189,9 +203,9 @@ def _timed(
     return {
         "target": target,
         "step_ms": {name: spread(values) for name, values in steps.items()},
-        "ratios": {name: spread(np.divide(steps[name], steps[LOOP]).tolist()) for name in (FUSED, FOLDED)},
+        "ratios": {name: spread(np.divide(steps[name], steps[LOOP]).tolist()) for name in steps if name != LOOP},
         "max_relative_difference": {
-            name: float(np.abs(latents[name] - latents[LOOP]).max()) / scale for name in (FUSED, FOLDED)
+            name: float(np.abs(latents[name] - latents[LOOP]).max()) / scale for name in latents if name != LOOP
         },
     }
 
@@ -203,15 +217,28 @@ def _latent_shape(folder: Path, side: int) -> tuple[int, int, int, int]:
     return 1, channels, side, side
 
 
-def _conditioning(folder: Path) -> Conditioning:
+def _conditioning(folder: Path) -> dict[str, Float32]:
     inputs, _ = graph_tensors(folder / MODEL_NAME)
     sizes: dict[int | str, int] = {"batch": 1, "sequence": TOKENS}
-    branch = {
+    return {
         spec.name: normal(tuple(int(sizes.get(size, size)) for size in spec.shape))
         for spec in inputs
         if spec.name not in (latent_names(inputs).sample, "timestep")
     }
-    return Conditioning(branch, branch)
+
+
+def _with_lora(branch: dict[str, Float32], session: Session) -> Conditioning:
+    """Small changes of rank LORA_RANK for every module that has slots, in the first of them."""
+    shapes = {spec.name: spec.shape for spec in session.inputs}
+    modules = [name.removeprefix(LORA_DOWN) for name in shapes if name.startswith(LORA_DOWN)]
+    changes = {
+        module: LowRank(
+            normal((LORA_RANK, int(shapes[LORA_DOWN + module][0]))) * np.float32(1e-2),
+            normal((int(shapes[LORA_UP + module][1]), LORA_RANK)) * np.float32(1e-2),
+        )
+        for module in modules
+    }
+    return Conditioning(branch, branch, whole=slot_inputs(session.inputs, LORA_RANK, [Adapter("random", changes)]))
 
 
 def _cell(figures: dict[str, float], digits: int) -> str:
