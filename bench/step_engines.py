@@ -175,39 +175,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _timed(
     case: Case, target: str, models: dict[str, Path], timesteps: Sequence[float], options: Options
 ) -> dict[str, Any]:
-    sessions = {
-        name: open_session(model, parse_target(target), threads=options.threads) for name, model in models.items()
-    }
-    shape = _latent_shape(case.folder, options.latent)
-    branch, key = _conditioning(case.folder), (_UNET, case.guided)
-    given, slotted = {_UNET: Conditioning(branch, branch)}, _with_lora(branch, sessions[SLOTTED])
+    """Each way beside the loop; no more than the two models are loaded, since four of true size took over 20 GB."""
+    figures: dict[str, Any] = {"target": target, "step_ms": {}, "ratios": {}, "max_relative_difference": {}}
+    loops: list[float] = []
+    for name in (FUSED, FOLDED, SLOTTED):
+        loop, way = (open_session(models[one], parse_target(target), threads=options.threads) for one in (LOOP, name))
+        taken, difference = _pair(case, loop, way, timesteps if name == FOLDED else (), options)
+        loop.close()
+        way.close()
+        loops += taken[0]
+        figures["step_ms"][name] = spread(taken[1])
+        figures["ratios"][name] = spread(np.divide(taken[1], taken[0]).tolist())
+        figures["max_relative_difference"][name] = difference
+    figures["step_ms"][LOOP] = spread(loops)
+    return figures
+
+
+def _pair(
+    case: Case, loop: Session, way: Session, timesteps: Sequence[float], options: Options
+) -> tuple[tuple[list[float], list[float]], float]:
+    """Milliseconds a step of the loop and of a step engine, round by round, and how far their latents are apart."""
+    shape, key, branch = _latent_shape(case.folder, options.latent), (_UNET, case.guided), _conditioning(case.folder)
     begun = normal(shape) * np.float32(case.plan.table.init_noise_sigma)
-    samplers = {
-        LOOP: Sampler(case.plan, {_UNET: sessions[LOOP]}, given, begun.copy),
-        FUSED: StepSampler(case.plan, {key: sessions[FUSED]}, given, begun.copy),
-        FOLDED: StepSampler(case.plan, {key: sessions[FOLDED]}, given, begun.copy, timesteps={_UNET: timesteps}),
-        SLOTTED: StepSampler(case.plan, {key: sessions[SLOTTED]}, {_UNET: slotted}, begun.copy),
-    }
-    steps: dict[str, list[float]] = {name: [] for name in samplers}
-    latents: dict[str, Float32] = {}
+    built_in = {_UNET: timesteps} if timesteps else None
+    samplers = (
+        Sampler(case.plan, {_UNET: loop}, {_UNET: Conditioning(branch, branch)}, begun.copy),
+        StepSampler(case.plan, {key: way}, {_UNET: _with_lora(branch, way)}, begun.copy, timesteps=built_in),
+    )
+    steps: tuple[list[float], list[float]] = ([], [])
     for round_ in range(options.warm_up + options.repeats):
-        for name, sampler in samplers.items():
+        latents = []
+        for sampler, kept in zip(samplers, steps, strict=True):
             state = sampler.begin(begun)
             taken = [done.total_ms for done in sampler.run(state, case.rows)]
-            latents[name] = state.latents.copy()
+            latents.append(state.latents.copy())
             if round_ >= options.warm_up:
-                steps[name].append(sum(taken) / len(taken))
-    for session in sessions.values():
-        session.close()
-    scale = float(np.abs(latents[LOOP]).max())
-    return {
-        "target": target,
-        "step_ms": {name: spread(values) for name, values in steps.items()},
-        "ratios": {name: spread(np.divide(steps[name], steps[LOOP]).tolist()) for name in steps if name != LOOP},
-        "max_relative_difference": {
-            name: float(np.abs(latents[name] - latents[LOOP]).max()) / scale for name in latents if name != LOOP
-        },
-    }
+                kept.append(sum(taken) / len(taken))
+    return steps, float(np.abs(latents[1] - latents[0]).max() / np.abs(latents[0]).max())
 
 
 def _latent_shape(folder: Path, side: int) -> tuple[int, int, int, int]:
@@ -228,7 +232,7 @@ def _conditioning(folder: Path) -> dict[str, Float32]:
 
 
 def _with_lora(branch: dict[str, Float32], session: Session) -> Conditioning:
-    """Small changes of rank LORA_RANK for every module that has slots, in the first of them."""
+    """Small changes of rank LORA_RANK for every module that has slots, if any, in the first of them."""
     shapes = {spec.name: spec.shape for spec in session.inputs}
     modules = [name.removeprefix(LORA_DOWN) for name in shapes if name.startswith(LORA_DOWN)]
     changes = {
@@ -238,7 +242,8 @@ def _with_lora(branch: dict[str, Float32], session: Session) -> Conditioning:
         )
         for module in modules
     }
-    return Conditioning(branch, branch, whole=slot_inputs(session.inputs, LORA_RANK, [Adapter("random", changes)]))
+    adapters = [Adapter("random", changes)] if changes else []
+    return Conditioning(branch, branch, whole=slot_inputs(session.inputs, LORA_RANK, adapters))
 
 
 def _cell(figures: dict[str, float], digits: int) -> str:

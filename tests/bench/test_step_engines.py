@@ -30,7 +30,7 @@ def test_figures_of_both_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str
         graphs, (timing,) = case["graphs"], case["timings"]
         assert graphs["denoiser, folded"]["nodes"] < graphs["denoiser"]["nodes"]
         assert graphs[FOLDED]["nodes"] < graphs[FUSED]["nodes"]
-        assert timing["step_ms"][LOOP]["count"] == timing["ratios"][FOLDED]["count"] == 3
+        assert (timing["step_ms"][LOOP]["count"], timing["ratios"][FOLDED]["count"]) == (9, 3)
         assert timing["step_ms"][LOOP]["minimum"] > 0
         assert timing["max_relative_difference"][FUSED] == 0
         assert timing["max_relative_difference"][FOLDED] < 1e-5 < timing["max_relative_difference"][SLOTTED]
