@@ -12,7 +12,7 @@ from typing import Any
 
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
-from .foreign_code import read_codeless_json
+from .foreign_code import REMEDY, read_codeless_json
 from .foreign_graph import is_foreign
 from .weight_files import find_weights, read_weights
 from .weights import Weights, read_json
@@ -312,7 +312,7 @@ def _require_entry(where: str, name: str, entry: list[Any], family: Family) -> N
     library, class_name = entry
     expected = "diffusers" if name in ("vae", "scheduler", *DENOISERS) else "transformers"
     if library != expected:
-        raise CheckpointError(f"{where}: {name}", "library", got=library, expected=expected)
+        raise CheckpointError(f"{where}: {name}", "library", got=library, expected=expected, remedy=REMEDY)
     if name == "scheduler":
         if not isinstance(class_name, str) or not _SCHEDULER_CLASS.fullmatch(class_name):
             raise CheckpointError(f"{where}: {name}", "class", got=class_name, expected="a diffusers scheduler")
@@ -326,7 +326,7 @@ def _are_there(folder: Path, names: tuple[str, ...]) -> bool:
 
 def _require_class(where: str, key: str, class_name: object, allowed: tuple[str, ...]) -> None:
     if class_name not in allowed:
-        raise CheckpointError(f"{where}: {key}", "class", got=class_name, expected=" or ".join(allowed))
+        raise CheckpointError(f"{where}: {key}", "class", got=class_name, expected=" or ".join(allowed), remedy=REMEDY)
 
 
 def _no_checkpoint(folder: Path) -> CheckpointError:

@@ -195,10 +195,12 @@ def run(plan: ExportPlan | PresetPlan, reporter: Reporter) -> dict[str, Any]:
         CheckpointError, ExportError: see `export_bundle`.
     """
     from ..runtime.manifest import MANIFEST_NAME, decode  # noqa: PLC0415
-    from .bundle import export_bundle, export_preset  # noqa: PLC0415 — imports torch, which takes seconds
 
     if isinstance(plan, ExportPlan) and plan.allow_pickle:
         reporter.warn(PICKLE_WARNING)
+    plan_facts(plan)  # refuses what can be refused before torch is imported, which takes seconds
+    from .bundle import export_bundle, export_preset  # noqa: PLC0415
+
     export = export_bundle if isinstance(plan, ExportPlan) else export_preset
     out = export(plan, reporter.progress)  # type: ignore[arg-type]
     manifest = decode((out / MANIFEST_NAME).read_bytes(), str(out / MANIFEST_NAME))

@@ -45,7 +45,8 @@ def _require_widths(main: Checkpoint, encoders: Mapping[str, TextEncoding], fact
     behind = {encoder.width for encoder in encoders.values() if encoder.joins == "sequence"}
     if not (together <= facts.text_width if padded else together == facts.text_width) or behind - {facts.text_width}:
         expected = " and ".join(f"{encoder.width} of {name}" for name, encoder in encoders.items())
-        raise CheckpointError(where, "width", got=facts.text_width, expected=f"what fits {expected}")
+        remedy = "Give a denoiser and text encoders of one model."
+        raise CheckpointError(where, "width", got=facts.text_width, expected=f"what fits {expected}", remedy=remedy)
     pooled = sum(encoder.pooled_width for encoder in encoders.values())
     if facts.pooled_width not in (0, pooled):
         what, expected = "pooled width", f"{pooled}, as the text encoders give"

@@ -12,7 +12,7 @@ from typing import Any
 from ..runtime.errors import CheckpointError
 from .weights import read_json
 
-_REMEDY = "Only models whose classes diffusers and transformers have themselves can be exported."
+REMEDY = "Only models whose classes diffusers and transformers have themselves can be exported."
 
 
 def read_codeless_json(path: Path) -> dict[str, Any]:
@@ -30,5 +30,5 @@ def read_codeless_json(path: Path) -> dict[str, Any]:
     for key, value in asking.items():
         if value is not None:
             what = "asks for code of the checkpoint's own, which is never run"
-            raise CheckpointError(f"{path}: {key}", what, got=value, remedy=_REMEDY)
+            raise CheckpointError(f"{path}: {key}", what, got=value, remedy=REMEDY)
     return config

@@ -109,7 +109,11 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="pictures for each prompt, painted together; they use seed, seed+1, seed+2 ... (default 1)",
     )
-    group.add_argument("--size", metavar="PIXELS", help="512 for a square, 768x512 for width x height")
+    group.add_argument(
+        "--size",
+        metavar="PIXELS",
+        help="512 for a square, 768x512 for width x height; in multiples of 64 for most UNets",
+    )
     group.add_argument("--width", type=int, metavar="PIXELS", help="instead of --size")
     group.add_argument("--height", type=int, metavar="PIXELS", help="instead of --size")
 

@@ -177,7 +177,9 @@ def test_the_plan_of_an_export_that_cannot_be_is_an_error(checkpoint: Path, tmp_
         plan_facts(ExportPlan(checkpoint, tmp_path))
 
 
-def test_leave_to_unpickle_reaches_the_plan_and_warns(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leave_to_unpickle_reaches_the_plan_and_warns(
+    checkpoint: Path, half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     warnings: list[str] = []
 
     class Console:
@@ -188,19 +190,21 @@ def test_leave_to_unpickle_reaches_the_plan_and_warns(half_bundle: Path, monkeyp
 
     monkeypatch.setattr(bundles, "export_bundle", lambda plan, progress: half_bundle)
     for arguments, expected in (((), 0), (("--allow-pickle",), 1)):
-        run(parse("c", "out", *arguments), Console())
+        run(parse(str(checkpoint), str(tmp_path / "out"), *arguments), Console())
         assert len(warnings) == expected
     assert "unpickling can run code" in warnings[0]
 
 
-def test_a_run_reports_every_component(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_reports_every_component(
+    checkpoint: Path, tiny: Path, half_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Console:
         def progress(self, label: str, done: int, total: int) -> None: ...
         def line(self, text: str) -> None: ...
         def warn(self, text: str) -> None: ...
 
     monkeypatch.setattr(bundles, "export_bundle", lambda plan, progress: half_bundle)
-    result = run(ExportPlan(Path("c"), half_bundle, (Added("vae_decoder_tiny", Path("t")),)), Console())
+    result = run(ExportPlan(checkpoint, half_bundle, (Added("vae_decoder_tiny", tiny),), force=True), Console())
     assert json.loads(json.dumps(result)) == result
     assert result["bundle"] == str(half_bundle)
     lines = list(summary(result))
