@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.presets import read_preset
 from tandemrt.export.random_checkpoint import write_checkpoint
 from tandemrt.runtime import Pipeline
+
+from ..interop.picture import psnr_db
 
 PSNR_DB = 45
 PROMPT = "a red cat on a mat"
@@ -24,12 +28,15 @@ Pixels = npt.NDArray[np.float32]
 
 
 class Family:
-    """A preset's random weights at tiny scale: in diffusers' pipeline, and in a pipeline on the bundle made of them."""
+    """A preset's random weights at tiny scale: in diffusers' pipeline, and in a pipeline on the bundle made of them.
 
-    def __init__(self, name: str, folder: Path, added: tuple[str, ...] = ()) -> None:
-        preset = read_preset(name)
+    added: further models by component, by their names among the presets.
+    """
+
+    def __init__(self, name: str, folder: Path, added: Mapping[str, str]) -> None:
+        preset = msgspec.structs.replace(read_preset(name), added=dict(added))
         self.folders = write_checkpoint(preset, folder, "tiny")
-        further = tuple(Added(component, self.folders[component]) for component in added)
+        further = tuple(Added(component, path) for component, path in self.folders.items())
         self.checkpoint = folder / "checkpoint"
         bundle = export_bundle(
             ExportPlan(self.checkpoint, folder / "bundle", further, guidance_scale=preset.guidance_scale)
@@ -56,11 +63,25 @@ class Family:
             if large is not None:
                 self.reference.unet = large
 
+    def painted_by(self, kind: Any, parts: Mapping[str, Any], **arguments: Any) -> Any:
+        """What another of diffusers' pipelines makes of the same models; `parts`: what it takes besides."""
+        pipeline = kind(**self.reference.components, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            PROMPT, generator=torch.Generator().manual_seed(7), **{"output_type": "np", **arguments}
+        ).images[0]
+
     def actual(self, **arguments: Any) -> Pixels:
         """The runtime's picture."""
         return self.pipe(PROMPT, seed=7, output_type="np", **SIZE, **arguments).images[0]
 
 
-def require_same(actual: Pixels, expected: Pixels) -> None:
+def drawn() -> Image.Image:
+    """A picture of no particular subject, of the size that is painted."""
+    values = np.random.default_rng(7).integers(0, 256, (SIZE["height"], SIZE["width"], 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def require_same(actual: Pixels, expected: Pixels, least_db: float = PSNR_DB) -> None:
     assert actual.std() > 1e-2
-    assert -10 * np.log10(np.mean(np.square(actual.astype(np.float64) - expected))) >= PSNR_DB
+    assert psnr_db(actual, expected) >= least_db

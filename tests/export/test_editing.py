@@ -26,6 +26,7 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.runtime import Pipeline
 
+from .family import require_same as require_alike
 from .mini import unet, write_checkpoint
 from .test_controlnets import write_controlnet
 
@@ -73,8 +74,7 @@ def generator() -> torch.Generator:
 
 
 def require_same(actual: Any, expected: Any) -> None:
-    assert actual.std() > 1e-2
-    assert -10 * np.log10(np.mean(np.square(actual.astype(np.float64) - expected))) >= PSNR_DB
+    require_alike(actual, expected, PSNR_DB)
 
 
 def paint(pipe: Pipeline, **arguments: Any) -> Any:

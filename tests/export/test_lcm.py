@@ -17,7 +17,7 @@ from .mini import loaded
 
 @pytest.mark.slow
 def test_latent_consistency_models_of_two_sizes_and_their_engines(tmp_path: Path) -> None:
-    family = Family("hybrid-sd-lcm", tmp_path, ("unet_small",))
+    family = Family("hybrid-sd-lcm", tmp_path, {"unet_small": "unet-hybrid-sd-224m-lcm"})
     part = read_denoiser(family.folders["unet_small"], read_checkpoint(family.checkpoint)).part
     small = loaded(denoiser_graph(part)).unet
     with family.pipe:

@@ -25,6 +25,7 @@ from tandemrt.runtime import Pipeline
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import CheckpointError
 
+from ..interop.picture import psnr_db
 from .lora_files import adapters, fused_by_diffusers, kohya, peft, update
 
 SCALES = (0.8, -0.5)
@@ -77,10 +78,6 @@ def test_the_bundle_paints_what_diffusers_paints(
     assert main(["verify", str(out), *sources]) == 0
     assert main(["verify", str(out), *sources[:-2]]) == 1
     assert "not what the component was exported from" in capsys.readouterr().err
-
-
-def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
-    return float(-10 * np.log10(max(np.mean(np.square(ours.astype(np.float64) - reference)), 1e-20)))
 
 
 def test_further_denoisers_keep_their_weights(checkpoint: Path, loras: tuple[LoraSource, ...]) -> None:

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, sizes, KOALA as the small model, and the solvers that Hyper-SD is distilled for."""
+"""SDXL: two text encoders, sizes, KOALA, a ControlNet, Hyper-SD's solvers, image-to-image, engines."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    LCMScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
+from PIL import Image
 
 from ..engines.families import require_engines
-from .family import Family, require_same
+from .family import Family, drawn, require_same
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
-    family = Family("hybrid-sdxl", tmp_path_factory.mktemp("sdxl"), ("unet_small",))
+    added = {"unet_small": "unet-koala-700m", "controlnet_canny": "controlnet-sdxl-canny"}
+    family = Family("sdxl", tmp_path_factory.mktemp("sdxl"), added)
     yield family
     family.pipe.close()
 
@@ -70,6 +79,25 @@ def test_sdxl_as_hyper_sd_samples_it(
     finally:
         sdxl.reference.scheduler = own
     require_same(sdxl.actual(guidance_scale=0.0, **ours), expected)
+
+
+def test_a_controlnet_steers_sdxl(sdxl: Family) -> None:
+    controlnet = ControlNetModel.from_pretrained(sdxl.folders["controlnet_canny"], dtype=torch.float32)
+    shared = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    same = {**shared, "controlnet_conditioning_scale": 0.7}
+    expected = sdxl.painted_by(StableDiffusionXLControlNetPipeline, {"controlnet": controlnet}, image=drawn(), **same)
+    found = sdxl.actual(control_image={"canny": drawn()}, **same)
+    require_same(found, expected)
+    assert np.abs(found - sdxl.actual(**shared)).max() > 1e-2
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8])
+def test_sdxl_starts_from_a_picture(sdxl: Family, strength: float) -> None:
+    same = {"num_inference_steps": 5, "guidance_scale": 5.0, "strength": strength, "negative_prompt": "blurry"}
+    found = sdxl.actual(image=drawn(), **same)
+    require_same(found, sdxl.painted_by(StableDiffusionXLImg2ImgPipeline, {}, image=drawn(), **same))
+    mirrored = drawn().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert np.abs(found - sdxl.actual(image=mirrored, **same)).max() > 1e-2
 
 
 def test_sdxl_builds_on_every_backend(sdxl: Family, tmp_path: Path) -> None:

@@ -8,24 +8,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from PIL import Image
 
 from ..engines.families import require_engines
-from .family import PROMPT, SIZE, Family, require_same
+from .family import Family, drawn, require_same
 
 
 @pytest.mark.slow
 def test_a_sketch_in_one_step_and_its_engines(tmp_path: Path) -> None:
-    family = Family("sdxs-512-sketch", tmp_path, ("controlnet_sketch",))
+    family = Family("sdxs-512-sketch", tmp_path, {"controlnet_sketch": "controlnet-sdxs-sketch"})
     controlnet = ControlNetModel.from_pretrained(family.folders["controlnet_sketch"], dtype=torch.float32)
-    reference = StableDiffusionControlNetPipeline(
-        **family.reference.components, controlnet=controlnet, requires_safety_checker=False
-    )
-    reference.set_progress_bar_config(disable=True)
-    values = np.random.default_rng(7).integers(0, 256, (SIZE["height"], SIZE["width"], 3), np.uint8)
-    sketch = Image.fromarray(values)
-    same = {"num_inference_steps": 1, "guidance_scale": 0.0, "controlnet_conditioning_scale": 0.8}
-    expected = reference(PROMPT, sketch, generator=torch.Generator().manual_seed(7), output_type="np", **same).images[0]
+    sketch, same = drawn(), {"num_inference_steps": 1, "guidance_scale": 0.0, "controlnet_conditioning_scale": 0.8}
+    parts = {"controlnet": controlnet, "requires_safety_checker": False}
+    expected = family.painted_by(StableDiffusionControlNetPipeline, parts, image=sketch, **same)
     with family.pipe:
         found = family.actual(control_image={"sketch": sketch}, **same)
         require_same(found, expected)

@@ -26,8 +26,3 @@ def painted() -> Painted:
             return np.stack(pipeline(**{**defaults, **arguments}, output_type="np").images)
 
     return paint
-
-
-def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1]."""
-    return float(-10 * np.log10(max(np.mean(np.square(ours.astype(np.float64) - reference)), 1e-20)))

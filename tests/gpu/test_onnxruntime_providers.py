@@ -13,7 +13,8 @@ from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.providers import devices_here
 from tandemrt.runtime.targets import Target
 
-from .conftest import Painted, psnr_db
+from ..interop.picture import psnr_db
+from .conftest import Painted
 
 pytestmark = pytest.mark.gpu
 

@@ -57,17 +57,17 @@ class Picture:
 
 def report(name: str, picture: Picture, theirs: Float32) -> int:
     """Print the PSNR of two pictures and return the exit status: 0 where it is high enough."""
-    psnr_db = _psnr_db(picture.pixels, theirs)
+    found_db = psnr_db(picture.pixels, theirs)
     # A picture of random weights may be flat or clipped, and then be easy to agree on.
     inside = float(np.mean((theirs > 0) & (theirs < 1)))
     print(
-        f"{name}: PSNR {psnr_db:.1f} dB (at least {LEAST_PSNR_DB:g}); "
+        f"{name}: PSNR {found_db:.1f} dB (at least {LEAST_PSNR_DB:g}); "
         f"standard deviation {theirs.std():.2f}, {inside:.0%} of the values unclipped"
     )
-    return 0 if psnr_db >= LEAST_PSNR_DB else 1
+    return 0 if found_db >= LEAST_PSNR_DB else 1
 
 
-def _psnr_db(one: Float32, other: Float32) -> float:
+def psnr_db(one: Float32, other: Float32) -> float:
     """The peak signal-to-noise ratio of pictures in 0..1; infinite for equal ones."""
     error = float(np.mean((one.astype(np.float64) - other) ** 2))
     return float("inf") if error == 0 else -10 * float(np.log10(error))

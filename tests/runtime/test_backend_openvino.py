@@ -20,6 +20,7 @@ from tandemrt.runtime.backends import openvino as backend
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.targets import Target, parse_target, probe_backends
 
+from ..interop.picture import psnr_db
 from .tiny_bundle import write_tiny_bundle
 
 PROMPT = "a red circle left of a blue square on a white background"
@@ -65,11 +66,6 @@ def paint_shapes(shapes_bundle: Path) -> Iterator[Paint]:
 @pytest.fixture(scope="module")
 def paint_tiny(tiny: Path) -> Iterator[Paint]:
     yield from painter(tiny)
-
-
-def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1]."""
-    return float(-10 * np.log10(max(np.mean(np.square(ours.astype(np.float64) - reference)), 1e-20)))
 
 
 def quantized(folder: Path) -> Path:

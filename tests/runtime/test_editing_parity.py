@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 from tandemrt.runtime import Pipeline
 
-from .test_parity import MINIMUM_PSNR_DB, SOLVERS, WEIGHTS, psnr_db, scheduler
+from ..interop.picture import psnr_db
+from .test_parity import MINIMUM_PSNR_DB, SOLVERS, WEIGHTS, scheduler
 
 PROMPT = "a red circle left of a blue square on a white background"
 

@@ -17,6 +17,7 @@ from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.runtime import Pipeline
 
 from ..export.mini import loaded
+from ..interop.picture import psnr_db
 
 WEIGHTS = Path(__file__).parents[2] / "bench" / "shapes" / "weights"
 PROMPT = "a red circle left of a blue square on a white background"
@@ -42,11 +43,6 @@ SOLVERS: dict[str, tuple[str, dict[str, Any], str, float]] = {
     "lcm": ("LCMScheduler", {}, "lcm", 0.0),
     "tcd": ("TCDScheduler", {}, "tcd", 0.3),
 }
-
-
-def psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1]."""
-    return float(-10 * np.log10(max(np.mean(np.square(ours.astype(np.float64) - reference)), 1e-20)))
 
 
 @pytest.fixture(scope="module")
