@@ -10,13 +10,12 @@ import pytest
 from tandemrt.export.checkpoint import read_checkpoint, read_denoiser
 from tandemrt.export.denoisers import denoiser_graph
 
-from ..engines.families import require_engines
 from .family import Family, require_same
 from .mini import loaded
 
 
 @pytest.mark.slow
-def test_latent_consistency_models_of_two_sizes_and_their_engines(tmp_path: Path) -> None:
+def test_latent_consistency_models_of_two_sizes(tmp_path: Path) -> None:
     family = Family("hybrid-sd-lcm", tmp_path, {"unet_small": "unet-hybrid-sd-224m-lcm"})
     part = read_denoiser(family.folders["unet_small"], read_checkpoint(family.checkpoint)).part
     small = loaded(denoiser_graph(part)).unet
@@ -25,4 +24,3 @@ def test_latent_consistency_models_of_two_sizes_and_their_engines(tmp_path: Path
         found = family.actual(steps={"unet": 2, "unet_small": 2}, guidance_scale=7.0)
         require_same(found, expected)
         assert np.abs(found - family.actual(steps={"unet": 2, "unet_small": 2}, guidance_scale=2.0)).max() > 1e-4
-    require_engines(family.pipe.bundle, tmp_path / "cache")

@@ -23,7 +23,8 @@ from tandemrt.runtime.engine_files import find_engine
 from tandemrt.runtime.errors import EngineError, ExecutionError
 from tandemrt.runtime.targets import PORTABLE, Target, parse_target
 
-from .conftest import Painted, psnr_db
+from ..interop.picture import psnr_db
+from .conftest import Painted
 
 pytestmark = pytest.mark.gpu
 
