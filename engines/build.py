@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import msgspec
 
 from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, cached_engines, engines_folder
 from ..runtime.errors import EngineError
+from ..runtime.variant import PLAIN
 from .cache import Claim, cached, claimed, records_of
 from .job import Job, Progress
 from .plan import Request
@@ -50,9 +52,11 @@ def ensure_engine(request: Request, cache: Path, progress: Progress, versions: M
 
 def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping[str, str]) -> Engine:
     made_of = request.ingredients
+    began = time.monotonic()
+    graph = claim.part / "graph"
     job = Job(
         component=request.component,
-        model=str(request.model),
+        model=str(_graph(request, graph)),
         folder=str(claim.part),
         backend=made_of.backend,
         device=made_of.device,
@@ -60,8 +64,8 @@ def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping
         profiles=made_of.profiles,
         flags=made_of.flags,
     )
-    began = time.monotonic()
     built = build_apart(job, progress, inherited=(claim.lock,))
+    shutil.rmtree(graph, ignore_errors=True)
     return Engine(
         format=FORMAT,
         component=request.component,
@@ -76,6 +80,17 @@ def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping
         peak_memory_bytes=built.peak_memory_bytes,
         versions={**versions, **built.versions},
     )
+
+
+def _graph(request: Request, folder: Path) -> Path:
+    """The graph to build from, made in `folder` where it is not the bundle's own."""
+    variant = request.ingredients.variant
+    if variant == PLAIN:
+        return request.model
+    from .composed import composed  # noqa: PLC0415 (onnx, of the extra `export`)
+    from .graph_files import write_graph  # noqa: PLC0415
+
+    return write_graph(composed(request.model, variant, request.component), folder, request.model.parent)
 
 
 def changes(request: Request, cache: Path) -> tuple[str, ...] | None:

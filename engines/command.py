@@ -11,6 +11,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import cache_folder
 from ..runtime.targets import Target, parse_target
+from ..runtime.variant import PLAIN
 from .build import Outcome, changes, described, ensure_engine
 from .estimate import estimated, memory_available_bytes
 from .plan import BuildPlan, Request, requests_of
@@ -39,6 +40,8 @@ examples:
   tandemrt build-engine bundle/ --target openvino:cpu:bf16
   tandemrt build-engine bundle/ --target tensorrt-rtx:sm89+sm120 --profile 512x512 --profile 512..1024x512..1024:b1-b4
   tandemrt build-engine bundle/ --target auto --component unet --explain
+  tandemrt build-engine bundle/ --target openvino:cpu --lora-slots 2 --lora-rank 32
+  tandemrt build-engine bundle/ --target tensorrt-rtx:sm89 --component unet --step --fold-steps 25
 """
 
 
@@ -70,6 +73,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one picture of the bundle's default size)",
     )
     parser.add_argument(
+        "--step",
+        action="store_true",
+        help="step engines of the denoisers: guidance and the solver's update in the graph, so that one call is one "
+        "step; for both branches or one, as a profile says or the bundle's guidance is by default",
+    )
+    parser.add_argument(
+        "--fold-steps",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="build the time steps of N inference steps of the bundle's own scheduler into step engines, which then "
+        "take no others (without N: those of the bundle's defaults)",
+    )
+    parser.add_argument(
+        "--lora-slots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let denoisers and text encoders take up to N LoRAs with each request; see --lora-rank",
+    )
+    parser.add_argument("--lora-rank", type=int, default=0, metavar="R", help="the largest rank that a slot takes")
+    parser.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
@@ -95,6 +121,10 @@ def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
         components=tuple(args.component),
         profiles=tuple(map(parse_profile, args.profile)),
         explain=args.explain,
+        lora_slots=args.lora_slots,
+        lora_rank=args.lora_rank,
+        step=args.step,
+        fold_steps=args.fold_steps,
     )
 
 
@@ -135,7 +165,8 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     """Every engine in a line: whether it was built, how large it is, where it lies."""
     for engine in result["engines"]:
-        title = " ".join([engine["component"], "for", engine["target"], *engine["profiles"]])
+        made = [f"({engine['variant']})"] if engine["variant"] != str(PLAIN) else []
+        title = " ".join([engine["component"], *made, "for", engine["target"], *engine["profiles"]])
         if "folder" not in engine:
             yield f"{title}: {_explained(engine)}"
             continue
@@ -176,6 +207,7 @@ def _request_facts(request: Request, cache: Path) -> dict[str, Any]:
     changed, needs = changes(request, cache), estimated(request)
     return {
         "component": request.component,
+        "variant": str(request.ingredients.variant),
         "target": str(request.target),
         "profiles": list(request.profile_names),
         "shapes": list(map(described, request.ingredients.profiles)),
@@ -193,6 +225,7 @@ def _outcome_facts(outcome: Outcome) -> dict[str, Any]:
     names: Sequence[str] = outcome.request.profile_names
     return {
         "component": outcome.request.component,
+        "variant": str(outcome.request.ingredients.variant),
         "target": str(outcome.request.target),
         "profiles": list(names),
         "key": outcome.request.key,

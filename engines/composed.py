@@ -1,81 +1,73 @@
-"""Engines of graphs that were made of a component's: step engines, folded time steps, LoRA slots."""
+"""What is made of a component's graph before it is built: LoRA slots, time steps folded, a step engine."""
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import onnx
 
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import PLAIN, InputRange, Shape
-from ..runtime.errors import ArgumentError, BundleError
-from ..runtime.manifest import Manifest, TensorSpec, file_sha256
+from ..runtime.engine_files import InputRange, Shape
+from ..runtime.errors import BundleError
+from ..runtime.manifest import Component, Manifest, TensorSpec
 from ..runtime.shapes import evaluated
 from ..runtime.step_row import GUIDANCE_SCALE
-from ..runtime.targets import Target
 from ..runtime.tensors import spec_of
-from .graph_files import spec, write_graph
-from .plan import Request, grouped, ingredients_of, require_buildable
-from .profiles import Point, Profile, check_profiles
+from ..runtime.variant import Variant
+from .fold import folded
+from .graph_files import read_graph, spec
+from .profiles import Point, Profile
+from .slots import lora_slots
+from .step import step_graph
 
 
-@contextlib.contextmanager
-def composed_requests(
-    bundle: Bundle, name: str, target: Target, profiles: Sequence[Profile], composed: tuple[str, onnx.ModelProto]
-) -> Iterator[tuple[Request, ...]]:
-    """The requests to build what was composed of component `name`, as in `requests_of`; they hold inside the context.
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A composed graph's sha256, and the component as it is with the graph's own inputs and outputs."""
 
-    composed: the variant's name, which the runtime asks for it by, and its graph; its axes are called `batch`
-        (pictures), `height` and `width` (of the latent), `sequence` and `steps`, or formulas of these. Whether it runs
-        both guidance branches is its own affair, so profiles that speak of guidance are refused.
+    sha256: str
+    facts: Component
+
+
+def composed(model: Path, variant: Variant, where: str) -> onnx.ModelProto:
+    """The graph of a variant: slots first, so that what a step engine adds has none; weights stay in their files.
 
     Raises:
-        ArgumentError: a profile that is outside the model or speaks of guidance, or the variant is called `plain`.
-        BundleError: an input whose shape does not follow from the profile.
-        TargetError: as `requests_of`.
+        ArgumentError: nothing of the kind can be made of the graph.
+        BundleError: the graph cannot be read, or leaves open how it is to be composed.
     """
-    variant, graph = composed
-    if variant == PLAIN:
-        raise ArgumentError(name, "name of what was composed", got=variant, expected="another one")
-    component = bundle.component(name)
-    check_profiles(profiles, bundle.manifest, [name])
-    require_buildable(target)
-    inputs, outputs = ([spec(value, name) for value in values] for values in (graph.graph.input, graph.graph.output))
-    facts = msgspec.structs.replace(component, inputs=tuple(inputs), outputs=tuple(outputs))
-    ranges = [(profile.name, symbol_ranges(name, inputs, bundle.manifest, profile)) for profile in profiles]
-    groups = grouped(target, ranges)
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_graph(graph, Path(folder), bundle.model_path(name).parent)
-        made_of = [ingredients_of(bundle, name, target, tuple(one for _, one in group)) for group in groups]
-        yield tuple(
-            Request(
-                name,
-                target,
-                model,
-                facts,
-                msgspec.structs.replace(one, graph=file_sha256(model), variant=variant),
-                tuple(named for named, _ in group),
-            )
-            for one, group in zip(made_of, groups, strict=True)
-        )
+    graph = read_graph(model)
+    if variant.lora_slots:
+        graph = lora_slots(graph, slots=variant.lora_slots, rank=variant.lora_rank, where=where)
+    if variant.timesteps:
+        graph = folded(graph, variant.timesteps, model.parent, where=where)
+    if variant.step:
+        graph = step_graph(graph, guided=variant.step == "guided", where=where)
+    return graph
 
 
-def symbol_ranges(
-    name: str, inputs: Sequence[TensorSpec], manifest: Manifest, profile: Profile
-) -> dict[str, InputRange]:
-    """The shapes of inputs at a profile's smallest, best and largest call, from what their axes are called.
+def composed_facts(bundle: Bundle, name: str, variant: Variant) -> Composed:
+    """What a request needs to know of component `name` as this variant; raises as `composed`."""
+    graph = composed(bundle.model_path(name), variant, name)
+    inputs, outputs = (
+        tuple(spec(value, name) for value in values) for values in (graph.graph.input, graph.graph.output)
+    )
+    facts = msgspec.structs.replace(bundle.component(name), inputs=inputs, outputs=outputs)
+    return Composed(hashlib.sha256(graph.SerializeToString()).hexdigest(), facts)
+
+
+def step_ranges(name: str, inputs: Sequence[TensorSpec], manifest: Manifest, profile: Profile) -> dict[str, InputRange]:
+    """The shapes of a step engine's inputs at a profile's smallest, best and largest call.
+
+    Its axes are called `batch` (pictures), `height` and `width` (of the latent), `sequence` and `steps`, or formulas.
 
     Raises:
-        ArgumentError: the profile speaks of guidance.
         BundleError: an axis has another name.
     """
-    if profile.guidance != "any":
-        remedy = "Leave it out: a composed graph runs the branches it was composed for."
-        raise ArgumentError(f"--profile {profile.name}", "guidance", got=profile.guidance, remedy=remedy)
     # Each row of the denoiser's batch has a time step.
     branches = 1 if spec_of(inputs, GUIDANCE_SCALE) is None else 2
     low, best, high = (_sizes(manifest, point, branches) for point in profile.points(guided_by_default=False))

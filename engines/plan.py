@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from ..runtime.bundle import Bundle
 from ..runtime.engine_files import (
     Ingredients,
@@ -15,14 +17,17 @@ from ..runtime.engine_files import (
     weights_of,
 )
 from ..runtime.errors import ArgumentError, TargetError
-from ..runtime.manifest import Component
+from ..runtime.manifest import Component, Manifest
+from ..runtime.plan import Schedule, compile_plan
 from ..runtime.targets import Target, installed_version
+from ..runtime.variant import PLAIN, Variant
 from . import flavour, onnxruntime, openvino
-from .profiles import Profile, check_profiles, default_profile, input_ranges
+from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
 
 # To be raised when engines come to be built in another way from the same ingredients.
 RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 1}
 _QUANTIZED = ("int8", "fp8")
+MAX_SLOTS, MAX_RANK = 16, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,10 @@ class BuildPlan:
 
     components: all where none is named. profiles: the bundle's default size where none is given.
     explain: say what is there and what is not, and why, and build nothing.
+    lora_slots, lora_rank: how many LoRAs of up to which rank the denoisers and text encoders take as inputs.
+    step: make step engines of the denoisers, for the guidance that each profile names, else the bundle's default.
+    fold_steps: build the time steps of so many inference steps of the bundle's own scheduler into step engines; 0 for
+        those of the bundle's defaults.
     """
 
     bundle: Path
@@ -39,6 +48,10 @@ class BuildPlan:
     components: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = ()
     explain: bool = False
+    lora_slots: int = 0
+    lora_rank: int = 0
+    step: bool = False
+    fold_steps: int | None = None
 
     def __post_init__(self) -> None:
         for option, values in (("--target", self.targets), ("--component", self.components)):
@@ -46,11 +59,24 @@ class BuildPlan:
             twice = next((name for name in named if named.count(name) > 1), None)
             if twice is not None:
                 raise ArgumentError(option, "given twice", got=twice)
+        if self.fold_steps is not None and not self.step:
+            raise ArgumentError(
+                "--fold-steps", "given without --step", remedy="Time steps are built into step engines."
+            )
+        if bool(self.lora_slots) != bool(self.lora_rank):
+            raise ArgumentError("--lora-slots, --lora-rank", "one without the other", remedy="Give both.")
+        limits = (("--lora-slots", self.lora_slots, MAX_SLOTS), ("--lora-rank", self.lora_rank, MAX_RANK))
+        for option, value, most in limits:
+            if not 0 <= value <= most:
+                raise ArgumentError(option, "out of range", got=value, expected=f"a number in 1..{most}")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One engine that is wanted: of what, for which target, and all that it depends on."""
+    """One engine that is wanted: of what, for which target, and all that it depends on.
+
+    model: the bundle's own graph, which the variant in `ingredients` is made of. facts: of what is made.
+    """
 
     component: str
     target: Target
@@ -67,8 +93,10 @@ class Request:
     @property
     def title(self) -> str:
         """The request in a few words."""
+        variant = self.ingredients.variant
+        made = f" ({variant})" if variant != PLAIN else ""
         names = f", {'; '.join(self.profile_names)}" if self.profile_names else ""
-        return f"{self.component} for {self.target}{names}"
+        return f"{self.component}{made} for {self.target}{names}"
 
 
 def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
@@ -76,7 +104,7 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
 
     Raises:
         BundleError: the bundle has no such component.
-        ArgumentError: a profile is outside the models.
+        ArgumentError: a profile is outside the models, or nothing of the kind can be made of them.
         TargetError: a target cannot be built for here, or asks for a precision that a component is not in.
     """
     names = plan.components or tuple(bundle.manifest.components)
@@ -86,9 +114,8 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     check_profiles(profiles, bundle.manifest, names)
     for target in plan.targets:
         require_buildable(target)
-    return tuple(
-        request for target in plan.targets for name in names for request in _requests(bundle, name, target, profiles)
-    )
+    graphs = [graph for name in names for graph in _graphs(plan, bundle, name, profiles)]
+    return tuple(request for target in plan.targets for graph in graphs for request in _requests(bundle, graph, target))
 
 
 def require_buildable(target: Target) -> None:
@@ -134,12 +161,72 @@ def _is_quantized(model: Path) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
 
 
-def _requests(bundle: Bundle, name: str, target: Target, profiles: Sequence[Profile]) -> Iterator[Request]:
-    component = bundle.component(name)
-    ranges = [(profile.name, input_ranges(name, component, bundle.manifest, profile)) for profile in profiles]
-    for group in grouped(target, ranges):
-        made_of = ingredients_of(bundle, name, target, tuple(one for _, one in group))
-        yield Request(name, target, bundle.model_path(name), component, made_of, tuple(named for named, _ in group))
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A component as one variant, and the shapes of its inputs by the profiles' names."""
+
+    name: str
+    variant: Variant
+    sha256: str
+    facts: Component
+    ranges: tuple[tuple[str, dict[str, InputRange]], ...]
+
+
+def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profile]) -> Iterator[_Graph]:
+    """What a plan wants to be made of a component, with the profiles that each is for."""
+    component, manifest = bundle.component(name), bundle.manifest
+    by_variant: dict[Variant, list[Profile]] = {}
+    for profile in profiles:
+        by_variant.setdefault(_variant(plan, manifest, name, profile), []).append(profile)
+    for variant, served in by_variant.items():
+        sha256, facts = origin_of(bundle, name), component
+        if variant != PLAIN:
+            from .composed import composed_facts, step_ranges  # noqa: PLC0415 (onnx, of the extra `export`)
+
+            made = composed_facts(bundle, name, variant)
+            sha256, facts = made.sha256, made.facts
+        if variant.step:
+            ranges = [(one.name, step_ranges(name, facts.inputs, manifest, one)) for one in served]
+        else:
+            ranges = [(one.name, input_ranges(name, facts, manifest, one)) for one in served]
+        yield _Graph(name, variant, sha256, facts, tuple(ranges))
+
+
+def _variant(plan: BuildPlan, manifest: Manifest, name: str, profile: Profile) -> Variant:
+    role = manifest.components[name].role
+    takes_loras = role in ("denoiser", "text_encoder")
+    slots = Variant(lora_slots=plan.lora_slots, lora_rank=plan.lora_rank) if takes_loras else PLAIN
+    if not plan.step or role != "denoiser":
+        return slots
+    guided = guided_by_default(manifest, manifest.components[name])
+    if profile.guidance != "any":
+        guided = profile.guidance == "guided"
+    return msgspec.structs.replace(
+        slots, step="guided" if guided else "unguided", timesteps=_timesteps(manifest, plan.fold_steps)
+    )
+
+
+def _timesteps(manifest: Manifest, steps: int | None) -> tuple[float, ...]:
+    """The time steps to build in, each once: none where `steps` is None, those of the bundle's defaults where it is 0.
+
+    Raises:
+        PlanError: the bundle's scheduler does not take so many steps.
+    """
+    if steps is None:
+        return ()
+    table = compile_plan(manifest, Schedule(steps=steps or None)).table
+    return tuple(dict.fromkeys(table.timesteps.tolist()))
+
+
+def _requests(bundle: Bundle, graph: _Graph, target: Target) -> Iterator[Request]:
+    for group in grouped(target, graph.ranges):
+        made_of = msgspec.structs.replace(
+            ingredients_of(bundle, graph.name, target, tuple(one for _, one in group)),
+            graph=graph.sha256,
+            variant=graph.variant,
+        )
+        model = bundle.model_path(graph.name)
+        yield Request(graph.name, target, model, graph.facts, made_of, tuple(named for named, _ in group))
 
 
 def grouped(

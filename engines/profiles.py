@@ -184,13 +184,17 @@ def input_ranges(name: str, component: Component, manifest: Manifest, profile: P
         ArgumentError: the profile is outside the model: an axis of it is fixed at another size.
         BundleError: an input's shape does not follow from the profile.
     """
-    guided = manifest.defaults.guidance_scale > 1 and spec_of(component.inputs, GUIDANCE_EMBEDDING) is None
-    points = profile.points(guided_by_default=guided)
+    points = profile.points(guided_by_default=guided_by_default(manifest, component))
     smallest, best, largest = (_input_shapes(name, component, manifest, profile, point) for point in points)
     return {
         spec.name: InputRange(min=smallest[spec.name], opt=best[spec.name], max=largest[spec.name])
         for spec in component.inputs
     }
+
+
+def guided_by_default(manifest: Manifest, component: Component) -> bool:
+    """Whether a denoiser runs both branches of guidance where a request says nothing of it."""
+    return manifest.defaults.guidance_scale > 1 and spec_of(component.inputs, GUIDANCE_EMBEDDING) is None
 
 
 def _side_multiple(manifest: Manifest, components: Iterable[str]) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -26,11 +27,11 @@ from .errors import EngineError
 from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
 from .onnx_files import external_files
 from .targets import PORTABLE, Target, installed_version
+from .variant import PLAIN, Variant
 
 FORMAT = 1
 SIDECAR_NAME = "engine.json"
 MAX_SIDECAR_BYTES = 64 << 20
-PLAIN = "plain"
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -61,7 +62,7 @@ class Ingredients(Frozen, frozen=True, kw_only=True):
     """All that an engine depends on; its key is their digest.
 
     graph: sha256 of the ONNX file it was built from. weights: that of each file beside it that holds weights.
-    origin: sha256 of the bundle's ONNX file of the component; `variant` says what was made of it, `plain` for nothing.
+    origin: sha256 of the bundle's ONNX file of the component; `variant` says what was made of it.
     profiles: for each, the ranges of every input; none where the engine takes every shape.
     device: as in the target. architecture: system and processor that the engine runs on.
     precision: of the arithmetic: what the target asks for, else what the component was exported in.
@@ -72,7 +73,7 @@ class Ingredients(Frozen, frozen=True, kw_only=True):
     graph: str
     weights: dict[str, str]
     origin: str
-    variant: str = PLAIN
+    variant: Variant = PLAIN
     profiles: tuple[dict[str, InputRange], ...]
     backend: str
     backend_version: str
@@ -247,13 +248,14 @@ def find_engine(
     shapes: Mapping[str, Shape] | None = None,
     *,
     cache: Path | None = None,
-    variant: str = PLAIN,
+    variant: Variant = PLAIN,
 ) -> Found:
     """The engine in the cache that runs a component on a target, its files proved to be those that were built.
 
     target: for TensorRT with the one architecture that is here, such as `tensorrt-rtx:sm89`.
     shapes: of the call's inputs; None for an engine of any profile. Of several that fit, the one whose profile is the
-        narrowest is taken. cache: as in `cache_folder`.
+        narrowest is taken, of these the one whose variant costs least.
+    cache: as in `cache_folder`. variant: what the engine must be, or more; see `Variant.serves`.
 
     Raises:
         EngineError: there is none, or none that fits, with the reason and the command that builds one.
@@ -262,24 +264,26 @@ def find_engine(
     cache, target = cache_folder(cache), target.of_component(bundle.component(component))
     origin, weights = origin_of(bundle, component), weights_of(bundle, component)
     misfits: list[str] = []
-    fitting: list[tuple[int, Found]] = []
+    fitting: list[tuple[tuple[Any, ...], Found]] = []
     for folder, engine in cached_engines(cache):
         if isinstance(engine, EngineError):
             continue
         made_of = engine.ingredients
-        if (made_of.origin, made_of.backend, made_of.variant) != (origin, target.backend, variant):
+        if (made_of.origin, made_of.backend) != (origin, target.backend) or not made_of.variant.serves(variant):
             continue
         reason = _misfit(made_of, weights, target)
         served = _serving(made_of, shapes)
         if reason is None and served is not None:
-            fitting.append((served[0], Found(folder, engine, served[1])))
+            order = served[0], made_of.variant.cost, folder.name
+            fitting.append((order, Found(folder, engine, served[1])))
         else:
             misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(made_of, shapes or {})}")
     if not fitting:
-        remedy = f"Run `tandemrt build-engine {bundle.path} --target {target} --component {component}`."
-        why = f"no engine for {target} fits: {'; '.join(misfits)}" if misfits else f"there is no engine for {target}"
+        command = f"tandemrt build-engine {bundle.path} --target {target} --component {component}{variant.options}"
+        remedy, wanted = f"Run `{command}`.", f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
+        why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
         raise EngineError(component, f"{why} (in {engines_folder(cache)})", remedy=remedy)
-    found = min(fitting, key=lambda pair: (pair[0], pair[1].folder.name))[1]
+    found = min(fitting, key=lambda pair: pair[0])[1]
     check_engine_files(found.folder, found.engine)
     return found
 
@@ -290,15 +294,20 @@ def profile_for(engine: Engine, shapes: Mapping[str, Shape]) -> int | None:
     return None if served is None else served[1]
 
 
-def has_engine(bundle: Bundle, component: str, target: Target, *, cache: Path | None = None) -> bool:
-    """Whether anything in the cache was built from a component for a target's backend and device.
+def has_engine(
+    bundle: Bundle, component: str, target: Target, *, cache: Path | None = None, variant: Variant = PLAIN
+) -> bool:
+    """Whether anything in the cache was built from a component, in this variant, for a target's backend and device.
 
     Raises:
         EngineError: as of `cached_engines`.
     """
     wanted = origin_of(bundle, component), target.backend, target.device
     sidecars = (engine for _, engine in cached_engines(cache_folder(cache)) if isinstance(engine, Engine))
-    return any((one.ingredients.origin, one.ingredients.backend, one.ingredients.device) == wanted for one in sidecars)
+    return any(
+        (one.origin, one.backend, one.device) == wanted and one.variant.serves(variant)
+        for one in (engine.ingredients for engine in sidecars)
+    )
 
 
 def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) -> str | None:

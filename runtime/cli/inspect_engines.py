@@ -12,6 +12,7 @@ import msgspec
 from ..bundle import Bundle
 from ..engine_files import Engine, cached_engines, origin_of, weights_of
 from ..errors import EngineError
+from ..variant import Variant
 from .columns import aligned
 
 SHOWN_KINDS = 8
@@ -73,7 +74,7 @@ def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         Path(engine["folder"]).name[:12],
         engine["component"],
-        made_of["variant"],
+        str(msgspec.convert(made_of["variant"], Variant)),
         f"{made_of['backend']}:{made_of['device']}:{made_of['precision']}",
         f"{made_of['backend']} {made_of['backend_version']}",
         f"{engine['size_bytes'] / 1e6:.1f} MB",

@@ -1,9 +1,11 @@
-"""Engines of composed graphs: step engines build on every backend, and are found under their variant's name alone."""
+"""Engines of composed graphs: step engines and LoRA slots build on every backend, and are found as what they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -11,35 +13,58 @@ import openvino
 import pytest
 
 from tandemrt.engines.build import ensure_engine
-from tandemrt.engines.composed import composed_requests
-from tandemrt.engines.graph_files import read_graph
+from tandemrt.engines.composed import composed
+from tandemrt.engines.graph_files import write_graph
+from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import parse_profile
-from tandemrt.engines.step import step_graph
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import find_engine
 from tandemrt.runtime.errors import ArgumentError, EngineError
-from tandemrt.runtime.targets import Target, parse_target
+from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.variant import Variant
 
-VARIANT = "step:history=1:guided"
+TARGETS = ["onnxruntime:cpu", "openvino:cpu", "tensorrt-rtx:sm89"]
+Plan = Callable[..., BuildPlan]
 
 
-@pytest.mark.parametrize("target", ["onnxruntime:cpu", "openvino:cpu", "tensorrt-rtx:sm89"])
-def test_a_step_engine_is_built_and_found(target: str, tiny: Bundle, tmp_path: Path) -> None:
-    graph = step_graph(read_graph(tiny.model_path("unet")), history=1, guided=True)
-    profiles = (parse_profile("64..96:b1..2"),)
-    with composed_requests(tiny, "unet", parse_target(target), profiles, (VARIANT, graph)) as (request,):
-        key = request.key
-        outcome = ensure_engine(request, tmp_path, lambda label, done, total: None, {})
-        random = np.random.default_rng(5)
-        shapes = {spec.name: SHAPES[spec.name] for spec in request.facts.inputs}
-        feeds = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-        expected = onnxruntime.InferenceSession(request.model).run(None, feeds)
-    with composed_requests(tiny, "unet", parse_target(target), profiles, (VARIANT, graph)) as (request,):
-        assert request.key == key
-    found = find_engine(tiny, "unet", parse_target(target), shapes, cache=tmp_path, variant=VARIANT)
+@pytest.fixture
+def plan(tiny: Bundle, tmp_path: Path) -> Plan:
+    """The plan of the tiny denoiser's engines for a target and profiles."""
+
+    def plan(target: str, *profiles: str, **options: Any) -> BuildPlan:
+        parsed = tuple(map(parse_profile, profiles))
+        return BuildPlan(tiny.path, (parse_target(target),), tmp_path, ("unet",), parsed, **options)
+
+    return plan
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("options", "variant"),
+    [
+        ({"step": True}, Variant(step="guided")),
+        ({"step": True, "fold_steps": 2}, Variant(step="guided", timesteps=(999.0, 500.0))),
+        ({"lora_slots": 2, "lora_rank": 4}, Variant(lora_slots=2, lora_rank=4)),
+        ({"lora_slots": 1, "lora_rank": 4, "step": True}, Variant(lora_slots=1, lora_rank=4, step="guided")),
+    ],
+)
+def test_what_was_composed_is_built_and_found(
+    target: str, options: dict[str, Any], variant: Variant, tiny: Bundle, plan: Plan, tmp_path: Path
+) -> None:
+    (request,) = requests_of(plan(target, "64..96:b1..2", **options), tiny)
+    outcome = ensure_engine(request, tmp_path, lambda label, done, total: None, {})
+    assert request.ingredients.variant == variant
+    assert {path.name for path in outcome.folder.iterdir()} == {"engine.json", *outcome.engine.files}
+    feeds = feeds_of(request, batch=1 if variant.step else 2)
+    shapes = {name: array.shape for name, array in feeds.items()}
+    found = find_engine(tiny, "unet", parse_target(target), shapes, cache=tmp_path, variant=variant)
     assert found.folder == outcome.folder
+    assert not ensure_engine(request, tmp_path, lambda label, done, total: None, {}).built
     with pytest.raises(EngineError, match="there is no engine"):
         find_engine(tiny, "unet", parse_target(target), cache=tmp_path)
+    model = tiny.model_path("unet")
+    written = write_graph(composed(model, variant, "unet"), tmp_path / "graph", model.parent)
+    expected = onnxruntime.InferenceSession(written).run(None, feeds)
     if target == "onnxruntime:cpu":
         made = onnxruntime.InferenceSession(found.folder / "model.onnx").run(None, feeds)
     elif target == "openvino:cpu":
@@ -54,28 +79,31 @@ def test_a_step_engine_is_built_and_found(target: str, tiny: Bundle, tmp_path: P
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-# One picture, and its two branches in what the denoiser itself reads.
-SHAPES = {
-    "state": (2, 1, 4, 8, 8),
-    "model_input": (2,),
-    "update": (2, 4),
-    "noise": (1, 4, 8, 8),
-    "guidance_scale": (1,),
-    "timestep": (1,),
-    "encoder_hidden_states": (2, 12, 8),
-}
+def feeds_of(request: Request, batch: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Random inputs for so many pictures, or rows, of 64x64 pixels."""
+    random = np.random.default_rng(5)
+    ranges = request.ingredients.profiles[0] if request.ingredients.profiles else None
+    sizes = {"batch": batch, "height": 8, "width": 8, "sequence": 12, "steps": 2, "2*batch": 2 * batch}
+    feeds = {}
+    for spec in request.facts.inputs:
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+        assert ranges is None or ranges[spec.name].holds(shape)
+        feeds[spec.name] = (
+            np.zeros(shape, spec.dtype) if spec.dtype == "int64" else random.standard_normal(shape).astype(spec.dtype)
+        )
+    return feeds
 
 
-def test_guidance_is_the_graphs_own_affair(tiny: Bundle) -> None:
-    graph = step_graph(read_graph(tiny.model_path("unet")), history=0, guided=False)
-    target, guided = Target("onnxruntime", "cpu"), (parse_profile("64:guided"),)
-    with (
-        pytest.raises(ArgumentError, match="guidance, got 'guided'"),
-        composed_requests(tiny, "unet", target, guided, (VARIANT, graph)),
-    ):
-        pass
-    with (
-        pytest.raises(ArgumentError, match="got 'plain', expected another one"),
-        composed_requests(tiny, "unet", target, (parse_profile("64"),), ("plain", graph)),
-    ):
-        pass
+def test_profiles_say_which_branches_step_engines_run(tiny: Bundle, plan: Plan) -> None:
+    wanted = plan("openvino:cpu", "64", "a=64:unguided", "b=96:guided", step=True)
+    made = [(one.ingredients.variant.step, one.profile_names) for one in requests_of(wanted, tiny)]
+    assert made == [("guided", ("64",)), ("guided", ("b",)), ("unguided", ("a",))]
+
+
+def test_what_no_graph_can_be_made_of_is_refused(tiny: Bundle, plan: Plan) -> None:
+    with pytest.raises(ArgumentError, match="--fold-steps: given without --step"):
+        plan("openvino:cpu", fold_steps=2)
+    with pytest.raises(ArgumentError, match="one without the other"):
+        plan("openvino:cpu", lora_slots=2)
+    with pytest.raises(ArgumentError, match=r"--lora-rank: out of range, got 2000, expected a number in 1\.\.1024"):
+        plan("openvino:cpu", lora_slots=2, lora_rank=2000)

@@ -29,6 +29,7 @@ from tandemrt.runtime.engine_files import (
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
 from tandemrt.runtime.targets import Target
+from tandemrt.runtime.variant import PLAIN, Variant
 
 from .tiny_bundle import write_tiny_bundle
 
@@ -143,10 +144,47 @@ def test_a_call_outside_every_profile_is_diagnosed(bundle: Bundle, add: Add, tmp
 def test_engines_of_other_graphs_and_backends_are_passed_over(bundle: Bundle, add: Add, tmp_path: Path) -> None:
     add(origin="0" * 64)
     add(backend="tensorrt-rtx")
-    add(variant="step")
+    add(variant=Variant(step="guided"))
     with pytest.raises(EngineError, match="there is no engine"):
         find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
-    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant="step")
+    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=Variant(step="guided"))
+
+
+STEP = Variant(step="guided", timesteps=(999.0,))
+SLOTS = Variant(lora_slots=1, lora_rank=8)
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "serves"),
+    [
+        (PLAIN, PLAIN, True),
+        (SLOTS, PLAIN, False),  # slots cost something
+        (PLAIN, SLOTS, False),
+        (Variant(lora_slots=2, lora_rank=16), SLOTS, True),
+        (Variant(lora_slots=2, lora_rank=4), SLOTS, False),
+        (Variant(step="guided", timesteps=(999.0, 500.0, 1.0)), STEP, True),
+        (Variant(step="guided", timesteps=(500.0,)), STEP, False),
+        (Variant(step="guided"), STEP, True),
+        (Variant(step="unguided"), STEP, False),
+        (PLAIN, STEP, False),
+    ],
+)
+def test_which_variants_serve(there: Variant, wanted: Variant, serves: bool) -> None:
+    assert there.serves(wanted) is serves
+
+
+def test_of_variants_that_serve_the_cheapest_is_taken(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    add(variant=Variant(lora_slots=2, lora_rank=16))
+    cheapest = add(variant=Variant(lora_slots=1, lora_rank=16))
+    add(variant=Variant(lora_slots=4, lora_rank=16))
+    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS).folder == cheapest
+
+
+def test_a_variant_that_is_not_there_comes_with_its_command(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"\(1 LoRA slots of rank 8\).* --lora-rank 8"
+    ):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,9 @@ class Graph:
         return name
 
     def node(self, op_type: str, inputs: Iterable[str], output: str = "", **attributes: object) -> str:
-        output = output or f"{op_type.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+        module = f"{op_type.lower()}_{len(self.nodes)}"
+        output = output or module
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=f"{module}/{op_type}", **attributes))
         return output
 
     def model(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> onnx.ModelProto:

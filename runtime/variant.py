@@ -1,0 +1,54 @@
+"""What was made of a component's graph before it was compiled: LoRA slots, a step engine, time steps built in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .manifest import Frozen
+
+
+class Variant(Frozen, frozen=True, kw_only=True):
+    """How a graph differs from the bundle's own; by default in nothing.
+
+    lora_slots, lora_rank: how many LoRAs of up to which rank it takes as inputs; see `runtime.lora_slots`.
+    step: for a step engine, whether it runs both branches of guidance; see `runtime.step_row`.
+    timesteps: those built into a step engine, which then takes no others.
+    """
+
+    lora_slots: int = 0
+    lora_rank: int = 0
+    step: Literal["guided", "unguided"] | None = None
+    timesteps: tuple[float, ...] = ()
+
+    def serves(self, wanted: Variant) -> bool:
+        """Whether this is what is wanted, or more: room for more LoRAs of larger ranks, further time steps.
+
+        wanted: its `timesteps` are those a step engine must run. A graph without LoRAs wants one without slots, which
+            costs nothing.
+        """
+        if self.step != wanted.step or bool(self.lora_slots) != bool(wanted.lora_slots):
+            return False
+        enough = self.lora_slots >= wanted.lora_slots and self.lora_rank >= wanted.lora_rank
+        return enough and (not self.timesteps or set(wanted.timesteps) <= set(self.timesteps))
+
+    @property
+    def cost(self) -> tuple[int, bool]:
+        """What orders variants that serve alike, the cheapest first."""
+        return self.lora_slots * self.lora_rank, not self.timesteps
+
+    @property
+    def options(self) -> str:
+        """What `tandemrt build-engine` is told to make it, each option after a space."""
+        slots = f" --lora-slots {self.lora_slots} --lora-rank {self.lora_rank}" if self.lora_slots else ""
+        return slots + (" --step" if self.step else "")
+
+    def __str__(self) -> str:
+        parts = (
+            f"{self.lora_slots} LoRA slots of rank {self.lora_rank}" if self.lora_slots else "",
+            f"{self.step} step" if self.step else "",
+            f"{len(self.timesteps)} time steps built in" if self.timesteps else "",
+        )
+        return ", ".join(filter(None, parts)) or "plain"
+
+
+PLAIN = Variant()
