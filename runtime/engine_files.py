@@ -252,6 +252,26 @@ def find_engine(
 ) -> Found:
     """The engine in the cache that runs a component on a target, its files proved to be those that were built.
 
+    Raises:
+        EngineError: as `fitting_engine`, or the files are others.
+        TargetError: the target's backend is not installed.
+    """
+    found = fitting_engine(bundle, component, target, shapes, cache=cache, variant=variant)
+    check_engine_files(found.folder, found.engine)
+    return found
+
+
+def fitting_engine(
+    bundle: Bundle,
+    component: str,
+    target: Target,
+    shapes: Mapping[str, Shape] | None = None,
+    *,
+    cache: Path | None = None,
+    variant: Variant = PLAIN,
+) -> Found:
+    """The engine in the cache that runs a component on a target, by what its sidecar says.
+
     target: for TensorRT with the one architecture that is here, such as `tensorrt-rtx:sm89`.
     shapes: of the call's inputs; None for an engine of any profile. Of several that fit, the one whose profile is the
         narrowest is taken, of these the one whose variant costs least.
@@ -283,9 +303,7 @@ def find_engine(
         remedy, wanted = f"Run `{command}`.", f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
         why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
         raise EngineError(component, f"{why} (in {engines_folder(cache)})", remedy=remedy)
-    found = min(fitting, key=lambda pair: pair[0])[1]
-    check_engine_files(found.folder, found.engine)
-    return found
+    return min(fitting, key=lambda pair: pair[0])[1]
 
 
 def profile_for(engine: Engine, shapes: Mapping[str, Shape]) -> int | None:

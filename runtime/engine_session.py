@@ -10,34 +10,45 @@ from .backends import open_engine, open_session, target_here
 from .backends.base import Binding, Session, Shape
 from .backends.buffers import symbol_sizes
 from .bundle import Bundle
-from .engine_files import Found, find_engine, has_engine
+from .engine_files import Engine, Found, find_engine, fitting_engine, has_engine
 from .errors import EngineError, ExecutionError
+from .manifest import Component
 from .targets import ENGINES_ONLY, Target
+from .variant import PLAIN, Variant
 
 
-def open_component(bundle: Bundle, name: str, target: Target, threads: int | None) -> Session:
+def open_component(bundle: Bundle, name: str, target: Target, threads: int | None, variant: Variant = PLAIN) -> Session:
     """A component on a target: on engines that were built for it, else on the bundle's own graph where that can run.
+
+    variant: what engines must be, or more; of anything but `PLAIN` there are engines alone. The first that fits says
+        which variant all of the session's engines are.
 
     Raises:
         TargetError: the target cannot run here.
         ExecutionError: the backend cannot load the graph.
-        EngineError: the cache of engines is not the user's own.
+        EngineError: the cache of engines is not the user's own, or there is no engine of the variant.
     """
     asked = target.of_component(bundle.component(name))
     if target.backend in ENGINES_ONLY:
-        here = target_here(asked)
-        return EngineSession(bundle, name, here, lambda found: open_engine(found, here))
+        asked = target_here(asked)
+    only_engines = target.backend in ENGINES_ONLY or variant != PLAIN
+
+    def load(found: Found) -> Session:
+        return open_engine(found, asked, threads=threads)
 
     def graph() -> Session:
         return open_session(bundle.model_path(name), asked, threads=threads)
 
-    if not has_engine(bundle, name, asked):
-        return graph()
-    return EngineSession(bundle, name, asked, lambda found: open_engine(found, asked, threads=threads), graph)
+    if only_engines:
+        return EngineSession(bundle, name, asked, load, variant=variant)
+    return EngineSession(bundle, name, asked, load, graph) if has_engine(bundle, name, asked) else graph()
 
 
 class EngineSession:
-    """Engines behind the interface of a model; see `Session`. Which engine runs is decided by the shapes bound."""
+    """Engines behind the interface of a model; see `Session`. Which engine runs is decided by the shapes bound.
+
+    variant: what all of the engines are.
+    """
 
     def __init__(
         self,
@@ -46,14 +57,23 @@ class EngineSession:
         target: Target,
         load: Callable[[Found], Session],
         otherwise: Callable[[], Session] | None = None,
+        *,
+        variant: Variant = PLAIN,
     ) -> None:
         """Nothing is loaded yet.
 
         target: as `find_engine` takes it.
         otherwise: loads the bundle's own graph, for shapes that no engine fits; where None they are an error.
+        variant: as of `open_component`.
+
+        Raises:
+            EngineError: there is no engine of a variant other than `PLAIN`.
         """
-        component = bundle.component(name)
-        self.inputs, self.outputs = component.inputs, component.outputs
+        described: Component | Engine = bundle.component(name)
+        if variant != PLAIN:
+            described = fitting_engine(bundle, name, target, variant=variant).engine
+            variant = described.ingredients.variant
+        self.inputs, self.outputs, self.variant = described.inputs, described.outputs, variant
         self._bundle, self._name, self._target = bundle, name, target
         self._load, self._otherwise = load, otherwise
         self._lock = threading.Lock()
@@ -88,7 +108,7 @@ class EngineSession:
 
     def _session(self, shapes: Mapping[str, Shape]) -> Session:
         try:
-            found = find_engine(self._bundle, self._name, self._target, shapes)
+            found = find_engine(self._bundle, self._name, self._target, shapes, variant=self.variant)
         except EngineError:
             if self._otherwise is None:
                 raise

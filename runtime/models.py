@@ -15,6 +15,7 @@ from .images import Float32, pixels_from_decoded
 from .targets import Target
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
+from .variant import PLAIN, Variant
 
 
 class Models:
@@ -23,7 +24,7 @@ class Models:
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._lock = threading.RLock()
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[tuple[str, Variant], Session] = {}
         self._encoders: dict[str, PromptEncoder] = {}
         self.closed = False
 
@@ -35,23 +36,26 @@ class Models:
                 session.close()
             self._sessions.clear()
 
-    def session(self, name: str) -> Session:
-        """The component `name`, loaded.
+    def session(self, name: str, variant: Variant = PLAIN) -> Session:
+        """The component `name`, loaded, on engines of another variant where one is named.
 
         Raises:
             BundleError: its files are no longer what the manifest says, or its tensors never were.
+            EngineError: there is no engine of the variant.
             ExecutionError: the models are closed, or it cannot be loaded.
         """
         with self._lock:
             if self.closed:
                 raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
-            if name not in self._sessions:
-                self._sessions[name] = self._opened(name)
-            return self._sessions[name]
+            if (name, variant) not in self._sessions:
+                self._sessions[name, variant] = self._opened(name, variant)
+            return self._sessions[name, variant]
 
-    def _opened(self, name: str) -> Session:
+    def _opened(self, name: str, variant: Variant) -> Session:
         self._bundle.check_component(name)
-        session = open_component(self._bundle, name, self._target, self._threads)
+        session = open_component(self._bundle, name, self._target, self._threads, variant)
+        if variant != PLAIN:
+            return session
         try:
             self._bundle.check_tensors(name, session.inputs, session.outputs)
         except BundleError:

@@ -181,9 +181,7 @@ def test_of_variants_that_serve_the_cheapest_is_taken(bundle: Bundle, add: Add, 
 
 
 def test_a_variant_that_is_not_there_comes_with_its_command(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(
-        EngineError, match=r"\(1 LoRA slots of rank 8\).* --lora-rank 8"
-    ):
+    with pytest.raises(EngineError, match=r"\(1 LoRA slots of rank 8\).* --lora-rank 8"):
         find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
 
 
