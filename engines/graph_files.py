@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,9 +44,8 @@ def read_graph(path: Path) -> onnx.ModelProto:
 def write_graph(model: onnx.ModelProto, folder: Path, weights_from: Path) -> Path:
     """Write `folder/model.onnx` with the weights its tensors name in files of the folder `weights_from`.
 
-    These are linked, since ONNX Runtime and OpenVINO follow no symbolic link out of a model's folder; where the file
-    system cannot link them, they are copied. A link makes `onnx.load` refuse the bundle's own file as long as it is
-    there: remove the folder when what is built from it is built.
+    These are copied: ONNX Runtime and OpenVINO follow no symbolic link out of a model's folder, and a hard link would
+    be a second name of the bundle's own files, which is refused as long as it is there.
 
     Raises:
         BundleError: the model names a file outside its folder, or one that is not there.
@@ -57,13 +55,9 @@ def write_graph(model: onnx.ModelProto, folder: Path, weights_from: Path) -> Pat
     path = folder / MODEL_NAME
     path.write_bytes(model.SerializeToString())
     for name in sorted(external_files(path)):
-        source, linked = _inside(weights_from, name), folder / name
-        linked.parent.mkdir(parents=True, exist_ok=True)
-        linked.unlink(missing_ok=True)
-        try:
-            os.link(source, linked)
-        except OSError:  # another file system, one without links, or a file of another user
-            shutil.copyfile(source, linked)
+        source, copy = _inside(weights_from, name), folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
     return path
 
 

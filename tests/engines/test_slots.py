@@ -199,8 +199,10 @@ def test_graphs_without_room_for_slots_are_refused() -> None:
     model, _ = denoiser("unet", seed=1, hidden=4)
     with pytest.raises(ArgumentError, match=r"LoRA slots and rank, got \(0, 4\)"):
         lora_slots(model, slots=0, rank=4)
+    for node in model.graph.node:
+        node.name = ""
     with pytest.raises(BundleError, match="two projections of one name"):
-        lora_slots(model, slots=1, rank=4)  # its nodes have no names
+        lora_slots(model, slots=1, rank=4)
     graph = TinyGraph("bare", 0)
     graph.node("Tanh", ["x"], "y")
     specs = [TensorSpec(name=name, dtype="float32", shape=("batch", 4)) for name in "xy"]
