@@ -11,19 +11,18 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..runtime.errors import ArgumentError, BundleError
-from ..runtime.lora_slots import LORA_DOWN, LORA_SCALE, LORA_UP
+from ..runtime.lora_slots import LORA_DOWN, LORA_SCALE, LORA_UP, module_of
 from .graph_files import replace_all, require_opset
 
-_POINTWISE = {"kernel_shape": [1, 1], "strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1], "group": 1}
+_POINTWISE = {"strides": [1, 1], "pads": [0, 0, 0, 0], "auto_pad": b"NOTSET"}
 
 
 def lora_slots(model: onnx.ModelProto, *, slots: int, rank: int, where: str = "denoiser") -> onnx.ModelProto:
     """A copy of a graph with room for `slots` LoRAs of up to `rank` at once; `runtime.lora_slots` lists its inputs.
 
-    Every projection takes part whose weight is stored: MatMul, Gemm and convolutions of kernel 1. A module is called
-    what its node is, `down_blocks.0.attentions.0.proj_in` of `down_blocks.0.attentions.0.proj_in/Conv`. What is added
-    is added behind the bias. Nodes, weights and tensors keep their names. To fold time steps or compose a step engine,
-    do that afterwards.
+    Every projection takes part whose weight is stored: MatMul, Gemm and two-dimensional convolutions of one group. A
+    module is called what its node is, see `module_of`. What is added is added behind the bias. Nodes, weights and
+    tensors keep their names. To fold time steps or compose a step engine, do that afterwards.
 
     model: the graph; its weights may lie in files and are not read.
 
@@ -41,21 +40,25 @@ def lora_slots(model: onnx.ModelProto, *, slots: int, rank: int, where: str = "d
     if twice or not found:
         what = "two projections of one name" if twice else "no projection whose weight is stored"
         kind = BundleError if twice else ArgumentError
-        raise kind(where, what, got=twice or len(copy.graph.node), expected="named MatMul, Gemm or 1x1 Conv nodes")
+        raise kind(where, what, got=twice or len(copy.graph.node), expected="named MatMul, Gemm or Conv nodes")
     _put(copy.graph, found, slots * rank)
     return copy
 
 
 @dataclass(frozen=True, slots=True)
 class _Projection:
-    """A module: what it reads, what it makes with its bias, how wide both are, and its precision."""
+    """A module: what it reads, what it makes with its bias, how wide both are, and its precision.
+
+    convolution: the node, where it is one. kernel: its height and width, where it looks at more than one place.
+    """
 
     module: str
     given: str
     made: str
     widths: tuple[int, int]
     dtype: int
-    pointwise: bool
+    convolution: onnx.NodeProto | None
+    kernel: tuple[int, ...]
 
 
 def _projections(graph: onnx.GraphProto) -> list[_Projection]:
@@ -70,23 +73,34 @@ def _projections(graph: onnx.GraphProto) -> list[_Projection]:
         widths = None if weight is None else _widths(node, weight)
         if weight is None or widths is None or node.input[0] in weights:
             continue
-        module = node.name.rpartition("/")[0].strip("/").replace("/", ".")
         made = _behind_bias(node.output[0], readers, weights)
-        pointwise = node.op_type == "Conv"
-        found.append(_Projection(module, node.input[0], made, widths, weight.data_type, pointwise))
+        convolution = node if node.op_type == "Conv" else None
+        kernel = () if convolution is None else _kernel(convolution, weight)
+        module = module_of(node.name)
+        found.append(_Projection(module, node.input[0], made, widths, weight.data_type, convolution, kernel))
     return found
+
+
+def _kernel(node: onnx.NodeProto, weight: TensorProto) -> tuple[int, ...]:
+    """A convolution's height and width; nothing for one that is a matrix product at each place."""
+    attributes = _attributes(node)
+    plain = all(attributes.get(name, usual) == usual for name, usual in _POINTWISE.items())
+    sides = tuple(weight.dims[2:])
+    return () if plain and sides == (1, 1) else sides
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {one.name: helper.get_attribute_value(one) for one in node.attribute}
 
 
 def _widths(node: onnx.NodeProto, weight: TensorProto) -> tuple[int, int] | None:
     """The channels a projection reads and makes; None for a node that is none."""
-    attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-    dims = tuple(weight.dims)
+    attributes, dims = _attributes(node), tuple(weight.dims)
     if node.op_type == "MatMul" and len(dims) == 2:
         return dims
     if node.op_type == "Gemm" and len(dims) == 2 and not attributes.get("transA"):
         return (dims[1], dims[0]) if attributes.get("transB") else dims
-    plain = all(attributes.get(name, usual) == usual for name, usual in _POINTWISE.items())
-    if node.op_type == "Conv" and dims[2:] == (1, 1) and plain:
+    if node.op_type == "Conv" and len(dims) == 4 and attributes.get("group", 1) == 1:
         return dims[1], dims[0]
     return None
 
@@ -118,7 +132,8 @@ def _put(graph: onnx.GraphProto, found: Sequence[_Projection], columns: int) -> 
     inputs: list[Any] = [*graph.input, helper.make_tensor_value_info(LORA_SCALE, TensorProto.FLOAT, (columns,))]
     for one in found:
         read, made_width = one.widths
-        inputs.append(helper.make_tensor_value_info(LORA_DOWN + one.module, one.dtype, (read, columns)))
+        down = (columns, read, *one.kernel) if one.kernel else (read, columns)
+        inputs.append(helper.make_tensor_value_info(LORA_DOWN + one.module, one.dtype, down))
         inputs.append(helper.make_tensor_value_info(LORA_UP + one.module, one.dtype, (columns, made_width)))
     replace_all(graph.node, nodes)
     replace_all(graph.input, inputs)
@@ -133,10 +148,13 @@ def _change(one: _Projection, base: str, scale: str) -> list[onnx.NodeProto]:
         nodes.append(helper.make_node(op_type, inputs, [output or name], name=name, **attributes))
         return output or name
 
+    value, down = one.given, LORA_DOWN + one.module
+    if one.kernel and one.convolution is not None:
+        value = add("Conv", [value, down], **_attributes(one.convolution))
     # The channels last, as a matrix product wants them.
-    value = add("Transpose", [one.given], perm=[0, 2, 3, 1]) if one.pointwise else one.given
-    value = add("Mul", [add("MatMul", [value, LORA_DOWN + one.module]), scale])
-    value = add("MatMul", [value, LORA_UP + one.module])
-    value = add("Transpose", [value], perm=[0, 3, 1, 2]) if one.pointwise else value
+    value = add("Transpose", [value], perm=[0, 2, 3, 1]) if one.convolution is not None else value
+    value = value if one.kernel else add("MatMul", [value, down])
+    value = add("MatMul", [add("Mul", [value, scale]), LORA_UP + one.module])
+    value = add("Transpose", [value], perm=[0, 3, 1, 2]) if one.convolution is not None else value
     add("Add", [base, value], one.made)
     return nodes

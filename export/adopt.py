@@ -14,6 +14,7 @@ from onnxscript import ir
 
 from ..runtime.errors import CheckpointError, ExportError
 from ..runtime.manifest import LatentSpace, Role, TensorSpec, TextEncoding
+from ..runtime.safetensors_files import listed
 from .agreement import latent_space
 from .autoencoders import decoder_tensors, encoder_tensors
 from .checkpoint import Part
@@ -25,7 +26,7 @@ from .modules import extent, float_spec
 from .samples import Inputs
 from .session import OnnxRun
 from .text_encoders import TOKEN_IDS, clip_outputs
-from .weights import listed, parameters
+from .weights import parameters
 
 Tensors = tuple[TensorSpec, ...]
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import SchedulerDefaults
+from ..runtime.safetensors_files import read_json
 from .foreign_code import REMEDY, read_codeless_json
 from .foreign_graph import is_foreign
 from .weight_files import find_weights, read_weights
-from .weights import Weights, read_json
+from .weights import Weights
 
 Config = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import CheckpointError
-from .weights import read_json
+from ..runtime.safetensors_files import read_json
 
 REMEDY = "Only models whose classes diffusers and transformers have themselves can be exported."
 

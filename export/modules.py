@@ -11,9 +11,10 @@ from torch import nn
 
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import Role, TensorSpec
+from ..runtime.safetensors_files import listed
 from .checkpoint import Part
 from .lazy import StoredTensor, attach, attached
-from .weights import first_line, listed
+from .weights import first_line
 
 # What diffusers and transformers raise for a configuration whose values they cannot work with.
 UNUSABLE = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
+from ..runtime.original_names import UNET_IN_RESNETS, UNET_OUTSIDE_BLOCKS
 from .presets import Model
 from .remapped import Change, Origin
 
@@ -18,23 +19,6 @@ Convert = Callable[[str], "Names | None"]
 Layout = Callable[[Collection[str], Model], Convert]
 """All names of a model's tensors, and the architecture they are for, to how each is converted."""
 
-UNET_OUTSIDE_BLOCKS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-UNET_IN_RESNETS = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 # Input block 0 is the first convolution, of no level.
 _UNET_OUTER = re.compile(r"(?!input_blocks\.0)(input|output)_blocks\.(\d{1,3})\.([012])\.(.+)")
 _UNET_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")

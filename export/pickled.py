@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 WARNING = "--allow-pickle: unpickling can run code that a file brings along; give it files of people you trust alone"
 _UNSAFE = re.compile(r"unsupported (?:global|class|operand)[^\n]*?(?= was not an allowed|\.?\n|$)", re.IGNORECASE)
-_DTYPES = tuple(name for name, _ in DTYPES.values())
+_DTYPES = tuple(DTYPES.values())
 
 
 @dataclass(frozen=True)

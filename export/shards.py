@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import CheckpointError
-from .weights import Weights, listed, read_json
+from ..runtime.safetensors_files import listed, read_json
+from .weights import Weights
 
 if TYPE_CHECKING:
     import torch

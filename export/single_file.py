@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ArgumentError, CheckpointError
+from ..runtime.safetensors_files import listed, read_json
 from . import original_layout as layouts
 from .agreement import prediction_type as predicted
 from .checkpoint import Checkpoint, Part, TextSource, tokenizer_of
 from .pickled import PICKLES
 from .presets import Model, Preset, model_file, models, read_preset
 from .remapped import Origin, Remapped
-from .weights import Weights, listed, parameters, read_header, read_json
+from .weights import Weights, parameters, read_header
 
 _CONVERT = "Load it with diffusers' from_single_file where you trust it, then save_pretrained."
 # What training and the samplers of old leave in a file, and buffers that are made anew.

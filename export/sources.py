@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ArgumentError
+from ..runtime.lora_names import PARTS
 from ..runtime.manifest import SchedulerDefaults
 from ..runtime.solvers import compile_table, resolve_solver
 from .agreement import (
@@ -32,7 +33,6 @@ from .checkpoint import (
 from .facts import denoiser_facts
 from .foreign_graph import is_foreign
 from .lora import fuse, read_lora, require_used
-from .lora_names import PARTS
 from .plan import ExportPlan
 from .publish import require_free
 from .single_file import read_single_file

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from ..runtime.errors import CheckpointError, ExportError
+from ..runtime.safetensors_files import read_json
 from .graph import quiet
 from .samples import PROMPTS
-from .weights import copy_source, read_json
+from .weights import copy_source
 
 TOKENIZER_JSON = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"

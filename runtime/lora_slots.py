@@ -4,13 +4,15 @@ A module that has slots adds (x · down) · scale · up to what it makes of x. W
 `down` and row of `up` belongs to one slot; slots without a LoRA hold zeros and change nothing.
 
 lora_scale: (S·R,) float32.
-lora_down/MODULE: (in, S·R), lora_up/MODULE: (S·R, out), in the precision the graph has there.
+lora_down/MODULE: (in, S·R), of a convolution that looks at more than one place (S·R, in, height, width);
+lora_up/MODULE: (S·R, out), both in the precision the graph has there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +34,7 @@ Float32 = npt.NDArray[np.float32]
 class LowRank:
     """A change of one module's weight, up · down, with what its file scales it by already in `up`.
 
-    down: (r, in) float32. up: (out, r) float32.
+    down: (r, in) float32, a convolution's (r, in · height · width). up: (out, r) float32.
     """
 
     down: Float32
@@ -75,14 +77,19 @@ def slot_inputs(inputs: Sequence[TensorSpec], rank: int, adapters: Sequence[Adap
         begin = slot * rank
         arrays[LORA_SCALE][begin : begin + rank] = number
         for module, change in adapter.changes.items():
-            down, up = _slices(arrays, adapter.name, module, rank, change)
+            down, up = _by_rank(arrays, adapter.name, module, rank, change)
             end = begin + len(change.down)
-            down[:, begin:end], up[begin:end] = change.down.T, change.up.T
+            down[begin:end], up[begin:end] = change.down.reshape(-1, *down.shape[1:]), change.up.T
     return arrays
 
 
-def _slices(arrays: Mapping[str, Array], name: str, module: str, rank: int, change: LowRank) -> tuple[Array, Array]:
-    """A module's two arrays, after a look at whether the change fits them."""
+def module_of(node: str) -> str:
+    """The module that a node belongs to by its name: `mid_block.attentions.0.proj_in` of `…proj_in/Conv`."""
+    return node.rpartition("/")[0].strip("/").replace("/", ".")
+
+
+def _by_rank(arrays: Mapping[str, Array], name: str, module: str, rank: int, change: LowRank) -> tuple[Array, Array]:
+    """Views of a module's two arrays with the rank first, after a look at whether the change fits them."""
     where = f"loras: {name}: {module}"
     if LORA_DOWN + module not in arrays:
         modules = [one.removeprefix(LORA_DOWN) for one in arrays if one.startswith(LORA_DOWN)]
@@ -92,10 +99,9 @@ def _slices(arrays: Mapping[str, Array], name: str, module: str, rank: int, chan
         remedy = "Build the engine with a larger --lora-rank."
         raise RequestError(where, "rank", got=len(change.down), expected=f"at most {rank}", remedy=remedy)
     down, up = arrays[LORA_DOWN + module], arrays[LORA_UP + module]
-    got, expected = (
-        (change.down.shape, change.up.shape),
-        ((len(change.down), len(down)), (up.shape[1], len(change.down))),
-    )
+    down = down.T if down.ndim == 2 else down
+    got = change.down.shape, change.up.shape
+    expected = (len(change.down), prod(down.shape[1:])), (up.shape[1], len(change.down))
     if got != expected:
         raise RequestError(where, "shapes of down and up", got=got, expected=str(expected))
     return down, up

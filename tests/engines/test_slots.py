@@ -20,7 +20,7 @@ from tandemrt.runtime import manifest as manifests
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.errors import ArgumentError, BundleError, RequestError
-from tandemrt.runtime.lora_slots import LORA_DOWN, LORA_SCALE, LORA_UP, Adapter, LowRank, slot_inputs
+from tandemrt.runtime.lora_slots import LORA_DOWN, LORA_SCALE, LORA_UP, Adapter, LowRank, module_of, slot_inputs
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.plan import Schedule, compile_plan
 
@@ -54,14 +54,13 @@ def adapter(session: Session, seed: int, rank: int, scale: float) -> Adapter:
     """A change of every module that has slots."""
     random = np.random.default_rng(seed)
     widths = {one.name: one.shape for one in session.inputs}
-    modules = [name.removeprefix(LORA_DOWN) for name in widths if name.startswith(LORA_DOWN)]
-    changes = {
-        module: LowRank(
-            0.1 * random.standard_normal((rank, widths[LORA_DOWN + module][0]), np.float32),
-            0.1 * random.standard_normal((widths[LORA_UP + module][1], rank), np.float32),
-        )
-        for module in modules
-    }
+    changes = {}
+    for name, shape in widths.items():
+        if name.startswith(LORA_DOWN):
+            module = name.removeprefix(LORA_DOWN)
+            read = shape[1:] if len(shape) == 4 else shape[:1]
+            down, up = (rank, int(np.prod(read))), (widths[LORA_UP + module][1], rank)
+            changes[module] = LowRank(*(0.1 * random.standard_normal(size, np.float32) for size in (down, up)))
     return Adapter(f"adapter {seed}", changes, scale)
 
 
@@ -70,7 +69,7 @@ def fused(model: onnx.ModelProto, adapters: list[Adapter]) -> onnx.ModelProto:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     weights = {tensor.name: tensor for tensor in copy.graph.initializer}
     for node in copy.graph.node:
-        module = node.name.rpartition("/")[0]
+        module = module_of(node.name)
         tensor = weights.get(node.input[1]) if len(node.input) > 1 else None
         changes = [
             one.scale * one.changes[module].up @ one.changes[module].down for one in adapters if module in one.changes
@@ -137,6 +136,29 @@ def test_folded_step_engines_have_slots(shapes_bundle: Path, tmp_path: Path) -> 
     assert np.abs(ended[0] - ended[1]).max() > 0.01
     few = folded(slotted, timesteps, source)
     assert sum(node.op_type in ("Sin", "Cos") for node in few.graph.node) == 0
+
+
+STRIDED = """
+<ir_version: 10, opset_import: ["": 20]>
+strided (float[batch, 3, height, width] x) => (float[batch, 4, h, w] y)
+{
+  y = Conv<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 0, 1, 2], dilations = [1, 2]>(x, w, b)
+}
+"""
+
+
+@pytest.mark.parametrize("opened", [on_onnxruntime, on_openvino])
+def test_a_convolution_keeps_its_strides_pads_and_dilations(tmp_path: Path, opened: Open) -> None:
+    random, graph = np.random.default_rng(5), onnx.parser.parse_model(STRIDED)
+    for name, shape in (("w", (4, 3, 3, 3)), ("b", (4,))):
+        graph.graph.initializer.append(numpy_helper.from_array(random.standard_normal(shape, np.float32), name))
+    graph.graph.node[0].name = "/down/conv/Conv"
+    slotted = opened(write_graph(lora_slots(graph, slots=SLOTS, rank=RANK), tmp_path, tmp_path))
+    assert {one.name: one.shape for one in slotted.inputs}[LORA_DOWN + "down.conv"] == (SLOTS * RANK, 3, 3, 3)
+    x, one = random.standard_normal((2, 3, 9, 8), np.float32), adapter(slotted, 1, RANK - 1, 0.5)
+    got = run(slotted, {"x": x, **slot_inputs(slotted.inputs, RANK, [one])})
+    expected = run(opened(write_graph(fused(graph, [one]), tmp_path / "fused", tmp_path)), {"x": x})
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 TEXT = """

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tandemrt.export.original_names import original_unet_names
 from tandemrt.export.weights import SafetensorsFile, read_header
+from tandemrt.runtime.original_names import original_unet_names
 
 Tensors = dict[str, Tensor]
 FLAT_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}

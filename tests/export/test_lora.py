@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tandemrt.export.lora import fuse, read_lora, require_used
-from tandemrt.export.original_names import original_unet_names
 from tandemrt.export.presets import models as presets
 from tandemrt.export.random_checkpoint import build
 from tandemrt.export.weights import Weights, read_header
+from tandemrt.runtime.original_names import original_unet_names
 
 from .lora_files import (
     Adapters,

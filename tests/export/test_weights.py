@@ -13,14 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tandemrt.export.weights import (
-    MAX_HEADER_BYTES,
-    parameters,
-    read_header,
-    read_json,
-    source_digest,
-)
+from tandemrt.export.weights import parameters, read_header, source_digest
 from tandemrt.runtime.errors import CheckpointError
+from tandemrt.runtime.safetensors_files import MAX_HEADER_BYTES, read_json
 
 STEM = "diffusion_pytorch_model"
 

@@ -10,8 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import count, takewhile
 
-from .original_layout import UNET_IN_RESNETS, UNET_OUTSIDE_BLOCKS
-
+UNET_OUTSIDE_BLOCKS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+UNET_IN_RESNETS = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 _IN_RESNETS = {new: old for old, new in UNET_IN_RESNETS.items()}
 _OUTSIDE_BLOCKS = {
     **{new: old for old, new in UNET_OUTSIDE_BLOCKS.items()},

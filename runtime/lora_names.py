@@ -38,17 +38,17 @@ _IN_OLD_ATTENTION = {
 }
 
 
-def spellings(tensors: Iterable[str], part: PartName) -> dict[str, str]:
-    """Every name that a LoRA's file may give a module of `part`, and the weight it means, of those in `tensors`."""
-    weights = {name.removesuffix(".weight"): name for name in tensors if name.endswith(".weight")}
-    originals = original_unet_names(weights) if part == "unet" else {}
+def spellings(modules: Iterable[str], part: PartName) -> dict[str, str]:
+    """Every name that a LoRA's file may give a module of `part`, and the module it means, of those there are."""
+    there = tuple(modules)
+    originals = original_unet_names(there) if part == "unet" else {}
     found: dict[str, str] = {}
-    for module, weight in weights.items():
+    for module in there:
         plain = tuple(_published_names(module, part))
         dotted = (*plain, *(old for name in plain for old in _old_names(name)))
-        found |= {prefix + name: weight for prefix in _PREFIXES[part] for name in dotted}
+        found |= {prefix + name: module for prefix in _PREFIXES[part] for name in dotted}
         flat = (*plain, *([originals[module]] if module in originals else ()))
-        found |= {prefix + name.replace(".", "_"): weight for prefix in _FLAT_PREFIXES[part] for name in flat}
+        found |= {prefix + name.replace(".", "_"): module for prefix in _FLAT_PREFIXES[part] for name in flat}
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..runtime.errors import CheckpointError
+from .errors import CheckpointError
 from .lora_names import split_prefix
 
 METADATA_KEY = "lora_adapter_metadata"
