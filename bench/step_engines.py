@@ -29,9 +29,10 @@ from tandemrt.runtime.onnx_files import graph_tensors
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
-from tandemrt.runtime.step_sampler import StepSampler
+from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names
+from tandemrt.runtime.variant import Variant
 
 from .figures import markdown_table, spread, write_json, write_text
 from .loops import SCHEDULE, Float32, normal
@@ -197,10 +198,10 @@ def _pair(
     """Milliseconds a step of the loop and of a step engine, round by round, and how far their latents are apart."""
     shape, key, branch = _latent_shape(case.folder, options.latent), (_UNET, case.guided), _conditioning(case.folder)
     begun = normal(shape) * np.float32(case.plan.table.init_noise_sigma)
-    built_in = {_UNET: timesteps} if timesteps else None
+    variant = Variant(step="guided" if case.guided else "unguided", timesteps=tuple(timesteps))
     samplers = (
         Sampler(case.plan, {_UNET: loop}, {_UNET: Conditioning(branch, branch)}, begun.copy),
-        StepSampler(case.plan, {key: way}, {_UNET: _with_lora(branch, way)}, begun.copy, timesteps=built_in),
+        StepSampler(case.plan, {key: StepEngine(way, variant)}, {_UNET: _with_lora(branch, way)}, begun.copy),
     )
     steps: tuple[list[float], list[float]] = ([], [])
     for round_ in range(options.warm_up + options.repeats):

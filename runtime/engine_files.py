@@ -128,11 +128,17 @@ class Engine(Frozen, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An engine that fits: its folder and sidecar, and which of its profiles serves the call best."""
+    """An engine that fits: its folder and sidecar, which of its profiles serves the call best, and how wide that is."""
 
     folder: Path
     engine: Engine
     profile: int
+    width: int
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What orders engines that fit alike: the narrowest profile first, then the variant that costs least."""
+        return self.width, self.engine.ingredients.variant.cost, self.folder.name
 
 
 class _FormatOnly(msgspec.Struct):
@@ -281,29 +287,50 @@ def fitting_engine(
         EngineError: there is none, or none that fits, with the reason and the command that builds one.
         TargetError: the target's backend is not installed.
     """
-    cache, target = cache_folder(cache), target.of_component(bundle.component(component))
-    origin, weights = origin_of(bundle, component), weights_of(bundle, component)
     misfits: list[str] = []
-    fitting: list[tuple[tuple[Any, ...], Found]] = []
-    for folder, engine in cached_engines(cache):
-        if isinstance(engine, EngineError):
+    fitting: list[Found] = []
+    for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
+        if not engine.ingredients.variant.serves(variant):
             continue
-        made_of = engine.ingredients
-        if (made_of.origin, made_of.backend) != (origin, target.backend) or not made_of.variant.serves(variant):
-            continue
-        reason = _misfit(made_of, weights, target)
-        served = _serving(made_of, shapes)
-        if reason is None and served is not None:
-            order = served[0], made_of.variant.cost, folder.name
-            fitting.append((order, Found(folder, engine, served[1])))
+        found = None if reason else fitted(folder, engine, shapes)
+        if found is None:
+            misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(engine.ingredients, shapes or {})}")
         else:
-            misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(made_of, shapes or {})}")
+            fitting.append(found)
     if not fitting:
+        target = target.of_component(bundle.component(component))
         command = f"tandemrt build-engine {bundle.path} --target {target} --component {component}{variant.options}"
         remedy, wanted = f"Run `{command}`.", f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
         why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
-        raise EngineError(component, f"{why} (in {engines_folder(cache)})", remedy=remedy)
-    return min(fitting, key=lambda pair: pair[0])[1]
+        raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
+    return min(fitting, key=lambda found: found.order)
+
+
+def engines_of(
+    bundle: Bundle, component: str, target: Target, *, cache: Path | None = None
+) -> Iterator[tuple[Path, Engine, str | None]]:
+    """Every engine in the cache that was built from a component for a target's backend, in any variant.
+
+    With each comes why it does not run here, in words that follow its name; None where it does. target, cache: as of
+    `fitting_engine`.
+
+    Raises:
+        EngineError: as of `cached_engines`.
+        TargetError: the target's backend is not installed.
+    """
+    target = target.of_component(bundle.component(component))
+    origin, weights = origin_of(bundle, component), weights_of(bundle, component)
+    for folder, engine in cached_engines(cache_folder(cache)):
+        if isinstance(engine, Engine):
+            made_of = engine.ingredients
+            if (made_of.origin, made_of.backend) == (origin, target.backend):
+                yield folder, engine, _misfit(made_of, weights, target)
+
+
+def fitted(folder: Path, engine: Engine, shapes: Mapping[str, Shape] | None) -> Found | None:
+    """An engine with the narrowest of its profiles that takes these shapes; None where none does."""
+    served = _serving(engine.ingredients, shapes)
+    return None if served is None else Found(folder, engine, served[1], served[0])
 
 
 def profile_for(engine: Engine, shapes: Mapping[str, Shape]) -> int | None:

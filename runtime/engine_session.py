@@ -28,9 +28,7 @@ def open_component(bundle: Bundle, name: str, target: Target, threads: int | Non
         ExecutionError: the backend cannot load the graph.
         EngineError: the cache of engines is not the user's own, or there is no engine of the variant.
     """
-    asked = target.of_component(bundle.component(name))
-    if target.backend in ENGINES_ONLY:
-        asked = target_here(asked)
+    asked = engine_target(bundle, name, target)
     only_engines = target.backend in ENGINES_ONLY or variant != PLAIN
 
     def load(found: Found) -> Session:
@@ -42,6 +40,16 @@ def open_component(bundle: Bundle, name: str, target: Target, threads: int | Non
     if only_engines:
         return EngineSession(bundle, name, asked, load, variant=variant)
     return EngineSession(bundle, name, asked, load, graph) if has_engine(bundle, name, asked) else graph()
+
+
+def engine_target(bundle: Bundle, name: str, target: Target) -> Target:
+    """A component's target as engines are looked up for it here.
+
+    Raises:
+        TargetError: the target runs engines alone, and cannot here.
+    """
+    asked = target.of_component(bundle.component(name))
+    return target_here(asked) if target.backend in ENGINES_ONLY else asked
 
 
 class EngineSession:

@@ -29,6 +29,7 @@ class Timings:
 
     image_ms: making an image to start from and those of ControlNets ready. A model's first row has its binding in
     total_ms. What all of it took, `total_ms`, also holds the loading of models.
+    step_engines: whether the rows ran on step engines of the user's cache, one call each, or on the denoisers.
     """
 
     text_ms: float
@@ -36,6 +37,7 @@ class Timings:
     rows: tuple[RowTiming, ...]
     decode_ms: float
     total_ms: float
+    step_engines: bool
 
     @property
     def denoise_ms(self) -> float:
@@ -62,7 +64,8 @@ class Output:
 
     def __repr__(self) -> str:
         return (
-            f"<Output {len(self.images)} images, latents {self.latents.shape}, {self.timings.total_ms:.0f} ms, "
+            f"<Output {len(self.images)} images, latents {self.latents.shape}, {self.timings.total_ms:.0f} ms"
+            f"{' on step engines' if self.timings.step_engines else ''}, "
             f"seeds {self.seeds}, {len(self.dropped_text)} dropped texts, {self.plan!r}>"
         )
 

@@ -16,7 +16,7 @@ from PIL import Image
 from .arguments import did_you_mean, thread_count
 from .bundle import Bundle
 from .conditioning import check_conditioning, conditioned
-from .control import Control, Steering, checked_controls
+from .control import Control, checked_controls
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, RequestError
 from .images import Float32, image_from_pixels
@@ -26,7 +26,8 @@ from .output import Output, RowTiming, StepEvent, Timings
 from .plan import Plan, compile_plan
 from .request import Request
 from .request_checks import checked_array, require_known
-from .sampler import Sampler
+from .sampling import Rows, open_loop
+from .step_engines import StepEngines
 from .stream import Stream
 from .targets import Target, check_installed, check_runnable, parse_target
 
@@ -72,7 +73,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         self.bundle, self.target = bundle, target
-        self._models = Models(bundle, target, threads)
+        self._models, self._steps = Models(bundle, target, threads), StepEngines(bundle, target, threads)
 
     @classmethod
     def open(cls, bundle: str | Path, target: str = "auto", *, threads: int | None = None) -> Pipeline:
@@ -107,6 +108,7 @@ class Pipeline:
     def close(self) -> None:
         """Free the models; a second call does nothing, a generation after it is refused."""
         self._models.close()
+        self._steps.close()
 
     @_takes_request(Request)
     def __call__(self, request: Request) -> Output:
@@ -140,11 +142,11 @@ class Pipeline:
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
-        rows: list[RowTiming] = []
+        timings: list[RowTiming] = []
 
         def stop() -> None:
             if cancelled.is_set():
-                raise CancelledError("generation", f"cancelled after row {len(rows)} of {plan.table.rows}")
+                raise CancelledError("generation", f"cancelled after row {len(timings)} of {plan.table.rows}")
 
         stop()
         began = time.perf_counter()
@@ -157,28 +159,23 @@ class Pipeline:
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
         image_ms = _since(encoding)
-        sessions = {}
-        for name in names:
-            stop()
-            sessions[name] = models.session(name)
-        steering = Steering(job.controls, sessions, conditioning) if job.controls else None
-        conditioning = beginning.behind(conditioning)
-        sampler = Sampler(plan, sessions, conditioning, noise.draw, keep=beginning.keep, steering=steering)
+        rows = Rows(plan, beginning.behind(conditioning), noise.draw, beginning.keep, job.controls)
+        loop, fused = open_loop(rows, noise.shape, models, self._steps, before=stop)
         stop()
-        state = sampler.begin(beginning.latents)
-        for done in sampler.run(state):
-            rows.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms))
+        state = loop.begin(beginning.latents)
+        for done in loop.run(state):
+            timings.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms))
             wanted = request.previews and (done.row + 1) % request.previews == 0
             preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop)) if wanted else ()
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
-            yield StepEvent(done.row, plan.table.rows, step, timestep, rows[-1], preview)
+            yield StepEvent(done.row, plan.table.rows, step, timestep, timings[-1], preview)
             stop()
         decoding = time.perf_counter()
         wants_pixels = request.output_type != "latent"
         pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
-        timings = Timings(text_ms, image_ms, tuple(rows), _since(decoding), _since(began))
+        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused)
         images = _images(pixels) if request.output_type == "pil" else pixels
-        return Output(images, state.latents, timings, plan, noise.seeds, dropped)
+        return Output(images, state.latents, spent, plan, noise.seeds, dropped)
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
         """The decoder asked for; without a name the bundle's first, or its tiny one."""

@@ -122,12 +122,12 @@ class Sampler:
             np.add(prediction, output[:batch], out=prediction)
         else:
             prediction[...] = output
-        self._require_finite(prediction, state.row, "prediction", running)
+        require_finite(self._plan, state.row, "prediction", prediction, running)
         if row.draws_noise:
             noise[...] = self._draw_noise()
         for target, terms in zip(state.arrays, row.update, strict=True):
             _combine(terms, vectors, target, scratch)
-        self._require_finite(state.latents, state.row, "latent", running)
+        require_finite(self._plan, state.row, "latent", state.latents, running)
         if self._keep is not None:
             self._keep(state.row, state.latents)
         state.row += 1
@@ -144,22 +144,20 @@ class Sampler:
     def _running(self, bound: Bound, row: int) -> Sequence[Running]:
         return () if self._steering is None else self._steering.running(bound, row, guided=self._rows[row].guided)
 
-    def _require_finite(self, values: Float32, row: int, what: str, running: Sequence[Running]) -> None:
-        if _finite(values):
-            return
-        for one in running:
-            if not one.finite:
-                name = one.control.component
-                remedy = f"Lower its controlnet_conditioning_scale; if '{name}' is fp16, export it as fp32."
-                what = f"NaN or Inf in what the ControlNet makes, scaled by {one.control.scale:g}"
-                raise ExecutionError(_where(self._plan, row, name), what, remedy=remedy)
-        require_finite(self._plan, row, what, values)
 
+def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Sequence[Running]) -> None:
+    """Raise ExecutionError, which names the row and its denoiser or ControlNet, when `values` hold NaN or Inf.
 
-def require_finite(plan: Plan, row: int, what: str, values: Float32) -> None:
-    """Raise ExecutionError, which names the row and its denoiser, when `values` hold NaN or Inf."""
+    running: the row's ControlNets.
+    """
     if _finite(values):
         return
+    for one in running:
+        if not one.finite:
+            name = one.control.component
+            remedy = f"Lower its controlnet_conditioning_scale; if '{name}' is fp16, export it as fp32."
+            what = f"NaN or Inf in what the ControlNet makes, scaled by {one.control.scale:g}"
+            raise ExecutionError(_where(plan, row, name), what, remedy=remedy)
     name = plan.denoisers[row]
     raise ExecutionError(
         _where(plan, row, name),
@@ -168,6 +166,11 @@ def require_finite(plan: Plan, row: int, what: str, values: Float32) -> None:
         expected="finite values",
         remedy=f"Try another solver or guidance scale; if '{name}' is fp16, export it as fp32.",
     )
+
+
+def model_input(table: Table, row: int, vectors: Float32, out: Float32) -> None:
+    """Write what a row's denoiser is given, m · S, to `out`, from (x, h1 … hH) and whatever follows them."""
+    _combine(_terms(table.model_input[row].tolist()), vectors, out, np.empty(vectors.shape[1:], np.float32))
 
 
 def denoised_estimate(table: Table, row: int, vectors: Float32) -> Callable[[], Float32]:

@@ -4,51 +4,69 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from . import step_row as names
 from .backends.base import Array, Binding, Session, Shape
-from .binding import Conditioning
+from .binding import Bound, Conditioning
+from .control import Running, Steering, steer
 from .errors import BundleError, ExecutionError, PlanError
+from .manifest import TensorSpec
 from .plan import Plan
-from .sampler import SampledRow, State, denoised_estimate, require_finite
+from .sampler import SampledRow, State, denoised_estimate, model_input, require_finite
 from .shapes import evaluated
-from .tensors import spec_of
+from .tensors import TAKEN, spec_of
+from .variant import Variant
 
 Float32 = npt.NDArray[np.float32]
+Key = tuple[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEngine:
+    """A step engine, and what was made of the denoiser's graph: LoRA slots, time steps built in."""
+
+    session: Session
+    variant: Variant
 
 
 class StepSampler:
     """Carries a state through a plan on step engines, as `Sampler` does on denoisers; used by one thread at a time.
 
-    engines: by denoiser and whether both branches run, those the plan's rows want. ControlNets are not run: an
-        engine's residual inputs hold zeros, which change nothing.
-    conditioning, draw_noise, keep: as of `Sampler`.
-    timesteps: for the denoisers whose engines have a schedule's time steps built in, what these are.
+    engines: by denoiser and whether both branches run, those the plan's rows want.
+    conditioning, draw_noise, keep, steering: as of `Sampler`.
     """
 
     def __init__(
         self,
         plan: Plan,
-        engines: Mapping[tuple[str, bool], Session],
+        engines: Mapping[Key, StepEngine],
         conditioning: Mapping[str, Conditioning],
         draw_noise: Callable[[], Float32],
         *,
         keep: Callable[[int, Float32], None] | None = None,
-        timesteps: Mapping[str, Sequence[float]] | None = None,
+        steering: Steering | None = None,
     ) -> None:
+        """Nothing is allocated yet.
+
+        Raises:
+            BundleError: one is no step engine.
+            PlanError: the plan carries more history than an engine's state holds, or has a time step that is not among
+                those built into an engine.
+        """
         self._plan, self._engines, self._conditioning = plan, engines, conditioning
-        self._draw_noise, self._keep = draw_noise, keep
-        self._step_indices = _step_indices(plan, timesteps or {})
-        self._bound: dict[tuple[str, bool], Binding] = {}
+        self._draw_noise, self._keep, self._steering = draw_noise, keep, steering
+        self._step_indices = _step_indices(plan, engines)
+        self._bound: dict[Key, _BoundEngine] = {}
         self._coefficients = {
             history: [
                 (names.model_input_row(plan.table, row, history), names.update_row(plan.table, row, history))
                 for row in range(plan.table.rows)
             ]
-            for history in {_history(engine) for engine in engines.values()}
+            for history in {history_of(engine.session.inputs) for engine in engines.values()}
         }
 
     def begin(self, latents: Float32) -> State:
@@ -67,19 +85,20 @@ class StepSampler:
         vectors = np.zeros((len(state.arrays) + 1, *state.latents.shape), np.float32)
         while state.row < end:
             row, began = state.row, time.perf_counter()
-            model_ms = self._advance(state, vectors)
+            # What overflows is raised as an error that names the row, without numpy's warning before it.
+            with np.errstate(over="ignore", invalid="ignore"):
+                model_ms = self._advance(state, vectors)
             total_ms = (time.perf_counter() - began) * 1e3
             yield SampledRow(row, model_ms, total_ms, denoised_estimate(self._plan.table, row, vectors))
 
     def _advance(self, state: State, vectors: Float32) -> float:
-        """Run the state's row; returns the milliseconds its engine took."""
+        """Run the state's row; returns the milliseconds its engine took, with its ControlNets."""
         row, plan, entries = state.row, self._plan, len(state.arrays)
         key = plan.denoisers[row], plan.guided[row]
-        binding = self._bound.get(key) or self._bind(key, state.latents.shape)
-        inputs, outputs = binding.inputs, binding.outputs
-        history = len(inputs[names.STATE]) - 1
+        bound = self._bound.get(key) or self._bind(key, state.latents.shape)
+        inputs, outputs = bound.binding.inputs, bound.binding.outputs
         inputs[names.STATE][:entries] = vectors[:-1] = state.arrays
-        inputs[names.MODEL_INPUT][...], inputs[names.UPDATE][...] = self._coefficients[history][row]
+        inputs[names.MODEL_INPUT][...], inputs[names.UPDATE][...] = self._coefficients[bound.history][row]
         if "timestep" in inputs:
             inputs["timestep"].fill(plan.table.timesteps[row])
         if names.STEP_INDEX in inputs:
@@ -87,53 +106,105 @@ class StepSampler:
         if plan.table.draws_noise[row]:
             inputs[names.NOISE][...] = self._draw_noise()
         called = time.perf_counter()
-        binding.run()
+        running = self._steer(bound, row, vectors)
+        bound.binding.run()
         returned = time.perf_counter()
         vectors[-1] = outputs[names.PREDICTION]
-        require_finite(plan, row, "prediction", vectors[-1])
+        require_finite(plan, row, "prediction", vectors[-1], running)
         state.arrays[...] = outputs[names.NEXT_STATE][:entries]
-        require_finite(plan, row, "latent", state.latents)
+        require_finite(plan, row, "latent", state.latents, running)
         if self._keep is not None:
             self._keep(row, state.latents)
         state.row += 1
         return (returned - called) * 1e3
 
-    def _bind(self, key: tuple[str, bool], shape: tuple[int, ...]) -> Binding:
+    def _steer(self, bound: _BoundEngine, row: int, vectors: Float32) -> Sequence[Running]:
+        """Run the row's ControlNets on what the engine makes within itself: m · S, for one or both branches."""
+        denoiser = bound.denoiser
+        if self._steering is None:
+            return ()
+        guided = self._plan.guided[row]
+        running = self._steering.running(denoiser, row, guided=guided)
+        if running:
+            batch = vectors.shape[1]
+            model_input(self._plan.table, row, vectors, denoiser.sample[:batch])
+            if guided:
+                denoiser.sample[batch:] = denoiser.sample[:batch]
+        steer(running, denoiser, float(self._plan.table.timesteps[row]))
+        return running
+
+    def _bind(self, key: Key, shape: Shape) -> _BoundEngine:
         """An engine's buffers, with everything in place that no row changes."""
-        (name, guided), session = key, self._engines[key]
-        conditioning = self._conditioning[name]
-        given: dict[str, Array] = dict(conditioning.conditional)
-        if guided:
-            if conditioning.unconditional is None:
-                raise ExecutionError(name, "a guided row without an unconditional branch")
-            given = {one: np.concatenate([conditioning.unconditional[one], values]) for one, values in given.items()}
-            given[names.GUIDANCE_SCALE] = np.array([self._plan.guidance_scale], np.float32)
-        given.update(conditioning.whole)
-        if conditioning.channels is not None:
-            given[names.CHANNELS] = conditioning.channels
-        binding = session.bind(_shapes(name, session, given, shape, guided=guided))
+        (name, guided), session = key, self._engines[key].session
+        given = given_inputs(name, self._plan, self._conditioning[name], guided=guided)
+        binding = session.bind(input_shapes(name, session.inputs, given, shape, guided=guided))
         for one, values in given.items():
             binding.inputs[one][...] = values
-        self._bound[key] = binding
-        return binding
-
-
-def _history(engine: Session) -> int:
-    state = spec_of(engine.inputs, names.STATE)
-    if state is None or not isinstance(state.shape[0], int):
-        listed = ", ".join(spec.name for spec in engine.inputs)
-        raise BundleError(
-            "step engine", "inputs", got=listed, expected=f"{names.STATE} of a fixed first size among them"
+        residuals = TAKEN.names(binding.inputs) if TAKEN.mid in binding.inputs else ()
+        denoiser = Bound(
+            binding,
+            np.zeros((shape[0] * (1 + guided), *shape[1:]), np.float32),
+            binding.inputs.get("timestep", np.zeros(0, np.float32)),
+            tuple(binding.inputs[residual] for residual in residuals),
         )
+        self._bound[key] = _BoundEngine(binding, history_of(session.inputs), denoiser)
+        return self._bound[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundEngine:
+    """An engine's buffers; `denoiser` are those within it that ControlNets know, its sample apart from the engine."""
+
+    binding: Binding
+    history: int
+    denoiser: Bound
+
+
+def history_of(inputs: Sequence[TensorSpec]) -> int:
+    """How many earlier predictions the state of a step engine with these inputs holds.
+
+    Raises:
+        BundleError: they are no step engine's.
+    """
+    state = spec_of(inputs, names.STATE)
+    if state is None or not isinstance(state.shape[0], int):
+        listed = ", ".join(spec.name for spec in inputs)
+        expected = f"{names.STATE} of a fixed first size among them"
+        raise BundleError("step engine", "inputs", got=listed, expected=expected)
     return state.shape[0] - 1
 
 
-def _shapes(name: str, session: Session, given: Mapping[str, Array], shape: Shape, *, guided: bool) -> dict[str, Shape]:
-    """The shape of every input for latents of this shape."""
-    noise = spec_of(session.inputs, names.NOISE)
+def given_inputs(name: str, plan: Plan, conditioning: Conditioning, *, guided: bool) -> dict[str, Array]:
+    """What no row of a plan changes among a step engine's inputs.
+
+    Raises:
+        ExecutionError: a guided row without an unconditional branch.
+    """
+    given: dict[str, Array] = dict(conditioning.conditional)
+    if guided:
+        other = conditioning.unconditional
+        if other is None:
+            raise ExecutionError(name, "a guided row without an unconditional branch")
+        given = {one: np.concatenate([other[one], values]) for one, values in given.items()}
+        given[names.GUIDANCE_SCALE] = np.array([plan.guidance_scale], np.float32)
+    given.update(conditioning.whole)
+    if conditioning.channels is not None:
+        given[names.CHANNELS] = conditioning.channels
+    return given
+
+
+def input_shapes(
+    name: str, inputs: Sequence[TensorSpec], given: Mapping[str, Array], shape: Shape, *, guided: bool
+) -> dict[str, Shape]:
+    """The shape of each of a step engine's inputs, for what it is given and latents of this shape.
+
+    Raises:
+        BundleError: one does not follow from the latent's.
+    """
+    noise = spec_of(inputs, names.NOISE)
     sizes = {} if noise is None else {str(stated): size for stated, size in zip(noise.shape, shape, strict=True)}
     shapes: dict[str, Shape] = {}
-    for spec in session.inputs:
+    for spec in inputs:
         stated = evaluated(spec.shape, sizes)
         if spec.name in given:
             stated = given[spec.name].shape
@@ -145,19 +216,20 @@ def _shapes(name: str, session: Session, given: Mapping[str, Array], shape: Shap
     return shapes
 
 
-def _step_indices(plan: Plan, timesteps: Mapping[str, Sequence[float]]) -> dict[int, int]:
-    """For each row of a denoiser whose time steps are built in, which of them it is."""
+def _step_indices(plan: Plan, engines: Mapping[Key, StepEngine]) -> dict[int, int]:
+    """For each row whose engine has time steps built in, which of them it is."""
     indices = {}
-    for row, name in enumerate(plan.denoisers):
-        if name in timesteps:
-            timestep, built_in = float(plan.table.timesteps[row]), [float(one) for one in timesteps[name]]
-            if timestep not in built_in:
-                raise PlanError(
-                    f"{name}: row {row}",
-                    "a time step that the engine was not built for",
-                    got=timestep,
-                    expected=f"one of {', '.join(f'{one:g}' for one in built_in)}",
-                    remedy="Build the engine for this schedule, or without folded time steps.",
-                )
+    for row, key in enumerate(zip(plan.denoisers, plan.guided, strict=True)):
+        built_in = [float(one) for one in engines[key].variant.timesteps]
+        timestep = float(plan.table.timesteps[row])
+        if built_in and timestep not in built_in:
+            raise PlanError(
+                f"{key[0]}: row {row}",
+                "a time step that the engine was not built for",
+                got=timestep,
+                expected=f"one of {', '.join(f'{one:g}' for one in built_in)}",
+                remedy="Build the engine for this schedule, or without folded time steps.",
+            )
+        if built_in:
             indices[row] = built_in.index(timestep)
     return indices

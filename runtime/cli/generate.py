@@ -84,7 +84,8 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     count = len(result["images"])
     pictures = "1 picture" if count == 1 else f"{count} pictures"
-    yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}, seed {result['seed']}"
+    engines = ", step engines" if all(image["step_engines"] for image in result["images"]) else ""
+    yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class _Job:
                 "prompt": request["prompt"],
                 "seed": seed,
                 "timings": {name: round(value, 3) for name, value in spent.items()},
+                "step_engines": timings.step_engines,
             }
 
     def _texts(self, request: Mapping[str, Any], seed: int) -> dict[str, str]:

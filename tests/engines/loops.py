@@ -18,9 +18,10 @@ from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import Sampler, State
-from tandemrt.runtime.step_sampler import StepSampler
+from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names, spec_of
+from tandemrt.runtime.variant import Variant
 
 TOKENS = 6
 Open = Callable[[Path], Session]
@@ -53,12 +54,13 @@ def conditioning(manifest: Manifest, plan: Plan, batch: int = 1) -> dict[str, Co
     return made
 
 
-def engines(folder: Path, bundle: Path, plan: Plan, opened: Open, history: int = HISTORY) -> dict[Any, Session]:
+def engines(folder: Path, bundle: Path, plan: Plan, opened: Open, history: int = HISTORY) -> dict[Any, StepEngine]:
     """The step engines that the plan's rows want, composed into `folder`."""
     made = {}
     for name, guided in dict.fromkeys(zip(plan.denoisers, plan.guided, strict=True)):
         graph = step_graph(read_graph(bundle / name / "model.onnx"), guided=guided, history=history, where=name)
-        made[name, guided] = opened(write_graph(graph, folder / f"{name}_{guided}", bundle / name))
+        session = opened(write_graph(graph, folder / f"{name}_{guided}", bundle / name))
+        made[name, guided] = StepEngine(session, Variant(step="guided" if guided else "unguided"))
     return made
 
 
@@ -76,8 +78,8 @@ class Walk:
     def unfused(self, denoisers: Mapping[str, Session]) -> Sampler:
         return Sampler(self.plan, denoisers, self._given, self._noise)
 
-    def fused(self, steps: Mapping[tuple[str, bool], Session], **more: Any) -> StepSampler:
-        return StepSampler(self.plan, steps, self._given, self._noise, **more)
+    def fused(self, steps: Mapping[tuple[str, bool], StepEngine]) -> StepSampler:
+        return StepSampler(self.plan, steps, self._given, self._noise)
 
     def end(self, *samplers: Sampler | StepSampler) -> tuple[State, list[npt.NDArray[np.float32]]]:
         """The final state and each row's denoised estimate; several samplers share the rows evenly."""

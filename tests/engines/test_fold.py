@@ -19,8 +19,11 @@ from tandemrt.engines.fold import folded
 from tandemrt.engines.graph_files import read_graph, weight, write_graph
 from tandemrt.engines.step import step_graph
 from tandemrt.runtime import manifest as manifests
+from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.errors import ArgumentError, BundleError, PlanError
 from tandemrt.runtime.plan import Schedule, compile_plan
+from tandemrt.runtime.step_sampler import StepEngine
+from tandemrt.runtime.variant import Variant
 
 from ..runtime.tiny_bundle import denoiser
 from ..runtime.tiny_families import write_tiny_sdxl
@@ -115,14 +118,20 @@ def test_folded_step_engines_walk_their_schedule(shapes_bundle: Path, tmp_path: 
     engine = opened(write_graph(step_graph(tables, guided=True), tmp_path, source))
     walk = Walk(plan, conditioning(manifest, plan), latent_shape(manifest, plan))
     expected, _ = walk.end(walk.unfused(denoisers(shapes_bundle, plan)))
-    got, _ = walk.end(walk.fused({("unet_small", True): engine}, timesteps={"unet_small": timesteps}))
+    got, _ = walk.end(
+        walk.fused({("unet_small", True): StepEngine(engine, Variant(step="guided", timesteps=timesteps))})
+    )
     if opened is on_openvino:
         scale = np.abs(expected.latents).max()
         np.testing.assert_allclose(got.latents, expected.latents, rtol=0, atol=ON_OPENVINO * scale)
     else:
         np.testing.assert_array_equal(got.arrays, expected.arrays)
     with pytest.raises(PlanError, match="unet_small: row 0: a time step that the engine was not built for, got"):
-        walk.fused({("unet_small", True): engine}, timesteps={"unet_small": (1.0,)})
+        walk.fused(built_with(engine, (1.0,)))
+
+
+def built_with(engine: Session, timesteps: tuple[float, ...]) -> dict[tuple[str, bool], StepEngine]:
+    return {("unet_small", True): StepEngine(engine, Variant(step="guided", timesteps=timesteps))}
 
 
 def test_where_the_text_joins_only_what_comes_before_is_folded(tmp_path: Path) -> None:

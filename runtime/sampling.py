@@ -1,0 +1,105 @@
+"""How a plan's rows run: on step engines where the cache has all that they want, else on the denoisers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .backends.base import Shape
+from .binding import Conditioning
+from .control import Control, Steering
+from .manifest import TensorSpec
+from .models import Models
+from .plan import Plan
+from .sampler import SampledRow, Sampler, State
+from .step_engines import StepEngines, Wanted
+from .step_sampler import Key, StepSampler, given_inputs, input_shapes
+from .variant import PLAIN, Variant
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Loop(Protocol):
+    """Walks a plan's rows, whatever they run on; see `Sampler`."""
+
+    def begin(self, latents: Float32) -> State:
+        """The state before the first row."""
+
+    def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
+        """Advance `state` in place, row by row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a generation's rows are given.
+
+    conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
+    slots: by component, the LoRA slots that it must have; `PLAIN` where none are named.
+    """
+
+    plan: Plan
+    conditioning: Mapping[str, Conditioning]
+    draw_noise: Callable[[], Float32]
+    keep: Callable[[int, Float32], None] | None = None
+    controls: tuple[Control, ...] = ()
+    slots: Mapping[str, Variant] = field(default_factory=dict)
+
+
+def open_loop(
+    rows: Rows, shape: Shape, models: Models, engines: StepEngines, *, before: Callable[[], None]
+) -> tuple[Loop, bool]:
+    """The loop for latents of this shape with what it runs on loaded, and whether that is step engines.
+
+    ControlNets run beside either. Both compute the same numbers, on ONNX Runtime the same bits.
+
+    before: called before each model is loaded; what it raises ends the loading.
+
+    Raises:
+        ExecutionError: the models are closed, or one cannot be loaded.
+        EngineError: the target runs engines alone, and one is missing; or the cache is not the user's own.
+    """
+    plan, conditioning = rows.plan, rows.conditioning
+    steps = engines.load(_wanted(rows, shape), before=before)
+    names = [control.component for control in rows.controls] + ([] if steps else list(dict.fromkeys(plan.denoisers)))
+    sessions = {}
+    for name in names:
+        before()
+        sessions[name] = models.session(name, rows.slots.get(name, PLAIN))
+    steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
+    if steps is None:
+        return Sampler(plan, sessions, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), False
+    return StepSampler(plan, steps, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), True
+
+
+def _wanted(rows: Rows, shape: Shape) -> dict[Key, Wanted]:
+    """What the rows want of step engines, by denoiser and whether both branches run."""
+    plan = rows.plan
+    timesteps: dict[Key, list[float]] = {}
+    for key, timestep in zip(zip(plan.denoisers, plan.guided, strict=True), plan.table.timesteps.tolist(), strict=True):
+        timesteps.setdefault(key, []).append(timestep)
+    wanted = {}
+    for (name, guided), taken in timesteps.items():
+        variant = msgspec.structs.replace(
+            rows.slots.get(name, PLAIN), step="guided" if guided else "unguided", timesteps=tuple(dict.fromkeys(taken))
+        )
+        wanted[name, guided] = Wanted(variant, plan.table.history, _Shapes(rows, shape, name, guided))
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """The shapes of an engine's inputs in a call; see `input_shapes`."""
+
+    rows: Rows
+    shape: Shape
+    name: str
+    guided: bool
+
+    def __call__(self, inputs: Sequence[TensorSpec]) -> dict[str, Shape]:
+        given = given_inputs(self.name, self.rows.plan, self.rows.conditioning[self.name], guided=self.guided)
+        return input_shapes(self.name, inputs, given, self.shape, guided=self.guided)
