@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,31 @@ def weight(tensor: TensorProto, folder: Path) -> npt.NDArray[np.generic]:
     if tensor.data_location != TensorProto.EXTERNAL:
         values: npt.NDArray[np.generic] = numpy_helper.to_array(tensor)
         return values
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    path = _inside(folder, entries["location"])
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    with path.open("rb") as stream:
-        stream.seek(int(entries.get("offset", 0)))
-        raw = stream.read(count * dtype.itemsize)
-    if len(raw) != count * dtype.itemsize:
-        expected = f"{count * dtype.itemsize} bytes"
-        raise BundleError(str(path), f"weight {tensor.name!r}", got=f"{len(raw)} bytes", expected=expected)
+    raw = b"".join(external_bytes(tensor, folder))
     read: npt.NDArray[np.generic] = np.frombuffer(raw, dtype).reshape(tuple(tensor.dims))
     return read
+
+
+def external_bytes(tensor: TensorProto, folder: Path, chunk_bytes: int = 1 << 62) -> Iterator[bytes]:
+    """The bytes of an initializer that lie in a file of `folder`, so many at a time.
+
+    Raises:
+        BundleError: the file is outside the folder, not there, or shorter than the tensor says.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    path = _inside(folder, entries["location"])
+    item_bytes = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    left = wanted = int(np.prod(tensor.dims, dtype=np.int64)) * item_bytes
+    with path.open("rb") as stream:
+        stream.seek(int(entries.get("offset", 0)))
+        while left:
+            chunk = stream.read(min(left, chunk_bytes))
+            if len(chunk) != min(left, chunk_bytes):
+                got = f"{wanted - left + len(chunk)} bytes"
+                raise BundleError(str(path), f"weight {tensor.name!r}", got=got, expected=f"{wanted} bytes")
+            left -= len(chunk)
+            yield chunk
 
 
 def spec(value: onnx.ValueInfoProto, where: str) -> TensorSpec:

@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, cast
 
@@ -50,8 +50,8 @@ COMMANDS: Mapping[str, Entry] = {
 class Command(Protocol):
     """What a command's module offers.
 
-    It may also have `plan_facts(plan)`, what `--print-plan` shows where that is more than the plan's fields, and
-    `summary(result)`, the lines a person is shown of what `run` returned.
+    It may also have `plan_facts(plan)`, what `--print-plan` shows where that is more than the plan's fields,
+    `summary(result)`, the lines a person is shown of what `run` returned, and `status(result)`, the exit status.
     """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -173,7 +173,8 @@ def _execute(command: Command, namespace: argparse.Namespace) -> int:
             lines: Iterable[str] = command.summary(result)
             for line in lines:
                 reporter.line(line)
-    return 0
+    status: Callable[[Mapping[str, Any]], int] | None = getattr(command, "status", None)
+    return 0 if status is None else status(result)
 
 
 def _named_command(arguments: Sequence[str]) -> str:

@@ -15,10 +15,12 @@ from ..arguments import did_you_mean
 from ..bundle import Bundle
 from ..errors import ArgumentError, BundleError
 from ..manifest import Evidence
+from . import verify_layers
 from .columns import aligned
 from .inspect_bundle import size_text
 from .reporter import Reporter
 from .values import SHORT_FOR, parse_sources
+from .verify_layers import LayersPlan
 
 DIGESTS = "the folder holds the files of the manifest and no others, each of its size and sha256"
 
@@ -26,6 +28,7 @@ EPILOG = """\
 examples:
   tandemrt verify bundle/
   tandemrt verify bundle/ --checkpoint stable-diffusion-v1-5/ --small small-sd/ --lora style.safetensors:0.6
+  tandemrt verify bundle/ --layers --target openvino:cpu:bf16 --component unet
 """
 
 
@@ -35,6 +38,7 @@ class VerifyPlan:
 
     checkpoint: what the bundle was exported from, where that is to be compared. added: further sources by component.
     tokenizer, denoiser, vae, loras (FILE:SCALE), allow_pickle: as they were given to the export.
+    layers: what to compare layer by layer instead.
     """
 
     bundle: Path
@@ -45,6 +49,7 @@ class VerifyPlan:
     vae: Path | None = None
     loras: tuple[str, ...] = ()
     allow_pickle: bool = False
+    layers: LayersPlan | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA that was fused, in the same order"
     )
     group.add_argument("--allow-pickle", action="store_true", help="read .bin weights where there are no others")
+    verify_layers.add_arguments(parser)
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
@@ -82,10 +88,14 @@ def plan_from_arguments(namespace: argparse.Namespace) -> VerifyPlan:
     if (added or others) and namespace.checkpoint is None:
         remedy = "Give --checkpoint as well: its text encoder and VAE make the inputs of the comparison."
         raise ArgumentError("--checkpoint", "not given beside other sources", remedy=remedy)
+    layers = verify_layers.plan_from_arguments(namespace)
+    if layers is not None and namespace.checkpoint is not None:
+        raise ArgumentError("--layers", "given beside --checkpoint", remedy="Run the two one after the other.")
     return VerifyPlan(
         namespace.bundle,
         namespace.checkpoint,
         added,
+        layers=layers,
         tokenizer=namespace.tokenizer,
         denoiser=namespace.denoiser,
         vae=namespace.vae,
@@ -101,8 +111,11 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
         BundleError: the bundle is damaged, or a component is farther from PyTorch than its threshold.
         ArgumentError: a source is given for a component the bundle has not.
         CheckpointError: a source is not what the component was exported from.
+        TandemError: see `verify_layers.run`.
     """
     bundle = Bundle.open(plan.bundle)
+    if plan.layers is not None:
+        return verify_layers.run(plan.layers, bundle, reporter)
     components = bundle.manifest.components
     unknown = [name for name in plan.added if name not in components]
     if unknown:
@@ -125,7 +138,15 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
     }
 
 
+def status(result: Mapping[str, Any]) -> int:
+    """The exit status of a comparison that could be made: 1 where a layer diverges."""
+    return int(any(one["diverges"] for one in result.get("layers", ())))
+
+
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    if "layers" in result:
+        yield from verify_layers.summary(result)
+        return
     yield f"{result['path']}: {result['files']} files, {size_text(result['size_bytes'])}, digest {result['digest']}"
     yield f"checked: {result['digests']}"
     if result["parity"]:

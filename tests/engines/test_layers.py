@@ -1,0 +1,191 @@
+"""Layer by layer against ONNX Runtime in float32: a divergence that was planted is found at its very node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tandemrt.engines import layers
+from tandemrt.engines.build import ensure_engine
+from tandemrt.engines.cache import records_of
+from tandemrt.engines.layer_graphs import batches, giving, values_of
+from tandemrt.engines.layer_inputs import recorded_inputs
+from tandemrt.engines.layers import compare_layers, relative_error
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
+from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.targets import parse_target
+
+from ..runtime.tiny_bundle import resign
+from ..runtime.tiny_families import (
+    write_tiny_control,
+    write_tiny_editing,
+    write_tiny_lcm,
+    write_tiny_sd3,
+    write_tiny_sdxl,
+)
+from .conftest import Requests
+from .test_build import VERSIONS, silent
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def edited(source: Path, folder: Path, edit: Callable[[onnx.ModelProto], None], precision: str = "fp32") -> Bundle:
+    """A copy of a bundle with another graph of its unet."""
+    shutil.copytree(source, folder)
+    model = onnx.load(folder / "unet" / "model.onnx")
+    edit(model)
+    onnx.save(model, folder / "unet" / "model.onnx")
+
+    def stated(manifest: Manifest) -> Manifest:
+        unet = msgspec.structs.replace(manifest.components["unet"], precision=precision)
+        return msgspec.structs.replace(manifest, components={**manifest.components, "unet": unet})
+
+    resign(folder, stated)
+    return Bundle.open(folder)
+
+
+def overflow(model: onnx.ModelProto) -> None:
+    """Let the first convolution's result pass through float16, multiplied and divided by what makes it overflow."""
+    for name, value in (("much", 3e4), ("back", 1 / 3e4)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float16), name))
+    place = next(index for index, node in enumerate(model.graph.node) if node.op_type == "Conv")
+    result = model.graph.node[place].output[0]
+    model.graph.node[place].output[0] = "convolved"
+    added = [
+        helper.make_node("Cast", ["convolved"], ["half"], name="half/Cast", to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["half", "much"], ["large"], name="grown/Mul"),
+        helper.make_node("Mul", ["large", "back"], ["again"], name="shrunk/Mul"),
+        helper.make_node("Cast", ["again"], [result], name="whole/Cast", to=TensorProto.FLOAT),
+    ]
+    for offset, node in enumerate(added, 1):
+        model.graph.node.insert(place + offset, node)
+
+
+def test_a_weight_that_changed_in_an_engine_is_found(
+    tiny: Bundle, requests: Requests, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    folder = ensure_engine(request, cache, silent, VERSIONS).folder
+    whole = compare_layers(tiny, "unet", parse_target("onnxruntime:cpu"), SIZE, silent)
+    assert (whole.engine, whole.first, whole.diverges) == (str(folder), None, False)
+    assert whole.compared > 5
+    path = folder / "model.onnx"
+    model = onnx.load(path)
+    node = next(one for one in model.graph.node if one.name == "mul_10/Mul")
+    (tensor,) = (one for one in model.graph.initializer if one.name == node.input[1])
+    tensor.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(model, path)
+    engine = read_sidecar(folder)
+    signed = msgspec.structs.replace(engine, files=records_of(folder, tuple(engine.files)))
+    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(signed))
+    monkeypatch.setattr(layers, "BATCH_BYTES", 1)  # every value read alone
+    changed = compare_layers(tiny, "unet", parse_target("onnxruntime:cpu"), SIZE, silent)
+    assert changed.diverges and changed.compared == whole.compared
+    assert changed.first is not None
+    assert (changed.first.node, changed.first.op, changed.first.tensor) == ("mul_10/Mul", "Mul", "mul_10")
+    assert changed.first.relative_error == pytest.approx(0.1, rel=0.01)
+
+
+def test_an_overflow_in_float16_is_found(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = edited(tiny_path, tmp_path / "bundle", overflow, "fp16")
+    command = ["verify", str(bundle.path), "--layers", "--target", "onnxruntime:cpu", "--component", "unet"]
+    assert main([*command, "--json", "--size", "64"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["layers"]
+    assert found["precision"] == "fp16" and found["diverges"] is True
+    assert found["first"] == {
+        "tensor": "large", "node": "grown/Mul", "op": "Mul", "shape": [1, 8, 8, 8], "relative_error": None
+    }  # fmt: skip
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "unet on onnxruntime:cpu:fp16, the bundle's graph: 16 values compared, fp16 may be off by 0.02" in printed
+    assert "first over it: grown/Mul (Mul), large (1, 8, 8, 8): NaN or Inf" in printed
+
+
+def test_openvino_departs_nowhere_in_fp32(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_path), "--layers", "--target", "openvino:cpu:fp32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    assert [one["component"] for one in found] == list(Bundle.open(tiny_path).manifest.components)
+    for one in found:
+        assert (one["diverges"], one["first"], one["threshold"]) == (False, None, 1e-3)
+        assert one["compared"] >= 4
+        assert 0 < max(difference["relative_error"] for difference in (*one["outputs"], *one["worst"])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "write", [write_tiny_sdxl, write_tiny_sd3, write_tiny_lcm, write_tiny_editing, write_tiny_control]
+)
+def test_every_component_is_given_what_a_generation_gives_it(write: Callable[[Path], Manifest], tmp_path: Path) -> None:
+    write(tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    for name, component in bundle.manifest.components.items():
+        given = recorded_inputs(bundle, name, (bundle.manifest.defaults.width, bundle.manifest.defaults.height))
+        assert given.keys() == {spec.name for spec in component.inputs}
+        assert all(np.isfinite(array).all() for array in given.values())
+        assert all(array.any() for key, array in given.items() if "residual" not in key and "time_ids" not in key)
+
+
+def test_neighbours_share_a_run_as_long_as_they_fit(tiny: Bundle) -> None:
+    model = onnx.load(tiny.model_path("vae_decoder"))
+    values = values_of(model, {"latent_sample": (1, 4, 8, 8)})
+    assert [value.size_bytes for value in values] == [4 * 64 * 64 * channels for channels in (8, 8, 3, 3)]
+    sizes = [tuple(value.kind for value in batch) for batch in batches(values, values[0].size_bytes)]
+    assert sizes == [("ConvTranspose",), ("Tanh",), ("Conv", "Tanh")]
+    early = giving(model, values[:1], {})
+    assert [node.op_type for node in early.graph.node] == ["ConvTranspose"]
+    assert [value.name for value in early.graph.output] == [values[0].name]
+
+
+def test_what_counts_as_a_difference() -> None:
+    numbers = np.array([1.0, -4.0, 0.5], np.float32)
+    assert relative_error(numbers + np.float32(0.4), numbers) == pytest.approx(0.1)
+    assert relative_error(np.array([1.0, np.inf, 0.5], np.float32), numbers) is None
+    assert relative_error(numbers[:2], numbers) is None
+    masked, other = np.array([1.0, -3.4e38], np.float32), np.array([1.0, -np.inf], np.float32)
+    assert relative_error(other, masked) == 0.0
+    assert relative_error(np.zeros(3, np.float32), np.zeros(3, np.float32)) == 0.0
+    assert relative_error(numbers, np.zeros(3, np.float32)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--layers"], 2, "--layers: needs --target TARGET"),
+        (["--target", "openvino:cpu"], 2, "--target: given without --layers"),
+        (["--layers", "--target", "openvino:cpu", "--checkpoint", "x"], 2, "--layers: given beside --checkpoint"),
+        (["--layers", "--target", "openvino:cpu", "--component", "unet_3"], 1, "'unet_3'"),
+        (["--layers", "--target", "openvino:gpu"], 1, "cannot run bundles on it"),
+        (["--layers", "--target", "openvino:cpu:fp16"], 1, "precision of the exported model, got 'fp32'"),
+        (["--layers", "--target", "onnxruntime:cpu", "--size", "9x"], 2, "--size: not a size"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    options: list[str], status: int, message: str, tiny_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tiny_path), *options]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_target_of_a_gpu_is_refused_without_one(
+    tiny_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tandemrt.runtime import targets  # noqa: PLC0415
+
+    monkeypatch.setattr(targets, "has_nvidia_driver", lambda: False)
+    assert main(["verify", str(tiny_path), "--layers", "--target", "tensorrt-rtx:sm89"]) == 1
+    assert "needs an NVIDIA GPU, and no NVIDIA driver is running here" in capsys.readouterr().err

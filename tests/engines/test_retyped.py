@@ -1,0 +1,126 @@
+"""Float16 graphs in other types: the numbers stay what they were, the inputs and outputs keep their types."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tandemrt.engines import retyped as module
+from tandemrt.engines.graph_files import read_graph, weight
+from tandemrt.engines.retyped import WEIGHTS_NAME, retyped, write_retyped
+from tandemrt.runtime.errors import BundleError
+
+WIDTH = 64
+
+
+def half_graph(folder: Path, width: int = WIDTH, *, beside: bool = True) -> Path:
+    """x · W in float16 plus constants, then an island: Softmax in float32. Input and output are float16."""
+    weights = np.random.default_rng(0).standard_normal((width, width)).astype(np.float16)
+    island = np.linspace(0, 1, width).astype(np.float32)
+    shift = numpy_helper.from_array(np.array(0.5, np.float16))
+    nodes = [
+        helper.make_node("MatMul", ["x", "weights"], ["product"]),
+        helper.make_node("Constant", [], ["shift"], value=shift),
+        helper.make_node("Add", ["product", "shift"], ["sum"]),
+        helper.make_node(
+            "ConstantOfShape", ["size"], ["filled"], value=helper.make_tensor("", TensorProto.FLOAT16, [1], [0.25])
+        ),
+        helper.make_node("Add", ["sum", "filled"], ["more"]),
+        helper.make_node("Cast", ["more"], ["more_float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["more_float", "island"], ["scaled"]),
+        helper.make_node("Softmax", ["scaled"], ["soft"]),
+        helper.make_node("Cast", ["soft"], ["y"], to=TensorProto.FLOAT16),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["rows", width]) for name in "xy"]
+    tensors = [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(island, "island")]
+    tensors.append(numpy_helper.from_array(np.array([width], np.int64), "size"))
+    graph = helper.make_graph(nodes, "halves", ends[:1], ends[1:], tensors)
+    graph.value_info.append(helper.make_tensor_value_info("sum", TensorProto.FLOAT16, ["rows", width]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    folder.mkdir(parents=True)
+    onnx.save(model, folder / "model.onnx", save_as_external_data=beside, location="weights.bin", size_threshold=128)
+    return folder / "model.onnx"
+
+
+def ran(model: Path) -> np.ndarray:
+    import onnxruntime  # noqa: PLC0415
+
+    x = np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float16)
+    return onnxruntime.InferenceSession(model).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_in_float32_the_numbers_stay(beside: bool, tmp_path: Path) -> None:
+    source = half_graph(tmp_path / "half", beside=beside)
+    made = write_retyped(read_graph(source), TensorProto.FLOAT, tmp_path / "whole", source.parent)
+    onnx.checker.check_model(made, full_check=True)
+    graph = onnx.load(made, load_external_data=False).graph
+    assert {tensor.data_type for tensor in graph.initializer} == {TensorProto.FLOAT, TensorProto.INT64}
+    assert [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)] == [TensorProto.FLOAT16] * 2
+    assert Counter(node.op_type for node in graph.node)["Cast"] == 4
+    found = ran(made)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, ran(source), rtol=1e-2)
+
+
+def test_in_bfloat16_nothing_is_float16_but_the_ends(tmp_path: Path) -> None:
+    source = half_graph(tmp_path / "half")
+    made = write_retyped(read_graph(source), TensorProto.BFLOAT16, tmp_path / "brain", source.parent)
+    typed = onnx.shape_inference.infer_shapes(onnx.load(made, load_external_data=False), strict_mode=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in typed.value_info}
+    brain, whole = TensorProto.BFLOAT16, TensorProto.FLOAT
+    assert types == {
+        "x_inside": brain, "product": brain, "shift": brain, "sum": brain, "filled": brain, "more": brain,
+        "more_float": whole, "scaled": whole, "soft": whole, "y_inside": brain,
+    }  # fmt: skip
+    before, after = (
+        {tensor.name: weight(tensor, path.parent) for tensor in read_graph(path).graph.initializer}
+        for path in (source, made)
+    )
+    assert after["weights"].dtype.name == "bfloat16"
+    np.testing.assert_allclose(after["weights"].astype(np.float32), before["weights"].astype(np.float32), rtol=2**-8)
+    np.testing.assert_array_equal(after["island"], before["island"])
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_weights_may_move_and_nothing_else_change(beside: bool, tmp_path: Path) -> None:
+    source = half_graph(tmp_path / "half", beside=beside)
+    made = write_retyped(read_graph(source), None, tmp_path / "moved", source.parent)
+    loaded = [onnx.load(path) for path in (made, source)]
+    for model in loaded:
+        for tensor in model.graph.initializer:
+            tensor.ClearField("data_location")  # which stays as a trace of the file
+    assert loaded[0] == loaded[1]
+    assert made.stat().st_size < 3000 < WIDTH**2 * 2 <= (tmp_path / "moved" / WEIGHTS_NAME).stat().st_size
+
+
+def test_the_graph_given_stays_as_it_is(tmp_path: Path) -> None:
+    graph = read_graph(half_graph(tmp_path / "half"))
+    before = graph.SerializeToString()
+    assert retyped(graph, TensorProto.BFLOAT16).SerializeToString() != before
+    assert graph.SerializeToString() == before
+
+
+def test_weights_are_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 1 << 16)
+    source = half_graph(tmp_path / "half", width=2048)
+    graph = read_graph(source)
+    tracemalloc.start()
+    write_retyped(graph, TensorProto.FLOAT, tmp_path / "whole", source.parent)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "whole" / WEIGHTS_NAME).stat().st_size >= 4 * 2048**2
+    assert peak < 1 << 20
+
+
+def test_weights_that_are_cut_off_are_refused(tmp_path: Path) -> None:
+    source = half_graph(tmp_path / "half")
+    (source.parent / "weights.bin").write_bytes(b"short")
+    with pytest.raises(BundleError, match=r"weight 'weights', got '5 bytes', expected '?8192 bytes"):
+        write_retyped(read_graph(source), TensorProto.FLOAT, tmp_path / "whole", source.parent)
