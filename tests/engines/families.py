@@ -1,10 +1,13 @@
-"""Whole families on every backend that builds here: each component is built, found, and gives its graph's numbers."""
+"""Whole families on every backend that builds here: each component is built, found, and gives its graph's numbers, and
+the pipeline on them paints the picture of the graphs."""
 
 from __future__ import annotations
 
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -13,13 +16,16 @@ import openvino
 from tandemrt.engines.build import Outcome, ensure_engine
 from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import default_profile, input_ranges
+from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import find_engine
-from tandemrt.runtime.targets import Target
+from tandemrt.runtime.targets import Target, probe_backends
 
 TARGETS = (Target("onnxruntime", "cpu"), Target("openvino", "cpu"), Target("tensorrt-rtx", "portable"))
 Arrays = dict[str, np.ndarray[Any, Any]]
 MAX_RELATIVE_ERROR = 1e-3
+# Of the picture to that of ONNX Runtime on the graphs, in fp32.
+MINIMUM_PSNR_DB = {"onnxruntime:cpu": 60.0, "openvino:cpu": 60.0, "openvino:cpu:bf16": 35.0}
 
 
 def require_engines(bundle: Bundle, cache: Path, components: tuple[str, ...] = ()) -> None:
@@ -40,10 +46,29 @@ def require_engines(bundle: Bundle, cache: Path, components: tuple[str, ...] = (
             require_close(ran_by_onnxruntime(outcome.folder / "model.onnx", feeds), expected[request.component])
         elif request.target.backend == "openvino":
             require_close(ran_by_openvino(outcome, feeds), expected[request.component])
+    with mock.patch.dict(os.environ, TANDEMRT_CACHE=str(cache)):
+        require_pictures(bundle)
 
 
 def here(request: Request) -> str:
     return "sm89" if request.target.device == "portable" else request.target.device
+
+
+def require_pictures(bundle: Bundle) -> None:
+    """Paint on every target that runs here, on its engines where there are any, and compare."""
+    with mock.patch.dict(os.environ, TANDEMRT_CACHE=os.devnull):
+        expected = painted(bundle, "onnxruntime:cpu")
+    here = {str(target) for status in probe_backends() for target in status.targets}
+    for target, minimum_db in MINIMUM_PSNR_DB.items():
+        if target in here:
+            error = np.mean(np.square(painted(bundle, target) - expected))
+            assert -10 * np.log10(max(error, 1e-20)) >= minimum_db, target
+
+
+def painted(bundle: Bundle, target: str) -> np.ndarray[Any, Any]:
+    settings = {"num_inference_steps": 2, "seed": 7, "output_type": "np"}
+    with Pipeline.open(bundle.path, target=target, threads=1) as pipeline:
+        return np.stack(pipeline("a red circle", **settings).images).astype(np.float64)
 
 
 def random_inputs(request: Request, bundle: Bundle) -> Arrays:
