@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tandemrt.engines.graph_files import read_graph, write_graph
+from tandemrt.engines.composed import composed
+from tandemrt.engines.graph_files import read_graph, spec, write_graph
 from tandemrt.engines.step import HISTORY, step_graph
 from tandemrt.runtime import manifest as manifests
 from tandemrt.runtime.binding import Conditioning
@@ -19,6 +20,7 @@ from tandemrt.runtime.errors import ArgumentError, BundleError, ExecutionError, 
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.plan import Schedule, compile_plan
 from tandemrt.runtime.solvers import SOLVERS
+from tandemrt.runtime.variant import Variant
 
 from ..runtime.tiny_bundle import denoiser, write_tiny_bundle
 from ..runtime.tiny_families import (
@@ -157,24 +159,34 @@ def test_openvino_runs_step_engines_with_parity(shapes_bundle: Path, tmp_path: P
     np.testing.assert_allclose(got.latents, expected.latents, rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_tensorrt_rtx_builds_step_engines(families: Callable[[str], Tiny], tmp_path: Path, guided: bool) -> None:
+@pytest.mark.parametrize("timesteps", [(), (999.0,), (999.0, 500.0)])
+@pytest.mark.parametrize("step", ["guided", "unguided"])
+def test_tensorrt_rtx_builds_step_engines(
+    families: Callable[[str], Tiny], tmp_path: Path, step: Literal["guided", "unguided"], timesteps: tuple[float, ...]
+) -> None:
     import tensorrt_rtx as trt  # noqa: PLC0415 — heavy
 
     bundle, _ = families("unet")
     path = bundle / "unet" / "model.onnx"
-    composed = write_graph(step_graph(read_graph(path), guided=guided), tmp_path, path.parent)
+    graph = composed(path, Variant(step=step, timesteps=timesteps), "unet")
+    file = write_graph(graph, tmp_path, path.parent)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
-    assert parser.parse_from_file(str(composed)), parser.get_error(0)
+    assert parser.parse_from_file(str(file)), parser.get_error(0)
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    inputs = [spec(value, "unet") for value in graph.graph.input]
+    assert network.num_inputs == len(inputs)
     sizes = {"batch": 1, "2*batch": 2, "sequence": 12, "height": 8, "width": 8}
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
         shape = [sizes[name] if size == -1 else size for name, size in zip(names, tensor.shape, strict=True)]
         profile.set_shape(tensor.name, shape, shape, shape)
+        # Its buffer is on the GPU then, as the runtime's are.
+        assert not tensor.is_shape_tensor
     config.add_optimization_profile(profile)
+    types = {network.get_input(index).name: trt.nptype(network.get_input(index).dtype) for index in range(len(inputs))}
+    assert types == {one.name: np.dtype(one.dtype) for one in inputs}
     assert builder.build_serialized_network(network, config).nbytes > 1000
 
 

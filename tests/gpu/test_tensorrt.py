@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tandemrt.bench.shapes.bundle import export_plan
-from tandemrt.engines import flavour
-from tandemrt.engines.build import ensure_engine
-from tandemrt.engines.plan import BuildPlan, requests_of
-from tandemrt.engines.profiles import parse_profile
 from tandemrt.export.bundle import export_bundle
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import find_engine
 from tandemrt.runtime.errors import EngineError, ExecutionError
-from tandemrt.runtime.targets import PORTABLE, Target, parse_target
+from tandemrt.runtime.targets import Target
 
 from ..interop.picture import psnr_db
-from .conftest import Painted
+from .conftest import FLAVOURS, Build, Painted, device_of
 
 pytestmark = pytest.mark.gpu
 
-FLAVOURS = [name for name in ("tensorrt-rtx", "tensorrt") if find_spec(name.replace("-", "_")) is not None]
 SHAPES = {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 24, 128)}
-Build = Callable[..., Bundle]
-
-
-@pytest.fixture
-def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
-    """Builds a bundle's engines for the GPU here into a cache of the test's own."""
-    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
-
-    def build(folder: Path, name: str, *components: str) -> Bundle:
-        bundle = Bundle.open(folder)
-        target = parse_target(f"{name}:{device_of(name)}")
-        plan = BuildPlan(bundle.path, (target,), tmp_path, components, (parse_profile("64:b1-b2"), parse_profile("96")))
-        for request in requests_of(plan, bundle):
-            ensure_engine(request, tmp_path, lambda *_: None, {"tandemrt": "0"})
-        return bundle
-
-    return build
-
-
-@pytest.fixture(params=FLAVOURS)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def device_of(name: str) -> str:
-    """What engines are built for: the architecture here, or every one where the flavour does not know it."""
-    here = cuda.device().architecture
-    known = name == "tensorrt" or hasattr(flavour.imported(name).ComputeCapability, here.upper())
-    return here if known else PORTABLE
 
 
 def opened(bundle: Bundle, name: str, component: str) -> TensorRtSession:
