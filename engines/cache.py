@@ -1,6 +1,6 @@
 """The cache of engines: a lock for each key, work beside the place, and one rename that publishes it whole.
 
-    <engines>/<key>          a whole engine
+    <engines>/<key>          a whole engine, and in `proof.json` when its files were last hashed
     <engines>/.<key>.lock    held (flock) by the one that builds it, and by its builder process
     <engines>/.<key>.part    what is being built; `.old`: a damaged engine on its way out
 
@@ -21,14 +21,34 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.engine_files import SIDECAR_NAME, Engine, check_engine_files, engines_folder, read_sidecar
+from ..runtime.engine_files import (
+    PROOF_NAME,
+    SIDECAR_NAME,
+    Engine,
+    check_engine_files,
+    engines_folder,
+    read_sidecar,
+)
 from ..runtime.errors import EngineError
 from ..runtime.manifest import FileRecord, file_sha256
 from .job import Progress
 
 POLL_S = 0.05
+# File systems' clocks go in steps of up to 10 ms: two changes within one look like one.
+_CLOCK_STEP_NS = 50_000_000
 _LITTER = re.compile(r"\.([0-9a-f]{64})\.(lock|part|old)")
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+# (sha256 that is wanted, size, time of the last write, time of the last change of any kind, inode)
+_Stamp = tuple[str, int, int, int, int]
+
+
+class _Proof(msgspec.Struct, frozen=True):
+    """What hashing the files of an engine said, and their stamps at that time."""
+
+    whole: bool
+    files: dict[str, _Stamp]
 
 
 class Claim:
@@ -47,6 +67,9 @@ class Claim:
         place, old = self._engines / self._key, self._engines / f".{self._key}.old"
         sidecar = msgspec.json.format(msgspec.json.encode(engine), indent=1) + b"\n"
         (self.part / SIDECAR_NAME).write_bytes(sidecar)
+        stamps = _stamps(self.part, engine)  # the engine's records were made of these very files
+        if stamps is not None:
+            _write_proof(self.part, _Proof(whole=True, files=stamps))
         for path in (*self.part.iterdir(), self.part):
             _sync(path)
         if os.path.lexists(place):
@@ -86,16 +109,62 @@ def claimed(cache: Path, key: str, progress: Progress) -> Iterator[Claim]:
 
 
 def cached(cache: Path, key: str) -> tuple[Path, Engine] | None:
-    """The engine of `key` if it is there and whole; a damaged one counts as none, since it is built anew."""
+    """The engine of `key` if it is there and whole; a damaged one counts as none, since it is built anew.
+
+    Files are hashed once: what came of it is kept beside them and holds as long as none is touched. What is loaded is
+    hashed each time nevertheless; see `find_engine`.
+    """
     place = engines_folder(cache) / key
     if not os.path.lexists(place):
         return None
     try:
         engine = read_sidecar(place)
-        check_engine_files(place, engine)
     except EngineError:
         return None
-    return place, engine
+    return (place, engine) if _is_whole(place, engine) else None
+
+
+def _is_whole(folder: Path, engine: Engine) -> bool:
+    before = _stamps(folder, engine)
+    known = _read_proof(folder)
+    if known is not None and known.files == before:
+        return known.whole
+    try:
+        check_engine_files(folder, engine)
+        whole = True
+    except EngineError:
+        whole = False
+    if before is not None and before == _stamps(folder, engine):
+        with contextlib.suppress(OSError):  # in a cache that cannot be written they are hashed each time
+            _write_proof(folder, _Proof(whole=whole, files=before))
+    return whole
+
+
+def _stamps(folder: Path, engine: Engine) -> dict[str, _Stamp] | None:
+    """What tells that a file was not touched; None where one is missing, or so new that a change may not show."""
+    stamps = {}
+    for name, record in engine.files.items():
+        try:
+            status = (folder / name).lstat()
+        except OSError:
+            return None
+        if abs(time.time_ns() - status.st_ctime_ns) < _CLOCK_STEP_NS:
+            return None
+        stamps[name] = (record.sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return stamps
+
+
+def _read_proof(folder: Path) -> _Proof | None:
+    try:
+        return msgspec.json.decode((folder / PROOF_NAME).read_bytes(), type=_Proof)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _write_proof(folder: Path, proof: _Proof) -> None:
+    part = folder / f".{PROOF_NAME}.part"  # one that a killed process left is written over
+    part.write_bytes(msgspec.json.encode(proof))
+    part.replace(folder / PROOF_NAME)
 
 
 def records_of(folder: Path, names: tuple[str, ...]) -> dict[str, FileRecord]:

@@ -14,6 +14,7 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ from .variant import PLAIN, Variant
 
 FORMAT = 1
 SIDECAR_NAME = "engine.json"
+PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -263,7 +265,13 @@ def find_engine(
         TargetError: the target's backend is not installed.
     """
     found = fitting_engine(bundle, component, target, shapes, cache=cache, variant=variant)
-    check_engine_files(found.folder, found.engine)
+    try:
+        check_engine_files(found.folder, found.engine)
+    except EngineError:
+        # Whatever the builder knows of these files is no longer true: building again is to help.
+        with suppress(OSError):
+            (found.folder / PROOF_NAME).unlink()
+        raise
     return found
 
 

@@ -1,0 +1,154 @@
+"""What the builder knows of engines in its cache: a hit costs no hashing, and nothing that was touched is a hit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tandemrt.engines import cache as caches
+from tandemrt.engines.build import changes, ensure_engine
+from tandemrt.engines.cache import cached
+from tandemrt.engines.plan import Request
+from tandemrt.runtime import engine_files
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import PROOF_NAME, find_engine
+from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.targets import Target
+
+from .conftest import Requests
+from .test_build import VERSIONS, silent
+
+FILE, WEIGHTS = "model.onnx", "model.onnx_data"
+
+
+@pytest.fixture
+def request_(requests: Requests) -> Request:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    return request
+
+
+@pytest.fixture
+def folder(request_: Request, tmp_path: Path) -> Path:
+    """An engine whose files are older than a step of the clock, and known to be whole."""
+    place = ensure_engine(request_, tmp_path, silent, VERSIONS).folder
+    time.sleep(2 * caches._CLOCK_STEP_NS / 1e9)
+    assert cached(tmp_path, request_.key) is not None
+    assert (place / PROOF_NAME).exists()
+    return place
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files that are hashed."""
+    names: list[str] = []
+    sha256 = engine_files.file_sha256
+    monkeypatch.setattr(engine_files, "file_sha256", lambda path: (names.append(path.name), sha256(path))[1])
+    return names
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(path.stat().st_size // 2)
+        byte = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte[0] ^ 1]))
+
+
+def flip_and_restore_times(path: Path) -> None:
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_mtime_ns, path.stat().st_size) == (before.st_mtime_ns, before.st_size)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def replace(path: Path) -> None:
+    before, other = path.stat(), path.with_name("other")
+    shutil.copy2(path, other)
+    flip_and_restore_times(other)
+    other.replace(path)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("other"))
+    path.symlink_to("other")
+
+
+def test_a_hit_hashes_nothing(
+    request_: Request, folder: Path, hashed: list[str], tiny_path: Path, tmp_path: Path
+) -> None:
+    assert not ensure_engine(request_, tmp_path, silent, VERSIONS).built
+    assert changes(request_, tmp_path) == ()
+    options = ["--target", "onnxruntime:cpu", "--component", "unet", "--cache", str(tmp_path)]
+    assert main(["build-engine", str(tiny_path), *options]) == 0
+    assert hashed == []
+
+
+def test_without_proof_a_command_hashes_once(
+    folder: Path, hashed: list[str], tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / PROOF_NAME).write_bytes(b'{"whole": true')
+    options = ["--target", "onnxruntime:cpu", "--component", "unet", "--cache", str(tmp_path)]
+    assert main(["build-engine", str(tiny_path), *options]) == 0
+    assert "was in the cache" in capsys.readouterr().out
+    assert hashed == [FILE, WEIGHTS]
+
+
+@pytest.mark.parametrize("harm", [flip, flip_and_restore_times, cut, replace, link, Path.unlink])
+def test_what_was_touched_is_built_anew(
+    harm: Callable[[Path], None], request_: Request, folder: Path, tmp_path: Path
+) -> None:
+    harm(folder / FILE)
+    assert cached(tmp_path, request_.key) is None
+    assert changes(request_, tmp_path) == (f"the engine in {folder} is damaged",)
+    assert ensure_engine(request_, tmp_path, silent, VERSIONS).built
+    assert cached(tmp_path, request_.key) is not None
+
+
+def test_a_damaged_engine_is_hashed_once(request_: Request, folder: Path, hashed: list[str], tmp_path: Path) -> None:
+    flip(folder / FILE)
+    time.sleep(2 * caches._CLOCK_STEP_NS / 1e9)
+    assert changes(request_, tmp_path) == (f"the engine in {folder} is damaged",)
+    assert ensure_engine(request_, tmp_path, silent, VERSIONS).built
+    assert hashed == [FILE]
+
+
+def test_what_was_touched_a_moment_ago_is_hashed_again(
+    request_: Request, folder: Path, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches, "_CLOCK_STEP_NS", 1 << 62)
+    assert cached(tmp_path, request_.key) is not None
+    assert cached(tmp_path, request_.key) is not None
+    assert hashed == [FILE, WEIGHTS] * 2
+
+
+def test_damage_that_loading_finds_is_repaired_by_the_next_build(
+    tiny: Bundle, request_: Request, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk may rot: the content is another, and nothing else tells."""
+    flip(folder / FILE)
+    whole = caches._Proof(whole=True, files={})
+    monkeypatch.setattr(caches, "_stamps", lambda *_: {})
+    caches._write_proof(folder, whole)
+    assert not ensure_engine(request_, tmp_path, silent, VERSIONS).built
+    with pytest.raises(EngineError, match=r"sha256, got .*Build the engine again\."):
+        find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+    assert ensure_engine(request_, tmp_path, silent, VERSIONS).built
+    find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+
+
+def test_a_whole_engine_is_hashed_when_it_is_loaded(
+    tiny: Bundle, folder: Path, hashed: list[str], tmp_path: Path
+) -> None:
+    find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+    assert hashed == [FILE, WEIGHTS]
