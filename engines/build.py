@@ -14,6 +14,7 @@ from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, cach
 from ..runtime.errors import EngineError
 from ..runtime.variant import PLAIN
 from .cache import Claim, cached, claimed, records_of
+from .flavour import BACKENDS
 from .job import Job, Progress
 from .plan import Request
 from .process import build_apart
@@ -84,13 +85,20 @@ def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping
 
 def _graph(request: Request, folder: Path) -> Path:
     """The graph to build from, made in `folder` where it is not the bundle's own."""
-    variant = request.ingredients.variant
-    if variant == PLAIN:
+    made_of, weights = request.ingredients, request.model.parent
+    in_bfloat16 = made_of.precision == "bf16" and made_of.backend in BACKENDS
+    if made_of.variant == PLAIN and not in_bfloat16:
         return request.model
-    from .composed import composed  # noqa: PLC0415 (onnx, of the extra `export`)
-    from .graph_files import write_graph  # noqa: PLC0415
+    from onnx import TensorProto  # noqa: PLC0415 (of the extra `engines`)
 
-    return write_graph(composed(request.model, variant, request.component), folder, request.model.parent)
+    from .composed import composed  # noqa: PLC0415
+    from .graph_files import write_graph  # noqa: PLC0415
+    from .retyped import write_retyped  # noqa: PLC0415
+
+    graph = composed(request.model, made_of.variant, request.component)
+    if in_bfloat16:
+        return write_retyped(graph, TensorProto.BFLOAT16, folder, weights)
+    return write_graph(graph, folder, weights)
 
 
 def changes(request: Request, cache: Path) -> tuple[str, ...] | None:

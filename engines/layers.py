@@ -133,7 +133,8 @@ class _Comparison:
         self._meant_graph = self._compiled_graph = _moved(own, TensorProto.FLOAT, self._meant)
         if compiled != own or bundle.component(name).precision != "fp32":
             self._compiled = folder / "compiled"
-            self._compiled_graph = _moved(compiled, None, self._compiled)
+            in_bfloat16 = target.precision == "bf16" and target.backend in ENGINES_ONLY
+            self._compiled_graph = _moved(compiled, TensorProto.BFLOAT16 if in_bfloat16 else None, self._compiled)
         self._types = {one.name: one for one in values_of(self._compiled_graph, self._shapes)}
         if compiled != own:  # of ONNX Runtime's own operators ONNX infers no types
             graphs = (read_graph(own).graph, self._compiled_graph.graph)

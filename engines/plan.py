@@ -135,21 +135,12 @@ def _target_of(target: Target, name: str, component: Component, bundle: Bundle) 
         TargetError: the component was not exported in the precision that the target asks for.
     """
     target = target.of_component(component)
-    as_it_is = f"{target.backend}:{target.device}:{component.precision}"
     if target.precision in _QUANTIZED and not _is_quantized(bundle.model_path(name)):
         raise TargetError(
             name,
             f"its graph quantizes nothing, and {target} computes in what the graph states",
             expected="QuantizeLinear and DequantizeLinear nodes",
-            remedy=f"Quantize the bundle first, or ask for {as_it_is}.",
-        )
-    if target.precision == "bf16" and target.backend != "openvino":
-        raise TargetError(
-            name,
-            f"precision of the exported model, and {target} computes in what the graph states",
-            got=component.precision,
-            expected="bf16",
-            remedy=f"Ask for {as_it_is}, or export with --dtype fp16 and ask for fp16.",
+            remedy=f"Quantize it first, or ask for {target.backend}:{target.device}:{component.precision}.",
         )
     target.check_precision(name, component.precision)
     return target

@@ -26,7 +26,8 @@ class Target:
     """Where a model runs: `backend:device:precision`. `reason` says why `auto` chose it.
 
     precision: that of the arithmetic, or None to take the bundle as it is. It lives in the graph: fp32 and fp16 ask for
-        a bundle exported so, bf16 for one in fp32, int8 and fp8 for denoisers that are quantized.
+        a bundle exported so, bf16 for one in fp32 (TensorRT's flavours: fp16), int8 and fp8 for denoisers that are
+        quantized.
     """
 
     backend: str
@@ -40,6 +41,8 @@ class Target:
     def check_precision(self, component: str, precision: str) -> None:
         """Raise TargetError when this target asks for another precision than `component` was exported in."""
         wanted = _EXPORTED_IN.get(self.precision or "", precision)
+        if self.precision == "bf16" and self.backend in ENGINES_ONLY:
+            wanted = "fp16"  # whose graph, islands and all, they are built from in the other type
         if wanted != precision:
             raise TargetError(
                 component,

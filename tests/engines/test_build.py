@@ -252,7 +252,10 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
             "tensorrt-rtx:sm89:fp16",
             r"text_encoder: precision of the exported model, got 'fp32', expected fp16.*--dtype fp16",
         ),
-        ("tensorrt-rtx:sm89:bf16", r"got 'fp32', expected bf16\. Ask for tensorrt-rtx:sm89:fp32, or "),
+        (
+            "tensorrt-rtx:sm89:bf16",
+            r"got 'fp32', expected fp16 for .*:bf16\. Ask for tensorrt-rtx:sm89:fp32, or .* --dtype fp16",
+        ),
         ("tensorrt-rtx:sm89:int8", r"unet: its graph quantizes nothing.*or ask for tensorrt-rtx:sm89:fp32"),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
         ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected of sm75, .*, or portable"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +11,17 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tandemrt.engines import retyped as module
+from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.graph_files import read_graph, weight
 from tandemrt.engines.retyped import WEIGHTS_NAME, retyped, write_retyped
 from tandemrt.runtime.errors import BundleError
+
+from .conftest import Requests
+from .test_build import VERSIONS, left_in, silent
+from .test_layers import edited
 
 WIDTH = 64
 
@@ -124,3 +131,27 @@ def test_weights_that_are_cut_off_are_refused(tmp_path: Path) -> None:
     (source.parent / "weights.bin").write_bytes(b"short")
     with pytest.raises(BundleError, match=r"weight 'weights', got '5 bytes', expected '?8192 bytes"):
         write_retyped(read_graph(source), TensorProto.FLOAT, tmp_path / "whole", source.parent)
+
+
+def halved(model: onnx.ModelProto) -> None:
+    """Let a float32 graph compute in float16 but for its sines, its inputs and outputs as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are small
+        half = convert_float_to_float16(model, keep_io_types=True, op_block_list=["Sin"])
+    model.CopyFrom(half)
+
+
+def test_tensorrt_rtx_builds_a_float16_bundle_in_bfloat16(tiny_path: Path, requests: Requests, tmp_path: Path) -> None:
+    bundle = edited(tiny_path, tmp_path / "bundle", halved, "fp16")
+    half, brain = (
+        requests(f"tensorrt-rtx:sm89:{precision}", components=("unet",), bundle=bundle)[0]
+        for precision in ("fp16", "bf16")
+    )
+    assert half.key != brain.key
+    engine = ensure_engine(brain, tmp_path / "cache", silent, VERSIONS).engine
+    assert engine.ingredients.precision == "bf16"
+    assert {spec.dtype for spec in (*engine.inputs, *engine.outputs)} == {"float32"}
+    assert left_in(tmp_path / "cache") == [brain.key]
+    precisions = {layer.precision for layer in engine.layers}
+    assert "bfloat16" in precisions or "bf16" in precisions, precisions
+    assert "half" not in precisions
