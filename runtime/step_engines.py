@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from .backends import open_engine
 from .backends.base import Session, Shape
 from .bundle import Bundle
@@ -103,7 +105,7 @@ class StepEngines:
         if name not in self._listed:
             target = engine_target(self._bundle, name, self._target)
             self._listed[name] = {
-                folder: engine
+                folder: msgspec.structs.replace(engine, layers=())  # most of a sidecar, and nothing to run it by
                 for folder, engine, misfit in engines_of(self._bundle, name, target)
                 if engine.ingredients.variant.step and misfit is None
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from ..runtime.tiny_families import (
 from .test_build import silent
 
 ORT, OPENVINO = "onnxruntime:cpu", "openvino:cpu"
-BOTH = ("64:guided", "64:unguided")
+GUIDED, BOTH = ("64:guided",), ("64:guided", "64:unguided")
 HYBRID = {"unet": 10, "unet_small": 15}
 
 
@@ -60,11 +61,11 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
     """A family's bundle, and a cache with step engines of some of its denoisers; neither to be written to."""
     made: dict[Any, Tiny] = {}
 
-    def tiny(write: Callable[[Path], Manifest], *components: str) -> Tiny:
+    def tiny(write: Callable[[Path], Manifest], *components: str, profiles: tuple[str, ...] = BOTH) -> Tiny:
         if write not in made:
             folder = tmp_path_factory.mktemp("family")
             write(folder / "bundle")
-            build(folder / "bundle", folder / "cache", *components)
+            build(folder / "bundle", folder / "cache", *components, profiles=profiles)
             made[write] = folder / "bundle", folder / "cache"
         return made[write]
 
@@ -122,35 +123,32 @@ def test_what_a_request_says_is_the_same_on_step_engines(unets: Tiny, both: Both
 
 
 @pytest.mark.parametrize(
-    ("write", "components"),
+    ("write", "components", "profiles"),
     [
-        (write_tiny_sdxl, ("unet",)),
-        (write_tiny_sd3, ("transformer", "transformer_small")),
-        (write_tiny_lcm, ("unet", "unet_plain")),
+        (write_tiny_sdxl, ("unet",), GUIDED),
+        (write_tiny_sd3, ("transformer",), GUIDED),
+        (write_tiny_lcm, ("unet", "unet_plain"), BOTH),
     ],
     ids=["sdxl", "sd3", "lcm"],
 )
 def test_every_familys_pictures_are_the_plain_loops(
-    tinies: Callable[..., Tiny], both: Both, write: Callable[[Path], Manifest], components: tuple[str, ...]
+    tinies: Callable[..., Tiny], both: Both, write: Any, components: tuple[str, ...], profiles: tuple[str, ...]
 ) -> None:
     steps = dict.fromkeys(components, 3)
-    fused, plain = both(*tinies(write, *components), steps=steps, num_inference_steps=None, num_images_per_prompt=2)
+    family = tinies(write, *components, profiles=profiles)
+    fused, plain = both(*family, steps=steps, num_inference_steps=None, num_images_per_prompt=2)
     require_equal(fused, plain)
     assert fused.plan.guidance_embedded == (("unet",) if write is write_tiny_lcm else ())
 
 
-@pytest.mark.parametrize("name", ["unet", "unet_inpaint"])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("name", "masked"), [("unet", False), ("unet", True), ("unet_inpaint", True)])
 def test_editing_is_the_same_on_step_engines(tinies: Callable[..., Tiny], both: Both, name: str, masked: bool) -> None:
-    random, mask = np.random.default_rng(0), np.zeros((64, 64), np.uint8)
+    image, mask = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
     mask[:, 32:] = 255
-    arguments: dict[str, Any] = {"image": random.integers(0, 256, (64, 64, 3), np.uint8), "strength": 0.7}
-    if masked:
-        arguments["mask_image"] = mask
-    elif name == "unet_inpaint":
-        return
-    steps = {"steps": {name: 6}, "num_inference_steps": None}
-    require_equal(*both(*tinies(write_tiny_editing, "unet", "unet_inpaint"), **arguments, **steps))
+    arguments: dict[str, Any] = {"image": image, "strength": 0.7, "steps": {name: 6}, "num_inference_steps": None}
+    masks = {"mask_image": mask} if masked else {}
+    family = tinies(write_tiny_editing, "unet", "unet_inpaint", profiles=GUIDED)
+    require_equal(*both(*family, **arguments, **masks))
 
 
 def test_controlnets_run_beside_step_engines(tinies: Callable[..., Tiny], both: Both) -> None:
@@ -241,14 +239,14 @@ def test_folded_engines_run_their_time_steps_and_leave_others_to_the_loop(
 ) -> None:
     bundle, cache = tmp_path / "bundle", tmp_path / "cache"
     write_tiny_editing(bundle)
-    build(bundle, cache, "unet", profiles=("64:guided",), fold_steps=5)
+    build(bundle, cache, "unet", profiles=GUIDED, fold_steps=5)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for arguments in ({}, {"image": image, "strength": 0.5}, {"solver": "dpmsolver++sde"}):
         require_equal(*both(bundle, cache, **arguments, num_inference_steps=5))
     monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
     other = painted(bundle, num_inference_steps=6)
     assert not other.timings.step_engines
-    build(bundle, cache, "unet", profiles=("64:guided",))
+    build(bundle, cache, "unet", profiles=GUIDED)
     fused = painted(bundle, num_inference_steps=6)
     assert fused.timings.step_engines
     require_equal(fused, other)
@@ -292,7 +290,7 @@ def test_a_solver_of_more_history_than_the_state_holds_runs_on_the_plain_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unets: Tiny
 ) -> None:
     monkeypatch.setattr(composed, "step_graph", partial(step_graph, history=1))
-    build(unets[0], tmp_path, "unet", profiles=("64:guided",))
+    build(unets[0], tmp_path, "unet", profiles=GUIDED)
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
     assert painted(unets[0], solver="euler").timings.step_engines
     assert painted(unets[0], solver="dpmsolver++").timings.step_engines
@@ -300,7 +298,7 @@ def test_a_solver_of_more_history_than_the_state_holds_runs_on_the_plain_loop(
 
 
 def test_a_damaged_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unets: Tiny) -> None:
-    build(unets[0], tmp_path, "unet", profiles=("64:guided",))
+    build(unets[0], tmp_path, "unet", profiles=GUIDED)
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
     whole = painted(unets[0])
     assert whole.timings.step_engines
@@ -319,8 +317,8 @@ def test_openvino_runs_step_engines_within_their_profiles(
     tmp_path: Path, both: Both, monkeypatch: pytest.MonkeyPatch, unets: Tiny
 ) -> None:
     bundle, _ = unets
-    build(bundle, tmp_path, "unet", "unet_small", target=OPENVINO, profiles=("64:guided:b1-b2",))
-    steps: dict[str, Any] = {"steps": HYBRID, "num_inference_steps": None, "solver": "euler_a"}
+    build(bundle, tmp_path, "unet", target=OPENVINO, profiles=("64:guided:b1-b2",))
+    steps: dict[str, Any] = {"num_inference_steps": 10, "solver": "euler_a"}
     for count in (1, 2):
         fused, plain = both(bundle, tmp_path, OPENVINO, num_images_per_prompt=count, **steps)
         np.testing.assert_allclose(fused.latents, plain.latents, rtol=0, atol=1e-4 * np.abs(plain.latents).max())
@@ -330,17 +328,33 @@ def test_openvino_runs_step_engines_within_their_profiles(
         assert not painted(bundle, OPENVINO, **steps, **other).timings.step_engines
 
 
-@pytest.mark.parametrize(("target", "exact"), [(ORT, True), (OPENVINO, False)])
+@pytest.mark.parametrize(("target", "atol"), [(ORT, 0), (OPENVINO, 1e-4)])
+@pytest.mark.parametrize("fold_steps", [None, 4])
 def test_trained_models_paint_the_plain_loops_pictures(
-    shapes_bundle: Path, tmp_path: Path, both: Both, target: str, exact: bool
+    shapes_bundle: Path, tmp_path: Path, both: Both, target: str, atol: float, fold_steps: int | None
 ) -> None:
-    build(shapes_bundle, tmp_path, "unet_small", target=target, profiles=("64:guided",), fold_steps=None)
-    prompt = "a red circle left of a blue square"
-    arguments: dict[str, Any] = {"steps": {"unet_small": 4}, "num_inference_steps": None, "guidance_scale": 2.0}
-    fused, plain = both(shapes_bundle, tmp_path, target, prompt=prompt, solver="euler_a", **arguments)
-    atol = 0 if exact else 1e-4
+    build(shapes_bundle, tmp_path, "unet_small", target=target, profiles=GUIDED, fold_steps=fold_steps)
+    arguments: dict[str, Any] = {"prompt": "a red circle left of a blue square", "guidance_scale": 2.0}
+    steps: dict[str, Any] = {"steps": {"unet_small": 4}, "num_inference_steps": None}
+    solver = "euler_a" if fold_steps is None else None
+    fused, plain = both(shapes_bundle, tmp_path, target, solver=solver, **arguments, **steps)
     np.testing.assert_allclose(np.stack(fused.images), np.stack(plain.images), rtol=0, atol=atol)
     assert np.stack(plain.images).std() > 0.1
+
+
+def test_threads_share_step_engines(unets: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(unets[1]))
+    with Pipeline.open(unets[0], threads=1) as pipe, ThreadPoolExecutor(4) as pool:
+
+        def latents(seed: int) -> Any:
+            output = pipe("red", seed=seed, steps={"unet": 2, "unet_small": 2}, output_type="latent")
+            assert output.timings.step_engines
+            return output.latents
+
+        together = list(pool.map(latents, range(8)))
+        for seed, made in enumerate(together):
+            np.testing.assert_array_equal(made, latents(seed))
+    assert np.abs(together[0] - together[1]).max() > 0.1
 
 
 def test_generate_says_what_it_ran_on(
