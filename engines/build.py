@@ -47,11 +47,11 @@ def ensure_engine(request: Request, cache: Path, progress: Progress, versions: M
         found = cached(cache, request.key)
         if found is not None:
             return Outcome(request, *found, built=False)
-        engine = _built(request, claim, progress, versions)
+        engine = _built(request, cache, claim, progress, versions)
         return Outcome(request, claim.publish(engine), engine, built=True)
 
 
-def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping[str, str]) -> Engine:
+def _built(request: Request, cache: Path, claim: Claim, progress: Progress, versions: Mapping[str, str]) -> Engine:
     made_of = request.ingredients
     began = time.monotonic()
     graph = claim.part / "graph"
@@ -64,6 +64,7 @@ def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping
         precision=made_of.precision,
         profiles=made_of.profiles,
         flags=made_of.flags,
+        timings=str(timings_file(cache, made_of)) if made_of.backend == "tensorrt" else None,
     )
     built = build_apart(job, progress, inherited=(claim.lock,))
     shutil.rmtree(graph, ignore_errors=True)
@@ -81,6 +82,11 @@ def _built(request: Request, claim: Claim, progress: Progress, versions: Mapping
         peak_memory_bytes=built.peak_memory_bytes,
         versions={**versions, **built.versions},
     )
+
+
+def timings_file(cache: Path, made_of: Ingredients) -> Path:
+    """Where in a cache the times lie that TensorRT measured of its kernels, for this version and these GPUs."""
+    return cache / "timings" / f"{made_of.backend}-{made_of.backend_version}-{made_of.device}.bin"
 
 
 def _graph(request: Request, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from ..runtime.targets import Target, parse_target
 from ..runtime.variant import PLAIN
 from .build import Outcome, changes, described, ensure_engine
 from .estimate import estimated, memory_available_bytes
+from .flavour import Options
 from .plan import BuildPlan, Request, requests_of
 from .profiles import parse_profile
 
@@ -97,6 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lora-rank", type=int, default=0, metavar="R", help="the largest rank that a slot takes")
     parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="TensorRT engines that take other weights without being built again; for TensorRT-RTX on a machine with "
+        "a GPU alone",
+    )
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="TensorRT engines that run on newer versions of the same major too, on the lean runtime they then carry; "
+        "for TensorRT-RTX on a machine with a GPU alone",
+    )
+    parser.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
@@ -126,6 +139,7 @@ def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
         lora_rank=args.lora_rank,
         step=args.step,
         fold_steps=args.fold_steps,
+        options=Options(refit=args.refit, version_compatible=args.version_compatible),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
+from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
 from ..runtime.errors import TargetError
 from ..runtime.targets import PORTABLE, install_hint, nvidia_gpus
 
@@ -27,7 +29,36 @@ def imported(backend: str) -> Any:
         ) from error
 
 
-def require_buildable(backend: str, device: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What else the engines of a flavour are to be able to do.
+
+    refit: to take other weights without being built again. version_compatible: to run on newer versions of the same
+    major, which an engine does on the lean runtime that it then carries, as code.
+    """
+
+    refit: bool = False
+    version_compatible: bool = False
+
+    def flags(self, backend: str, device: str) -> dict[str, str | int | bool]:
+        """As `Ingredients.flags`; TensorRT's portable engines are version-compatible in any case."""
+        compatible = self.version_compatible or (backend, device) == ("tensorrt", PORTABLE)
+        return {**({REFIT: True} if self.refit else {}), **({VERSION_COMPATIBLE: True} if compatible else {})}
+
+    @property
+    def words(self) -> str:
+        """The options as they are given."""
+        return " and ".join(
+            option
+            for given, option in ((self.refit, "--refit"), (self.version_compatible, "--version-compatible"))
+            if given
+        )
+
+
+PLAIN_OPTIONS = Options()
+
+
+def require_buildable(backend: str, device: str, options: Options = PLAIN_OPTIONS) -> None:
     """Check that engines of a flavour can be built here for a device, without building one.
 
     Raises:
@@ -44,6 +75,13 @@ def require_buildable(backend: str, device: str) -> None:
             )
         return
     capabilities(trt, backend, device)
+    if options.words and not nvidia_gpus():
+        # So TensorRT-RTX 1.7: its builder fails at the end of the build.
+        remedy = "Build on a machine with an NVIDIA GPU, or without it."
+        if options.refit:
+            remedy += " Engines built with --lora-slots take LoRAs with each request and need no refit."
+        what = f"{options.words} asks for an engine that its builder makes only where there is a GPU"
+        raise TargetError(f"target {backend}:{device}", what, remedy=remedy)
 
 
 def capabilities(trt: Any, backend: str, device: str) -> tuple[Any, ...]:

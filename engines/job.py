@@ -15,6 +15,7 @@ class Job(Frozen, frozen=True, kw_only=True):
     """One build. model: the ONNX file's path, weights beside it. folder: where the engine's files go.
 
     device, precision: as in `Ingredients`. profiles: none where the engine takes every shape.
+    timings: a file of what builders measured before, where the backend measures.
     """
 
     component: str
@@ -25,6 +26,7 @@ class Job(Frozen, frozen=True, kw_only=True):
     precision: str
     profiles: tuple[dict[str, InputRange], ...]
     flags: dict[str, str | int | bool]
+    timings: str | None = None
 
 
 class Built(Frozen, frozen=True, kw_only=True):

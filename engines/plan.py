@@ -40,6 +40,7 @@ class BuildPlan:
     step: make step engines of the denoisers, for the guidance that each profile names, else the bundle's default.
     fold_steps: build the time steps of so many inference steps of the bundle's own scheduler into step engines; 0 for
         those of the bundle's defaults.
+    options: of TensorRT's flavours alone.
     """
 
     bundle: Path
@@ -52,6 +53,7 @@ class BuildPlan:
     lora_rank: int = 0
     step: bool = False
     fold_steps: int | None = None
+    options: flavour.Options = flavour.PLAIN_OPTIONS
 
     def __post_init__(self) -> None:
         for option, values in (("--target", self.targets), ("--component", self.components)):
@@ -65,6 +67,13 @@ class BuildPlan:
             )
         if bool(self.lora_slots) != bool(self.lora_rank):
             raise ArgumentError("--lora-slots, --lora-rank", "one without the other", remedy="Give both.")
+        others = [str(target) for target in self.targets if target.backend not in flavour.BACKENDS]
+        if self.options.words and others:
+            expected = f"targets of {' or '.join(sorted(flavour.BACKENDS))} alone"
+            raise ArgumentError(self.options.words, "not for this target", got=others[0], expected=expected)
+        if self.options.refit and any(target.precision == "bf16" for target in self.targets):
+            remedy = "Ask for fp16; the weights of a bundle are never in bfloat16."
+            raise ArgumentError("--refit", "not for precision bf16", remedy=remedy)
         limits = (("--lora-slots", self.lora_slots, MAX_SLOTS), ("--lora-rank", self.lora_rank, MAX_RANK))
         for option, value, most in limits:
             if not 0 <= value <= most:
@@ -113,15 +122,16 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)
     for target in plan.targets:
-        require_buildable(target)
+        require_buildable(target, plan.options)
     graphs = [graph for name in names for graph in _graphs(plan, bundle, name, profiles)]
-    return tuple(request for target in plan.targets for graph in graphs for request in _requests(bundle, graph, target))
+    pairs = ((graph, target) for target in plan.targets for graph in graphs)
+    return tuple(request for graph, target in pairs for request in _requests(bundle, graph, target, plan.options))
 
 
-def require_buildable(target: Target) -> None:
+def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_OPTIONS) -> None:
     """Raise TargetError when engines for a target cannot be built here."""
     if target.backend in flavour.BACKENDS:
-        flavour.require_buildable(target.backend, target.device)
+        flavour.require_buildable(target.backend, target.device, options)
     elif target.backend == "openvino":
         openvino.require_buildable(target.device, target.precision or "fp32")
     else:
@@ -209,10 +219,10 @@ def _timesteps(manifest: Manifest, steps: int | None) -> tuple[float, ...]:
     return tuple(dict.fromkeys(table.timesteps.tolist()))
 
 
-def _requests(bundle: Bundle, graph: _Graph, target: Target) -> Iterator[Request]:
+def _requests(bundle: Bundle, graph: _Graph, target: Target, options: flavour.Options) -> Iterator[Request]:
     for group in grouped(target, graph.ranges):
         made_of = msgspec.structs.replace(
-            ingredients_of(bundle, graph.name, target, tuple(one for _, one in group)),
+            ingredients_of(bundle, graph.name, target, tuple(one for _, one in group), options),
             graph=graph.sha256,
             variant=graph.variant,
         )
@@ -236,7 +246,11 @@ def grouped(
 
 
 def ingredients_of(
-    bundle: Bundle, name: str, target: Target, profiles: tuple[Mapping[str, InputRange], ...]
+    bundle: Bundle,
+    name: str,
+    target: Target,
+    profiles: tuple[Mapping[str, InputRange], ...],
+    options: flavour.Options = flavour.PLAIN_OPTIONS,
 ) -> Ingredients:
     """What an engine of component `name` depends on, as it was exported.
 
@@ -255,6 +269,12 @@ def ingredients_of(
         device="+".join(sorted(set(target.device.split("+")), key=lambda device: (len(device), device))),
         architecture=architecture_of(target),
         precision=precision,
-        flags=openvino.configuration(target.device, precision) if target.backend == "openvino" else {},
+        flags=_flags(target, precision, options),
         recipe=RECIPES[target.backend],
     )
+
+
+def _flags(target: Target, precision: str, options: flavour.Options) -> dict[str, str | int | bool]:
+    if target.backend == "openvino":
+        return openvino.configuration(target.device, precision)
+    return options.flags(target.backend, target.device) if target.backend in flavour.BACKENDS else {}

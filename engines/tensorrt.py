@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engine_files import Layer
+from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE, Layer
 from ..runtime.errors import EngineError
+from ..runtime.files import write_whole
 from ..runtime.targets import PORTABLE
 from .flavour import capabilities, imported
 from .job import Built, Job, Progress
@@ -43,9 +45,11 @@ def build(job: Job, progress: Progress) -> Built:
         refused = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise EngineError(job.component, f"{job.backend} cannot parse the graph ({refused[:800]})")
     config = _configured(trt, builder, job, _monitor(trt, job.component, progress))
+    timings = _Timings(config, job.timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _failed(job, "the build failed", log)
+    timings.save()
     with Path(job.folder, ENGINE_NAME).open("wb") as stream:
         stream.write(memoryview(plan))
     return Built(
@@ -54,6 +58,32 @@ def build(job: Job, progress: Progress) -> Built:
         profile_memory_bytes=tuple(log.activations) if len(log.activations) == len(job.profiles) else (),
         versions={job.backend: trt.__version__},
     )
+
+
+class _Timings:
+    """What the builder has measured of kernels on this GPU, in a file that later builds begin with; none without one.
+
+    TensorRT for RTX measures nothing, and refuses such a cache where there is no GPU.
+    """
+
+    def __init__(self, config: Any, path: str | None) -> None:
+        self._path = None if path is None else Path(path)
+        if self._path is None:
+            return
+        known = b""
+        with suppress(OSError):
+            known = self._path.read_bytes()
+        # TensorRT checks that they were measured here, and goes without where they were not.
+        self._cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
+        config.set_timing_cache(self._cache, False)
+
+    def save(self) -> None:
+        """Write what is known now; a cache that cannot be written costs the next build its time, nothing else."""
+        if self._path is not None:
+            made = bytes(self._cache.serialize())
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                write_whole(self._path, lambda stream: stream.write(made))
 
 
 def _network_flags(trt: Any) -> int:
@@ -74,10 +104,13 @@ def _configured(trt: Any, builder: Any, job: Job, monitor: Any) -> Any:
             profile.set_shape(name, one.min, one.opt, one.max)
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(job.component, f"{job.backend} refuses the profile", got=str(ranges))
+    if job.flags.get(REFIT):
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if job.flags.get(VERSION_COMPATIBLE):
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if job.backend == "tensorrt":
         if job.device == PORTABLE:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         return config
     wanted = capabilities(trt, job.backend, job.device)
     if wanted:

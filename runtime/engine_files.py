@@ -35,6 +35,9 @@ SIDECAR_NAME = "engine.json"
 PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
 
+# Flags of TensorRT engines.
+REFIT, VERSION_COMPATIBLE = "refit", "version_compatible"
+
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _PORTABLE_FROM_SM = 80  # TensorRT-RTX: an engine for no architecture in particular runs from Ampere on
@@ -139,8 +142,9 @@ class Found:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What orders engines that fit alike: the narrowest profile first, then the variant that costs least."""
-        return self.width, self.engine.ingredients.variant.cost, self.folder.name
+        """What orders engines that fit alike: narrowest profile, cheapest variant, one that cannot be refitted."""
+        made_of = self.engine.ingredients
+        return self.width, made_of.variant.cost, REFIT in made_of.flags, self.folder.name
 
 
 class _FormatOnly(msgspec.Struct):
@@ -213,8 +217,18 @@ def check_engine_files(folder: Path, engine: Engine) -> None:
     """Prove that an engine's files are those that were built.
 
     Raises:
-        EngineError: one is missing, no regular file, or has another size or content.
+        EngineError: one is missing, no regular file, or has another size or content. What the builder knew of them is
+            then forgotten, so that building the engine again helps.
     """
+    try:
+        _check_files(folder, engine)
+    except EngineError:
+        with suppress(OSError):
+            (folder / PROOF_NAME).unlink()
+        raise
+
+
+def _check_files(folder: Path, engine: Engine) -> None:
     remedy = "Build the engine again."
     for name, record in engine.files.items():
         path = folder / name
@@ -265,13 +279,7 @@ def find_engine(
         TargetError: the target's backend is not installed.
     """
     found = fitting_engine(bundle, component, target, shapes, cache=cache, variant=variant)
-    try:
-        check_engine_files(found.folder, found.engine)
-    except EngineError:
-        # Whatever the builder knows of these files is no longer true: building again is to help.
-        with suppress(OSError):
-            (found.folder / PROOF_NAME).unlink()
-        raise
+    check_engine_files(found.folder, found.engine)
     return found
 
 
@@ -370,10 +378,21 @@ def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) ->
         (made_of.weights != weights, "was built from other weights"),
         (not _covers(made_of.device, target.device), f"is for {made_of.device}, not {target.device}"),
         (made_of.precision != target.precision, f"computes in {made_of.precision}, not {target.precision}"),
-        (made_of.backend_version != version, f"is of {made_of.backend} {made_of.backend_version}, here is {version}"),
+        (
+            not _runs_on_version(made_of, version),
+            f"is of {made_of.backend} {made_of.backend_version}, here is {version}",
+        ),
         (made_of.architecture != architecture_of(target), f"is for {made_of.architecture}"),
     )
     return next((reason for differs, reason in differing if differs), None)
+
+
+def _runs_on_version(made_of: Ingredients, version: str) -> bool:
+    """Whether an engine runs on a backend's version: its own, or a newer one of the same major if it was built so."""
+    if made_of.backend_version == version or VERSION_COMPATIBLE not in made_of.flags:
+        return made_of.backend_version == version
+    own, here = ([int(part) for part in re.findall(r"\d+", text)] for text in (made_of.backend_version, version))
+    return own[:1] == here[:1] and own <= here
 
 
 def _covers(built_for: str, device: str) -> bool:

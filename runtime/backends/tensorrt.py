@@ -15,13 +15,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..engine_files import Engine, profile_for
+from ..engine_files import REFIT, VERSION_COMPATIBLE, Engine, profile_for
 from ..errors import EngineError, ExecutionError, TargetError
 from ..files import write_whole
-from ..targets import PORTABLE, install_hint
+from ..targets import install_hint
 from .base import Array, Shape
 from .buffers import one_line, require_numpy_types, symbol_sizes
 from .cuda import Device, Graph, Memory, Stream, device, pinned
+from .refit import Refit
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _KEPT_MESSAGES = 4
@@ -46,6 +47,8 @@ class TensorRtSession:
         self._runtime = trt.Runtime(self._log)
         self._loaded: Any = _deserialized(self._runtime, folder, engine, self._log)
         self._kernels = _Kernels(trt, self._loaded, folder / f"kernels-{self._device.architecture}.bin")
+        self._refit = Refit(trt, self._log, self._name)
+        self.generation = 0  # of the weights
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> TensorRtBinding:
         """Allocate buffers for these input shapes; see `Session.bind`."""
@@ -61,6 +64,26 @@ class TensorRtSession:
         if context is None:
             raise self.failed("an execution context cannot be made")
         return TensorRtBinding(self, context, profile, input_shapes)
+
+    def refit(self, base: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
+        """Compute with the base's weights and, added to those that `changes` names, what it says; with none, the base.
+
+        Every weight is made from the base's anew, so that neither changes nor their roundings add up. No binding runs
+        meanwhile.
+
+        base: the weights of the graph that was built, by name, float32 or float16; few are asked for. changes: float32,
+            of the same shapes.
+
+        Raises:
+            EngineError: the engine was not built with --refit, or has no such weights.
+            ExecutionError: a shape is another, TensorRT failed, or the session is closed.
+        """
+        engine = self.live()
+        if REFIT not in self._engine.ingredients.flags:
+            raise EngineError(self._name, "cannot be refitted", remedy="Build it with `tandemrt build-engine --refit`.")
+        with self._device.scratch.lock:
+            self.generation += 1
+            self._refit.apply(engine, base, changes)
 
     def close(self) -> None:
         """Free the engine; a second call does nothing. The kernels it compiled are kept for the next time."""
@@ -112,6 +135,7 @@ class TensorRtBinding:
         self._scratch: Memory | None = None
         self._runs = 0
         self._graph: Graph | None = None
+        self.generation = session.generation
 
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
@@ -153,6 +177,8 @@ class TensorRtBinding:
         if scratch is not self._scratch:
             self._context.set_device_memory(scratch.address, scratch.size)
             self._scratch, self._graph, self._runs = scratch, None, 0
+        if self.generation != self._session.generation:  # refitted: what was recorded may hold the weights before
+            self.generation, self._graph, self._runs = self._session.generation, None, 0
 
     def _queue(self) -> None:
         for one in self._given.values():
@@ -184,6 +210,7 @@ class Chain:
                 arrays[name][...] = values
         self._scratch: Memory | None = None
         self._graph: Graph | None = None
+        self._generation = binding.generation
 
     def run(self) -> None:
         """Run all rows; the binding's `outputs` are then the last one's.
@@ -195,8 +222,10 @@ class Chain:
         binding._session.live()
         with binding._device.scratch.lock:
             binding._use_scratch()
-            if self._graph is None or self._scratch is not binding._scratch:
+            stale = self._scratch is not binding._scratch or self._generation != binding.generation
+            if self._graph is None or stale:
                 self._graph, self._scratch = binding._stream.recorded(self._queue), binding._scratch
+                self._generation = binding.generation
             self._graph.launch(binding._stream)
             binding._stream.wait()
 
@@ -271,7 +300,7 @@ def imported(backend: str) -> Any:
 def _deserialized(runtime: Any, folder: Path, engine: Engine, log: Any) -> Any:
     (file,) = engine.files
     # Such an engine brings the part of TensorRT that runs it, as code.
-    if engine.ingredients.device == PORTABLE and hasattr(runtime, "engine_host_code_allowed"):
+    if VERSION_COMPATIBLE in engine.ingredients.flags and hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine((folder / file).read_bytes())
     remedy = "Build the engine again with `tandemrt build-engine`."

@@ -6,15 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from tandemrt.bench.shapes.bundle import export_plan
+from tandemrt.engines.flavour import Options
+from tandemrt.engines.refit import BaseWeights, weight_changes
 from tandemrt.export.bundle import export_bundle
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import find_engine
 from tandemrt.runtime.errors import EngineError, ExecutionError
+from tandemrt.runtime.lora_slots import Adapter, LowRank, module_of
 from tandemrt.runtime.targets import Target
 
 from ..interop.picture import psnr_db
@@ -108,6 +114,58 @@ def test_engines_share_their_scratch_memory(shapes_bundle: Path, name: str, buil
             binding.run()
             np.testing.assert_array_equal(binding.outputs["out_sample"], expected)
     assert bindings[0]._scratch is bindings[1]._scratch is cuda.device().scratch.reserved(0)
+
+
+def test_loras_come_and_go_by_refitting(shapes_bundle: Path, name: str, build: Build) -> None:
+    bundle = build(shapes_bundle, name, "unet", options=Options(refit=True))
+    session, base = opened(bundle, name, "unet"), BaseWeights(bundle.model_path("unet"))
+    binding, random = session.bind(SHAPES), np.random.default_rng(3)
+    fill(binding, 0)
+    feeds = {key: array.copy() for key, array in binding.inputs.items()}
+    loras = [lora(base, seed) for seed in (1, 2)]
+
+    def ran(*adapters: Adapter) -> np.ndarray:
+        session.refit(base, weight_changes(base, adapters))
+        for _ in range(3):  # the second run is recorded, the third launched
+            binding.run()
+        return np.array(binding.outputs["out_sample"])
+
+    plain = ran()
+    walk = [(), (loras[0],), (loras[1],), tuple(loras), ()]
+    for adapters in [walk[index] for index in random.permutation(len(walk))]:
+        found, expected = ran(*adapters), of_onnxruntime(bundle.model_path("unet"), base, adapters, feeds)
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+    np.testing.assert_array_equal(ran(), plain)
+
+
+def test_an_engine_without_refit_says_so(shapes_bundle: Path, name: str, build: Build) -> None:
+    session = opened(build(shapes_bundle, name, "unet"), name, "unet")
+    with pytest.raises(EngineError, match=r"unet: cannot be refitted.*--refit"):
+        session.refit({}, {})
+
+
+def lora(base: BaseWeights, seed: int) -> Adapter:
+    """A LoRA of rank 4 on every projection to queries."""
+    random = np.random.default_rng(seed)
+    nodes = [one for one in base.graph.node if one.op_type == "MatMul" and one.name.endswith("to_q/MatMul")]
+    changes = {}
+    for node in nodes:
+        read, made = base.shape(node.input[1])
+        down, up = (random.normal(0, 1 / 8, shape).astype(np.float32) for shape in ((4, read), (made, 4)))
+        changes[module_of(node.name)] = LowRank(down, up)
+    return Adapter(f"lora {seed}", changes, 0.7)
+
+
+def of_onnxruntime(
+    model: Path, base: BaseWeights, adapters: tuple[Adapter, ...], feeds: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The output with the changes in the graph's weights."""
+    loaded, added = onnx.load(model), weight_changes(base, adapters)
+    for tensor in loaded.graph.initializer:
+        if tensor.name in added:
+            values = numpy_helper.to_array(tensor) + added[tensor.name]
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return np.asarray(onnxruntime.InferenceSession(loaded.SerializeToString()).run(["out_sample"], feeds)[0])
 
 
 @pytest.mark.skipif("tensorrt-rtx" not in FLAVOURS, reason="only TensorRT for RTX compiles kernels where it runs")
