@@ -24,7 +24,7 @@ from tandemrt.engines.step import step_graph
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
-from tandemrt.runtime.lora_slots import LORA_DOWN, LORA_UP, Adapter, LowRank, slot_inputs
+from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_widths
 from tandemrt.runtime.onnx_files import graph_tensors
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
@@ -234,17 +234,11 @@ def _conditioning(folder: Path) -> dict[str, Float32]:
 
 def _with_lora(branch: dict[str, Float32], session: Session) -> Conditioning:
     """Small changes of rank LORA_RANK for every module that has slots, if any, in the first of them."""
-    shapes = {spec.name: spec.shape for spec in session.inputs}
-    modules = [name.removeprefix(LORA_DOWN) for name in shapes if name.startswith(LORA_DOWN)]
     changes = {
-        module: LowRank(
-            normal((LORA_RANK, int(shapes[LORA_DOWN + module][0]))) * np.float32(1e-2),
-            normal((int(shapes[LORA_UP + module][1]), LORA_RANK)) * np.float32(1e-2),
-        )
-        for module in modules
+        module: LowRank(normal((LORA_RANK, read)) * np.float32(1e-2), normal((made, LORA_RANK)) * np.float32(1e-2))
+        for module, (read, made) in slot_widths(session.inputs).items()
     }
-    adapters = [Adapter("random", changes)] if changes else []
-    return Conditioning(branch, branch, whole=slot_inputs(session.inputs, LORA_RANK, adapters))
+    return Conditioning(branch, branch, adapters=(Adapter("random", changes),) if changes else ())
 
 
 def _cell(figures: dict[str, float], digits: int) -> str:

@@ -20,14 +20,13 @@ from ..runtime.errors import ArgumentError, TargetError
 from ..runtime.manifest import Component, Manifest
 from ..runtime.plan import Schedule, compile_plan
 from ..runtime.targets import Target, installed_version
-from ..runtime.variant import PLAIN, Variant
+from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
 from . import flavour, onnxruntime, openvino
 from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
 
 # To be raised when engines come to be built in another way from the same ingredients.
 RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 1}
 _QUANTIZED = ("int8", "fp8")
-MAX_SLOTS, MAX_RANK = 16, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class BuildPlan:
         if self.options.refit and any(target.precision == "bf16" for target in self.targets):
             remedy = "Ask for fp16; the weights of a bundle are never in bfloat16."
             raise ArgumentError("--refit", "not for precision bf16", remedy=remedy)
-        limits = (("--lora-slots", self.lora_slots, MAX_SLOTS), ("--lora-rank", self.lora_rank, MAX_RANK))
+        limits = (("--lora-slots", self.lora_slots, MAX_LORA_SLOTS), ("--lora-rank", self.lora_rank, MAX_LORA_RANK))
         for option, value, most in limits:
             if not 0 <= value <= most:
                 raise ArgumentError(option, "out of range", got=value, expected=f"a number in 1..{most}")

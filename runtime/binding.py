@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .backends.base import Array, Binding, Session, Shape
 from .errors import BundleError, ExecutionError
+from .lora_slots import Adapter, slot_inputs
 from .manifest import TensorSpec
 from .shapes import evaluated
 from .tensors import TAKEN, latent_names, spec_of
@@ -24,12 +25,14 @@ class Conditioning:
     `unconditional` may be None where no row of it is guided.
     channels: what follows the latent in its channels, (B, …, h, w) float32, where it reads more.
     whole: inputs that belong to no picture, of any shape.
+    adapters: LoRAs, for a model that has slots for them.
     """
 
     conditional: Mapping[str, Float32]
     unconditional: Mapping[str, Float32] | None = None
     channels: Float32 | None = None
     whole: Mapping[str, Float32] = field(default_factory=dict)
+    adapters: Sequence[Adapter] = ()
 
 
 @dataclass(slots=True)
@@ -62,6 +65,7 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
             raise ExecutionError(name, "a guided row without an unconditional branch")
         given = {key: np.concatenate([other[key], values]) for key, values in given.items()}
     given.update(conditioning.whole)
+    given.update(slot_inputs(session.inputs, conditioning.adapters))
     latent, batch, channels = latent_names(session.inputs).sample, shape[0] * (1 + guided), shape[1]
     more = 0 if conditioning.channels is None else conditioning.channels.shape[1]
     sample_shape = (batch, channels + more, *shape[2:])

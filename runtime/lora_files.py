@@ -64,7 +64,7 @@ class Tensors(Protocol):
 class Update:
     """The update of one module's weight, `alpha / divisor * up @ down`, by the names of its tensors.
 
-    module: as the file spells it. shape: (out, in), or (out, in, height, width) for a convolution.
+    module: as the file spells it. shape: (out, in), or (out, in, height, width) for a convolution. rank: of both.
     alpha: a number, or the name of the tensor that holds it. divisor: the rank, or its square root.
     """
 
@@ -72,6 +72,7 @@ class Update:
     down: str
     up: str
     shape: tuple[int, ...]
+    rank: int
     alpha: float | str
     divisor: float
 
@@ -92,8 +93,7 @@ class Lora:
         """
         down, up = (self.tensors.array(name).astype(np.float32) for name in (update.down, update.up))
         alpha = update.alpha if isinstance(update.alpha, float) else float(self.tensors.array(update.alpha).reshape(()))
-        rank = len(down)
-        down, up = down.reshape(rank, -1), up.reshape(-1, rank)
+        down, up = down.reshape(update.rank, -1), up.reshape(-1, update.rank)
         with np.errstate(over="ignore", invalid="ignore"):
             up *= np.float32(alpha / update.divisor)
         if not (np.isfinite(down).all() and np.isfinite(up).all()):
@@ -199,7 +199,7 @@ def _update(weights: Tensors, configs: Configs, module: str, down: str, up: str)
         alpha, divisor = alpha_name, float(rank)
     else:
         alpha, divisor = _scaling(configs, f"{where}: {down}", module, rank)
-    return Update(module, down, up, (shapes[1][0], *shapes[0][1:]), alpha, divisor)
+    return Update(module, down, up, (shapes[1][0], *shapes[0][1:]), rank, alpha, divisor)
 
 
 def _scaling(configs: Configs, where: str, module: str, rank: int) -> tuple[float, float]:

@@ -61,6 +61,15 @@ def split_prefix(module: str) -> tuple[str, str]:
     return "", module
 
 
+def text_part(module: str) -> PartName | None:
+    """The text encoder that a name in a LoRA's file is about; None for a denoiser's."""
+    return next((part for part in PARTS if part.startswith("text_encoder") and module.startswith(_of_part(part))), None)
+
+
+def _of_part(part: PartName) -> tuple[str, ...]:
+    return (*_PREFIXES[part], *_FLAT_PREFIXES[part])
+
+
 def _published_names(module: str, part: PartName) -> Iterator[str]:
     """Text encoders are published with the prefix that newer versions of transformers leave out, and without it."""
     yield module

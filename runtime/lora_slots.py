@@ -1,7 +1,8 @@
 """LoRAs as inputs: what a graph with slots for them takes, and low-rank changes of weights laid out for it.
 
-A module that has slots adds (x · down) · scale · up to what it makes of x. With S slots of rank R, each column of
-`down` and row of `up` belongs to one slot; slots without a LoRA hold zeros and change nothing.
+A module that has slots adds (x · down) · scale · up to what it makes of x. S slots of rank R are S·R columns of `down`
+and rows of `up`, of which each LoRA takes as many as its rank, one behind the other. The rest are zeros and change
+nothing.
 
 lora_scale: (S·R,) float32.
 lora_down/MODULE: (in, S·R), of a convolution that looks at more than one place (S·R, in, height, width);
@@ -21,7 +22,6 @@ from .arguments import did_you_mean, finite_number
 from .backends.base import Array
 from .errors import RequestError
 from .manifest import TensorSpec
-from .tensors import spec_of
 
 LORA_SCALE = "lora_scale"
 LORA_DOWN = "lora_down/"
@@ -43,44 +43,63 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA for one component: changes by module, and how strongly it is wanted; at 0 it changes no bit."""
+    """A LoRA for one component: changes by module, and how strongly it is wanted; at 0 it changes no bit.
+
+    name: how it is called in errors, its path. stamp: tells its file from another under the same name.
+    """
 
     name: str
     changes: Mapping[str, LowRank]
     scale: float = 1.0
+    stamp: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the changes."""
+        return max(len(change.down) for change in self.changes.values())
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...], float]:
+        """What its effect depends on."""
+        return self.name, self.stamp, self.scale
 
 
-def slot_inputs(inputs: Sequence[TensorSpec], rank: int, adapters: Sequence[Adapter]) -> dict[str, Array]:
-    """All LoRA inputs of a graph with slots of `rank`, for these adapters in the slots' order.
-
-    They go where `Conditioning.whole` goes.
+def slot_inputs(inputs: Sequence[TensorSpec], adapters: Sequence[Adapter]) -> dict[str, Array]:
+    """All LoRA inputs of a graph, for these adapters one behind the other; none for a graph without slots.
 
     Raises:
-        RequestError: more adapters than slots; a scale that is not finite; a module without slots, or whose shapes
-            are others; a rank above that of the slots.
+        RequestError: adapters whose ranks come to more than the slots hold together; a scale that is not finite; a
+            module without slots, or whose shapes are others.
     """
-    scale = spec_of(inputs, LORA_SCALE)
-    slots = int(scale.shape[0]) // rank if scale is not None else 0
-    if len(adapters) > slots:
-        remedy = "Build the engine with more --lora-slots, or ask for fewer LoRAs."
-        raise RequestError("loras", "more than there are slots", got=len(adapters), expected=str(slots), remedy=remedy)
-    shapes = {
-        spec.name: spec for spec in inputs if spec.name == LORA_SCALE or spec.name.startswith((LORA_DOWN, LORA_UP))
-    }
-    arrays: dict[str, Array] = {
-        name: np.zeros([int(size) for size in spec.shape], spec.dtype) for name, spec in shapes.items()
-    }
-    for slot, adapter in enumerate(adapters):
+    specs = [spec for spec in inputs if spec.name == LORA_SCALE or spec.name.startswith((LORA_DOWN, LORA_UP))]
+    arrays: dict[str, Array] = {spec.name: np.zeros([int(size) for size in spec.shape], spec.dtype) for spec in specs}
+    columns = len(arrays[LORA_SCALE]) if arrays else 0
+    needed = sum(adapter.rank for adapter in adapters)
+    if needed > columns:
+        remedy = "Build the engine with more --lora-slots or a larger --lora-rank, or ask for fewer LoRAs."
+        raise RequestError("loras", "ranks of all together", got=needed, expected=f"at most {columns}", remedy=remedy)
+    begin = 0
+    for adapter in adapters:
         number = finite_number(adapter.scale)
         if number is None or abs(number) > float(np.finfo(np.float32).max):
             raise RequestError(f"loras: {adapter.name}", "scale", got=adapter.scale, expected="a finite float32 number")
-        begin = slot * rank
-        arrays[LORA_SCALE][begin : begin + rank] = number
+        arrays[LORA_SCALE][begin : begin + adapter.rank] = number
         for module, change in adapter.changes.items():
-            down, up = _by_rank(arrays, adapter.name, module, rank, change)
+            down, up = _by_rank(arrays, f"loras: {adapter.name}: {module}", module, change)
             end = begin + len(change.down)
             down[begin:end], up[begin:end] = change.down.reshape(-1, *down.shape[1:]), change.up.T
+        begin += adapter.rank
     return arrays
+
+
+def slot_widths(inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, int]]:
+    """For each module that has slots, the lengths of a row of `LowRank.down` and of a column of `LowRank.up`."""
+    shapes = {spec.name: [int(size) for size in spec.shape] for spec in inputs if spec.name.startswith("lora_")}
+    downs = {name.removeprefix(LORA_DOWN): shape for name, shape in shapes.items() if name.startswith(LORA_DOWN)}
+    return {
+        module: (prod(shape[1:]) if len(shape) == 4 else shape[0], shapes[LORA_UP + module][1])
+        for module, shape in downs.items()
+    }
 
 
 def module_of(node: str) -> str:
@@ -88,16 +107,12 @@ def module_of(node: str) -> str:
     return node.rpartition("/")[0].strip("/").replace("/", ".")
 
 
-def _by_rank(arrays: Mapping[str, Array], name: str, module: str, rank: int, change: LowRank) -> tuple[Array, Array]:
+def _by_rank(arrays: Mapping[str, Array], where: str, module: str, change: LowRank) -> tuple[Array, Array]:
     """Views of a module's two arrays with the rank first, after a look at whether the change fits them."""
-    where = f"loras: {name}: {module}"
     if LORA_DOWN + module not in arrays:
         modules = [one.removeprefix(LORA_DOWN) for one in arrays if one.startswith(LORA_DOWN)]
         remedy = did_you_mean(module, modules) or "Fuse this LoRA at export with `tandemrt export --lora`."
         raise RequestError(where, "no module that has slots", expected=f"one of {len(modules)} modules", remedy=remedy)
-    if len(change.down) > rank:
-        remedy = "Build the engine with a larger --lora-rank."
-        raise RequestError(where, "rank", got=len(change.down), expected=f"at most {rank}", remedy=remedy)
     down, up = arrays[LORA_DOWN + module], arrays[LORA_UP + module]
     down = down.T if down.ndim == 2 else down
     got = change.down.shape, change.up.shape

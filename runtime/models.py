@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
+import msgspec
 import numpy as np
 
 from .backends.base import Array, Session
 from .bundle import Bundle
-from .engine_session import open_component
+from .engine_files import engines_of, fitting_engine
+from .engine_session import EngineSession, engine_target, open_component
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
+from .loras import Fitted
 from .targets import Target
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
@@ -25,7 +29,7 @@ class Models:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._lock = threading.RLock()
         self._sessions: dict[tuple[str, Variant], Session] = {}
-        self._encoders: dict[str, PromptEncoder] = {}
+        self._encoders: dict[Session, PromptEncoder] = {}
         self.closed = False
 
     def close(self) -> None:
@@ -48,8 +52,24 @@ class Models:
             if self.closed:
                 raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
             if (name, variant) not in self._sessions:
-                self._sessions[name, variant] = self._opened(name, variant)
+                opened = self._opened(name, variant)
+                # Of what is wanted of engines much is served by the same ones, which are loaded once.
+                granted = opened.variant if isinstance(opened, EngineSession) else variant
+                self._sessions[name, variant] = self._sessions.setdefault((name, granted), opened)
             return self._sessions[name, variant]
+
+    def require_slots(self, name: str, variant: Variant) -> None:
+        """Check that an engine of component `name`, plain or a step engine, has the slots of `variant`; loads nothing.
+
+        Raises:
+            EngineError: there is none.
+        """
+        target = engine_target(self._bundle, name, self._target)
+        steps: tuple[Literal["guided", "unguided"] | None, ...] = (None, "guided", "unguided")
+        serving = [msgspec.structs.replace(variant, step=step) for step in steps]
+        engines = (engine for _, engine, misfit in engines_of(self._bundle, name, target) if misfit is None)
+        if not any(engine.ingredients.variant.serves(one) for engine in engines for one in serving):
+            fitting_engine(self._bundle, name, target, variant=variant)
 
     def _opened(self, name: str, variant: Variant) -> Session:
         self._bundle.check_component(name)
@@ -64,7 +84,7 @@ class Models:
         return session
 
     def encode_texts(
-        self, prompts: Sequence[Sequence[str]], *, strict: bool, before: Callable[[], None]
+        self, loras: Fitted, prompts: Sequence[Sequence[str]], *, strict: bool, before: Callable[[], None]
     ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
         """What the text encoders make of prompts, a list for each in their order, joined, and the text that was cut.
 
@@ -75,16 +95,18 @@ class Models:
         dropped: list[tuple[str, DroppedText]] = []
         for name, texts in zip(text.encoders, prompts, strict=False):
             before()
-            part, cut = self._text_encoder(name).encode(texts, strict=strict, before=before)
+            encoder = self._text_encoder(name, loras.variant(name))
+            part, cut = encoder.encode(texts, loras.of(name), strict=strict, before=before)
             parts.append(part)
             dropped += [(name, one) for one in cut]
         return joined(text, parts), merged(dropped)
 
-    def _text_encoder(self, name: str) -> PromptEncoder:
+    def _text_encoder(self, name: str, variant: Variant) -> PromptEncoder:
         with self._lock:
-            if name not in self._encoders:
-                self._encoders[name] = PromptEncoder(self._bundle, name, self.session(name))
-            return self._encoders[name]
+            session = self.session(name, variant)
+            if session not in self._encoders:
+                self._encoders[session] = PromptEncoder(self._bundle, name, session)
+            return self._encoders[session]
 
     def encode_pictures(self, encoder: str, pictures: Float32, *, before: Callable[[], None]) -> Float32:
         """What a VAE's encoder makes of (N, 3, H, W) float32 in [-1, 1], one picture at a time, which bounds memory.

@@ -1,5 +1,5 @@
-"""What an ONNX model says of itself, read without a protobuf library or a model parser: the files it refers to, and
-the tensors it takes and gives.
+"""What an ONNX model says of itself, read without a protobuf library or a model parser: the files it refers to, the
+tensors it takes and gives, and its projections.
 
 Field numbers are those of onnx.proto3 (onnx 1.23). Only the messages on the way to what is sought are entered;
 everything else, raw weights above all, is stepped over by its length.
@@ -8,11 +8,12 @@ everything else, raw weights above all, is stepped over by its length.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from .errors import BundleError
+from .lora_slots import module_of
 from .manifest import Dtype, TensorSpec
 
 MAX_DEPTH = 64
@@ -63,6 +64,17 @@ def graph_tensors(model: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec
     return _read(model, lambda walk: walk.tensors())
 
 
+def projections(model: Path) -> dict[str, tuple[int, ...]]:
+    """The weights' shapes of a graph's projections by module, (out, in) or (out, in, height, width), as PyTorch's are.
+
+    Those are MatMul, Gemm and two-dimensional convolutions of one group whose weight is stored; see `lora_slots`.
+
+    Raises:
+        BundleError: as `external_files` does.
+    """
+    return _read(model, lambda walk: dict(walk.projections()))
+
+
 def _read(model: Path, read: Callable[[_Walk], T]) -> T:
     try:
         with model.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -94,6 +106,48 @@ class _Walk:
                 elif number in listed:
                     listed[number].append(self._spec(span))
         return tuple(spec for spec in listed[11] if spec.name not in weights), tuple(listed[12])
+
+    def projections(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for graph in self._graphs():
+            fields = list(self._fields(graph))
+            weights = dict(self._weight(span) for number, span in fields if number == 5)
+            for number, span in fields:
+                if number == 1:
+                    yield from self._projection(span, weights)
+
+    def _weight(self, tensor: Span) -> tuple[str, tuple[int, ...]]:
+        """A stored tensor's name and shape."""
+        name, dims = "", list[int]()
+        for number, value in self._every_field(tensor):
+            if number == 8 and isinstance(value, tuple):
+                name = self._text(value)
+            elif number == 1:
+                dims += [value] if isinstance(value, int) else self._packed(value)
+        return name, tuple(dims)
+
+    def _packed(self, span: Span) -> Iterator[int]:
+        at, end = span
+        while at < end:
+            value, at = self._varint(at, end)
+            yield value
+
+    def _projection(self, node: Span, weights: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The module and the weight's shape of a node that is a projection."""
+        inputs, texts, attributes = list[str](), dict[int, str](), dict[str, int]()
+        for number, span in self._fields(node):
+            if number == 1:
+                inputs.append(self._text(span))
+            elif number in (3, 4):
+                texts[number] = self._text(span)
+            elif number == 5:
+                named = self._text(dict(self._fields(span)).get(1, (0, 0)))
+                attributes[named] = self._numbers(span).get(3, 0)
+        dims, kind = weights.get(inputs[1], ()) if len(inputs) > 1 else (), texts.get(4)
+        transposed = kind == "MatMul" or (kind == "Gemm" and not attributes.get("transB"))
+        linear = len(dims) == 2 and (kind == "MatMul" or (kind == "Gemm" and not attributes.get("transA")))
+        convolution = len(dims) == 4 and kind == "Conv" and attributes.get("group", 1) == 1
+        if (linear or convolution) and inputs[0] not in weights:
+            yield module_of(texts.get(3, "")), dims[::-1] if transposed else dims
 
     def _graphs(self) -> list[Span]:
         graphs = [span for number, span in self._fields((0, len(self._data))) if number == _GRAPH_OF_MODEL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,7 @@ class Output:
     seeds: for each picture the seed its noise was drawn with, so that a random one can be used again; the same number
         throughout where one seed was given for several pictures or none was: `seed=seeds[0]` repeats those.
     dropped_text: what was cut from prompts that were too long.
+    loras: the components that each of the request's LoRAs changed, by the LoRA's path.
     """
 
     images: tuple[Image.Image, ...] | tuple[Float32, ...]
@@ -61,6 +63,7 @@ class Output:
     plan: Plan
     seeds: tuple[int, ...]
     dropped_text: tuple[DroppedText, ...]
+    loras: Mapping[str, tuple[str, ...]]
 
     def __repr__(self) -> str:
         return (

@@ -20,12 +20,13 @@ from .control import Control, checked_controls
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, RequestError
 from .images import Float32, image_from_pixels
+from .loras import Fitted, Loras
 from .models import Models
 from .noise import Noise
 from .output import Output, RowTiming, StepEvent, Timings
 from .plan import Plan, compile_plan
 from .request import Request
-from .request_checks import checked_array, require_known
+from .request_checks import checked_array, checked_loras, require_known
 from .sampling import Rows, open_loop
 from .step_engines import StepEngines
 from .stream import Stream
@@ -64,6 +65,7 @@ class _Job:
     noise: Noise
     editing: Editing | None
     controls: tuple[Control, ...]
+    loras: Fitted
     decoder: str
     preview_decoder: str
 
@@ -74,6 +76,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         self.bundle, self.target = bundle, target
         self._models, self._steps = Models(bundle, target, threads), StepEngines(bundle, target, threads)
+        self._loras = Loras(bundle)
 
     @classmethod
     def open(cls, bundle: str | Path, target: str = "auto", *, threads: int | None = None) -> Pipeline:
@@ -116,6 +119,8 @@ class Pipeline:
 
         Raises:
             RequestError, PlanError: an argument cannot be used; nothing has run.
+            CheckpointError: a LoRA's file is damaged, or of a kind that is not supported; nothing has run.
+            EngineError: no engine has slots for the LoRAs, and nothing has run; or one that is needed is missing.
             ExecutionError: a model failed, or returned NaN or Inf.
         """
         return Stream(functools.partial(self._generate, request)).result()
@@ -136,9 +141,20 @@ class Pipeline:
         size = (shape[2] * manifest.latent.downsampling, shape[3] * manifest.latent.downsampling)
         editing = checked_editing(request, manifest, plan, size)
         controls = checked_controls(request, manifest, plan, size)
+        loras = self._fitted(request, plan)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
-        job = _Job(request, plan, size, Noise(request, shape), editing, controls, *decoders)
+        job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders)
         return self._run(job, cancelled)
+
+    def _fitted(self, request: Request, plan: Plan) -> Fitted:
+        """The request's LoRAs by component, each of which has engines with slots for them."""
+        if not request.loras:
+            return Fitted()
+        encodes = bool(request.prompts) or (any(plan.guided) and bool(request.negative_prompts))
+        fitted = self._loras.fitted(checked_loras(request.loras), plan.denoisers, encodes=encodes)
+        for name in fitted.adapters:
+            self._models.require_slots(name, fitted.variant(name))
+        return fitted
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
@@ -150,7 +166,7 @@ class Pipeline:
 
         stop()
         began = time.perf_counter()
-        encode = functools.partial(models.encode_texts, strict=request.strict_prompts, before=stop)
+        encode = functools.partial(models.encode_texts, job.loras, strict=request.strict_prompts, before=stop)
         names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
         conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
         text_ms, encoding = _since(began), time.perf_counter()
@@ -159,7 +175,8 @@ class Pipeline:
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
         image_ms = _since(encoding)
-        rows = Rows(plan, beginning.behind(conditioning), noise.draw, beginning.keep, job.controls)
+        conditioning = job.loras.beside(beginning.behind(conditioning))
+        rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras)
         loop, fused = open_loop(rows, noise.shape, models, self._steps, before=stop)
         stop()
         state = loop.begin(beginning.latents)
@@ -175,7 +192,7 @@ class Pipeline:
         pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
         spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused)
         images = _images(pixels) if request.output_type == "pil" else pixels
-        return Output(images, state.latents, spent, plan, noise.seeds, dropped)
+        return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
         """The decoder asked for; without a name the bundle's first, or its tiny one."""

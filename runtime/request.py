@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from .errors import RequestError
 from .manifest import Manifest
 from .pictures_in import Pictures, Size, picture_size
 from .plan import Schedule, Steps
-from .request_checks import checked_array, require_count, require_pictures, side, size_pair, texts
+from .request_checks import checked_array, checked_loras, require_count, require_pictures, side, size_pair, texts
 
 Float32 = npt.NDArray[np.float32]
 MAX_PIXELS = 1 << 28
@@ -68,6 +69,10 @@ class Request:
     controlnet_conditioning_scale: how strongly ControlNets steer (default 1.0); control_guidance_start and
         control_guidance_end: the part of the rows, as fractions, in which they do (0.0 and 1.0). A number, or numbers
         by name.
+    loras: LoRAs by path, a safetensors file or a folder of peft's, each with how strongly it counts: 1 is what it was
+        trained for, 0 leaves the models as they are. Needs engines with slots for them, of `tandemrt build-engine
+        --lora-slots N --lora-rank R`. One changes the text encoders it is for and those of the plan's denoisers that
+        have all of its modules; `Output.loras` tells which.
     decoder: which of the bundle's decoders paints; the first by default.
     output_type: `pil` images, `np` (pictures, H, W, 3) float32 in [0, 1], or `latent`.
     previews: decode a preview after every so many rows, with the tiny decoder where there is one; 0 for none.
@@ -118,6 +123,7 @@ class Request:
     controlnet_conditioning_scale: float | Mapping[str, float] | None = None
     control_guidance_start: float | Mapping[str, float] | None = None
     control_guidance_end: float | Mapping[str, float] | None = None
+    loras: Mapping[str | Path, float] | None = None
 
     def __post_init__(self) -> None:
         self._check_embeddings()
@@ -135,6 +141,8 @@ class Request:
             raise RequestError("previews", "not usable", got=self.previews, expected="a whole number, 0 or more")
         if isinstance(self.seed, Sequence) and len(self.seed) != self.pictures:
             raise RequestError("seed", "how many there are", got=len(self.seed), expected=f"1 or {self.pictures}")
+        if self.loras is not None:
+            checked_loras(self.loras)
         for needed, names in NEEDS.items():
             for name in names:
                 if getattr(self, name) is not None and getattr(self, needed) is None:

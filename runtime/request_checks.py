@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import did_you_mean, whole_number
+from .arguments import did_you_mean, finite_number, whole_number
 from .errors import RequestError
+from .variant import MAX_LORA_SLOTS
 
 Float32 = npt.NDArray[np.float32]
 MAX_SIDE = 16_384
@@ -92,3 +94,25 @@ def size_pair(name: str, given: object) -> tuple[int, int]:
         expected = f"two whole numbers in 0..{MAX_STATED_SIZE}"
         raise RequestError(name, "not usable", got=given, expected=expected)
     return cast("tuple[int, int]", tuple(pair))
+
+
+def checked_loras(loras: Mapping[str | Path, float]) -> dict[Path, float]:
+    """A request's LoRAs, by path.
+
+    Raises:
+        RequestError: no mapping of paths to finite numbers, too many, or one file twice.
+    """
+    if not isinstance(loras, Mapping) or not all(isinstance(path, str | Path) for path in loras):
+        expected = 'scales by path such as {"style.safetensors": 0.8}'
+        raise RequestError("loras", "not LoRAs", got=loras, expected=expected)
+    if len(loras) > MAX_LORA_SLOTS:
+        raise RequestError("loras", "how many there are", got=len(loras), expected=f"at most {MAX_LORA_SLOTS}")
+    found: dict[Path, float] = {}
+    for path, scale in loras.items():
+        number = finite_number(scale)
+        if number is None:
+            raise RequestError(f"loras: {path}", "scale", got=scale, expected="a finite number")
+        if Path(path) in found:
+            raise RequestError(f"loras: {path}", "given twice", expected="every file once", remedy="Add the scales up.")
+        found[Path(path)] = number
+    return found

@@ -13,13 +13,13 @@ import numpy.typing as npt
 from .backends.base import Shape
 from .binding import Conditioning
 from .control import Control, Steering
+from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
 from .plan import Plan
 from .sampler import SampledRow, Sampler, State
 from .step_engines import StepEngines, Wanted
 from .step_sampler import Key, StepSampler, given_inputs, input_shapes
-from .variant import PLAIN, Variant
 
 Float32 = npt.NDArray[np.float32]
 
@@ -39,7 +39,7 @@ class Rows:
     """What a generation's rows are given.
 
     conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
-    slots: by component, the LoRA slots that it must have; `PLAIN` where none are named.
+    loras: by component, which engines must have slots for them; they are in `conditioning` too.
     """
 
     plan: Plan
@@ -47,7 +47,7 @@ class Rows:
     draw_noise: Callable[[], Float32]
     keep: Callable[[int, Float32], None] | None = None
     controls: tuple[Control, ...] = ()
-    slots: Mapping[str, Variant] = field(default_factory=dict)
+    loras: Fitted = field(default_factory=Fitted)
 
 
 def open_loop(
@@ -69,7 +69,7 @@ def open_loop(
     sessions = {}
     for name in names:
         before()
-        sessions[name] = models.session(name, rows.slots.get(name, PLAIN))
+        sessions[name] = models.session(name, rows.loras.variant(name))
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
     if steps is None:
         return Sampler(plan, sessions, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), False
@@ -85,7 +85,7 @@ def _wanted(rows: Rows, shape: Shape) -> dict[Key, Wanted]:
     wanted = {}
     for (name, guided), taken in timesteps.items():
         variant = msgspec.structs.replace(
-            rows.slots.get(name, PLAIN), step="guided" if guided else "unguided", timesteps=tuple(dict.fromkeys(taken))
+            rows.loras.variant(name), step="guided" if guided else "unguided", timesteps=tuple(dict.fromkeys(taken))
         )
         wanted[name, guided] = Wanted(variant, plan.table.history, _Shapes(rows, shape, name, guided))
     return wanted

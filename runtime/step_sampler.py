@@ -14,6 +14,7 @@ from .backends.base import Array, Binding, Session, Shape
 from .binding import Bound, Conditioning
 from .control import Running, Steering, steer
 from .errors import BundleError, ExecutionError, PlanError
+from .lora_slots import slot_inputs
 from .manifest import TensorSpec
 from .plan import Plan
 from .sampler import SampledRow, State, denoised_estimate, model_input, require_finite
@@ -136,7 +137,9 @@ class StepSampler:
     def _bind(self, key: Key, shape: Shape) -> _BoundEngine:
         """An engine's buffers, with everything in place that no row changes."""
         (name, guided), session = key, self._engines[key].session
-        given = given_inputs(name, self._plan, self._conditioning[name], guided=guided)
+        conditioning = self._conditioning[name]
+        given = given_inputs(name, self._plan, conditioning, guided=guided)
+        given.update(slot_inputs(session.inputs, conditioning.adapters))
         binding = session.bind(input_shapes(name, session.inputs, given, shape, guided=guided))
         for one, values in given.items():
             binding.inputs[one][...] = values

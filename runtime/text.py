@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from .backends.base import Array, Binding, Session
 from .bundle import Bundle
 from .errors import BundleError, ExecutionError
+from .lora_slots import Adapter, slot_inputs
 from .manifest import TextConditioning
 from .tokenizer import DroppedText, PromptTokenizer, Tokens
 
@@ -34,8 +36,8 @@ class Embeddings:
 class PromptEncoder:
     """A text encoder of a bundle and its tokenizer, with the latest embeddings kept; safe to share between threads.
 
-    The cache is keyed by token ids, which decide the embedding: prompts that differ only in case share one. Each
-    prompt runs alone, because a batch of another size may change the last bits; so a hit equals a fresh run.
+    The cache is keyed by what decides the embedding, token ids and LoRAs: prompts that differ only in case share one.
+    Each prompt runs alone, because a batch of another size may change the last bits; so a hit equals a fresh run.
     """
 
     def __init__(self, bundle: Bundle, name: str, session: Session, *, cached_prompts: int = CACHED_PROMPTS) -> None:
@@ -50,8 +52,9 @@ class PromptEncoder:
         self._tokenizer = PromptTokenizer(bundle.tokenizer_path(name), self._facts.max_length)
         self._session = session
         self._cached_prompts = cached_prompts
-        self._cache: OrderedDict[bytes, Embeddings] = OrderedDict()
+        self._cache: OrderedDict[tuple[Any, ...], Embeddings] = OrderedDict()
         self._binding: Binding | None = None
+        self._in_slots: tuple[Any, ...] | None = None
         self._lock = threading.Lock()
 
     def tokenize(self, prompts: Sequence[str], *, strict: bool = False) -> Tokens:
@@ -59,10 +62,16 @@ class PromptEncoder:
         return self._tokenizer.tokenize(prompts, strict=strict)
 
     def encode(
-        self, prompts: Sequence[str], *, strict: bool = False, before: Callable[[], None] = lambda: None
+        self,
+        prompts: Sequence[str],
+        adapters: Sequence[Adapter] = (),
+        *,
+        strict: bool = False,
+        before: Callable[[], None] = lambda: None,
     ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
         """What the encoder makes of prompts, of its own width, and the text that was dropped.
 
+        adapters: LoRAs, where the session has slots for them.
         before: called before each prompt; what it raises ends the encoding.
 
         Raises:
@@ -74,32 +83,42 @@ class PromptEncoder:
         embeddings = []
         for ids in tokens.ids:
             before()
-            embeddings.append(self._embedding(ids))
+            embeddings.append(self._embedding(ids, adapters))
         pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]
         hidden = np.stack([embedding.hidden for embedding in embeddings])
         return Embeddings(hidden, np.stack(pooled) if pooled else None), tokens.dropped
 
-    def _embedding(self, ids: npt.NDArray[np.int64]) -> Embeddings:
-        key = ids.tobytes()
+    def _embedding(self, ids: npt.NDArray[np.int64], adapters: Sequence[Adapter]) -> Embeddings:
+        key = (ids.tobytes(), *(adapter.key for adapter in adapters))
         with self._lock:
             embedding = self._cache.pop(key, None)
             if embedding is None:
-                embedding = self._computed(ids)
+                embedding = self._computed(ids, adapters)
             self._cache[key] = embedding
             while len(self._cache) > self._cached_prompts:
                 self._cache.popitem(last=False)
             return embedding
 
-    def _computed(self, ids: npt.NDArray[np.int64]) -> Embeddings:
-        facts = self._facts
-        if self._binding is None:
-            self._binding = self._session.bind({"input_ids": (1, len(ids))})
-        binding = self._binding
+    def _computed(self, ids: npt.NDArray[np.int64], adapters: Sequence[Adapter]) -> Embeddings:
+        facts, binding = self._facts, self._bound(len(ids), adapters)
         binding.inputs["input_ids"][0] = ids
         binding.run()
         hidden = self._output(binding, facts.hidden_state, (facts.max_length, facts.width))
         pooled = None if facts.pooled is None else self._output(binding, facts.pooled, (facts.pooled_width,))
         return Embeddings(hidden, pooled)
+
+    def _bound(self, tokens: int, adapters: Sequence[Adapter]) -> Binding:
+        """The encoder's buffers with LoRAs in their slots, if it has any."""
+        wanted = tuple(adapter.key for adapter in adapters)
+        if self._binding is None or self._in_slots != wanted:
+            slots = slot_inputs(self._session.inputs, adapters)
+            if self._binding is None:
+                shapes = {name: values.shape for name, values in slots.items()}
+                self._binding = self._session.bind({"input_ids": (1, tokens), **shapes})
+            for name, values in slots.items():
+                self._binding.inputs[name][...] = values
+            self._in_slots = wanted
+        return self._binding
 
     def _output(self, binding: Binding, name: str, shape: tuple[int, ...]) -> Float32:
         """A copy of an output's only row: the next run overwrites the output."""

@@ -6,6 +6,8 @@ from typing import Literal
 
 from .manifest import Frozen
 
+MAX_LORA_SLOTS, MAX_LORA_RANK = 16, 1024
+
 
 class Variant(Frozen, frozen=True, kw_only=True):
     """How a graph differs from the bundle's own; by default in nothing.

@@ -20,9 +20,20 @@ from tandemrt.runtime import manifest as manifests
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.errors import ArgumentError, BundleError, RequestError
-from tandemrt.runtime.lora_slots import LORA_DOWN, LORA_SCALE, LORA_UP, Adapter, LowRank, module_of, slot_inputs
+from tandemrt.runtime.lora_slots import (
+    LORA_DOWN,
+    LORA_SCALE,
+    LORA_UP,
+    Adapter,
+    LowRank,
+    module_of,
+    slot_inputs,
+    slot_widths,
+)
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.plan import Schedule, compile_plan
+from tandemrt.runtime.step_sampler import StepEngine
+from tandemrt.runtime.variant import PLAIN
 
 from ..runtime.tiny_bundle import Graph as TinyGraph
 from ..runtime.tiny_bundle import denoiser, described
@@ -53,14 +64,10 @@ def run(session: Session, inputs: Arrays) -> npt.NDArray[Any]:
 def adapter(session: Session, seed: int, rank: int, scale: float) -> Adapter:
     """A change of every module that has slots."""
     random = np.random.default_rng(seed)
-    widths = {one.name: one.shape for one in session.inputs}
-    changes = {}
-    for name, shape in widths.items():
-        if name.startswith(LORA_DOWN):
-            module = name.removeprefix(LORA_DOWN)
-            read = shape[1:] if len(shape) == 4 else shape[:1]
-            down, up = (rank, int(np.prod(read))), (widths[LORA_UP + module][1], rank)
-            changes[module] = LowRank(*(0.1 * random.standard_normal(size, np.float32) for size in (down, up)))
+    changes = {
+        module: LowRank(*(0.1 * random.standard_normal(shape, np.float32) for shape in ((rank, read), (made, rank))))
+        for module, (read, made) in slot_widths(session.inputs).items()
+    }
     return Adapter(f"adapter {seed}", changes, scale)
 
 
@@ -97,7 +104,7 @@ def test_a_walk_over_adapters_ends_at_the_bases_bits(
     one, two = adapter(slotted, 1, RANK, 1.0), adapter(slotted, 2, RANK - 1, 0.7)
     silent = [Adapter(each.name, each.changes, 0.0) for each in (one, two)]
     for wanted in ([], [one], [two], [one, two], silent, []):
-        got = run(slotted, {**inputs, **slot_inputs(slotted.inputs, RANK, wanted)})
+        got = run(slotted, {**inputs, **slot_inputs(slotted.inputs, wanted)})
         if wanted in ([], silent):
             np.testing.assert_array_equal(got, expected)
             continue
@@ -105,8 +112,8 @@ def test_a_walk_over_adapters_ends_at_the_bases_bits(
         reference, scale = run(opened(written), inputs), np.abs(got).max()
         assert np.abs(got - expected).max() > 0.01 * scale
         np.testing.assert_allclose(got, reference, rtol=0, atol=2e-5 * scale)
-    swapped = run(slotted, {**inputs, **slot_inputs(slotted.inputs, RANK, [two, one])})
-    both = run(slotted, {**inputs, **slot_inputs(slotted.inputs, RANK, [one, two])})
+    swapped = run(slotted, {**inputs, **slot_inputs(slotted.inputs, [two, one])})
+    both = run(slotted, {**inputs, **slot_inputs(slotted.inputs, [one, two])})
     np.testing.assert_allclose(swapped, both, rtol=0, atol=2e-5 * np.abs(both).max())
 
 
@@ -123,14 +130,13 @@ def test_folded_step_engines_have_slots(shapes_bundle: Path, tmp_path: Path) -> 
     ended = {}
     for wanted in ((), (one,)):
         branches = conditioning(manifest, plan)[name]
-        whole = slot_inputs(plain.inputs, RANK, wanted)
         walk = Walk(
             plan,
-            {name: Conditioning(branches.conditional, branches.unconditional, whole=whole)},
+            {name: Conditioning(branches.conditional, branches.unconditional, adapters=wanted)},
             latent_shape(manifest, plan),
         )
         expected, _ = walk.end(walk.unfused({name: plain}))
-        got, _ = walk.end(walk.fused({(name, True): engine}))
+        got, _ = walk.end(walk.fused({(name, True): StepEngine(engine, PLAIN)}))
         np.testing.assert_array_equal(got.arrays, expected.arrays)
         ended[len(wanted)] = got.latents.copy()
     assert np.abs(ended[0] - ended[1]).max() > 0.01
@@ -156,7 +162,7 @@ def test_a_convolution_keeps_its_strides_pads_and_dilations(tmp_path: Path, open
     slotted = opened(write_graph(lora_slots(graph, slots=SLOTS, rank=RANK), tmp_path, tmp_path))
     assert {one.name: one.shape for one in slotted.inputs}[LORA_DOWN + "down.conv"] == (SLOTS * RANK, 3, 3, 3)
     x, one = random.standard_normal((2, 3, 9, 8), np.float32), adapter(slotted, 1, RANK - 1, 0.5)
-    got = run(slotted, {"x": x, **slot_inputs(slotted.inputs, RANK, [one])})
+    got = run(slotted, {"x": x, **slot_inputs(slotted.inputs, [one])})
     expected = run(opened(write_graph(fused(graph, [one]), tmp_path / "fused", tmp_path)), {"x": x})
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
@@ -190,31 +196,26 @@ def test_half_precision_projections_take_half_precision_adapters(tmp_path: Path)
     }
     change = LowRank(np.array([[1, 0, 0]], np.float32), np.array([[0], [2]], np.float32))
     x = np.array([[1, 2, 3]], np.float32)
-    inputs = slot_inputs(session.inputs, 2, [Adapter("one", {"text.proj": change}, 0.5)])
+    inputs = slot_inputs(session.inputs, [Adapter("one", {"text.proj": change}, 0.5)])
     np.testing.assert_array_equal(run(session, {"x": x, **inputs}), [[23, 28]])
 
 
 def test_what_does_not_fit_the_slots_is_refused(shapes_bundle: Path) -> None:
     slotted = lora_slots(read_graph(shapes_bundle / "unet_small" / "model.onnx"), slots=1, rank=2)
     inputs = tuple(spec(value, "test") for value in slotted.graph.input if value.name.startswith("lora_"))
-    module = next(one.name.removeprefix(LORA_DOWN) for one in inputs if one.name.startswith(LORA_DOWN))
-    shapes = {one.name: one.shape for one in inputs}
-    read, made = shapes[LORA_DOWN + module][0], shapes[LORA_UP + module][1]
+    module, (read, made) = next(iter(slot_widths(inputs).items()))
     fits = LowRank(np.ones((2, read), np.float32), np.ones((made, 2), np.float32))
     wide = LowRank(np.ones((3, read), np.float32), np.ones((made, 3), np.float32))
     long = LowRank(np.ones((2, read + 1), np.float32), np.ones((made, 2), np.float32))
     for adapters, message in (
-        ([Adapter("a", {}), Adapter("b", {})], r"loras: more than there are slots, got 2, expected 1"),
+        ([Adapter("a", {module: fits})] * 2, r"loras: ranks of all together, got 4, expected at most 2\. Build"),
         ([Adapter("a", {module + "s": fits})], r"loras: a: .*: no module that has slots, expected one of \d+ modules"),
-        (
-            [Adapter("a", {module: wide})],
-            r"rank, got 3, expected at most 2\. Build the engine with a larger --lora-rank",
-        ),
+        ([Adapter("a", {module: wide})], r"ranks of all together, got 3, expected at most 2"),
         ([Adapter("a", {module: long})], r"shapes of down and up, got"),
         ([Adapter("a", {module: fits}, float("nan"))], r"loras: a: scale, got nan"),
     ):
         with pytest.raises(RequestError, match=message):
-            slot_inputs(inputs, 2, adapters)
+            slot_inputs(inputs, adapters)
 
 
 def test_graphs_without_room_for_slots_are_refused() -> None:

@@ -1,0 +1,119 @@
+"""LoRAs as inputs of a generation: they come, mix and go on built engines, and paint what they paint when fused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tandemrt.engines.build import ensure_engine
+from tandemrt.engines.plan import BuildPlan, requests_of
+from tandemrt.engines.profiles import parse_profile
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.onnx_files import projections
+from tandemrt.runtime.output import Output
+from tandemrt.runtime.targets import parse_target
+
+from ..runtime.lora_writing import write_lora
+
+SLOTS, RANK = 2, 4
+TARGETS = ("onnxruntime:cpu", "openvino:cpu")
+REQUEST: Mapping[str, Any] = {
+    "prompt": "a red circle left of a blue square",
+    "num_inference_steps": 3,
+    "guidance_scale": 2.0,
+    "seed": 7,
+    "output_type": "latent",
+}
+# Of the largest number: the low-rank products are added up in another order than the fused weights' products.
+TOLERANCE = 1e-4
+
+
+def build(bundle: Path, cache: Path, target: str, components: Sequence[str], **options: Any) -> None:
+    plan = BuildPlan(bundle, (parse_target(target),), cache, tuple(components), (parse_profile("64x64:b1"),), **options)
+    for request in requests_of(plan, Bundle.open(bundle)):
+        ensure_engine(request, cache, lambda label, done, total: None, {})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def loras(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One LoRA for the large denoiser and the text encoder, in kohya's layout, one for the denoiser, in diffusers'."""
+    folder = tmp_path_factory.mktemp("loras")
+    unet, text = (projections(shapes_bundle / name / "model.onnx") for name in ("unet", "text_encoder"))
+    return (
+        write_lora(folder / "both.safetensors", {"unet": unet, "text_encoder": text}, rank=RANK, seed=1),
+        write_lora(folder / "denoiser.safetensors", {"unet": unet}, rank=RANK - 1, seed=2, layout="diffusers"),
+    )
+
+
+def distance(one: Output, other: Output) -> float:
+    """The largest difference, as a fraction of the largest number."""
+    difference: npt.NDArray[np.float32] = np.abs(one.latents - other.latents)
+    return float(difference.max() / np.abs(other.latents).max())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_walk_over_loras_ends_at_the_bases_bits(
+    shapes_bundle: Path, cache: Path, loras: tuple[Path, Path], target: str
+) -> None:
+    a, b = loras
+    build(shapes_bundle, cache, target, ("unet", "text_encoder"))
+    build(shapes_bundle, cache, target, ("unet", "text_encoder"), lora_slots=SLOTS, lora_rank=RANK)
+    with Pipeline.open(shapes_bundle, target) as pipe:
+        walk = [pipe(**REQUEST, loras=wanted) for wanted in (None, {a: 0.8}, {str(b): 0.5}, {a: 0.8, b: 0.5}, {})]
+        silent = pipe(**REQUEST, loras={a: 0.0, b: 0})
+        again = pipe(**REQUEST, loras={a: 0.8})
+    for same in (walk[-1], silent):
+        np.testing.assert_array_equal(same.latents, walk[0].latents)
+    np.testing.assert_array_equal(again.latents, walk[1].latents)
+    for changed in walk[1:4]:
+        assert all(distance(changed, other) > 0.01 for other in walk[:4] if other is not changed)
+    assert walk[1].loras == {str(a): ("text_encoder", "unet")}
+    assert walk[3].loras == {str(a): ("text_encoder", "unet"), str(b): ("unet",)}
+    assert walk[0].loras == {}
+
+
+def test_step_engines_take_the_same_loras(shapes_bundle: Path, cache: Path, loras: tuple[Path, Path]) -> None:
+    wanted, slots = {loras[1]: 0.5}, {"lora_slots": 1, "lora_rank": RANK}
+    build(shapes_bundle, cache, TARGETS[0], ("unet",), **slots)
+    with Pipeline.open(shapes_bundle, TARGETS[0]) as pipe:
+        expected = pipe(**REQUEST, loras=wanted)
+    build(shapes_bundle, cache, TARGETS[0], ("unet",), step=True, **slots)
+    with Pipeline.open(shapes_bundle, TARGETS[0]) as pipe:
+        got = pipe(**REQUEST, loras=wanted)
+        plain = pipe(**REQUEST)
+    assert (expected.timings.step_engines, got.timings.step_engines) == (False, True)
+    np.testing.assert_array_equal(got.latents, expected.latents)
+    assert not plain.timings.step_engines
+
+
+@pytest.mark.slow
+def test_loras_paint_what_they_paint_when_fused_at_export(
+    shapes_bundle: Path, cache: Path, tmp_path: Path, loras: tuple[Path, Path]
+) -> None:
+    from tandemrt.bench.shapes.bundle import export_plan  # noqa: PLC0415 — the other tests need none of its imports
+    from tandemrt.export.bundle import export_bundle  # noqa: PLC0415
+    from tandemrt.export.plan import LoraSource  # noqa: PLC0415
+
+    scales = dict(zip(loras, (0.8, -0.5), strict=True))
+    sources = tuple(LoraSource(path, scale) for path, scale in scales.items())
+    fused = export_bundle(dataclasses.replace(export_plan(tmp_path / "fused"), added=(), loras=sources))
+    for target in TARGETS:
+        build(shapes_bundle, cache, target, ("unet", "text_encoder"), lora_slots=SLOTS, lora_rank=RANK)
+        with Pipeline.open(fused, target) as pipe:
+            expected = pipe(**REQUEST)
+        with Pipeline.open(shapes_bundle, target) as pipe:
+            assert distance(pipe(**REQUEST), expected) > 0.01
+            assert distance(pipe(**REQUEST, loras=scales), expected) <= TOLERANCE
