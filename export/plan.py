@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from ..runtime.cli import values
 from ..runtime.errors import ArgumentError
 from ..runtime.manifest import Precision, Role
 from .presets import Scale, read_preset
@@ -64,21 +65,8 @@ class LoraSource:
 
 
 def parse_lora(text: str) -> LoraSource:
-    """`FILE` or `FILE:SCALE`; a colon that no number follows is part of the path.
-
-    Raises:
-        ArgumentError: no file before the scale, or one that is not finite.
-    """
-    path, colon, scale = text.rpartition(":")
-    try:
-        source = (path, float(scale)) if colon else (text, 1.0)
-    except ValueError:
-        source = (text, 1.0)
-    if not source[0]:
-        raise ArgumentError(
-            "--lora", "not a LoRA", got=text, expected="FILE or FILE:SCALE such as anime.safetensors:0.8"
-        )
-    return LoraSource(Path(source[0]), source[1])
+    """`FILE` or `FILE:SCALE`; raises ArgumentError as `values.parse_lora`."""
+    return LoraSource(*values.parse_lora(text))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any, cast
 from PIL import Image
 
 from ..bundle import Bundle
-from ..manifest import Manifest
+from ..lora_files import read_lora
+from ..manifest import Manifest, file_sha256
 from ..output import Output
 from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan, parse_steps
@@ -45,6 +46,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
             "target": {"name": str(pipe.target), "reason": pipe.target.reason or "asked for"},
             "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
             "pictures": checked.pictures.facts(),
+            "loras": _lora_facts(plan),
             "plan": checked.compiled.facts(),
             "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
             "files": [str(path) for path in files] if seeded else None,
@@ -67,6 +69,7 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
             "target": str(pipe.target),
             "tandemrt": version("tandemrt"),
             "pictures": checked.pictures.facts(),
+            "loras": _lora_facts(plan),
         }
         for dropped in checked.dropped_text:
             reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
@@ -85,6 +88,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     count = len(result["images"])
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     engines = ", step engines" if all(image["step_engines"] for image in result["images"]) else ""
+    for path, components in result["images"][0]["loras"].items():
+        yield f"{path} changed {', '.join(components)}"
     yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
 
 
@@ -133,6 +138,7 @@ class _Job:
                 "seed": seed,
                 "timings": {name: round(value, 3) for name, value in spent.items()},
                 "step_engines": timings.step_engines,
+                "loras": {path: list(components) for path, components in output.loras.items()},
             }
 
     def _texts(self, request: Mapping[str, Any], seed: int) -> dict[str, str]:
@@ -165,6 +171,7 @@ def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[st
             "seed": [seed + picture for picture in range(plan.num_images_per_prompt)],
             "seed_device": plan.seed_device,
             "decoder": plan.decoder,
+            "loras": {str(path): scale for path, scale in plan.loras.items()} or None,
         }
         for prompt in plan.prompts
     ]
@@ -198,6 +205,11 @@ def _pictures(plan: GeneratePlan) -> PictureFiles:
         None if plan.mask is None else read_picture("--mask", plan.mask),
         {name: read_picture("--control", path) for name, path in plan.control.items()},
     )
+
+
+def _lora_facts(plan: GeneratePlan) -> dict[str, dict[str, str]]:
+    """The sha256 of each LoRA's files by their names, by its path."""
+    return {str(path): {file.name: file_sha256(file) for file in read_lora(path).files} for path in plan.loras}
 
 
 def _by_name(values: Mapping[str | None, float]) -> float | dict[str | None, float] | None:

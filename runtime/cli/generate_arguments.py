@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..request_checks import require_pictures
 from ..solvers import SOLVERS
 from .prompts import gathered_prompts, require_text
-from .values import parse_interval, parse_named, parse_number, parse_settings, parse_size, parse_timesteps
+from .values import parse_interval, parse_lora, parse_named, parse_number, parse_settings, parse_size, parse_timesteps
 
 ORDINALS = {"2": "second", "3": "third"}
 FURTHER_PROMPTS = tuple(f"{branch}prompt_{number}" for number in ORDINALS for branch in ("", "negative_"))
@@ -24,7 +24,8 @@ example:
 
 Each PNG holds as text what painted it: prompt, negative_prompt, seed, plan, bundle (its digest), target, tandemrt (the
 version), and request, the arguments that `Pipeline.open(bundle)(**request)` paints it from again. Where it was painted
-from other pictures, `pictures` names their files with path and sha256, by the argument they are to be given as.
+from other pictures, `pictures` names their files with path and sha256, by the argument they are to be given as; `loras`
+holds the sha256 of each LoRA's files.
 A preview holds those of its final picture, and row, the number of rows of the plan that had run when it was painted.
 """
 
@@ -47,6 +48,7 @@ class GeneratePlan:
     control: Mapping[str | None, Path]
     control_scale: Mapping[str | None, float]
     control_interval: Mapping[str | None, tuple[float, float]]
+    loras: Mapping[Path, float]
     steps: str | None
     num_inference_steps: int | None
     solver: str | None
@@ -198,6 +200,14 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         metavar="START,END",
         help="the part of the steps with guidance, as fractions: 0.0,0.8 leaves it off for the last fifth",
     )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA, times SCALE (default 1): a .safetensors file or a folder of peft's; may be repeated. Needs "
+        "engines of `tandemrt build-engine --lora-slots N --lora-rank R`; `tandemrt export --lora` fuses one instead",
+    )
     group.add_argument("--decoder", metavar="NAME", help="which of the bundle's decoders paints; its first by default")
     group.add_argument(
         "--strict-prompts", action="store_true", help="refuse prompts that are too long, do not cut them"
@@ -223,6 +233,15 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--previews", type=int, default=0, metavar="N", help="write a preview every N rows into DIR/previews"
     )
+
+
+def _loras(given: Sequence[str]) -> dict[Path, float]:
+    """LoRAs by path; RequestError where one is given twice."""
+    loras = [parse_lora(text) for text in given]
+    found = dict(loras)
+    if len(found) < len(loras):
+        raise RequestError("--lora", "a file given twice", got=list(given), expected="every file once")
+    return found
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
@@ -252,6 +271,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
             name: parse_number("--control-scale", value)
             for name, value in parse_named("--control-scale", namespace.control_scale).items()
         },
+        "loras": _loras(namespace.lora),
         "control_interval": {
             name: parse_interval("--control-interval", value)
             for name, value in parse_named("--control-interval", namespace.control_interval).items()

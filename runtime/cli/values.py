@@ -68,6 +68,23 @@ def parse_named(option: str, values: Sequence[str]) -> dict[str | None, str]:
     return named
 
 
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:SCALE` as a LoRA's path and its scale; a colon that no number follows is part of the path.
+
+    Raises:
+        ArgumentError: no file before the scale.
+    """
+    path, colon, number = text.rpartition(":")
+    try:
+        source = (path, float(number)) if colon else (text, 1.0)
+    except ValueError:
+        source = (text, 1.0)
+    if not source[0]:
+        expected = "FILE or FILE:SCALE such as anime.safetensors:0.8"
+        raise ArgumentError("--lora", "not a LoRA", got=text, expected=expected)
+    return Path(source[0]), source[1]
+
+
 def parse_timesteps(text: str) -> tuple[int, ...]:
     """`999,749,499,249` as whole numbers.
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
 from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.output import Output
 from tandemrt.runtime.targets import parse_target
@@ -97,6 +102,29 @@ def test_step_engines_take_the_same_loras(shapes_bundle: Path, cache: Path, lora
     assert (expected.timings.step_engines, got.timings.step_engines) == (False, True)
     np.testing.assert_array_equal(got.latents, expected.latents)
     assert not plain.timings.step_engines
+
+
+def test_generate_takes_loras_and_its_picture_says_which(
+    tiny_path: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_lora(tmp_path / "a:b.safetensors", {"unet": projections(tiny_path / "unet" / "model.onnx")}, rank=1)
+    arguments = ["generate", str(tiny_path), "--prompt", "red", "--seed", "7", "--steps", "2,1", "--output-dir"]
+    lora = ["--lora", f"{file}:0.5"]
+    assert main([*arguments, str(tmp_path / "none"), *lora]) == 1
+    assert "--component unet --lora-slots 1 --lora-rank 1`" in capsys.readouterr().err
+    build(tiny_path, cache, "onnxruntime:cpu", ("unet",), lora_slots=1, lora_rank=1)
+    assert main([*arguments, str(tmp_path / "plain")]) == 0
+    assert main([*arguments, str(tmp_path / "lora"), *lora]) == 0
+    assert f"{file} changed unet\n" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "twice"), *lora, "--lora", str(file)]) == 2
+    assert "--lora: a file given twice" in capsys.readouterr().err
+    plain, changed = (Image.open(tmp_path / name / "0001-seed7-red.png") for name in ("plain", "lora"))
+    assert (np.asarray(plain) != np.asarray(changed)).any()
+    texts = cast("PngImageFile", changed).text
+    assert json.loads(texts["loras"]) == {str(file): {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}}
+    with Pipeline.open(tiny_path) as pipe:
+        again = pipe(**json.loads(texts["request"])).images[0]
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(changed))
 
 
 @pytest.mark.slow
