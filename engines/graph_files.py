@@ -143,22 +143,22 @@ def prune(graph: onnx.GraphProto) -> None:
             del graph.node[index]
         else:
             made.update(node.output)
-            needed.update(node.input, _read_inside(node))
+            needed.update(reads_of(node))
     for entries, names in ((graph.initializer, needed), (graph.value_info, made)):
         for index in reversed(range(len(entries))):
             if entries[index].name not in names:
                 del entries[index]
 
 
-def _read_inside(node: onnx.NodeProto) -> set[str]:
-    """What the bodies of a node's branches and loops read, of their own or from outside."""
-    names: set[str] = set()
+def reads_of(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, and what the bodies of its branches and loops do, of their own or from outside."""
+    names = set(node.input)
     for attribute in node.attribute:
         for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
             names.update(value.name for value in body.output)
             for inner in body.node:
-                names.update(inner.input, _read_inside(inner))
-    return names
+                names |= reads_of(inner)
+    return names - {""}
 
 
 def _inside(folder: Path, name: str) -> Path:
