@@ -13,7 +13,7 @@ from onnx import helper
 
 from ..runtime.errors import ArgumentError
 from .graph_files import reads_of
-from .inferred import Inferred, multiply_adds
+from .inferred import Inferred
 
 # diffusers' modules, as exporters write them: down_blocks.0.attentions.1/Add or /down_blocks.0/attentions.1/Add.
 _UNET = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
@@ -88,10 +88,10 @@ def _crossing_bytes(graph: onnx.GraphProto, activations: set[str], known: Inferr
     return list(accumulate(changes))
 
 
-def chosen(
-    graph: onnx.GraphProto, candidates: Sequence[Boundary], known: Inferred, count: int, where: str
-) -> tuple[Boundary, ...]:
+def chosen(candidates: Sequence[Boundary], work: Sequence[int], count: int, where: str) -> tuple[Boundary, ...]:
     """The boundaries of `count` stages of even work: of those as good as the best, the ones with least to hand on.
+
+    work: of each of the graph's nodes.
 
     Raises:
         ArgumentError: there are fewer blocks than stages.
@@ -99,7 +99,7 @@ def chosen(
     if count > len(candidates) + 1:
         raise ArgumentError(where, "stages to cut a denoiser into", got=count,
                             expected=f"at most {len(candidates) + 1}, as many as it has blocks")  # fmt: skip
-    before = [0, *accumulate(multiply_adds(node, known.shapes) for node in graph.node)]
+    before = [0, *accumulate(work)]
     splits = [(_most(before, split), sum(one.crossing_bytes for one in split), split)
               for split in combinations(candidates, count - 1)]  # fmt: skip
     limit = min(most for most, _, _ in splits) * _TOLERANCE

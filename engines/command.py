@@ -44,6 +44,7 @@ examples:
   tandemrt build-engine bundle/ --target auto --component unet --explain
   tandemrt build-engine bundle/ --target openvino:cpu --lora-slots 2 --lora-rank 32
   tandemrt build-engine bundle/ --target tensorrt-rtx:sm89 --component unet --step --fold-steps 25
+  tandemrt build-engine bundle/ --target tensorrt-rtx:sm89 --component unet --stages 2
 """
 
 
@@ -110,6 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for TensorRT-RTX on a machine with a GPU alone",
     )
     parser.add_argument(
+        "--stages",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cut the denoisers into N stages of even work, 2 to 4, and build an engine of each (whole denoisers: "
+        "without this option)",
+    )
+    parser.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
@@ -140,6 +149,7 @@ def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
         step=args.step,
         fold_steps=args.fold_steps,
         options=Options(refit=args.refit, version_compatible=args.version_compatible),
+        stages=args.stages,
     )
 
 

@@ -1,4 +1,4 @@
-"""What is made of a component's graph before it is built: LoRA slots, time steps folded, a step engine."""
+"""What is made of a component's graph before it is built: LoRA slots, time steps folded, a step engine, a stage."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .fold import folded
 from .graph_files import read_graph, spec
 from .profiles import Point, Profile
 from .slots import lora_slots
+from .stages import Nominal, stage_graphs
 from .step import step_graph
 
 
@@ -47,17 +48,42 @@ def composed(model: Path, variant: Variant, where: str) -> onnx.ModelProto:
         graph = folded(graph, variant.timesteps, model.parent, where=where)
     if variant.step:
         graph = step_graph(graph, guided=variant.step == "guided", where=where)
+    if variant.stage:
+        graph = stage_graphs(graph, variant.stage[1], at=variant.cuts, where=where)[variant.stage[0]].model
     return graph
 
 
 def composed_facts(bundle: Bundle, name: str, variant: Variant) -> Composed:
     """What a request needs to know of component `name` as this variant; raises as `composed`."""
-    graph = composed(bundle.model_path(name), variant, name)
+    return _facts(bundle, name, composed(bundle.model_path(name), variant, name))
+
+
+def _facts(bundle: Bundle, name: str, graph: onnx.ModelProto) -> Composed:
     inputs, outputs = (
         tuple(spec(value, name) for value in values) for values in (graph.graph.input, graph.graph.output)
     )
     facts = msgspec.structs.replace(bundle.component(name), inputs=inputs, outputs=outputs)
     return Composed(hashlib.sha256(graph.SerializeToString()).hexdigest(), facts)
+
+
+def composed_stages(bundle: Bundle, name: str, variant: Variant, count: int) -> dict[Variant, Composed]:
+    """What requests need to know of denoiser `name` as this variant cut into so many stages of even work.
+
+    Even at the bundle's default size, whatever profiles are wanted, since stages work together that are of one cut.
+
+    Raises:
+        ArgumentError: it cannot be cut so; otherwise as `composed`.
+    """
+    manifest = bundle.manifest
+    scale = manifest.latent.downsampling
+    nominal = Nominal(manifest.defaults.height // scale, manifest.defaults.width // scale, manifest.text.max_length)
+    whole = composed(bundle.model_path(name), variant, name)
+    made = stage_graphs(whole, count, nominal=nominal, where=name)
+    cuts = tuple(one.stage.begins for one in made[1:])
+    return {
+        msgspec.structs.replace(variant, stage=(one.stage.index, count), cuts=cuts): _facts(bundle, name, one.model)
+        for one in made
+    }
 
 
 def step_ranges(name: str, inputs: Sequence[TensorSpec], manifest: Manifest, profile: Profile) -> dict[str, InputRange]:

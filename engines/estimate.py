@@ -51,7 +51,9 @@ _RATES = {
 def estimated(request: Request) -> Estimate:
     """The estimate for one engine."""
     made_of = request.ingredients
-    rates, weights = _RATES[made_of.backend], weights_bytes(request)
+    rates, weights = _RATES[made_of.backend], float(weights_bytes(request))
+    if made_of.variant.stage:
+        weights /= made_of.variant.stage[1]
     if (made_of.device, made_of.precision) == ("cpu", "fp16"):
         weights *= 2  # a processor computes in fp32, and its engines hold the weights so
     repeats = made_of.device.count("+") + max(len(made_of.profiles) - 1, 0)

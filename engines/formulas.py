@@ -13,8 +13,11 @@ from ..runtime.shapes import evaluated
 from ..runtime.tensors import latent_names
 from .inferred import Inferred, inferred
 
-# Sides of a latent that halve four times.
-_SIDE, _BATCH, _TOKENS = 16, 2, 7
+# Sides of a latent that halve four times; what each axis grows by, no two alike, to tell what a size grows with; and
+# sizes that are another mixture, to prove a formula with.
+_LEAST = {"batch": 1, "height": 16, "width": 16, "sequence": 11}
+_FACTORS = {"batch": 2, "height": 3, "width": 5, "sequence": 7}
+_CHECKED = {"batch": 5, "height": 4, "width": 3, "sequence": 2}
 Formulas = tuple[int | str, ...]
 
 
@@ -39,39 +42,33 @@ class ShapeFormulas:
     """The shapes of a denoiser's values as formulas such as `(height // 2)*(width // 2)`.
 
     They hold for sides that are multiples of what the model halves them to, which engines take no others than.
+    known: types and shapes at the least sizes.
     """
 
     def __init__(self, model: onnx.ModelProto, inputs: Sequence[TensorSpec], where: str) -> None:
         """Raises BundleError where an input's shape cannot be told."""
-        least = {"batch": _BATCH, "height": _SIDE, "width": _SIDE, "sequence": _TOKENS}
-        names = latent_names(inputs)
-        self._symbols = _symbols(inputs, names.sample)
 
-        def at(**sizes: int) -> tuple[dict[str, int], Inferred]:
-            given = sizes_of(inputs, **{**least, **sizes})
-            return given, inferred(model, given, where)
+        def at(factors: Mapping[str, int]) -> tuple[dict[str, int], Inferred]:
+            sizes = sizes_of(inputs, **{axis: least * factors[axis] for axis, least in _LEAST.items()})
+            return sizes, inferred(model, sizes, where)
 
-        self._sizes, self._least = at()
-        self._doubled = {axis: at(**{axis: 2 * least[axis]})[1] for axis in self._symbols}
-        self._check = at(batch=3, height=3 * _SIDE, width=2 * _SIDE, sequence=11)
-        self.types: Mapping[str, int] = self._least.types
+        self._sizes, self.known = at(dict.fromkeys(_LEAST, 1))
+        self._grown = at(_FACTORS)[1]
+        self._check = at(_CHECKED)
+        self._symbols = _symbols(inputs, latent_names(inputs).sample)
 
     def of(self, name: str) -> Formulas | None:
         """A value's shape; None where it is no product of the inputs' sizes."""
-        shapes = [one.shapes.get(name) for one in (self._least, *self._doubled.values(), self._check[1])]
-        known = [shape for shape in shapes if shape is not None]
-        if len(known) < len(shapes) or len({len(shape) for shape in known}) > 1:
+        shapes = [one.shapes.get(name) for one in (self.known, self._grown, self._check[1])]
+        least, grown, check = shapes
+        if least is None or grown is None or check is None or len(least) != len(grown):
             return None
-        formulas = [self._formula(sizes[0], dict(zip(self._doubled, sizes[1:-1], strict=True)))
-                    for sizes in zip(*known, strict=True)]  # fmt: skip
-        found = tuple(formula for formula in formulas if formula is not None)
-        return found if evaluated(found, self._check[0]) == known[-1] else None
+        formulas = tuple(self._formula(*sizes) for sizes in zip(least, grown, strict=True))
+        return formulas if evaluated(formulas, self._check[0]) == check else None
 
-    def _formula(self, size: int, doubled: Mapping[str, int]) -> int | str | None:
-        """The product of the symbols with which a size doubles, times what is left."""
-        symbols = [self._symbols[axis] for axis, found in doubled.items() if found != size]
-        if any(found not in (size, 2 * size) for found in doubled.values()):
-            return None
+    def _formula(self, size: int, grown: int) -> int | str:
+        """The product of the symbols whose factors a size has grown by, times what is left."""
+        symbols = [symbol for axis, symbol in self._symbols.items() if size and grown // size % _FACTORS[axis] == 0]
         rest = Fraction(size)
         for symbol in symbols:
             rest /= self._sizes[symbol]

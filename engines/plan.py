@@ -19,6 +19,7 @@ from ..runtime.engine_files import (
 from ..runtime.errors import ArgumentError, TargetError
 from ..runtime.manifest import Component, Manifest
 from ..runtime.plan import Schedule, compile_plan
+from ..runtime.stages import MOST_STAGES
 from ..runtime.targets import Target, installed_version
 from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
 from . import flavour, onnxruntime, openvino
@@ -40,6 +41,7 @@ class BuildPlan:
     fold_steps: build the time steps of so many inference steps of the bundle's own scheduler into step engines; 0 for
         those of the bundle's defaults.
     options: of TensorRT's flavours alone.
+    stages: how many stages to cut the denoisers into, an engine for each; 0 leaves them whole.
     """
 
     bundle: Path
@@ -53,6 +55,7 @@ class BuildPlan:
     step: bool = False
     fold_steps: int | None = None
     options: flavour.Options = flavour.PLAIN_OPTIONS
+    stages: int = 0
 
     def __post_init__(self) -> None:
         for option, values in (("--target", self.targets), ("--component", self.components)):
@@ -73,6 +76,11 @@ class BuildPlan:
         if self.options.refit and any(target.precision == "bf16" for target in self.targets):
             remedy = "Ask for fp16; the weights of a bundle are never in bfloat16."
             raise ArgumentError("--refit", "not for precision bf16", remedy=remedy)
+        if self.stages and self.step:
+            remedy = "Guidance and the solver's update need the whole prediction; build stages without them."
+            raise ArgumentError("--stages", "given together with --step", remedy=remedy)
+        if self.stages and not 2 <= self.stages <= MOST_STAGES:
+            raise ArgumentError("--stages", "out of range", got=self.stages, expected=f"a number in 2..{MOST_STAGES}")
         limits = (("--lora-slots", self.lora_slots, MAX_LORA_SLOTS), ("--lora-rank", self.lora_rank, MAX_LORA_RANK))
         for option, value, most in limits:
             if not 0 <= value <= most:
@@ -178,18 +186,34 @@ def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profi
     by_variant: dict[Variant, list[Profile]] = {}
     for profile in profiles:
         by_variant.setdefault(_variant(plan, manifest, name, profile), []).append(profile)
-    for variant, served in by_variant.items():
-        sha256, facts = origin_of(bundle, name), component
-        if variant != PLAIN:
-            from .composed import composed_facts, step_ranges  # noqa: PLC0415 (onnx, of the extra `export`)
+    for whole, served in by_variant.items():
+        for variant, (sha256, facts) in _made(plan, bundle, name, whole).items():
+            if variant.step:
+                from .composed import step_ranges  # noqa: PLC0415 (onnx, of the extra `export`)
 
-            made = composed_facts(bundle, name, variant)
-            sha256, facts = made.sha256, made.facts
-        if variant.step:
-            ranges = [(one.name, step_ranges(name, facts.inputs, manifest, one)) for one in served]
-        else:
-            ranges = [(one.name, input_ranges(name, facts, manifest, one)) for one in served]
-        yield _Graph(name, variant, sha256, facts, tuple(ranges))
+                ranges = [(one.name, step_ranges(name, facts.inputs, manifest, one)) for one in served]
+            else:
+                # What stages hand on has shapes in formulas of the whole denoiser's inputs, not all of which each has.
+                both = (*component.inputs, *(one for one in facts.inputs if one not in component.inputs))
+                known = msgspec.structs.replace(facts, inputs=both)
+                found = [(one.name, input_ranges(name, known, manifest, one)) for one in served]
+                ranges = [(label, {one.name: all_of[one.name] for one in facts.inputs}) for label, all_of in found]
+            yield _Graph(name, variant, sha256, facts, tuple(ranges))
+
+
+def _made(plan: BuildPlan, bundle: Bundle, name: str, variant: Variant) -> dict[Variant, tuple[str, Component]]:
+    """The graphs that are wanted of a component as a variant, itself or its stages: sha256 and facts of each."""
+    component = bundle.component(name)
+    in_stages = plan.stages and component.role == "denoiser"
+    if variant == PLAIN and not in_stages:
+        return {variant: (origin_of(bundle, name), component)}
+    from .composed import composed_facts, composed_stages  # noqa: PLC0415 (onnx, of the extra `export`)
+
+    if in_stages:
+        made = composed_stages(bundle, name, variant, plan.stages)
+    else:
+        made = {variant: composed_facts(bundle, name, variant)}
+    return {one: (composed.sha256, composed.facts) for one, composed in made.items()}
 
 
 def _variant(plan: BuildPlan, manifest: Manifest, name: str, profile: Profile) -> Variant:

@@ -51,7 +51,9 @@ class Whole:
         if shape is None:
             what, expected = f"shape of {name!r}, which crosses a cut", "a product of the inputs' sizes"
             raise BundleError(self.where, what, got=shape, expected=expected, remedy="Cut elsewhere.")
-        made: onnx.ValueInfoProto = helper.make_tensor_value_info(CARRIED + name, self._formulas.types[name], shape)
+        made: onnx.ValueInfoProto = helper.make_tensor_value_info(
+            CARRIED + name, self._formulas.known.types[name], shape
+        )
         return made
 
 

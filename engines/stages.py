@@ -68,10 +68,12 @@ def stage_graphs(
     if stages is None or not 2 <= stages <= MOST_STAGES or count not in (None, stages):
         got = f"{count}, cut before {', '.join(at)}" if at else count
         raise ArgumentError(where, "stages to cut a denoiser into", got=got, expected=f"2..{MOST_STAGES}")
-    known = inferred(model, sizes_of(inputs, batch=1, height=nominal.height, width=nominal.width,
-                                     sequence=nominal.sequence), where)  # fmt: skip
-    whole = Whole(model, latent, known, ShapeFormulas(model, inputs, where), where)
-    candidates = boundaries(model.graph, whole.activations, known)
+    sides = {"height": nominal.height, "width": nominal.width, "sequence": nominal.sequence}
+    known = inferred(model, sizes_of(inputs, batch=1, **sides), where)
+    formulas = ShapeFormulas(model, inputs, where)
+    whole = Whole(model, latent, known, formulas, where)
+    # Where a stage begins within its block must not depend on the size it is balanced for.
+    candidates = boundaries(model.graph, whole.activations, formulas.known)
     if not candidates:
         raise ArgumentError(
             where,
@@ -80,7 +82,7 @@ def stage_graphs(
             expected="names such as down_blocks.0.resnets.0/… or transformer_blocks.0/…",
             remedy="Export it from its checkpoint.",
         )
-    cuts = named(candidates, at, where) if at else chosen(model.graph, candidates, known, stages, where)
+    cuts = named(candidates, at, where) if at else chosen(candidates, whole.multiply_adds, stages, where)
     return _cut(whole, cuts)
 
 

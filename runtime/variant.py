@@ -1,4 +1,4 @@
-"""What was made of a component's graph before it was compiled: LoRA slots, a step engine, time steps built in."""
+"""What was made of a component's graph before it was compiled: LoRA slots, a step engine, a stage of a denoiser."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ class Variant(Frozen, frozen=True, kw_only=True):
     lora_slots, lora_rank: how many LoRAs of up to which rank it takes as inputs; see `runtime.lora_slots`.
     step: for a step engine, whether it runs both branches of guidance; see `runtime.step_row`.
     timesteps: those built into a step engine, which then takes no others.
+    stage: which stage of how many it is, from 0 on; see `runtime.stages`. cuts: the blocks that stages begin with, but
+        for the first; stages work together that have the same.
     """
 
     lora_slots: int = 0
     lora_rank: int = 0
     step: Literal["guided", "unguided"] | None = None
     timesteps: tuple[float, ...] = ()
+    stage: tuple[int, int] | None = None
+    cuts: tuple[str, ...] = ()
 
     def serves(self, wanted: Variant) -> bool:
         """Whether this is what is wanted, or more: room for more LoRAs of larger ranks, further time steps.
 
         wanted: its `timesteps` are those a step engine must run. A graph without LoRAs wants one without slots, which
-            costs nothing.
+            costs nothing. One with a stage and no `cuts` wants it of any cut.
         """
+        if self.stage != wanted.stage or (wanted.cuts and self.cuts != wanted.cuts):
+            return False
         if self.step != wanted.step or bool(self.lora_slots) != bool(wanted.lora_slots):
             return False
         enough = self.lora_slots >= wanted.lora_slots and self.lora_rank >= wanted.lora_rank
@@ -42,13 +48,15 @@ class Variant(Frozen, frozen=True, kw_only=True):
     def options(self) -> str:
         """What `tandemrt build-engine` is told to make it, each option after a space."""
         slots = f" --lora-slots {self.lora_slots} --lora-rank {self.lora_rank}" if self.lora_slots else ""
-        return slots + (" --step" if self.step else "")
+        stages = f" --stages {self.stage[1]}" if self.stage else ""
+        return slots + (" --step" if self.step else "") + stages
 
     def __str__(self) -> str:
         parts = (
             f"{self.lora_slots} LoRA slots of rank {self.lora_rank}" if self.lora_slots else "",
             f"{self.step} step" if self.step else "",
             f"{len(self.timesteps)} time steps built in" if self.timesteps else "",
+            f"stage {self.stage[0] + 1} of {self.stage[1]}" if self.stage else "",
         )
         return ", ".join(filter(None, parts)) or "plain"
 

@@ -70,7 +70,7 @@ def sd3() -> nn.Module:
         joint_attention_dim=TEXT_WIDTH,
         caption_projection_dim=16,
         pooled_projection_dim=POOLED_WIDTH,
-        pos_embed_max_size=24,
+        pos_embed_max_size=48,
     )
 
 

@@ -56,8 +56,11 @@ def composed(stages: Sequence[StageGraph], feeds: Arrays, weights: Path, folder:
     values = dict(feeds)
     for one in stages:
         made = ran(one.model, values, weights, folder, level)
+        stated = [(spec.shape, values[spec.name].shape) for spec in one.stage.inputs]
+        sizes = {name: size for shape, found in stated for name, size in zip(shape, found, strict=True)
+                 if isinstance(name, str)}  # fmt: skip
         for spec in one.stage.outputs:
-            assert made[spec.name].shape == evaluated(spec.shape, SIZES)
+            assert made[spec.name].shape == evaluated(spec.shape, sizes)
             assert made[spec.name].dtype == spec.dtype
         values |= made
     return values

@@ -1,0 +1,133 @@
+"""How far guidance's two branches are apart, step by step, and when Hybridiff's pipeline takes over therefore.
+
+Source: kaist-dmlab/Hybridiff, `hybridiff/pipelines/pipeline_stable_diffusion_xl.py` and `hybrid_sd.py` (CVPR 2026).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PlanError
+from .manifest import TensorSpec
+from .tensors import spec_of
+
+_TINY = 1e-12
+# What a step is run as: both branches whole; the first of the window, whole too, which fills what stages hand on; or
+# the stages at once on what was handed on a step before.
+Phase = Literal["branches", "fill", "pipelined"]
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Taus:
+    """When the window begins and ends; checked where it is made.
+
+    l_slope: over how many steps the log's slope is taken. eps_slope: below which slope the branches have settled.
+    k: how many steps behind tau1 tau2 lies. tau_cap: tau1 at the latest.
+
+    Raises:
+        PlanError: a value out of range.
+    """
+
+    l_slope: int = 12
+    eps_slope: float = 4e-4
+    k: int = 5
+    tau_cap: int = 15
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("l_slope", self.l_slope, 1), ("k", self.k, 1), ("tau_cap", self.tau_cap, 1)):
+            if value < least:
+                raise PlanError(name, "out of range", got=value, expected=f"{least} or more")
+        if not (isfinite(self.eps_slope) and self.eps_slope > 0):
+            raise PlanError("eps_slope", "out of range", got=self.eps_slope, expected="a number above 0")
+
+    def check_steps(self, steps: int) -> None:
+        """Raise PlanError when the window could end behind the last of `steps` steps."""
+        if self.tau_cap + self.k >= steps:
+            raise PlanError(
+                "tau_cap + k",
+                f"the window's last step, of {steps} from 0 on",
+                got=self.tau_cap + self.k,
+                expected=f"at most {steps - 1}",
+                remedy="Take more steps, or lower tau_cap or k.",
+            )
+
+
+UNET = Taus()
+TRANSFORMER = Taus(l_slope=15, eps_slope=5e-4, k=5, tau_cap=40)
+
+
+def default_taus(inputs: Iterable[TensorSpec]) -> Taus:
+    """Hybridiff's own for a denoiser of these inputs: SD3's for a transformer, SDXL's for a UNet; both for 50 steps."""
+    return UNET if spec_of(inputs, "hidden_states") is None else TRANSFORMER
+
+
+class Discrepancy:
+    """The log of a run and what follows from it. One run's; nothing is allocated after the first measurement.
+
+    log: (steps,) float64, of each step the relative mean absolute error mean|ε_c − ε_u| / mean|ε_u|, NaN where none
+        was recorded. tau1, tau2: None until they are known.
+    """
+
+    def __init__(self, taus: Taus, steps: int) -> None:
+        """Raises PlanError where the window could end behind the last step."""
+        taus.check_steps(steps)
+        self.taus = taus
+        self.log: npt.NDArray[np.float64] = np.full(steps, np.nan)
+        self.tau1: int | None = None
+        self._first: int | None = None
+        self._recorded = np.zeros(steps)
+        self._count = 0
+        self._scratch: Array | None = None
+
+    @property
+    def tau2(self) -> int | None:
+        """The window's last step."""
+        return None if self.tau1 is None else self.tau1 + self.taus.k
+
+    @property
+    def first(self) -> int | None:
+        """The window's first step, the one behind that which decided; None until it is known."""
+        return self._first
+
+    def measured(self, conditional: Array, unconditional: Array) -> float:
+        """The relative mean absolute error of two predictions of one shape, over all pictures of a batch together."""
+        if self._scratch is None or self._scratch.shape != conditional.shape:
+            self._scratch = np.empty_like(conditional)
+        scratch = self._scratch
+        np.abs(unconditional, out=scratch)
+        size = float(scratch.mean())
+        np.subtract(conditional, unconditional, out=scratch)
+        np.abs(scratch, out=scratch)
+        return float(scratch.mean()) / (size + _TINY)
+
+    def record(self, step: int, value: float) -> None:
+        """Log a step at which both branches ran; call it in order. While tau1 is open, this may decide it.
+
+        tau1 is the first step at which the slope (m[n−l_slope] − m[n−1]) / l_slope of the n values so far, more than
+        l_slope, lies in [0, eps_slope); where there is none by the step before tau_cap, it is tau_cap.
+        """
+        self.log[step] = self._recorded[self._count] = value
+        self._count += 1
+        if self.tau1 is not None:
+            return
+        count, taus = self._count, self.taus
+        if count > taus.l_slope:
+            slope = (self._recorded[count - taus.l_slope] - value) / taus.l_slope
+            if 0 <= slope < taus.eps_slope:
+                self.tau1, self._first = step, step + 1
+                return
+        if step >= taus.tau_cap - 1:
+            self.tau1, self._first = taus.tau_cap, step + 1
+
+    def phase(self, step: int) -> Phase:
+        """What a step is run as, by what is known when it begins."""
+        if self._first is None or self.tau2 is None or not self._first <= step <= self.tau2:
+            return "branches"
+        return "fill" if step == self._first else "pipelined"
