@@ -99,7 +99,7 @@ def markdown(facts: dict[str, Any]) -> str:
     ]
     note = (
         f"Profile {facts['profile']}. Plain: Polygraphy with the same graph and profile, in the same run. From cache: "
-        "the engine's digests checked. Random weights. "
+        "what was hashed when it was built and not touched since is taken as it is. Random weights. "
     )
     return markdown_table(heads, rows) + "\n" + note + described(facts["machine"]) + "\n"
 

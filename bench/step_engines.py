@@ -153,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before the first that counts")
     parser.add_argument("--repeats", type=int, default=9, help="rounds that count")
-    parser.add_argument(
-        "--scratch", type=Path, help="where graphs are written; weights are linked within a file system"
-    )
+    parser.add_argument("--scratch", type=Path, help="a folder with space for a copy of the weights for each graph")
     given = parser.parse_args(arguments)
     cases = [one_step_case(given.one_step)] if given.one_step else []
     cases += [schedule_case(given.schedule, given.rows)] if given.schedule else []
