@@ -91,10 +91,11 @@ class Lora:
         Raises:
             CheckpointError: the file is damaged, or the update is NaN or infinite.
         """
-        down, up = (self.tensors.array(name).astype(np.float32) for name in (update.down, update.up))
         alpha = update.alpha if isinstance(update.alpha, float) else float(self.tensors.array(update.alpha).reshape(()))
-        down, up = down.reshape(update.rank, -1), up.reshape(-1, update.rank)
+        # What overflows is refused by name, without numpy's warning before it.
         with np.errstate(over="ignore", invalid="ignore"):
+            down, up = (self.tensors.array(name).astype(np.float32) for name in (update.down, update.up))
+            down, up = down.reshape(update.rank, -1), up.reshape(-1, update.rank)
             up *= np.float32(alpha / update.divisor)
         if not (np.isfinite(down).all() and np.isfinite(up).all()):
             raise CheckpointError(

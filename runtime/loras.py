@@ -155,14 +155,17 @@ class Loras:
         own = [update for update in lora.updates if text_part(update.module) == about]
         if component not in self._bundle.manifest.components:
             return f"the bundle has no {component}, which {len(own)} of its updates are for"
+        # A graph may name its modules within the model that holds them, as SD3's transformer does.
+        modules = {module.removeprefix(f"{part}."): module for module in self._modules(component)}
+        shapes = {name: self._modules(component)[module] for name, module in modules.items()}
         try:
-            matched = lora.matched(self._modules(component), part)
+            matched = lora.matched(shapes, part)
         except CheckpointError as error:
             return f"{component}: {str(error).removesuffix(error.remedy).rstrip('. ')}"
         left = {update.module for update in own} - {update.module for update in matched.values()}
         if left:
             return f"{component} has no {listed(left)} ({len(left)} of {len(own)} updates)"
-        return {module: lora.factors(update) for module, update in matched.items()}
+        return {modules[name]: lora.factors(update) for name, update in matched.items()}
 
     def _modules(self, component: str) -> dict[str, tuple[int, ...]]:
         if component not in self._shapes:

@@ -66,6 +66,18 @@ def test_a_lora_changes_the_denoisers_that_have_all_of_its_modules(
     assert again.variant("unet") == Variant(lora_slots=2, lora_rank=3)
 
 
+def test_modules_may_be_named_within_their_model(
+    fitting: Loras, shapes: dict[str, Shapes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loras, "projections", lambda model: {f"unet.{name}": shape for name, shape in projections(model).items()}
+    )
+    for layout in ("kohya", "diffusers"):
+        file = write_lora(tmp_path / f"{layout}.safetensors", {"unet": shapes["unet"]}, layout=layout)
+        (adapter,) = fit(fitting, {file: 1.0}).of("unet")
+        assert set(adapter.changes) == {f"unet.{name}" for name in shapes["unet"]}
+
+
 def test_what_a_change_adds_up_to_is_what_its_file_says(
     fitting: Loras, shapes: dict[str, Shapes], tmp_path: Path
 ) -> None:
