@@ -40,7 +40,7 @@ def build(job: Job, progress: Progress) -> Built:
         options.add_session_config_entry(f"session.{key}", value)
     provider = PROVIDERS[job.device]
     try:
-        session = ort.InferenceSession(job.model, options, providers=[provider])
+        session = ort.InferenceSession(_source(job, options), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
         reason = " ".join(str(error).split())[:500]
         raise EngineError(job.component, f"ONNX Runtime cannot optimize the graph ({reason})") from error
@@ -49,6 +49,22 @@ def build(job: Job, progress: Progress) -> Built:
     progress(f"{job.component}: inspect", 1, 2)
     files = (MODEL_NAME, WEIGHTS_NAME) if Path(job.folder, WEIGHTS_NAME).exists() else (MODEL_NAME,)
     return Built(files=files, layers=tuple(_layers(path)), versions={"onnxruntime": ort.__version__})
+
+
+def _source(job: Job, options: Any) -> str | bytes:
+    """The graph's path or, where it has attention to be one node, the graph that has, its weights still beside it."""
+    if job.device == "cpu" and job.precision != "fp32":
+        return job.model  # the CPU provider has the node in float32 alone
+    from .attention import fused_attention  # noqa: PLC0415 (onnx, what plans alone do without)
+    from .graph_files import read_graph  # noqa: PLC0415
+
+    path = Path(job.model)
+    graph, count = fused_attention(read_graph(path))
+    if not count:
+        return job.model
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    serialized: bytes = graph.SerializeToString()
+    return serialized
 
 
 def imported() -> Any:

@@ -26,7 +26,7 @@ from . import flavour, onnxruntime, openvino
 from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
 
 # To be raised when engines come to be built in another way from the same ingredients.
-RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 1}
+RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 2}
 _QUANTIZED = ("int8", "fp8")
 
 

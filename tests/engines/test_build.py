@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -216,6 +217,42 @@ def test_a_full_cache_is_an_error_with_a_remedy(requests: Requests, tmp_path: Pa
     with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(EngineError, match=r"cannot be written.*Free some space"):
         ensure_engine(request, tmp_path, silent, VERSIONS)
     assert left_in(tmp_path) == []
+
+
+def test_a_builder_that_hears_nothing_is_stopped_all_the_same(requests: Requests, tmp_path: Path) -> None:
+    """One that is held, as in native code that never looks up, ends with the cancelled build: nothing waits for it."""
+    (request,) = requests("openvino:cpu", components=("unet",))
+    held: list[int] = []
+
+    def hold(label: str, done: int, total: int) -> None:
+        held.extend(builders())
+        os.kill(held[0], signal.SIGSTOP)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_engine(request, tmp_path, hold, VERSIONS)
+    assert not Path("/proc", str(held[0])).exists()
+    assert left_in(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_serves_and_says_so(
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = requests("onnxruntime:cpu", components=("unet", "unet_small"))
+    built = ensure_engine(first, tmp_path, silent, VERSIONS)
+
+    def refused(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[0]))
+
+    # The tests may run as root, whom no mode of a folder keeps out.
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    again = ensure_engine(first, tmp_path, silent, VERSIONS)
+    assert (again.built, again.folder) == (False, built.folder)
+    with pytest.raises(EngineError, match=r"cannot be written \(Read-only file system\).*another folder with --cache"):
+        ensure_engine(second, tmp_path, silent, VERSIONS)
+    assert left_in(tmp_path) == [first.key]
 
 
 def test_a_cache_that_is_no_folder_is_an_error_with_a_remedy(requests: Requests, tmp_path: Path) -> None:
