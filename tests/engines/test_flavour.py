@@ -251,7 +251,7 @@ def test_what_loras_add_equals_their_slots(tiny: Bundle, tmp_path: Path) -> None
     changed = onnxruntime.InferenceSession(model.SerializeToString()).run(None, FEEDS)[0]
     slotted = lora_slots(onnx.load(path), slots=2, rank=2)
     session = onnxruntime.InferenceSession(slotted.SerializeToString())
-    given = slot_inputs([spec(value, "unet") for value in slotted.graph.input], 2, adapters)
+    given = slot_inputs([spec(value, "unet") for value in slotted.graph.input], adapters)
     np.testing.assert_allclose(session.run(None, {**FEEDS, **given})[0], changed, atol=1e-4)
     assert np.abs(onnxruntime.InferenceSession(path).run(None, FEEDS)[0] - changed).max() > 1e-2
     with pytest.raises(RequestError, match="three: no such projection, got 'other'"):
