@@ -39,6 +39,12 @@ class Models:
             for session in self._sessions.values():
                 session.close()
             self._sessions.clear()
+            self._encoders.clear()
+
+    def require_open(self) -> None:
+        """Raise ExecutionError when the models are closed."""
+        if self.closed:
+            raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
 
     def session(self, name: str, variant: Variant = PLAIN) -> Session:
         """The component `name`, loaded, on engines of another variant where one is named.
@@ -49,8 +55,7 @@ class Models:
             ExecutionError: the models are closed, or it cannot be loaded.
         """
         with self._lock:
-            if self.closed:
-                raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
+            self.require_open()
             if (name, variant) not in self._sessions:
                 opened = self._opened(name, variant)
                 # Of what is wanted of engines much is served by the same ones, which are loaded once.

@@ -18,7 +18,7 @@ from .bundle import Bundle
 from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
 from .editing import Editing, begin, checked_editing
-from .errors import CancelledError, RequestError
+from .errors import CancelledError, ExecutionError, RequestError
 from .images import Float32, image_from_pixels
 from .loras import Fitted, Loras
 from .models import Models
@@ -109,7 +109,10 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Free the models; a second call does nothing, a generation after it is refused."""
+        """Free the models; a second call does nothing, a generation after it is refused.
+
+        Generations that are running end with CancelledError after the call of a model that each is at.
+        """
         self._models.close()
         self._steps.close()
 
@@ -132,6 +135,7 @@ class Pipeline:
 
     def _generate(self, request: Request, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
         """Check the request now; what is returned runs it, one event a row."""
+        self._models.require_open()
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
@@ -157,10 +161,20 @@ class Pipeline:
         return fitted
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
+        """Run a job; closing the pipeline cancels it, wherever it is."""
+        try:
+            return (yield from self._painted(job, cancelled))
+        except ExecutionError as error:
+            if isinstance(error, CancelledError) or not self._models.closed:
+                raise
+            raise CancelledError("generation", "the pipeline was closed while it ran") from error
+
+    def _painted(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
         timings: list[RowTiming] = []
 
         def stop() -> None:
+            models.require_open()
             if cancelled.is_set():
                 raise CancelledError("generation", f"cancelled after row {len(timings)} of {plan.table.rows}")
 

@@ -115,6 +115,7 @@ class PromptEncoder:
             if self._binding is None:
                 shapes = {name: values.shape for name, values in slots.items()}
                 self._binding = self._session.bind({"input_ids": (1, tokens), **shapes})
+            self._in_slots = None  # nothing to rely on, should it fail halfway
             for name, values in slots.items():
                 self._binding.inputs[name][...] = values
             self._in_slots = wanted
