@@ -7,6 +7,7 @@ to what TensorRT sets up late, TensorRT for RTX's compilation of kernels above a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ class TensorRtBinding:
         self.inputs: Mapping[str, Array] = MappingProxyType({name: one.host for name, one in self._given.items()})
         self.outputs: Mapping[str, Array] = MappingProxyType({name: one.host for name, one in self._made.items()})
         self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
-        self._scratch: Memory | None = None
+        # Held weakly: a block that is too small for another engine is freed as soon as that one grows it.
+        self._scratch: weakref.ref[Memory] | None = None
         self._runs = 0
         self._graph: Graph | None = None
         self.generation = session.generation
@@ -174,9 +176,9 @@ class TensorRtBinding:
     def _use_scratch(self) -> None:
         """Point the context at the shared scratch memory; what was recorded on another block is void."""
         scratch = self._device.scratch.reserved(self._scratch_bytes)
-        if scratch is not self._scratch:
+        if self._scratch is None or self._scratch() is not scratch:
             self._context.set_device_memory(scratch.address, scratch.size)
-            self._scratch, self._graph, self._runs = scratch, None, 0
+            self._scratch, self._graph, self._runs = weakref.ref(scratch), None, 0
         if self.generation != self._session.generation:  # refitted: what was recorded may hold the weights before
             self.generation, self._graph, self._runs = self._session.generation, None, 0
 
@@ -208,7 +210,7 @@ class Chain:
                     expected = str(binding.inputs[name].shape)
                     raise ExecutionError("chain", f"shape of {name!r}", got=values.shape, expected=expected)
                 arrays[name][...] = values
-        self._scratch: Memory | None = None
+        self._scratch: weakref.ref[Memory] | None = None
         self._graph: Graph | None = None
         self._generation = binding.generation
 
@@ -262,7 +264,7 @@ class _Kernels:
             strategies = trt.DynamicShapesKernelSpecializationStrategy
             self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
             self._cache = self._config.create_runtime_cache()
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # they are compiled again
                 self._read = path.read_bytes()
             self.reused = bool(self._read) and bool(self._cache.deserialize(self._read))
             self._config.set_runtime_cache(self._cache)

@@ -1,16 +1,20 @@
-"""TensorRT's flavours where there is no GPU: one sentence, before anything is loaded."""
+"""TensorRT's flavours where there is no GPU: one sentence, nothing loaded; bindings on a stand-in for CUDA."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tandemrt.runtime import Pipeline, TargetError, targets
 from tandemrt.runtime.backends import cuda, target_here
-from tandemrt.runtime.backends.tensorrt import imported
+from tandemrt.runtime.backends.tensorrt import TensorRtBinding, imported
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.targets import parse_target
 
 from .tiny_bundle import write_tiny_bundle
@@ -58,3 +62,83 @@ def test_a_flavour_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(TargetError, match=r'Run `pip install "tandemrt\[tensorrt\]"`'):
         imported("tensorrt")
+
+
+class Host:
+    """Memory of the host's in place of a GPU's, which knows what is freed, and how many graphs were recorded."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Any] = {}
+        self.freed: list[int] = []
+        self.graphs = 0
+
+    def allocated(self, size: int) -> tuple[int, int]:
+        block = (ctypes.c_byte * size)()
+        self.blocks[ctypes.addressof(block)] = block
+        return 0, ctypes.addressof(block)
+
+    def recorded(self, _: int) -> tuple[int, int]:
+        self.graphs += 1
+        return 0, self.graphs
+
+    @property
+    def runtime(self) -> Any:
+        """What stands for CUDA's runtime; nothing is copied or launched."""
+        silent = ("StreamBeginCapture", "StreamSynchronize", "StreamDestroy", "MemcpyAsync", "FreeHost")
+        silent += ("GraphLaunch", "GraphDestroy", "GraphExecDestroy")
+        functions = {
+            **dict.fromkeys(silent, lambda *_: (0,)),
+            **dict.fromkeys(("StreamCreateWithFlags", "GraphInstantiate", "DeviceGetAttribute"), lambda *_: (0, 8)),
+            **dict.fromkeys(("Malloc", "MallocHost"), self.allocated),
+            "Free": lambda address: (self.freed.append(address), (0,))[1],
+            "StreamEndCapture": self.recorded,
+        }
+        kinds = {
+            "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
+            "MemcpyKind": ("MemcpyHostToDevice", "MemcpyDeviceToHost"),
+            "StreamCaptureMode": ("StreamCaptureModeThreadLocal",),
+        }
+        named = {kind: SimpleNamespace(**{f"cuda{name}": name for name in names}) for kind, names in kinds.items()}
+        both = {**functions, **named, "StreamNonBlocking": 1}
+        return SimpleNamespace(**{f"cuda{name}": value for name, value in both.items()})
+
+
+class Context:
+    """Stands for an execution context that wants so much scratch memory; `scratch` is what it was pointed at."""
+
+    def __init__(self, wants: int) -> None:
+        self.wants, self.scratch = wants, (0, 0)
+
+    def get_tensor_shape(self, _: str) -> tuple[int, ...]:
+        return (2, 3)
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self.wants
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch = address, size
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: True
+
+
+def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
+    host = Host()
+    specs = [TensorSpec(name=name, dtype="float32", shape=(2, 3)) for name in ("x", "y")]
+    session: Any = SimpleNamespace(
+        device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
+    )
+    contexts = [Context(10), Context(100)]
+    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}) for context in contexts)
+    for _ in range(3):
+        small.run()
+    assert host.graphs == 1
+    first, _ = contexts[0].scratch
+    assert first not in host.freed
+    large.run()
+    assert first in host.freed
+    assert contexts[1].scratch[1] == 100
+    for _ in range(3):
+        small.run()
+    assert contexts[0].scratch == contexts[1].scratch
+    assert host.graphs == 2
