@@ -32,6 +32,7 @@ from .variant import PLAIN, Variant
 
 FORMAT = 1
 SIDECAR_NAME = "engine.json"
+GRAPH_NAME = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
 
@@ -51,6 +52,11 @@ class InputRange(Frozen, frozen=True, kw_only=True):
     min: Shape
     opt: Shape
     max: Shape
+
+    def __post_init__(self) -> None:
+        same_rank = len(self.min) == len(self.opt) == len(self.max)
+        if not same_rank or any(not 0 <= a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
+            raise ValueError(f"min {self.min}, opt {self.opt}, max {self.max} are no rising sizes")
 
     def holds(self, shape: Shape) -> bool:
         """Whether a tensor of this shape may be given."""
@@ -207,7 +213,14 @@ def read_sidecar(folder: Path) -> Engine:
         raise EngineError(str(path), f"not an engine's sidecar ({error})", remedy=remedy) from error
     strange = next((name for name in engine.files if not _FILE.fullmatch(name)), None)
     if strange is not None or not engine.files:
-        raise EngineError(str(path), "names of files", got=strange, expected="plain names of one file or more")
+        raise EngineError(
+            str(path), "names of files", got=strange, expected="plain names of one file or more", remedy=remedy
+        )
+    # What is loaded must be among what is hashed.
+    whole = GRAPH_NAME in engine.files if engine.ingredients.backend == "onnxruntime" else len(engine.files) == 1
+    if not whole:
+        expected = f"{GRAPH_NAME} of ONNX Runtime, one file of any other backend"
+        raise EngineError(str(path), "files", got=sorted(engine.files), expected=expected, remedy=remedy)
     if engine.ingredients.key != folder.name:
         raise EngineError(str(path), "key", got=engine.ingredients.key, expected=folder.name, remedy=remedy)
     return engine
@@ -305,18 +318,22 @@ def fitting_engine(
     """
     misfits: list[str] = []
     fitting: list[Found] = []
+    outside = False
     for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
         if not engine.ingredients.variant.serves(variant):
             continue
         found = None if reason else fitted(folder, engine, shapes)
         if found is None:
+            outside = outside or not reason
             misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(engine.ingredients, shapes or {})}")
         else:
             fitting.append(found)
     if not fitting:
         target = target.of_component(bundle.component(component))
         command = f"tandemrt build-engine {bundle.path} --target {target} --component {component}{variant.options}"
-        remedy, wanted = f"Run `{command}`.", f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
+        profile = " with a --profile for this size and number of pictures" if outside else ""
+        remedy = f"Run `{command}`{profile}."
+        wanted = f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
         why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
         raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
     return min(fitting, key=lambda found: found.order)
@@ -435,7 +452,8 @@ def _check_ownership(folder: Path) -> None:
         raise EngineError(str(folder), "not a folder", remedy="Give another cache.")
     if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
         what = "belongs to another user, and engines are code that would run as you"
-        raise EngineError(str(folder), what, remedy="Give a cache of your own with --cache.")
+        remedy = "Give a cache of your own, in $TANDEMRT_CACHE or with --cache where a command takes it."
+        raise EngineError(str(folder), what, remedy=remedy)
     if status.st_mode & stat.S_IWOTH:
         what = "can be written by everybody, and engines are code that would run as you"
         raise EngineError(str(folder), what, remedy=f"Check what is in it, then `chmod o-w {folder}`.")
