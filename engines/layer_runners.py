@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,8 +81,7 @@ def session_runner(load: Any, name: str) -> Any:
 
 
 def _tensorrt_runner(model: Path, backend: str, feeds: Mapping[str, Array]) -> Any:
-    # Polygraphy decides for one of the flavours when it is imported.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(backend == "tensorrt-rtx"))
+    _choose_flavour(backend)
     from polygraphy.backend.trt import (  # noqa: PLC0415
         CreateConfig,
         EngineFromNetwork,
@@ -96,6 +95,21 @@ def _tensorrt_runner(model: Path, backend: str, feeds: Mapping[str, Array]) -> A
         profile.add(name, array.shape, array.shape, array.shape)
     network = NetworkFromOnnxPath(str(model), strongly_typed=True)
     return TrtRunner(EngineFromNetwork(network, CreateConfig(profiles=[profile])), name=backend)
+
+
+def _choose_flavour(backend: str) -> None:
+    """Let Polygraphy use a flavour of TensorRT, for which it decides when its part for it is imported.
+
+    Raises:
+        TargetError: it uses the other one by now.
+    """
+    from polygraphy import config  # noqa: PLC0415
+
+    with_rtx = backend == "tensorrt-rtx"
+    if with_rtx != config.USE_TENSORRT_RTX and "polygraphy.backend.trt" in sys.modules:
+        what = "Polygraphy uses the other flavour of TensorRT in this process"
+        raise TargetError(backend, what, remedy="Compare with each flavour in a command of its own.")
+    config.USE_TENSORRT_RTX = with_rtx
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from ..runtime.backends import target_here
 from ..runtime.backends.base import Array
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import Found, Shape, fitting_engine
+from ..runtime.engine_files import Found, Shape, find_engine
 from ..runtime.engine_session import open_component
 from ..runtime.errors import EngineError
 from ..runtime.manifest import Frozen
@@ -181,7 +181,7 @@ def _written(model: onnx.ModelProto, folder: Path) -> Path:
 def _engine(bundle: Bundle, name: str, target: Target, shapes: Mapping[str, Shape]) -> Found | None:
     """The compiled engine in the cache that a pipeline would run, if there is one."""
     try:
-        return fitting_engine(bundle, name, target, shapes)
+        return find_engine(bundle, name, target, shapes)
     except EngineError:
         return None
 

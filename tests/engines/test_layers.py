@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,3 +191,37 @@ def test_a_target_of_a_gpu_is_refused_without_one(
     monkeypatch.setattr(targets, "has_nvidia_driver", lambda: False)
     assert main(["verify", str(tiny_path), "--layers", "--target", "tensorrt-rtx:sm89"]) == 1
     assert "needs an NVIDIA GPU, and no NVIDIA driver is running here" in capsys.readouterr().err
+
+
+CHOOSES = """
+import sys
+from tandemrt.engines import layer_runners
+from tandemrt.runtime.errors import TargetError
+layer_runners.require_polygraphy()
+layer_runners._choose_flavour("tensorrt-rtx")
+from polygraphy.backend.trt import network_from_onnx_path
+_, network, _ = network_from_onnx_path(sys.argv[1], strongly_typed=True)
+print(type(network).__module__)
+layer_runners._choose_flavour("tensorrt-rtx")
+try:
+    layer_runners._choose_flavour("tensorrt")
+except TargetError as error:
+    print(error)
+"""
+
+
+def test_polygraphy_reads_graphs_with_the_flavour_that_is_asked_for(tiny: Bundle) -> None:
+    command = [sys.executable, "-c", CHOOSES, str(tiny.model_path("unet"))]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    module, refused = ran.stdout.splitlines()[-2:]
+    assert module.startswith("tensorrt_rtx")
+    assert refused.startswith("tensorrt: Polygraphy uses the other flavour")
+
+
+def test_a_damaged_engine_is_not_what_is_compared(tiny: Bundle, requests: Requests, cache: Path) -> None:
+    (request,) = requests("openvino:cpu:fp32", components=("unet",), profiles=("64:unguided",))
+    folder = ensure_engine(request, cache, silent, VERSIONS).folder
+    target = parse_target("openvino:cpu:fp32")
+    assert compare_layers(tiny, "unet", target, SIZE, silent).engine == str(folder)
+    (folder / "engine.blob").write_bytes(b"damaged")
+    assert compare_layers(tiny, "unet", target, SIZE, silent).engine is None
