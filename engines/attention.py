@@ -62,7 +62,8 @@ def fused_attention(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
             )
     if found:
         prune(graph)
-        copied.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        if all(entry.domain != DOMAIN for entry in copied.opset_import):
+            copied.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return copied, len(found)
 
 

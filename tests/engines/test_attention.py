@@ -77,6 +77,13 @@ def test_one_node_gives_the_same_numbers(heads: int, width: int, plain_key: bool
     np.testing.assert_allclose(ran(fused, heads * width), ran(model, heads * width), atol=1e-5)
 
 
+def test_operators_of_onnxruntime_are_imported_once() -> None:
+    model = attention()
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    domains = [entry.domain for entry in fused_attention(model)[0].opset_import]
+    assert domains.count("com.microsoft") == 1
+
+
 def test_attention_with_a_mask_stays() -> None:
     model = attention(mask=True)
     fused, count = fused_attention(model)
