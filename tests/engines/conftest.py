@@ -47,3 +47,18 @@ def requests(tiny: Bundle) -> Requests:
         return requests_of(plan, bundle)
 
     return requests
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The graphs of small denoisers by family; see `small_denoisers`. Not to be written beside."""
+    made: dict[str, Path] = {}
+
+    def exported(family: str) -> Path:
+        from .small_denoisers import export, module  # noqa: PLC0415 (torch, which other tests here need not)
+
+        if family not in made:
+            made[family] = export(module(family), tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return exported

@@ -21,7 +21,7 @@ from tandemrt.runtime.errors import ArgumentError, BundleError
 from tandemrt.runtime.shapes import evaluated
 from tandemrt.runtime.stages import check_stages
 
-from .small_denoisers import FAMILIES, export, module
+from .small_denoisers import FAMILIES
 
 SIZES = {"batch": 2, "height": 8, "width": 16, "sequence": 5, "steps": 2}
 DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
@@ -77,18 +77,6 @@ def require_equal(
         for name, expected in whole.items():
             np.testing.assert_array_equal(made[name], expected)
             assert expected.std() > 1e-2
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def exported(family: str) -> Path:
-        if family not in made:
-            made[family] = export(module(family), tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return exported
 
 
 @pytest.fixture
