@@ -17,6 +17,7 @@ from .output import Output, StepEvent, Timings
 from .pipeline import Pipeline
 from .request import Request
 from .stream import Stream
+from .trace import traced
 
 __all__ = [
     "ArgumentError",
@@ -36,4 +37,5 @@ __all__ = [
     "TandemError",
     "TargetError",
     "Timings",
+    "traced",
 ]

@@ -14,6 +14,7 @@ from .lora_slots import Adapter, slot_inputs
 from .manifest import TensorSpec
 from .shapes import evaluated
 from .tensors import TAKEN, latent_names, spec_of
+from .trace import span
 
 Float32 = npt.NDArray[np.float32]
 
@@ -71,14 +72,14 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
     sample_shape = (batch, channels + more, *shape[2:])
     timestep = spec_of(session.inputs, "timestep")
     residuals = _residual_shapes(name, session.inputs, latent, sample_shape)
-    binding = session.bind(
-        {
-            latent: sample_shape,
-            "timestep": tuple(batch if isinstance(size, str) else size for size in timestep.shape) if timestep else (),
-            **{key: values.shape for key, values in given.items()},
-            **residuals,
-        }
-    )
+    shapes = {
+        latent: sample_shape,
+        "timestep": tuple(batch if isinstance(size, str) else size for size in timestep.shape) if timestep else (),
+        **{key: values.shape for key, values in given.items()},
+        **residuals,
+    }
+    with span("bind", name):
+        binding = session.bind(shapes)
     for key, values in given.items():
         binding.inputs[key][...] = values
     sample = binding.inputs[latent]

@@ -20,6 +20,7 @@ from .plan import Plan
 from .request import Request
 from .request_checks import require_count
 from .tensors import CONTROLNET_PREFIX, GIVEN, TAKEN, spec_of
+from .trace import span
 
 Float32 = npt.NDArray[np.float32]
 
@@ -151,7 +152,8 @@ def steer(running: Sequence[Running], denoiser: Bound, timestep: float) -> None:
     for index, one in enumerate(running):
         one.bound.sample[...] = denoiser.sample
         one.bound.timestep.fill(timestep)
-        one.bound.binding.run()
+        with span("model", one.control.component):
+            one.bound.binding.run()
         for result, residual in zip(one.results, denoiser.residuals, strict=True):
             if index:
                 np.add(residual, result, out=residual)

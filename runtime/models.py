@@ -19,6 +19,7 @@ from .loras import Fitted
 from .targets import Target
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
+from .trace import span
 from .variant import PLAIN, Variant
 
 
@@ -78,7 +79,8 @@ class Models:
 
     def _opened(self, name: str, variant: Variant) -> Session:
         self._bundle.check_component(name)
-        session = open_component(self._bundle, name, self._target, self._threads, variant)
+        with span("load", name):
+            session = open_component(self._bundle, name, self._target, self._threads, variant)
         if variant != PLAIN:
             return session
         try:
@@ -134,7 +136,8 @@ class Models:
         for picture in pictures:
             before()
             binding.inputs["sample"][0] = picture
-            binding.run()
+            with span("model", encoder):
+                binding.run()
             _require_finite(encoder, binding.outputs[output], output)
             encoded.append(binding.outputs[output][0].copy())
         return np.stack(encoded)
@@ -153,7 +156,8 @@ class Models:
             before()
             np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])
             binding.inputs["latent_sample"][0] += space.shift_factor
-            binding.run()
+            with span("model", decoder):
+                binding.run()
             _require_finite(decoder, binding.outputs["sample"], "the picture")
             yield pixels_from_decoded(binding.outputs["sample"])[0]
 

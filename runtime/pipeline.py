@@ -31,6 +31,7 @@ from .sampling import Rows, open_loop
 from .step_engines import StepEngines
 from .stream import Stream
 from .targets import Target, check_installed, check_runnable, parse_target
+from .trace import span
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -182,10 +183,12 @@ class Pipeline:
         began = time.perf_counter()
         encode = functools.partial(models.encode_texts, job.loras, strict=request.strict_prompts, before=stop)
         names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
-        conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
+        with span("text"):
+            conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
         text_ms, encoding = _since(began), time.perf_counter()
         encode_pictures = functools.partial(models.encode_pictures, before=stop)
-        beginning = begin(job.editing, plan, noise, encode_pictures, request.latents)
+        with span("pictures"):
+            beginning = begin(job.editing, plan, noise, encode_pictures, request.latents)
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
         image_ms = _since(encoding)
@@ -196,14 +199,17 @@ class Pipeline:
         state = loop.begin(beginning.latents)
         for done in loop.run(state):
             timings.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms))
-            wanted = request.previews and (done.row + 1) % request.previews == 0
-            preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop)) if wanted else ()
+            preview: tuple[Image.Image, ...] = ()
+            if request.previews and (done.row + 1) % request.previews == 0:
+                with span("preview", done.row):
+                    preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop))
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
             yield StepEvent(done.row, plan.table.rows, step, timestep, timings[-1], preview)
             stop()
         decoding = time.perf_counter()
         wants_pixels = request.output_type != "latent"
-        pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
+        with span("decode"):
+            pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
         spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused)
         images = _images(pixels) if request.output_type == "pil" else pixels
         return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)

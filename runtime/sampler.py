@@ -17,6 +17,7 @@ from .errors import ExecutionError
 from .plan import Plan
 from .table import Table
 from .tensors import latent_names
+from .trace import record, span
 
 Float32 = npt.NDArray[np.float32]
 Terms = tuple[tuple[int, float], ...]
@@ -95,7 +96,7 @@ class Sampler:
         while state.row < end:
             began = time.perf_counter()
             # What overflows is raised as an error that names the row, without numpy's warning before it.
-            with np.errstate(over="ignore", invalid="ignore"):
+            with span("row", state.row), np.errstate(over="ignore", invalid="ignore"):
                 model_ms = self._advance(state, vectors, scratch)
             total_ms = (time.perf_counter() - began) * 1e3
             yield SampledRow(state.row - 1, model_ms, total_ms, _Denoised(self._rows[state.row - 1].denoised, vectors))
@@ -114,7 +115,8 @@ class Sampler:
         running = self._running(bound, state.row)
         called = time.perf_counter()
         steer(running, bound, row.timestep)
-        bound.binding.run()
+        with span("model", row.denoiser):
+            bound.binding.run()
         returned = time.perf_counter()
         if row.guided:
             np.subtract(output[batch:], output[:batch], out=prediction)
@@ -130,6 +132,7 @@ class Sampler:
         require_finite(self._plan, state.row, "latent", state.latents, running)
         if self._keep is not None:
             self._keep(state.row, state.latents)
+        record("update", state.row, returned)
         state.row += 1
         return (returned - called) * 1e3
 

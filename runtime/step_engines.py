@@ -18,6 +18,7 @@ from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec
 from .step_sampler import Key, StepEngine, history_of
 from .targets import Target
+from .trace import span
 from .variant import Variant
 
 
@@ -115,5 +116,6 @@ class StepEngines:
         if found.folder not in self._sessions:
             check_engine_files(found.folder, found.engine)
             target = engine_target(self._bundle, name, self._target)
-            self._sessions[found.folder] = open_engine(found, target, threads=self._threads)
+            with span("load", f"{name} step"):
+                self._sessions[found.folder] = open_engine(found, target, threads=self._threads)
         return self._sessions[found.folder]

@@ -20,6 +20,7 @@ from .plan import Plan
 from .sampler import SampledRow, State, denoised_estimate, model_input, require_finite
 from .shapes import evaluated
 from .tensors import TAKEN, spec_of
+from .trace import record, span
 from .variant import Variant
 
 Float32 = npt.NDArray[np.float32]
@@ -87,7 +88,7 @@ class StepSampler:
         while state.row < end:
             row, began = state.row, time.perf_counter()
             # What overflows is raised as an error that names the row, without numpy's warning before it.
-            with np.errstate(over="ignore", invalid="ignore"):
+            with span("row", row), np.errstate(over="ignore", invalid="ignore"):
                 model_ms = self._advance(state, vectors)
             total_ms = (time.perf_counter() - began) * 1e3
             yield SampledRow(row, model_ms, total_ms, denoised_estimate(self._plan.table, row, vectors))
@@ -108,7 +109,8 @@ class StepSampler:
             inputs[names.NOISE][...] = self._draw_noise()
         called = time.perf_counter()
         running = self._steer(bound, row, vectors)
-        bound.binding.run()
+        with span("model", key[0]):
+            bound.binding.run()
         returned = time.perf_counter()
         vectors[-1] = outputs[names.PREDICTION]
         require_finite(plan, row, "prediction", vectors[-1], running)
@@ -116,6 +118,7 @@ class StepSampler:
         require_finite(plan, row, "latent", state.latents, running)
         if self._keep is not None:
             self._keep(row, state.latents)
+        record("update", row, returned)
         state.row += 1
         return (returned - called) * 1e3
 
@@ -140,7 +143,8 @@ class StepSampler:
         conditioning = self._conditioning[name]
         given = given_inputs(name, self._plan, conditioning, guided=guided)
         given.update(slot_inputs(session.inputs, conditioning.adapters))
-        binding = session.bind(input_shapes(name, session.inputs, given, shape, guided=guided))
+        with span("bind", name):
+            binding = session.bind(input_shapes(name, session.inputs, given, shape, guided=guided))
         for one, values in given.items():
             binding.inputs[one][...] = values
         residuals = TAKEN.names(binding.inputs) if TAKEN.mid in binding.inputs else ()

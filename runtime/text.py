@@ -17,6 +17,7 @@ from .errors import BundleError, ExecutionError
 from .lora_slots import Adapter, slot_inputs
 from .manifest import TextConditioning
 from .tokenizer import DroppedText, PromptTokenizer, Tokens
+from .trace import span
 
 __all__ = ["DroppedText", "Embeddings", "PromptEncoder", "Tokens", "joined", "merged"]
 
@@ -102,7 +103,8 @@ class PromptEncoder:
     def _computed(self, ids: npt.NDArray[np.int64], adapters: Sequence[Adapter]) -> Embeddings:
         facts, binding = self._facts, self._bound(len(ids), adapters)
         binding.inputs["input_ids"][0] = ids
-        binding.run()
+        with span("model", self._name):
+            binding.run()
         hidden = self._output(binding, facts.hidden_state, (facts.max_length, facts.width))
         pooled = None if facts.pooled is None else self._output(binding, facts.pooled, (facts.pooled_width,))
         return Embeddings(hidden, pooled)

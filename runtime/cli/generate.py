@@ -21,9 +21,10 @@ from ..plan import Plan, compile_plan, parse_steps
 from ..request import Request
 from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
+from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .picture_files import PictureFiles, read_picture
-from .pictures import Names, check_folder, png_facts, write_picture
+from .pictures import Names, check_folder, png_facts, unwritable, write_picture
 from .reporter import Reporter
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
@@ -59,6 +60,18 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     Raises:
         TandemError: the bundle, an argument or the target cannot be used, or a file cannot be written.
     """
+    if plan.trace is None:
+        return _run(plan, reporter)
+    check_folder((plan.trace,), force=True, option="--trace")
+    trace = Trace()
+    try:
+        with trace.recording():
+            return _run(plan, reporter)
+    finally:
+        _write_trace(trace, plan.trace)
+
+
+def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     seed = _seed(plan)
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
@@ -175,6 +188,14 @@ def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[st
         }
         for prompt in plan.prompts
     ]
+
+
+def _write_trace(trace: Trace, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trace.write(path)
+    except OSError as error:
+        raise unwritable(path, error, "--trace") from error
 
 
 def _unrecorded(plan: GeneratePlan) -> dict[str, Any]:

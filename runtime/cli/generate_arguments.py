@@ -67,6 +67,7 @@ class GeneratePlan:
     threads: int | None
     output_dir: Path
     previews: int
+    trace: Path | None
     strict_prompts: bool
     force: bool
 
@@ -230,6 +231,9 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
         help="where the pictures go, named NUMBER-seedSEED-PROMPT.png (default out)",
     )
     group.add_argument("--force", action="store_true", help="replace pictures that are already there")
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a timeline of the run, which ui.perfetto.dev shows"
+    )
     group.add_argument(
         "--previews", type=int, default=0, metavar="N", help="write a preview every N rows into DIR/previews"
     )

@@ -62,8 +62,10 @@ def png_facts(request: Mapping[str, Any], seed: int, facts: Mapping[str, Any]) -
     }
 
 
-def check_folder(files: Iterable[Path], *, force: bool) -> None:
+def check_folder(files: Iterable[Path], *, force: bool, option: str = "--output-dir") -> None:
     """Make sure that `files` can be written later; nothing is replaced without `force`. No folder is made yet.
+
+    option: what says where they go.
 
     Raises:
         ArgumentError: a file is already there, or would lie in a bundle, which may hold no other files.
@@ -81,7 +83,7 @@ def check_folder(files: Iterable[Path], *, force: bool) -> None:
             with tempfile.TemporaryFile(dir=nearest):
                 pass
     except OSError as error:
-        raise _unwritable(place, error) from error
+        raise unwritable(place, error, option) from error
 
 
 def _require_outside_bundles(folder: Path) -> None:
@@ -104,7 +106,7 @@ def write_picture(image: Image.Image, path: Path, facts: Mapping[str, str], *, f
     except FileExistsError as error:
         raise _taken(path) from error
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def _taken(path: Path, more: int = 0) -> ArgumentError:
@@ -113,7 +115,8 @@ def _taken(path: Path, more: int = 0) -> ArgumentError:
     return ArgumentError(str(path), f"already there{others}; pictures are not replaced", remedy=remedy)
 
 
-def _unwritable(path: Path, error: OSError) -> TandemError:
+def unwritable(path: Path, error: OSError, option: str = "--output-dir") -> TandemError:
+    """What is said where the system refuses to write a file, whose place another `option` would change."""
     space = "Free some space, or give" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Give"
-    remedy = f"{space} another --output-dir."
+    remedy = f"{space} another {option}."
     return TandemError(str(path), f"cannot be written ({error.strerror or error})", remedy=remedy)
