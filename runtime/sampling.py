@@ -55,7 +55,7 @@ def open_loop(
 ) -> tuple[Loop, bool]:
     """The loop for latents of this shape with what it runs on loaded, and whether that is step engines.
 
-    ControlNets run beside either. Both compute the same numbers, on ONNX Runtime the same bits.
+    ControlNets run beside either. Both compute the same numbers, on ONNX Runtime's engines the same bits.
 
     before: called before each model is loaded; what it raises ends the loading.
 
