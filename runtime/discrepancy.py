@@ -68,6 +68,13 @@ def default_taus(inputs: Iterable[TensorSpec]) -> Taus:
     return UNET if spec_of(inputs, "hidden_states") is None else TRANSFORMER
 
 
+def relative_mae(conditional: Array, unconditional: Array, scratch: Array) -> float:
+    """mean|ε_c − ε_u| / (mean|ε_u| + 1e-12), over all pictures of a batch together; `scratch` is of their shape."""
+    size = float(np.abs(unconditional, out=scratch).mean())
+    np.subtract(conditional, unconditional, out=scratch)
+    return float(np.abs(scratch, out=scratch).mean()) / (size + _TINY)
+
+
 class Discrepancy:
     """The log of a run and what follows from it. One run's; nothing is allocated after the first measurement.
 
@@ -100,12 +107,7 @@ class Discrepancy:
         """The relative mean absolute error of two predictions of one shape, over all pictures of a batch together."""
         if self._scratch is None or self._scratch.shape != conditional.shape:
             self._scratch = np.empty_like(conditional)
-        scratch = self._scratch
-        np.abs(unconditional, out=scratch)
-        size = float(scratch.mean())
-        np.subtract(conditional, unconditional, out=scratch)
-        np.abs(scratch, out=scratch)
-        return float(scratch.mean()) / (size + _TINY)
+        return relative_mae(conditional, unconditional, self._scratch)
 
     def record(self, step: int, value: float) -> None:
         """Log a step at which both branches ran; call it in order. While tau1 is open, this may decide it.

@@ -17,11 +17,14 @@ from .targets import ENGINES_ONLY, Target
 from .variant import PLAIN, Variant
 
 
-def open_component(bundle: Bundle, name: str, target: Target, threads: int | None, variant: Variant = PLAIN) -> Session:
+def open_component(
+    bundle: Bundle, name: str, target: Target, threads: int | None, variant: Variant = PLAIN, *, streams: int = 1
+) -> Session:
     """A component on a target: on engines that were built for it, else on the bundle's own graph where that can run.
 
     variant: what engines must be, or more; of anything but `PLAIN` there are engines alone. The first that fits says
         which variant all of the session's engines are.
+    streams: as of `open_session`.
 
     Raises:
         TargetError: the target cannot run here.
@@ -32,10 +35,10 @@ def open_component(bundle: Bundle, name: str, target: Target, threads: int | Non
     only_engines = target.backend in ENGINES_ONLY or variant != PLAIN
 
     def load(found: Found) -> Session:
-        return open_engine(found, asked, threads=threads)
+        return open_engine(found, asked, threads=threads, streams=streams)
 
     def graph() -> Session:
-        return open_session(bundle.model_path(name), asked, threads=threads)
+        return open_session(bundle.model_path(name), asked, threads=threads, streams=streams)
 
     if only_engines:
         return EngineSession(bundle, name, asked, load, variant=variant)

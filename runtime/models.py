@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from .backends import streams_for
 from .backends.base import Array, Session
 from .bundle import Bundle
 from .engine_files import engines_of, fitting_engine
@@ -27,9 +28,10 @@ class Models:
     """The models of a bundle; safe to share between threads."""
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
-        self._bundle, self._target, self._threads = bundle, target, threads
+        self.threads = threads
+        self._bundle, self._target = bundle, target
         self._lock = threading.RLock()
-        self._sessions: dict[tuple[str, Variant], Session] = {}
+        self._sessions: dict[tuple[str, Variant, int], Session] = {}
         self._encoders: dict[Session, PromptEncoder] = {}
         self.closed = False
 
@@ -47,8 +49,11 @@ class Models:
         if self.closed:
             raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
 
-    def session(self, name: str, variant: Variant = PLAIN) -> Session:
+    def session(self, name: str, variant: Variant = PLAIN, *, calls: int = 1) -> Session:
         """The component `name`, loaded, on engines of another variant where one is named.
+
+        calls: how many run at once for one generation. Where a backend must be told, what is made for two is another
+            session, with weights of its own.
 
         Raises:
             BundleError: its files are no longer what the manifest says, or its tensors never were.
@@ -57,12 +62,13 @@ class Models:
         """
         with self._lock:
             self.require_open()
-            if (name, variant) not in self._sessions:
-                opened = self._opened(name, variant)
+            key = name, variant, streams_for(self._target, calls)
+            if key not in self._sessions:
+                opened = self._opened(*key)
                 # Of what is wanted of engines much is served by the same ones, which are loaded once.
                 granted = opened.variant if isinstance(opened, EngineSession) else variant
-                self._sessions[name, variant] = self._sessions.setdefault((name, granted), opened)
-            return self._sessions[name, variant]
+                self._sessions[key] = self._sessions.setdefault((name, granted, key[2]), opened)
+            return self._sessions[key]
 
     def require_slots(self, name: str, variant: Variant) -> None:
         """Check that an engine of component `name`, plain or a step engine, has the slots of `variant`; loads nothing.
@@ -77,10 +83,10 @@ class Models:
         if not any(engine.ingredients.variant.serves(one) for engine in engines for one in serving):
             fitting_engine(self._bundle, name, target, variant=variant)
 
-    def _opened(self, name: str, variant: Variant) -> Session:
+    def _opened(self, name: str, variant: Variant, streams: int) -> Session:
         self._bundle.check_component(name)
         with span("load", name):
-            session = open_component(self._bundle, name, self._target, self._threads, variant)
+            session = open_component(self._bundle, name, self._target, self.threads, variant, streams=streams)
         if variant != PLAIN:
             return session
         try:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .plan import Plan
+from .plan import Plan, RowGuidance
 from .text import DroppedText
 
 Float32 = npt.NDArray[np.float32]
@@ -17,11 +17,12 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class RowTiming:
-    """One model call: how long the model took, and the whole row with it."""
+    """One row: its denoiser, how long that took in all branches, the whole row with it, what became of guidance."""
 
     denoiser: str
     model_ms: float
     total_ms: float
+    guidance: RowGuidance
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from PIL import Image
 
 from .arguments import did_you_mean, thread_count
+from .auto_placement import AutoPlacement
 from .bundle import Bundle
 from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
@@ -24,6 +25,7 @@ from .loras import Fitted, Loras
 from .models import Models
 from .noise import Noise
 from .output import Output, RowTiming, StepEvent, Timings
+from .placement import refusal
 from .plan import Plan, compile_plan
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
@@ -77,6 +79,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         self.bundle, self.target = bundle, target
         self._models, self._steps = Models(bundle, target, threads), StepEngines(bundle, target, threads)
+        self._auto = AutoPlacement(bundle, target, threads)
         self._loras = Loras(bundle)
 
     @classmethod
@@ -123,6 +126,7 @@ class Pipeline:
 
         Raises:
             RequestError, PlanError: an argument cannot be used; nothing has run.
+            TargetError: the target cannot place the branches of guidance as asked; nothing has run.
             CheckpointError: a LoRA's file is damaged, or of a kind that is not supported; nothing has run.
             EngineError: no engine has slots for the LoRAs, and nothing has run; or one that is needed is missing.
             ExecutionError: a model failed, or returned NaN or Inf.
@@ -139,6 +143,8 @@ class Pipeline:
         self._models.require_open()
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
+        if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
+            raise refused
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
         check_conditioning(request, manifest, plan)
         if request.latents is not None:
@@ -194,11 +200,11 @@ class Pipeline:
         image_ms = _since(encoding)
         conditioning = job.loras.beside(beginning.behind(conditioning))
         rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras)
-        loop, fused = open_loop(rows, noise.shape, models, self._steps, before=stop)
+        loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
         state = loop.begin(beginning.latents)
         for done in loop.run(state):
-            timings.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms))
+            timings.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms, done.guidance))
             preview: tuple[Image.Image, ...] = ()
             if request.previews and (done.row + 1) % request.previews == 0:
                 with span("preview", done.row):
@@ -212,6 +218,7 @@ class Pipeline:
             pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
         spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused)
         images = _images(pixels) if request.output_type == "pil" else pixels
+        plan = plan.having_run([row.guidance for row in timings])
         return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:

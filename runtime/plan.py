@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from .adaptive import AdaptiveRule
 from .arguments import did_you_mean, finite_number, whole_number
 from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
@@ -16,6 +17,8 @@ from .table import Table
 from .tensors import GUIDANCE_EMBEDDING, spec_of
 
 MAX_STEP_DIGITS = 9
+GUIDANCES = ("fixed", "adaptive")
+PLACEMENTS = ("batched", "sequential", "parallel", "auto")
 _SPACING_KEYS = ("timestep_spacing", "steps_offset", "original_inference_steps")
 
 Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
@@ -36,6 +39,10 @@ class Schedule:
     guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers. A
         denoiser that takes it as an embedding, as LCMs do, never runs the other branch.
     guidance_interval: the part of the steps that run, as fractions (start, end), in which both branches do.
+    guidance: `fixed`, as the interval says; or `adaptive`, which within it leaves the unconditional branch out of rows
+        where the branches agree. guidance_config: the numbers of `AdaptiveRule` that are to be others.
+    placement: where both branches of guidance run: `batched`, in one call; `sequential`, in two calls, one after the
+        other, which takes less memory; `parallel`, in two calls at once; `auto`, as was fastest when it was tried.
     strength: how much image-to-image and inpainting change the image, above 0 and up to 1. `steps` counts the whole
         schedule, as in diffusers; below 1 it begins later, so that the first denoisers run fewer steps or none.
     """
@@ -47,7 +54,24 @@ class Schedule:
     eta: float | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance: str = "fixed"
+    guidance_config: Mapping[str, Any] | None = None
+    placement: str = "batched"
     strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowGuidance:
+    """What became of guidance in a row.
+
+    guided: whether both branches ran. placement: where they did, or the one that ran. why: in plain words.
+    discrepancy: between the branches, see `relative_mae`; None where there was one, or a step engine kept them.
+    """
+
+    guided: bool
+    placement: str
+    why: str
+    discrepancy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +80,9 @@ class Plan:
 
     denoisers, guided: for each of the table's rows, which component runs and whether both guidance branches do.
     guidance_embedded: the denoisers that are given the guidance scale instead, as an embedding.
+    adaptive: the rule by which guided rows may yet run one branch, where guidance is adaptive.
+    placement: where both branches run; see `Schedule`.
+    ran: of an output's plan, what became of guidance in every row.
     """
 
     table: Table
@@ -63,6 +90,29 @@ class Plan:
     guided: tuple[bool, ...]
     guidance_scale: float
     guidance_embedded: tuple[str, ...] = ()
+    adaptive: AdaptiveRule | None = None
+    placement: str = "batched"
+    ran: tuple[RowGuidance, ...] = ()
+
+    def having_run(self, rows: Sequence[RowGuidance]) -> Plan:
+        """The plan with what became of its rows; where `auto` was asked for, `placement` is the one that ran."""
+        return replace(
+            self, ran=tuple(rows), placement=rows[0].placement if self.placement == "auto" else self.placement
+        )
+
+    @property
+    def one_branch(self) -> tuple[bool, ...]:
+        """For each row, whether it may run without the unconditional branch."""
+        return tuple(self.adaptive is not None or not both for both in self.guided)
+
+    def why(self, row: int) -> str:
+        """Why a row runs both branches of guidance, or one."""
+        if self.guided[row]:
+            return "guided"
+        if self.guidance_scale <= 1:
+            return "guidance_scale is 1 or below"
+        embedded = self.denoisers[row] in self.guidance_embedded
+        return "guidance is embedded" if embedded else "outside guidance_interval"
 
     @property
     def steps(self) -> tuple[tuple[str, int], ...]:
@@ -78,13 +128,16 @@ class Plan:
 
     def __repr__(self) -> str:
         steps = ", ".join(f"{name} {count}" for name, count in self.steps)
-        guidance = f"{self.guidance_scale:g} on {sum(self.guided)} of {self.table.rows} rows"
+        guided = sum(row.guided for row in self.ran) if self.ran else sum(self.guided)
+        adaptive = "" if self.adaptive is None or self.ran else "at most "
+        guidance = f"{self.guidance_scale:g} on {adaptive}{guided} of {self.table.rows} rows"
         if self.guidance_embedded:
             guidance += f", embedded for {', '.join(self.guidance_embedded)}"
-        return f"<Plan {steps}; {self.table.solver}; guidance {guidance}>"
+        placement = "" if self.placement == "batched" else f", {self.placement}"
+        return f"<Plan {steps}; {self.table.solver}; guidance {guidance}{placement}>"
 
     def facts(self) -> dict[str, Any]:
-        """The plan as JSON-able facts: solver, steps, time steps, denoiser and guidance of every row."""
+        """The plan as JSON-able facts: solver, steps, time steps, denoiser and guidance of every row; not what ran."""
         return {
             "solver": self.table.solver,
             "steps": [list(run) for run in self.steps],
@@ -93,6 +146,8 @@ class Plan:
             "guided": list(self.guided),
             "guidance_scale": self.guidance_scale,
             "guidance_embedded": list(self.guidance_embedded),
+            "adaptive": None if self.adaptive is None else asdict(self.adaptive),
+            "placement": self.placement,
         }
 
 
@@ -105,7 +160,8 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
         PlanError: an argument is of another type than `Schedule` says; steps that sum to 0, are negative or name an
             unknown denoiser; an unknown solver or a scheduler key it does not support; a guidance interval outside
             0..1; a strength that is not in 0..1 or leaves no step.
-        RequestError: guidance that is negative, NaN or infinite.
+        RequestError: guidance that is negative, NaN or infinite; an unknown placement, or numbers
+            of adaptive guidance that cannot be.
     """
     _require_solver(schedule)
     timesteps = _timesteps(manifest, schedule)
@@ -132,6 +188,8 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
         guided=tuple(on[step] and by_step[step] not in embedded for step in table.steps),
         guidance_scale=guidance_scale,
         guidance_embedded=embedded,
+        adaptive=_adaptive(schedule),
+        placement=_one_of("placement", schedule.placement, PLACEMENTS),
     )
 
 
@@ -253,3 +311,18 @@ def _guidance_scale(manifest: Manifest, schedule: Schedule) -> float:
     if scale is None or scale < 0:
         raise RequestError("guidance_scale", "not usable", got=given, expected="a finite number, 0 or more")
     return scale
+
+
+def _adaptive(schedule: Schedule) -> AdaptiveRule | None:
+    if _one_of("guidance", schedule.guidance, GUIDANCES) == "adaptive":
+        return AdaptiveRule.of(schedule.guidance_config)
+    if schedule.guidance_config is not None:
+        raise RequestError("guidance_config", "given without adaptive guidance", remedy="Ask for guidance='adaptive'.")
+    return None
+
+
+def _one_of(where: str, given: object, known: Sequence[str]) -> str:
+    if not isinstance(given, str) or given not in known:
+        expected, remedy = f"one of {', '.join(known)}", did_you_mean(str(given)[:80], known)
+        raise RequestError(where, "unknown", got=given, expected=expected, remedy=remedy)
+    return given

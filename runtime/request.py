@@ -43,7 +43,8 @@ class Request:
     prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: for a second and third text encoder, which read the first
         prompt otherwise; an empty text stands for that too. One serves the whole batch.
     steps: see `Schedule.steps`; `num_inference_steps` is the same for a plain number.
-    solver, solver_config, timesteps, eta, guidance_scale, guidance_interval: see `Schedule`.
+    solver, solver_config, timesteps, eta, guidance_scale, guidance_interval, guidance, guidance_config, placement:
+        see `Schedule`.
     height, width: pixels; the bundle's defaults otherwise.
     num_images_per_prompt: pictures for each prompt; a prompt's pictures stand together.
     seed: one number seeds one generator for the whole batch, as a single `torch.Generator` does in diffusers; a
@@ -124,6 +125,9 @@ class Request:
     control_guidance_start: float | Mapping[str, float] | None = None
     control_guidance_end: float | Mapping[str, float] | None = None
     loras: Mapping[str | Path, float] | None = None
+    guidance: str = "fixed"
+    guidance_config: Mapping[str, Any] | None = None
+    placement: str = "batched"
 
     def __post_init__(self) -> None:
         self._check_embeddings()
@@ -222,6 +226,9 @@ class Request:
             eta=self.eta,
             guidance_scale=self.guidance_scale,
             guidance_interval=self.guidance_interval,
+            guidance=self.guidance,
+            guidance_config=self.guidance_config,
+            placement=self.placement,
             strength=self._strength,
         )
 

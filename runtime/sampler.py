@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Session
-from .binding import Bound, Conditioning, bind
-from .control import Running, Steering, steer
+from .adaptive import AdaptiveGuidance
+from .control import Running
+from .discrepancy import relative_mae
 from .errors import ExecutionError
-from .plan import Plan
+from .placement import Branches, Placed
+from .plan import Plan, RowGuidance
 from .table import Table
-from .tensors import latent_names
 from .trace import record, span
 
 Float32 = npt.NDArray[np.float32]
@@ -45,37 +45,36 @@ class SampledRow:
     """A finished row of the plan: which one, and how long the model (with its ControlNets) and all of it took.
 
     `denoised()` is the estimate of the clean latent at this row, (B, C, h, w) float32; ask before the next row runs.
+    guidance: what became of it.
     """
 
     row: int
     model_ms: float
     total_ms: float
     denoised: Callable[[], Float32]
+    guidance: RowGuidance
 
 
 class Sampler:
     """Carries a state through a plan; used by one thread at a time.
 
-    sessions, conditioning: those of the denoisers the plan names.
+    placed: predicts its rows.
     draw_noise: returns fresh standard normal noise (B, C, h, w) float32; called only for rows that need it.
     keep: called after every row with its index and the latents it left, which it may change.
-    steering: the ControlNets.
     """
 
     def __init__(
         self,
         plan: Plan,
-        sessions: Mapping[str, Session],
-        conditioning: Mapping[str, Conditioning],
+        placed: Placed,
         draw_noise: Callable[[], Float32],
         *,
         keep: Callable[[int, Float32], None] | None = None,
-        steering: Steering | None = None,
     ) -> None:
-        self._plan, self._sessions, self._conditioning = plan, sessions, conditioning
-        self._draw_noise, self._keep, self._steering = draw_noise, keep, steering
+        self._plan, self._placed = plan, placed
+        self._draw_noise, self._keep = draw_noise, keep
         self._rows = _compiled_rows(plan)
-        self._bound: dict[tuple[str, bool], tuple[Bound, Array]] = {}
+        self._adaptive = None if plan.adaptive is None else AdaptiveGuidance(plan.adaptive)
 
     def begin(self, latents: Float32) -> State:
         """The state before the first row, from the latents x there, (B, C, h, w) float32."""
@@ -92,60 +91,63 @@ class Sampler:
         end = len(self._rows) if until is None else until
         # What a row reads: x, h1 … hH, the guided prediction ε, fresh noise z. It writes into the state's arrays.
         vectors = np.zeros((len(state.arrays) + 2, *state.latents.shape), np.float32)
-        scratch = np.empty(state.latents.shape, np.float32)
-        while state.row < end:
-            began = time.perf_counter()
-            # What overflows is raised as an error that names the row, without numpy's warning before it.
-            with span("row", state.row), np.errstate(over="ignore", invalid="ignore"):
-                model_ms = self._advance(state, vectors, scratch)
-            total_ms = (time.perf_counter() - began) * 1e3
-            yield SampledRow(state.row - 1, model_ms, total_ms, _Denoised(self._rows[state.row - 1].denoised, vectors))
+        sample, scratch = np.empty((2, *state.latents.shape), np.float32)
+        try:
+            while state.row < end:
+                began = time.perf_counter()
+                # What overflows is raised as an error that names the row, without numpy's warning before it.
+                with span("row", state.row), np.errstate(over="ignore", invalid="ignore"):
+                    model_ms, guidance = self._advance(state, vectors, sample, scratch)
+                total_ms = (time.perf_counter() - began) * 1e3
+                denoised = _Denoised(self._rows[state.row - 1].denoised, vectors)
+                yield SampledRow(state.row - 1, model_ms, total_ms, denoised, guidance)
+        finally:
+            self._placed.rest()
 
-    def _advance(self, state: State, vectors: Float32, scratch: Float32) -> float:
-        """Run the state's row; returns the milliseconds its model took."""
-        row, batch = self._rows[state.row], len(scratch)
+    def _advance(self, state: State, vectors: Float32, sample: Float32, scratch: Float32) -> tuple[float, RowGuidance]:
+        """Run the state's row; returns the milliseconds its model took, and what became of guidance."""
+        row = self._rows[state.row]
         prediction, noise = vectors[-2], vectors[-1]
         vectors[:-2] = state.arrays
-        bound, output = self._bound.get((row.denoiser, row.guided)) or self._bind(row, scratch.shape)
-        sample = bound.sample
-        _combine(row.model_input, vectors, sample[:batch], scratch)
-        if row.guided:
-            sample[batch:] = sample[:batch]
-        bound.timestep.fill(row.timestep)
-        running = self._running(bound, state.row)
-        called = time.perf_counter()
-        steer(running, bound, row.timestep)
-        with span("model", row.denoiser):
-            bound.binding.run()
+        _combine(row.model_input, vectors, sample, scratch)
+        adaptive = self._adaptive if self._plan.guided[state.row] else None
+        guided = self._plan.guided[state.row] if adaptive is None else adaptive.wanted(self._plan.denoisers[state.row])
+        made = self._placed.predict(state.row, sample, guided=guided)
         returned = time.perf_counter()
-        if row.guided:
-            np.subtract(output[batch:], output[:batch], out=prediction)
-            np.multiply(prediction, self._plan.guidance_scale, out=prediction)
-            np.add(prediction, output[:batch], out=prediction)
-        else:
-            prediction[...] = output
-        require_finite(self._plan, state.row, "prediction", prediction, running)
+        guidance = self._guided(state.row, made, adaptive, prediction, scratch)
+        require_finite(self._plan, state.row, "prediction", prediction, made.running)
         if row.draws_noise:
             noise[...] = self._draw_noise()
         for target, terms in zip(state.arrays, row.update, strict=True):
             _combine(terms, vectors, target, scratch)
-        require_finite(self._plan, state.row, "latent", state.latents, running)
+        require_finite(self._plan, state.row, "latent", state.latents, made.running)
         if self._keep is not None:
             self._keep(state.row, state.latents)
         record("update", state.row, returned)
         state.row += 1
-        return (returned - called) * 1e3
+        return made.model_ms, guidance
 
-    def _bind(self, row: _Row, shape: tuple[int, ...]) -> tuple[Bound, Array]:
-        """The denoiser's buffers for one or both guidance branches, and its prediction."""
-        session = self._sessions[row.denoiser]
-        bound = bind(row.denoiser, session, self._conditioning[row.denoiser], shape, guided=row.guided)
-        prediction = bound.binding.outputs[latent_names(session.inputs).prediction]
-        self._bound[row.denoiser, row.guided] = bound, prediction
-        return bound, prediction
+    def _guided(
+        self, row: int, made: Branches, adaptive: AdaptiveGuidance | None, prediction: Float32, scratch: Float32
+    ) -> RowGuidance:
+        """Write the guided prediction that a row's branches make; returns what became of guidance.
 
-    def _running(self, bound: Bound, row: int) -> Sequence[Running]:
-        return () if self._steering is None else self._steering.running(bound, row, guided=self._rows[row].guided)
+        adaptive: decides whether the row runs both branches; None where the plan does.
+        """
+        plan, conditional, unconditional = self._plan, made.conditional, made.unconditional
+        why, discrepancy = plan.why(row) if adaptive is None else adaptive.why, None
+        if unconditional is None:
+            prediction[...] = conditional
+            if adaptive is not None:
+                adaptive.guide(prediction, plan.guidance_scale, scratch)
+        else:
+            discrepancy = relative_mae(conditional, unconditional, scratch)
+            np.subtract(conditional, unconditional, out=prediction)
+            np.multiply(prediction, plan.guidance_scale, out=prediction)
+            np.add(prediction, unconditional, out=prediction)
+            if adaptive is not None:
+                adaptive.saw(conditional, unconditional, discrepancy)
+        return RowGuidance(unconditional is not None, made.placement, why, discrepancy)
 
 
 def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Sequence[Running]) -> None:
@@ -194,9 +196,6 @@ def _where(plan: Plan, row: int, name: str) -> str:
 class _Row:
     """A row of the plan with its zero coefficients dropped; indices point into (x, h1 … hH, ε, z)."""
 
-    denoiser: str
-    guided: bool
-    timestep: float
     draws_noise: bool
     model_input: Terms
     update: tuple[Terms, ...]
@@ -229,9 +228,6 @@ def _compiled_rows(plan: Plan) -> tuple[_Row, ...]:
         )
         rows.append(
             _Row(
-                denoiser=plan.denoisers[n],
-                guided=plan.guided[n],
-                timestep=float(table.timesteps[n]),
                 draws_noise=bool(draws_noise[n]),
                 model_input=_terms(table.model_input[n].tolist()),
                 update=tuple(_terms(coefficients) for coefficients in update),

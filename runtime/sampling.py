@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Shape
+from .auto_placement import AutoPlacement
+from .backends.base import Session, Shape
 from .binding import Conditioning
 from .control import Control, Steering
 from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
+from .placement import Batched, Parallel, Placed, Sequential
 from .plan import Plan
 from .sampler import SampledRow, Sampler, State
 from .step_engines import StepEngines, Wanted
@@ -51,11 +53,13 @@ class Rows:
 
 
 def open_loop(
-    rows: Rows, shape: Shape, models: Models, engines: StepEngines, *, before: Callable[[], None]
+    rows: Rows, shape: Shape, models: Models, engines: StepEngines, auto: AutoPlacement, *, before: Callable[[], None]
 ) -> tuple[Loop, bool]:
     """The loop for latents of this shape with what it runs on loaded, and whether that is step engines.
 
-    ControlNets run beside either. Both compute the same numbers, on ONNX Runtime's engines the same bits.
+    Step engines run batched, with fixed guidance; any other placement takes the denoisers themselves, `auto` where
+    there are no step engines. ControlNets run beside either. Both compute the same numbers, on ONNX
+    Runtime's engines the same bits.
 
     before: called before each model is loaded; what it raises ends the loading.
 
@@ -64,16 +68,50 @@ def open_loop(
         EngineError: the target runs engines alone, and one is missing; or the cache is not the user's own.
     """
     plan, conditioning = rows.plan, rows.conditioning
-    steps = engines.load(_wanted(rows, shape), before=before)
-    names = [control.component for control in rows.controls] + ([] if steps else list(dict.fromkeys(plan.denoisers)))
+    # A step engine has both branches of guidance in one call, and shows neither.
+    fused = plan.placement in ("batched", "auto") and plan.adaptive is None
+    steps = engines.load(_wanted(rows, shape), before=before) if fused else None
+    controls = tuple(control.component for control in rows.controls)
+    if steps is None:
+
+        def place(placement: str) -> Placed:
+            return _placed(replace(rows, plan=replace(plan, placement=placement)), models, before)
+
+        chosen = auto.choose(plan, shape, controls, place, before) if plan.placement == "auto" else plan.placement
+        return Sampler(plan, place(chosen), rows.draw_noise, keep=rows.keep), False
+    sessions = _sessions(controls, rows, models, before)
+    steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
+    return StepSampler(plan, steps, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), True
+
+
+def _placed(rows: Rows, models: Models, before: Callable[[], None]) -> Placed:
+    """What predicts the rows, placed as the plan says."""
+    plan, conditioning, controls = rows.plan, rows.conditioning, rows.controls
+    every = [control.component for control in controls] + list(dict.fromkeys(plan.denoisers))
+    if plan.placement == "parallel":
+        both = _sessions(_used(rows, plan.guided), rows, models, before, calls=2)
+        alone = _sessions(_used(rows, plan.one_branch), rows, models, before)
+        return Parallel(plan, both, alone, conditioning, controls)
+    sessions = _sessions(every, rows, models, before)
+    placed = Sequential if plan.placement == "sequential" else Batched
+    return placed(plan, sessions, conditioning, controls)
+
+
+def _used(rows: Rows, at: Sequence[bool]) -> list[str]:
+    """The ControlNets and denoisers of the rows marked."""
+    marked = [row for row, used in enumerate(at) if used]
+    controls = [control.component for control in rows.controls if any(control.rows[row] for row in marked)]
+    return controls + list(dict.fromkeys(rows.plan.denoisers[row] for row in marked))
+
+
+def _sessions(
+    names: Iterable[str], rows: Rows, models: Models, before: Callable[[], None], *, calls: int = 1
+) -> dict[str, Session]:
     sessions = {}
     for name in names:
         before()
-        sessions[name] = models.session(name, rows.loras.variant(name))
-    steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
-    if steps is None:
-        return Sampler(plan, sessions, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), False
-    return StepSampler(plan, steps, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), True
+        sessions[name] = models.session(name, rows.loras.variant(name), calls=calls)
+    return sessions
 
 
 def _wanted(rows: Rows, shape: Shape) -> dict[Key, Wanted]:

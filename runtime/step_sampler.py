@@ -16,7 +16,7 @@ from .control import Running, Steering, steer
 from .errors import BundleError, ExecutionError, PlanError
 from .lora_slots import slot_inputs
 from .manifest import TensorSpec
-from .plan import Plan
+from .plan import Plan, RowGuidance
 from .sampler import SampledRow, State, denoised_estimate, model_input, require_finite
 from .shapes import evaluated
 from .tensors import TAKEN, spec_of
@@ -91,7 +91,8 @@ class StepSampler:
             with span("row", row), np.errstate(over="ignore", invalid="ignore"):
                 model_ms = self._advance(state, vectors)
             total_ms = (time.perf_counter() - began) * 1e3
-            yield SampledRow(row, model_ms, total_ms, denoised_estimate(self._plan.table, row, vectors))
+            guidance = RowGuidance(self._plan.guided[row], "batched", self._plan.why(row))
+            yield SampledRow(row, model_ms, total_ms, denoised_estimate(self._plan.table, row, vectors), guidance)
 
     def _advance(self, state: State, vectors: Float32) -> float:
         """Run the state's row; returns the milliseconds its engine took, with its ControlNets."""

@@ -17,10 +17,20 @@ if TYPE_CHECKING:
 _GRAPH = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 
 
-def open_session(model: Path, target: Target, *, threads: int | None = None) -> Session:
+def streams_for(target: Target, calls: int) -> int:
+    """As how many streams a model must be opened that so many calls run on at once.
+
+    ONNX Runtime takes calls from several threads as it is, and shares its threads among them: a second session would
+    hold the weights a second time, since every session lays them out anew.
+    """
+    return calls if target.backend == "openvino" else 1
+
+
+def open_session(model: Path, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:
     """Load an ONNX model on a target that runs ONNX.
 
-    threads: how many CPU threads one run may use, 1 to 1024; the backend's choice otherwise.
+    threads: how many CPU threads its runs may use, 1 to 1024; the backend's choice otherwise.
+    streams: of `streams_for`; among them the threads are divided.
 
     Raises:
         ArgumentError: `threads` is no whole number in 1..1024.
@@ -32,16 +42,16 @@ def open_session(model: Path, target: Target, *, threads: int | None = None) -> 
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415 (a backend loads when it is used)
 
-        return openvino.OpenVinoSession.of_graph(model, target, threads)
+        return openvino.OpenVinoSession.of_graph(model, target, threads, streams)
     from . import onnxruntime  # noqa: PLC0415
 
     return onnxruntime.OnnxRuntimeSession(model, target, threads)
 
 
-def open_engine(found: Found, target: Target, *, threads: int | None = None) -> Session:
+def open_engine(found: Found, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:
     """Load a compiled engine, whose files `find_engine` has proved.
 
-    threads: as of `open_session`; an engine on a GPU has none.
+    threads, streams: as of `open_session`; an engine on a GPU has no threads.
 
     Raises:
         TargetError: the target is not installed or was not granted, or there is no GPU.
@@ -55,7 +65,7 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None) -> 
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415
 
-        return openvino.OpenVinoSession.of_engine(found, target, thread_count("threads", threads))
+        return openvino.OpenVinoSession.of_engine(found, target, thread_count("threads", threads), streams)
     return open_session(found.folder / _GRAPH, target, threads=threads)
 
 

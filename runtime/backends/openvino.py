@@ -37,7 +37,7 @@ class OpenVinoSession:
         require_numpy_types(name, (*self.inputs, *self.outputs))
 
     @classmethod
-    def of_graph(cls, model: Path, target: Target, threads: int | None) -> OpenVinoSession:
+    def of_graph(cls, model: Path, target: Target, threads: int | None, streams: int = 1) -> OpenVinoSession:
         """Compile an ONNX model. Loaded by path, so external data is found beside it.
 
         Raises:
@@ -58,10 +58,10 @@ class OpenVinoSession:
         except BundleError as error:
             raise ExecutionError(str(model), f"OpenVINO cannot load the model ({error})") from error
         require_numpy_types(name, (*inputs, *outputs))
-        return cls(name, _granted(model, target, threads, compile_graph), inputs, outputs)
+        return cls(name, _granted(model, target, _threading(threads, streams), compile_graph), inputs, outputs)
 
     @classmethod
-    def of_engine(cls, found: Found, target: Target, threads: int | None) -> OpenVinoSession:
+    def of_engine(cls, found: Found, target: Target, threads: int | None, streams: int = 1) -> OpenVinoSession:
         """Import a compiled model.
 
         Raises:
@@ -74,7 +74,7 @@ class OpenVinoSession:
         def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
             return core.import_model(_openvino().Tensor(np.fromfile(path, np.uint8)), "CPU", configuration)
 
-        compiled = _granted(path, target, threads, import_blob)
+        compiled = _granted(path, target, _threading(threads, streams), import_blob)
         return cls(found.engine.component, compiled, found.engine.inputs, found.engine.outputs)
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> OpenVinoBinding:
@@ -149,14 +149,20 @@ def _openvino() -> Any:
     return openvino
 
 
-def _granted(path: Path, target: Target, threads: int | None, load: Callable[[Any, Mapping[str, str]], Any]) -> Any:
+def _threading(threads: int | None, streams: int) -> dict[str, str]:
+    """OpenVINO's settings for so many runs at once, on so many threads together."""
+    # A picture's models run one after the other, each on all threads. A pinned thread would wait for whatever else
+    # runs on its core.
+    settings = {"NUM_STREAMS": str(streams), "ENABLE_CPU_PINNING": "NO"}
+    return settings if threads is None else {**settings, "INFERENCE_NUM_THREADS": str(threads)}
+
+
+def _granted(
+    path: Path, target: Target, threading: Mapping[str, str], load: Callable[[Any, Mapping[str, str]], Any]
+) -> Any:
     """What `load` makes of OpenVINO's core and a configuration, if it is what the target asks for."""
     ov, precision = _openvino(), _INFERENCE_PRECISIONS[target.precision]
-    # One stream: a picture's models run one after the other, each on all threads. A pinned thread would wait for
-    # whatever else runs on its core.
-    configuration = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": "1", "ENABLE_CPU_PINNING": "NO"}
-    if threads is not None:
-        configuration["INFERENCE_NUM_THREADS"] = str(threads)
+    configuration = {"INFERENCE_PRECISION_HINT": precision, **threading}
     try:
         compiled = load(ov.Core(), configuration)
         granted = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -151,6 +151,8 @@ class _Job:
                 "seed": seed,
                 "timings": {name: round(value, 3) for name, value in spent.items()},
                 "step_engines": timings.step_engines,
+                "placement": output.plan.placement,
+                "guidance": [asdict(row) for row in output.plan.ran],
                 "loras": {path: list(components) for path, components in output.loras.items()},
             }
 
@@ -178,6 +180,8 @@ def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[st
             "eta": plan.eta,
             "guidance_scale": plan.guidance_scale,
             "guidance_interval": list(plan.guidance_interval),
+            "guidance": plan.guidance,
+            "guidance_config": dict(plan.guidance_config) or None,
             "height": plan.height,
             "width": plan.width,
             "num_images_per_prompt": plan.num_images_per_prompt,
@@ -200,7 +204,7 @@ def _write_trace(trace: Trace, path: Path) -> None:
 
 def _unrecorded(plan: GeneratePlan) -> dict[str, Any]:
     """Arguments of `Request` that do not change its pictures."""
-    return {"previews": plan.previews, "strict_prompts": plan.strict_prompts}
+    return {"previews": plan.previews, "strict_prompts": plan.strict_prompts, "placement": plan.placement}
 
 
 def _seed(plan: GeneratePlan) -> int:
@@ -213,7 +217,7 @@ def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
     made = [Request(**request, **pictures.arguments()) for request in requests]
     # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
     pipe.stream(**requests[0], **pictures.arguments(), **_unrecorded(plan))
-    compiled = compile_plan(pipe.bundle.manifest, made[0].schedule)
+    compiled = compile_plan(pipe.bundle.manifest, replace(made[0].schedule, placement=plan.placement))
     dropped_text = _dropped_text(plan, pipe.bundle, compiled, made)
     named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
     check_folder(_files(plan, named, compiled), force=plan.force)

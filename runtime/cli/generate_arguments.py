@@ -10,6 +10,7 @@ from typing import Any
 
 from ..arguments import thread_count
 from ..errors import RequestError
+from ..plan import GUIDANCES, PLACEMENTS
 from ..request_checks import require_pictures
 from ..solvers import SOLVERS
 from .prompts import gathered_prompts, require_text
@@ -57,6 +58,9 @@ class GeneratePlan:
     eta: float | None
     guidance_scale: float | None
     guidance_interval: tuple[float, float]
+    guidance: str
+    guidance_config: Mapping[str, Any]
+    placement: str
     seed: int | None
     seed_device: str
     width: int | None
@@ -79,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_what(parser.add_argument_group("what to paint"))
     _add_from(parser.add_argument_group("what to paint it from"))
     _add_how(parser.add_argument_group("how to paint it"))
+    _add_guidance(parser.add_argument_group("how closely to keep to the prompt"))
     _add_where(parser.add_argument_group("where to run, where to write"))
 
 
@@ -194,13 +199,6 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--eta", type=float, metavar="X", help="fresh noise in each step: DDIM's eta, TCD's gamma; the bundle's default"
     )
-    group.add_argument("--guidance-scale", type=float, metavar="X", help="how strongly the prompt counts; 1 is off")
-    group.add_argument(
-        "--guidance-interval",
-        default="0,1",
-        metavar="START,END",
-        help="the part of the steps with guidance, as fractions: 0.0,0.8 leaves it off for the last fifth",
-    )
     group.add_argument(
         "--lora",
         action="append",
@@ -212,6 +210,37 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--decoder", metavar="NAME", help="which of the bundle's decoders paints; its first by default")
     group.add_argument(
         "--strict-prompts", action="store_true", help="refuse prompts that are too long, do not cut them"
+    )
+
+
+def _add_guidance(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--guidance-scale", type=float, metavar="X", help="how strongly the prompt counts; 1 is off")
+    group.add_argument(
+        "--guidance-interval",
+        default="0,1",
+        metavar="START,END",
+        help="the part of the steps with guidance, as fractions: 0.0,0.8 leaves it off for the last fifth",
+    )
+    group.add_argument(
+        "--guidance",
+        choices=GUIDANCES,
+        default="fixed",
+        help="adaptive: within the interval, leave out the branch without the prompt where both branches agree",
+    )
+    group.add_argument(
+        "--guidance-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="when they do: threshold, release, probe (see docs/tandem.md); may be repeated",
+    )
+    group.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="batched",
+        help="where the two branches run: in one call (batched, the default), one after the other (sequential), which "
+        "takes less memory, both at once (parallel), or as is fastest here, which is tried once (auto); the picture is "
+        "the same",
     )
 
 
@@ -267,6 +296,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
     parsed = {
         "prompts": gathered_prompts(namespace.prompt, namespace.prompts_file),
         "solver_config": parse_settings("--solver-config", namespace.solver_config),
+        "guidance_config": parse_settings("--guidance-config", namespace.guidance_config),
         "timesteps": None if namespace.timesteps is None else parse_timesteps(namespace.timesteps),
         "guidance_interval": parse_interval("--guidance-interval", namespace.guidance_interval),
         "further_prompts": {name: getattr(namespace, name) for name in FURTHER_PROMPTS},

@@ -229,7 +229,7 @@ def test_denoisers_are_not_loaded_beside_their_step_engines(unets: Tiny, monkeyp
     monkeypatch.setenv("TANDEMRT_CACHE", str(unets[1]))
     with Pipeline.open(unets[0], threads=1) as pipe:
         pipe("red", steps={"unet": 1, "unet_small": 1})
-        assert not {name for name, _ in pipe._models._sessions} & {"unet", "unet_small"}
+        assert not {name for name, *_ in pipe._models._sessions} & {"unet", "unet_small"}
     with pytest.raises(ExecutionError, match="pipeline: used after it was closed"):
         pipe._steps.load({}, before=lambda: None)
 

@@ -42,7 +42,7 @@ class Recorded:
         self.pipeline, manifest = pipeline, pipeline.bundle.manifest
         names = [name for role in ("denoiser", "controlnet", "vae_encoder") for name in manifest.names(role)]
         self.sessions = {name: RecordedSession(pipeline._models.session(name)) for name in names}
-        pipeline._models._sessions.update({(name, PLAIN): session for name, session in self.sessions.items()})
+        pipeline._models._sessions.update({(name, PLAIN, 1): session for name, session in self.sessions.items()})
 
     def given(self, model: str = "", **arguments: Any) -> list[dict[str, Array]]:
         """What a model, the first denoiser by default, was given in every run of a generation."""

@@ -73,11 +73,11 @@ def test_no_model_runs_after_the_one_that_is_cancelled(bundle: Path, monkeypatch
 def test_no_model_is_loaded_after_the_one_that_is_cancelled(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, loaded = Models._opened, []
 
-    def cancelling(self: Models, name: str, variant: Variant) -> Any:
+    def cancelling(self: Models, name: str, variant: Variant, streams: int) -> Any:
         loaded.append(name)
         if name == last:
             stream.cancel()
-        return opened(self, name, variant)
+        return opened(self, name, variant, streams)
 
     monkeypatch.setattr(Models, "_opened", cancelling)
     for last in ("text_encoder", "vae_encoder", "unet"):

@@ -311,7 +311,7 @@ def test_all_public_names_are_listed() -> None:
         ("generator", "Give seed="),
         ("callback_on_step_end", r"Use pipe\.stream"),
         ("return_dict", "Output"),
-        ("guidance", r"Did you mean 'guidance_scale'\?"),
+        ("guidance_scal", r"Did you mean 'guidance_scale'\?"),
         ("cross_attention_kwargs", r"Leave it out\."),
     ],
 )

@@ -1,0 +1,108 @@
+"""Adaptive guidance: rows whose branches agree run one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arguments import did_you_mean, finite_number, whole_number
+from .errors import RequestError
+
+Float32 = npt.NDArray[np.float32]
+_WHERE = "guidance_config"
+_THRESHOLD, _RELEASE = 0.05, 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveRule:
+    """When guidance is switched off, and on again, by the branches' discrepancy (`relative_mae`).
+
+    A row below `threshold` is the last before rows that run the conditional branch alone. Every `probe`-th row from
+    there runs both again, to look: guidance comes back where they are `release` or more apart, and with another
+    denoiser. Two limits keep it from switching to and fro about one.
+
+    Hybridiff's slope tells when the discrepancy has stopped falling, not how large it is: branches that stay far apart
+    have a slope of 0 too, and what is left out here goes by their distance.
+    """
+
+    threshold: float = _THRESHOLD
+    release: float = _THRESHOLD * _RELEASE
+    probe: int = 4
+
+    @classmethod
+    def of(cls, config: object) -> AdaptiveRule:
+        """The defaults with what `config`, a mapping or None, says otherwise.
+
+        Raises:
+            RequestError: it is no mapping, has an unknown key, or a value that cannot be.
+        """
+        names = [field.name for field in fields(cls)]
+        if config is not None and not isinstance(config, Mapping):
+            raise RequestError(_WHERE, "type", got=config, expected=f"keys and values of {', '.join(names)}")
+        given: dict[str, Any] = dict(config or {})
+        for name, value in given.items():
+            if name not in names:
+                expected, remedy = f"one of {', '.join(names)}", did_you_mean(str(name)[:80], names)
+                raise RequestError(_WHERE, "unknown key", got=name, expected=expected, remedy=remedy)
+            if name == "probe":
+                if (whole_number(value) or 0) < 2:
+                    raise RequestError(f"{_WHERE}: probe", "rows", got=value, expected="a whole number, 2 or more")
+            elif (finite_number(value) or 0.0) <= 0:
+                raise RequestError(f"{_WHERE}: {name}", "discrepancy", got=value, expected="a number above 0")
+        # One limit alone moves the other with it.
+        if "threshold" in given and "release" not in given:
+            given["release"] = _RELEASE * given["threshold"]
+        rule = cls(**given)
+        if rule.release < rule.threshold:
+            expected = f"threshold, {rule.threshold:g}, or more"
+            raise RequestError(f"{_WHERE}: release", "discrepancy", got=rule.release, expected=expected)
+        return rule
+
+
+class AdaptiveGuidance:
+    """Guidance of one generation under a rule.
+
+    In a row without unconditional branch the branches' last difference stands for its own: what changes from row to
+    row is the conditional branch, whose changes both share where they agree.
+    """
+
+    def __init__(self, rule: AdaptiveRule) -> None:
+        self.why = "guided"
+        self._rule = rule
+        self._denoiser = ""
+        self._agree = False
+        self._skipped = 0
+        self._discrepancy = 0.0
+        self._difference: Float32 | None = None
+
+    def wanted(self, denoiser: str) -> bool:
+        """Whether the row at hand, of this denoiser, is to run both branches; `why` then says why."""
+        if denoiser != self._denoiser:
+            self._denoiser, self._agree = denoiser, False
+        if not self._agree:
+            self.why = "guided"
+        elif self._skipped + 1 >= self._rule.probe:
+            self.why = "guided to see whether the branches still agree"
+        else:
+            self.why = f"the branches agree: they were {self._discrepancy:.3g} apart"
+            return False
+        return True
+
+    def saw(self, conditional: Float32, unconditional: Float32, discrepancy: float) -> None:
+        """Remember both branches of a row."""
+        limit = self._rule.release if self._agree else self._rule.threshold
+        self._agree, self._skipped, self._discrepancy = discrepancy < limit, 0, discrepancy
+        if self._difference is None:
+            self._difference = np.empty_like(conditional)
+        np.subtract(conditional, unconditional, out=self._difference)
+
+    def guide(self, prediction: Float32, guidance_scale: float, scratch: Float32) -> None:
+        """Make the guided prediction of a row, in place, from its conditional branch alone."""
+        self._skipped += 1
+        if self._difference is not None:
+            np.multiply(self._difference, guidance_scale - 1, out=scratch)
+            np.add(prediction, scratch, out=prediction)

@@ -1,0 +1,156 @@
+"""Which placement is fastest: tried once for a bundle, a target and a machine, and remembered in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from .architecture import cpu_architecture
+from .backends.base import Shape
+from .bundle import Bundle
+from .engine_files import cache_folder
+from .files import write_whole
+from .manifest import Frozen
+from .placement import Placed, refusal, usable_cpus
+from .plan import Plan
+from .targets import Target, installed_version, nvidia_gpus
+
+FORMAT = 1
+MAX_BYTES = 1 << 16
+_CANDIDATES = ("batched", "parallel", "sequential")
+_ROUNDS = 3
+# What another placement must gain over one before it in the list: less is noise.
+_GAIN = 0.97
+
+
+class Ground(Frozen, frozen=True, kw_only=True):
+    """All that a measurement rests on; another of anything is measured anew."""
+
+    format: int
+    bundle: str
+    target: str
+    threads: int | None
+    versions: Mapping[str, str]
+    machine: tuple[str, ...]
+    denoisers: tuple[str, ...]
+    controls: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+
+class Measurement(Frozen, frozen=True, kw_only=True):
+    """What a guided row of each denoiser took together, by placement, in milliseconds."""
+
+    ground: Ground
+    ms: Mapping[str, float]
+
+    @property
+    def fastest(self) -> str:
+        best = next(iter(self.ms))
+        for placement, ms in self.ms.items():
+            best = placement if ms < _GAIN * self.ms[best] else best
+        return best
+
+
+class AutoPlacement:
+    """Chooses placements for a bundle on a target; safe to share between threads, of which one measures at a time."""
+
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
+        self._bundle, self._target, self._threads = bundle, target, threads
+        self._lock = threading.Lock()
+        self._chosen: dict[str, str] = {}
+
+    def choose(
+        self,
+        plan: Plan,
+        shape: Shape,
+        controls: tuple[str, ...],
+        place: Callable[[str], Placed],
+        before: Callable[[], None],
+    ) -> str:
+        """The placement for a plan's guided rows, for latents of this shape; `batched` where it has none.
+
+        controls: the ControlNets beside them. place: what predicts the rows in a placement, with its models loaded.
+        before: called before each row that is tried; what it raises ends the trial, of which nothing is remembered.
+        """
+        if not any(plan.guided):
+            return "batched"
+        ground = self._ground(plan, shape, controls)
+        with self._lock:
+            if ground.key not in self._chosen:
+                path = cache_folder() / "placements" / f"{ground.key}.json"
+                measurement = _remembered(path, ground)
+                if measurement is None:
+                    measurement = Measurement(ground=ground, ms=self._measured(plan, shape, place, before))
+                    _remember(path, measurement)
+                self._chosen[ground.key] = measurement.fastest
+            return self._chosen[ground.key]
+
+    def _ground(self, plan: Plan, shape: Shape, controls: tuple[str, ...]) -> Ground:
+        guided = (name for name, both in zip(plan.denoisers, plan.guided, strict=True) if both)
+        return Ground(
+            format=FORMAT,
+            bundle=self._bundle.digest,
+            target=str(self._target),
+            threads=self._threads,
+            versions={"tandemrt": version("tandemrt"), self._target.backend: installed_version(self._target.backend)},
+            machine=(cpu_architecture(), f"{usable_cpus()} CPUs", *nvidia_gpus()),
+            denoisers=tuple(dict.fromkeys(guided)),
+            controls=controls,
+            shape=tuple(shape),
+        )
+
+    def _measured(
+        self, plan: Plan, shape: Shape, place: Callable[[str], Placed], before: Callable[[], None]
+    ) -> dict[str, float]:
+        """The least that the first guided row of each denoiser takes, in turns, in every placement there can be."""
+        rows = {name: row for row, name in reversed(list(enumerate(plan.denoisers))) if plan.guided[row]}
+        listed = [one for one in _CANDIDATES if refusal(one, self._target, self._threads) is None]
+        placed = {one: place(one) for one in listed}
+        sample = np.zeros(shape, np.float32)
+        least = {one: dict.fromkeys(rows, float("inf")) for one in listed}
+        try:
+            for round_ in range(1 + _ROUNDS):
+                for one in listed:
+                    for name, row in rows.items():
+                        before()
+                        took = placed[one].predict(row, sample, guided=True).model_ms
+                        if round_:  # the first round sets up what is set up late
+                            least[one][name] = min(least[one][name], took)
+        finally:
+            for one in listed:
+                placed[one].rest()
+        return {one: sum(by_name.values()) for one, by_name in least.items()}
+
+
+def _remembered(path: Path, ground: Ground) -> Measurement | None:
+    """A measurement on this ground; None where there is none, or something else in its place."""
+    try:
+        with path.open("rb") as stream:
+            measurement = msgspec.json.decode(stream.read(MAX_BYTES), type=Measurement)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    listed = bool(measurement.ms) and set(measurement.ms) <= set(_CANDIDATES)
+    return measurement if listed and measurement.ground == ground else None
+
+
+def _remember(path: Path, measurement: Measurement) -> None:
+    """Keep a measurement for the next time. Where the cache cannot be written, that costs another measurement."""
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(msgspec.json.format(msgspec.json.encode(measurement, order="deterministic"), indent=2) + b"\n")
+
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, write)

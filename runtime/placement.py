@@ -1,0 +1,255 @@
+"""Where a denoiser's branches of guidance run: in one call, one after the other, or at once on two workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .backends.base import Array, Session, Shape
+from .binding import Bound, Conditioning, bind
+from .control import Control, Running, Steering, steer
+from .errors import RequestError, TandemError, TargetError
+from .plan import Plan
+from .targets import ENGINES_ONLY, Target
+from .tensors import latent_names
+from .trace import span
+
+Float32 = npt.NDArray[np.float32]
+Sessions = Mapping[str, Session]
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """What a denoiser predicted in a row, (B, C, h, w) float32 each; the next row overwrites it.
+
+    unconditional: None where the row ran no such branch. model_ms: the denoiser with its ControlNets, all branches.
+    running: the row's ControlNets.
+    """
+
+    conditional: Float32
+    unconditional: Float32 | None
+    model_ms: float
+    running: Sequence[Running]
+    placement: str
+
+
+class Placed(Protocol):
+    """Predicts a plan's rows; used by one thread at a time."""
+
+    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+        """The row's prediction for the model's input `sample`, (B, C, h, w) float32, in one or both branches.
+
+        Raises:
+            ExecutionError: a model failed, or the backend cannot allocate.
+            BundleError: a ControlNet's results are not what the denoiser takes.
+        """
+
+    def rest(self) -> None:
+        """Let threads go; the next row starts them anew."""
+
+
+class Worker:
+    """A plan's denoisers with their ControlNets and buffers; used by one thread at a time.
+
+    sessions, conditioning: of both kinds of models, by component.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sessions: Sessions,
+        conditioning: Mapping[str, Conditioning],
+        controls: tuple[Control, ...] = (),
+    ) -> None:
+        self._plan, self._sessions, self._conditioning = plan, sessions, conditioning
+        self._steering = Steering(controls, sessions, conditioning) if controls else None
+        self._calls: dict[tuple[str, bool], Call] = {}
+
+    def prepared(self, row: int, sample: Float32, *, guided: bool) -> Call:
+        """The call that predicts a row for `sample`, in both branches where it is guided; its `run` does."""
+        name, batch = self._plan.denoisers[row], len(sample)
+        call = self._calls.get((name, guided)) or self._bound(name, sample.shape, guided)
+        call.bound.sample[:batch] = sample
+        if guided:
+            call.bound.sample[batch:] = sample
+        call.timestep = float(self._plan.table.timesteps[row])
+        call.bound.timestep.fill(call.timestep)
+        if self._steering is not None:
+            call.running = self._steering.running(call.bound, row, guided=guided)
+        return call
+
+    def _bound(self, name: str, shape: Shape, guided: bool) -> Call:
+        session = self._sessions[name]
+        bound = bind(name, session, self._conditioning[name], shape, guided=guided)
+        call = Call(name, bound, bound.binding.outputs[latent_names(session.inputs).prediction])
+        self._calls[name, guided] = call
+        return call
+
+
+@dataclass(slots=True)
+class Call:
+    """A denoiser's buffers, and what the row at hand asks of it. prediction: (B or 2B, C, h, w) float32."""
+
+    name: str
+    bound: Bound
+    prediction: Array
+    timestep: float = 0.0
+    running: Sequence[Running] = ()
+
+    def run(self) -> None:
+        # What overflows is found in the prediction, where the row is known; on a worker's thread it would warn.
+        with np.errstate(over="ignore", invalid="ignore"):
+            steer(self.running, self.bound, self.timestep)
+        with span("model", self.name):
+            self.bound.binding.run()
+
+
+class Batched:
+    """Both branches in one call of 2B rows, the unconditional ones first; see `Placed`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sessions: Sessions,
+        conditioning: Mapping[str, Conditioning],
+        controls: tuple[Control, ...] = (),
+    ) -> None:
+        self._worker = Worker(plan, sessions, conditioning, controls)
+
+    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+        call = self._worker.prepared(row, sample, guided=guided)
+        began = time.perf_counter()
+        call.run()
+        model_ms = (time.perf_counter() - began) * 1e3
+        made, batch = call.prediction, len(sample)
+        unconditional = made[:batch] if guided else None
+        return Branches(made[-batch:], unconditional, model_ms, call.running, "batched")
+
+    def rest(self) -> None:
+        """There are none."""
+
+
+class Sequential:
+    """A call of B rows for each branch, one after the other: half the memory for activations; see `Placed`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sessions: Sessions,
+        conditioning: Mapping[str, Conditioning],
+        controls: tuple[Control, ...] = (),
+    ) -> None:
+        self._conditional = Worker(plan, sessions, conditioning, controls)
+        self._unconditional = Worker(plan, sessions, unconditional_alone(conditioning), controls)
+
+    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+        calls = [self._conditional.prepared(row, sample, guided=False)]
+        if guided:
+            calls.append(self._unconditional.prepared(row, sample, guided=False))
+        began = time.perf_counter()
+        for call in calls:
+            call.run()
+        return _branches(calls, began, "sequential")
+
+    def rest(self) -> None:
+        """There are none."""
+
+
+class Parallel:
+    """A call of B rows for each branch, both at once; see `Placed`.
+
+    sessions: those that both branches run on at once, of denoisers with guided rows and their ControlNets.
+    alone: those of rows with one branch, for which a session made for two at once has less to give.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sessions: Sessions,
+        alone: Sessions,
+        conditioning: Mapping[str, Conditioning],
+        controls: tuple[Control, ...] = (),
+    ) -> None:
+        self._conditional = Worker(plan, sessions, conditioning, controls)
+        self._unconditional = Worker(plan, sessions, unconditional_alone(conditioning), controls)
+        self._alone = Worker(plan, alone, conditioning, controls)
+        self._thread: ThreadPoolExecutor | None = None
+
+    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+        if not guided:
+            call = self._alone.prepared(row, sample, guided=False)
+            began = time.perf_counter()
+            call.run()
+            return _branches([call], began, "parallel")
+        calls = [worker.prepared(row, sample, guided=False) for worker in (self._conditional, self._unconditional)]
+        self._thread = self._thread or ThreadPoolExecutor(1, "tandemrt-branch")
+        began = time.perf_counter()
+        other = self._thread.submit(copy_context().run, calls[1].run)
+        try:
+            calls[0].run()
+        finally:
+            wait([other])  # a run cannot be stopped, and its buffers must not be touched before it ends
+        other.result()
+        return _branches(calls, began, "parallel")
+
+    def rest(self) -> None:
+        """See `Placed`."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+
+def unconditional_alone(conditioning: Mapping[str, Conditioning]) -> dict[str, Conditioning]:
+    """The unconditional branch in the conditional one's place, for models that have one."""
+    return {
+        name: replace(given, conditional=given.unconditional, unconditional=None)
+        for name, given in conditioning.items()
+        if given.unconditional is not None
+    }
+
+
+def refusal(placement: str, target: Target, threads: int | None) -> TandemError | None:
+    """Why a target cannot place branches so; None where it can.
+
+    threads: how many CPU threads a model may use; None for all.
+    """
+    if placement != "parallel" or target.backend in ENGINES_ONLY:
+        return None
+    if target.device != "cpu":
+        return TargetError(
+            "placement",
+            "branches in parallel",
+            got=str(target),
+            expected="a target of a CPU, or a flavour of TensorRT",
+            remedy="Ask for placement batched or sequential.",
+        )
+    workers = usable_cpus() if threads is None else min(threads, usable_cpus())
+    if workers >= 2:
+        return None
+    return RequestError(
+        "placement",
+        "CPU threads for two workers",
+        got=workers,
+        expected="2 or more",
+        remedy="Open the pipeline with more threads, or ask for placement batched or sequential.",
+    )
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _branches(calls: Sequence[Call], began: float, placement: str) -> Branches:
+    model_ms = (time.perf_counter() - began) * 1e3
+    running = [one for call in calls for one in call.running]
+    unconditional = calls[1].prediction if len(calls) > 1 else None
+    return Branches(calls[0].prediction, unconditional, model_ms, running, placement)
