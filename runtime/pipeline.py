@@ -6,10 +6,10 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from PIL import Image
 
@@ -25,13 +25,14 @@ from .loras import Fitted, Loras
 from .models import Models
 from .noise import Noise
 from .output import Output, RowTiming, StepEvent, Timings
+from .overlap import overlapped
 from .placement import refusal
 from .plan import Plan, compile_plan
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
 from .sampling import Rows, open_loop
 from .step_engines import StepEngines
-from .stream import Stream
+from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
 from .trace import span
 
@@ -138,7 +139,18 @@ class Pipeline:
         """Paint pictures row by row; the arguments are those of `Request`, the errors those of a call."""
         return Stream(functools.partial(self._generate, request))
 
-    def _generate(self, request: Request, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
+    def map(self, requests: Iterable[Request | Mapping[str, Any]]) -> Iterator[Output]:
+        """Paint one request after the other, each a `Request` or its arguments; their parts overlap.
+
+        While one's rows run, the next one's texts are encoded and the last one's pictures decoded, on a thread each.
+        The pictures are those of calls. A request is taken when there is room for it: three at most are under way.
+
+        Raises:
+            TandemError: as a call, in the request's turn; it ends the iterator, and the requests after it.
+        """
+        return overlapped(functools.partial(self._generate, _request(given)) for given in requests)
+
+    def _generate(self, request: Request, cancelled: threading.Event) -> Events:
         """Check the request now; what is returned runs it, one event a row."""
         self._models.require_open()
         manifest = self.bundle.manifest
@@ -167,7 +179,7 @@ class Pipeline:
             self._models.require_slots(name, fitted.variant(name))
         return fitted
 
-    def _run(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
+    def _run(self, job: _Job, cancelled: threading.Event) -> Events:
         """Run a job; closing the pipeline cancels it, wherever it is."""
         try:
             return (yield from self._painted(job, cancelled))
@@ -176,7 +188,7 @@ class Pipeline:
                 raise
             raise CancelledError("generation", "the pipeline was closed while it ran") from error
 
-    def _painted(self, job: _Job, cancelled: threading.Event) -> Generator[StepEvent, None, Output]:
+    def _painted(self, job: _Job, cancelled: threading.Event) -> Events:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
         timings: list[RowTiming] = []
 
@@ -198,6 +210,7 @@ class Pipeline:
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
         image_ms = _since(encoding)
+        yield Stage.ENCODED
         conditioning = job.loras.beside(beginning.behind(conditioning))
         rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras)
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
@@ -212,6 +225,7 @@ class Pipeline:
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
             yield StepEvent(done.row, plan.table.rows, step, timestep, timings[-1], preview)
             stop()
+        yield Stage.SAMPLED
         decoding = time.perf_counter()
         wants_pixels = request.output_type != "latent"
         with span("decode"):
@@ -230,6 +244,13 @@ class Pipeline:
             expected, remedy = f"one of {', '.join(decoders)}", did_you_mean(name, decoders)
             raise RequestError("decoder", "unknown", got=name, expected=expected, remedy=remedy)
         return name
+
+
+def _request(given: Request | Mapping[str, Any]) -> Request:
+    if isinstance(given, Request):
+        return given
+    require_known(given, tuple(inspect.signature(Request).parameters))
+    return Request(**given)
 
 
 def _images(pixels: Iterable[Float32]) -> tuple[Image.Image, ...]:

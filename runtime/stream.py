@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from enum import Enum
+from typing import TypeAlias
 
 from .errors import ExecutionError, TandemError
 from .output import Output, StepEvent
+
+
+class Stage(Enum):
+    """How far a generation has come, told between its events: what follows may run beside another's earlier part."""
+
+    ENCODED = "encoded"
+    SAMPLED = "sampled"
+
+
+Events: TypeAlias = Generator["StepEvent | Stage", None, Output]
 
 
 class Stream(Iterator[StepEvent]):
@@ -16,7 +28,7 @@ class Stream(Iterator[StepEvent]):
     as it ends with any other error of the generation.
     """
 
-    def __init__(self, events: Callable[[threading.Event], Generator[StepEvent, None, Output]]) -> None:
+    def __init__(self, events: Callable[[threading.Event], Events]) -> None:
         self._cancelled = threading.Event()
         self._events = events(self._cancelled)
         self._output: Output | None = None
@@ -24,7 +36,9 @@ class Stream(Iterator[StepEvent]):
 
     def __next__(self) -> StepEvent:
         try:
-            return next(self._events)
+            while isinstance(event := next(self._events), Stage):
+                pass
+            return event
         except StopIteration as end:
             self._output = self._output or end.value
             raise

@@ -1,0 +1,116 @@
+"""Consecutive requests overlap: the pictures of calls, in order; errors, cancellation and laziness on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandemrt.runtime import ExecutionError, Pipeline, Request, RequestError, pipeline, traced
+from tandemrt.runtime.trace import Trace
+
+from .test_concurrency import STEERED, TARGETS
+from .tiny_families import write_tiny_control
+
+JOBS: list[Mapping[str, Any]] = [{**job, "seed": seed, "output_type": "np"} for seed in (7, 8) for job in STEERED]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("overlap") / "bundle"
+    write_tiny_control(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+def tops(trace: Trace) -> dict[str, set[int]]:
+    """The lanes of texts, rows and pictures."""
+    lanes: dict[str, set[int]] = {}
+    for event in trace.events:
+        lanes.setdefault(event["cat"], set()).add(event["tid"])
+    return lanes
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_pictures_of_calls_in_order(bundle: Path, tmp_path: Path, target: str) -> None:
+    with Pipeline.open(bundle, target, threads=1) as pipe:
+        serial = [pipe(**job) for job in JOBS]
+        with traced(tmp_path / "trace.json") as trace:
+            mapped = list(pipe.map([Request(**JOBS[0]), *JOBS[1:]]))
+    for one, other in zip(serial, mapped, strict=True):
+        np.testing.assert_array_equal(np.stack(one.images), np.stack(other.images))
+        assert one.seeds == other.seeds
+    lanes = tops(trace)
+    assert [len(lanes[part]) for part in ("text", "row", "decode")] == [1, 1, 1]
+    assert len(lanes["text"] | lanes["row"] | lanes["decode"]) == 3
+
+
+def test_parts_of_three_requests_overlap(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, rows and pictures of three requests wait for each other: they only meet if they run at once."""
+    meeting, conditioned, open_loop = threading.Barrier(3, timeout=60), pipeline.conditioned, pipeline.open_loop
+    decode = type(pipe._models).decode
+
+    def meets(number: int, function: Any) -> Any:
+        calls = iter(range(100))
+
+        def met(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == number:
+                meeting.wait()
+            return function(*args, **kwargs)
+
+        return met
+
+    monkeypatch.setattr(pipeline, "conditioned", meets(2, conditioned))
+    monkeypatch.setattr(pipeline, "open_loop", meets(1, open_loop))
+    monkeypatch.setattr(type(pipe._models), "decode", meets(0, decode))
+    assert len(list(pipe.map([{"prompt": "red", "num_inference_steps": 1}] * 3))) == 3
+
+
+def test_requests_are_taken_when_there_is_room(pipe: Pipeline) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Mapping[str, Any]]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield JOBS[0]
+
+    outputs = pipe.map(endless())
+    assert taken == 0
+    for count in (1, 2, 3):
+        next(outputs)
+        assert taken == count + 2
+    outputs.close()  # type: ignore[attr-defined]
+    assert len(pipe("red", num_inference_steps=1).images) == 1
+
+
+def test_an_error_comes_in_its_turn_and_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
+    bad = [{"prompt": "red", "height": 63}, {"prompt": "red", "latents": np.full((1, 4, 8, 8), 1e38, np.float32)}]
+    for job, error in zip(bad, (RequestError, ExecutionError), strict=True):
+        outputs = pipe.map([JOBS[0], JOBS[1], job, JOBS[2], JOBS[3]])
+        made = [next(outputs), next(outputs)]
+        with pytest.raises(error):
+            next(outputs)
+        with pytest.raises(StopIteration):
+            next(outputs)
+        for output, same in zip(made, JOBS, strict=False):
+            np.testing.assert_array_equal(np.stack(output.images), np.stack(pipe(**same).images))
+    with pytest.raises(RequestError, match="unknown argument"):
+        next(pipe.map([{"prompt": "red", "sede": 7}]))
+
+
+def test_closing_the_pipeline_cancels_what_is_under_way(pipe: Pipeline) -> None:
+    outputs = pipe.map([JOBS[0], *[{"prompt": "red", "num_inference_steps": 999}] * 3])
+    next(outputs)
+    pipe.close()
+    with pytest.raises(ExecutionError, match="was closed"):
+        next(outputs)
