@@ -91,7 +91,7 @@ def markdown(facts: dict[str, Any]) -> str:
             f"{row['build_s']:.1f}",
             f"{row['peak_gib']:.1f}",
             f"{row['size_mb']:.0f}",
-            f"{row['cached_s']:.2f}",
+            f"{row['cached_s']:.3f}",
             f"{row['plain']['build_s']:.1f}" if "plain" in row else "–",
             f"{row['plain']['peak_gib']:.1f}" if "plain" in row else "–",
         ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from .flavour import BACKENDS
 from .job import Job, Progress
 from .plan import Request
 from .process import build_apart
+
+# What two engines have in common of which one takes the other's place.
+_KIND = ("backend", "device", "precision", "variant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,45 +112,51 @@ def _graph(request: Request, folder: Path) -> Path:
 
 
 def changes(request: Request, cache: Path) -> tuple[str, ...] | None:
-    """What differs from the nearest engine of this component in the cache; none where that is the one asked for.
+    """What differs from the nearest engine of the kind in the cache; none where that is the one asked for.
 
-    None where the cache has no engine of the component for the backend at all.
+    Of the kind are those of the component, on the same device, in the same precision and variant.
+    None where the cache has no such engine.
 
     Raises:
         EngineError: the cache belongs to another user.
     """
+    if cached(cache, request.key) is not None:
+        return ()
+    place = engines_folder(cache) / request.key
+    if os.path.lexists(place):
+        return (f"the engine in {place} is damaged",)
+    wanted = request.ingredients
     alike = [
-        engine.ingredients
+        tuple(_differences(engine, request))
         for _, engine in cached_engines(cache)
         if not isinstance(engine, EngineError)
         and engine.component == request.component
-        and engine.ingredients.backend == request.ingredients.backend
+        and all(getattr(engine.ingredients, name) == getattr(wanted, name) for name in _KIND)
     ]
-    if not alike:
-        return None
-    if cached(cache, request.key) is not None:
-        return ()
-    nearest = min((tuple(_differences(one, request.ingredients)) for one in alike), key=len)
-    return nearest or (f"the engine in {engines_folder(cache) / request.key} is damaged",)
+    return min(alike, key=len, default=None)
 
 
-def _differences(there: Ingredients, wanted: Ingredients) -> Iterator[str]:
-    """What is another in `wanted`, in plain words."""
-    before, after = msgspec.structs.asdict(there), msgspec.structs.asdict(wanted)
+def _differences(there: Engine, request: Request) -> Iterator[str]:
+    """What is another in what is wanted, in plain words."""
+    before, after = (msgspec.structs.asdict(one) for one in (there.ingredients, request.ingredients))
     for name in before:
-        if name == "weights" and before[name] != after[name]:
+        if before[name] == after[name] or name == "origin":
+            continue
+        if name == "weights":
             yield "the weights changed"
-        elif name in ("graph", "origin") and before[name] != after[name]:
-            if name == "graph":
-                yield f"the graph changed (sha256 {before[name][:12]} there, {after[name][:12]} now)"
-        elif name == "profiles" and before[name] != after[name]:
-            yield f"the profiles changed ({_shown(there)} there, {_shown(wanted)} now)"
-        elif before[name] != after[name]:
+        elif name == "graph":
+            yield f"the graph changed (sha256 {before[name][:12]} there, {after[name][:12]} now)"
+        elif name == "profiles":
+            yield f"the profiles changed ({_named(there.profile_names)} there, {_named(request.profile_names)} now)"
+        elif name == "flags":
+            keys = [key for key in {**before[name], **after[name]} if before[name].get(key) != after[name].get(key)]
+            yield f"options of the builder changed ({', '.join(sorted(keys))})"
+        else:
             yield f"the {name.replace('_', ' ')} changed ({before[name]} there, {after[name]} now)"
 
 
-def _shown(made_of: Ingredients) -> str:
-    return " and ".join(map(described, made_of.profiles)) or "every shape"
+def _named(profiles: Sequence[str]) -> str:
+    return " and ".join(profiles) or "every shape"
 
 
 def described(ranges: Mapping[str, InputRange]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
 from ..runtime.errors import TargetError
-from ..runtime.targets import PORTABLE, install_hint, nvidia_gpus
+from ..runtime.targets import PORTABLE, has_nvidia_driver, install_hint
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 BACKENDS = frozenset(_MODULES)
@@ -67,21 +67,37 @@ def require_buildable(backend: str, device: str, options: Options = PLAIN_OPTION
     trt = imported(backend)
     if backend == "tensorrt":
         # It times kernels on the very GPU the engine is for.
-        if not nvidia_gpus():
+        if not has_nvidia_driver():
             raise TargetError(
                 f"target {backend}:{device}",
                 "TensorRT builds on the GPU that the engine is for, and no NVIDIA driver is running here",
                 remedy="Build on a machine with that GPU, or build for tensorrt-rtx, which needs none.",
             )
+        _require_here(device)
         return
     capabilities(trt, backend, device)
-    if options.words and not nvidia_gpus():
+    if options.words and not has_nvidia_driver():
         # So TensorRT-RTX 1.7: its builder fails at the end of the build.
         remedy = "Build on a machine with an NVIDIA GPU, or without it."
         if options.refit:
             remedy += " Engines built with --lora-slots take LoRAs with each request and need no refit."
         what = f"{options.words} asks for an engine that its builder makes only where there is a GPU"
         raise TargetError(f"target {backend}:{device}", what, remedy=remedy)
+
+
+def _require_here(device: str) -> None:
+    """Raise TargetError when a device is neither that of the GPU here nor `portable`."""
+    if device == PORTABLE:
+        return
+    from ..runtime.backends import cuda  # noqa: PLC0415 (cuda-bindings, of an extra)
+
+    here = cuda.device().architecture
+    if device != here:
+        remedy = "Build on a machine with that GPU."
+        what = "TensorRT builds for the GPU that is here"
+        raise TargetError(
+            f"target tensorrt:{device}", what, got=device, expected=f"{here} or {PORTABLE}", remedy=remedy
+        )
 
 
 def capabilities(trt: Any, backend: str, device: str) -> tuple[Any, ...]:
@@ -95,6 +111,6 @@ def capabilities(trt: Any, backend: str, device: str) -> tuple[Any, ...]:
     known = {name.lower(): value for name, value in vars(trt.ComputeCapability).items() if name.startswith("SM")}
     unknown = [sm for sm in device.split("+") if sm not in known]
     if unknown:
-        expected = f"of {', '.join(sorted(known, key=lambda sm: int(sm[2:])))}, or {PORTABLE}"
+        expected = f"one of {', '.join(sorted(known, key=lambda sm: int(sm[2:])))}, or {PORTABLE}"
         raise TargetError(f"target {backend}", "GPU architecture", got=unknown[0], expected=expected)
     return tuple(known[sm] for sm in device.split("+"))

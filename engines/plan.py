@@ -28,6 +28,7 @@ from .profiles import Profile, check_profiles, default_profile, guided_by_defaul
 # To be raised when engines come to be built in another way from the same ingredients.
 RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 2}
 _QUANTIZED = ("int8", "fp8")
+_TAKE_LORAS = ("denoiser", "text_encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     names = plan.components or tuple(bundle.manifest.components)
     for name in names:
         bundle.component(name)
+    _require_takers(plan, {bundle.component(name).role for name in names})
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)
     for target in plan.targets:
@@ -133,6 +135,18 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     graphs = [graph for name in names for graph in _graphs(plan, bundle, name, profiles)]
     pairs = ((graph, target) for target in plan.targets for graph in graphs)
     return tuple(request for graph, target in pairs for request in _requests(bundle, graph, target, plan.options))
+
+
+def _require_takers(plan: BuildPlan, roles: set[str]) -> None:
+    """Raise ArgumentError when an option is for components of which there is none."""
+    for option, given, takers in (
+        ("--step", plan.step, ("denoiser",)),
+        ("--stages", plan.stages, ("denoiser",)),
+        ("--lora-slots", plan.lora_slots, _TAKE_LORAS),
+    ):
+        if given and roles.isdisjoint(takers):
+            expected = f"a {' or '.join(takers)} among the components"
+            raise ArgumentError(option, "nothing to make it of", got=", ".join(sorted(roles)), expected=expected)
 
 
 def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_OPTIONS) -> None:
@@ -218,7 +232,7 @@ def _made(plan: BuildPlan, bundle: Bundle, name: str, variant: Variant) -> dict[
 
 def _variant(plan: BuildPlan, manifest: Manifest, name: str, profile: Profile) -> Variant:
     role = manifest.components[name].role
-    takes_loras = role in ("denoiser", "text_encoder")
+    takes_loras = role in _TAKE_LORAS
     slots = Variant(lora_slots=plan.lora_slots, lora_rank=plan.lora_rank) if takes_loras else PLAIN
     if not plan.step or role != "denoiser":
         return slots

@@ -46,10 +46,11 @@ def build_apart(job: Job, progress: Progress, *, inherited: tuple[int, ...] = ()
         reading, writing = os.pipe()
         with os.fdopen(reading, "rb") as messages:
             try:
-                process = _started(job, writing, log, inherited)
+                process = _started(writing, log, inherited)
             finally:
                 os.close(writing)
             try:
+                _tell(process, job)
                 built = _heard(messages, progress)
                 if built is None:
                     raise _silent(job, process.wait(), _tail(log))
@@ -61,15 +62,17 @@ def build_apart(job: Job, progress: Progress, *, inherited: tuple[int, ...] = ()
                 process.wait()
 
 
-def _started(job: Job, writing: int, log: IO[bytes], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
+def _started(writing: int, log: IO[bytes], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", _WORKER, str(writing), str(os.getpid())]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(writing, *inherited), start_new_session=True
     )
+
+
+def _tell(process: subprocess.Popen[bytes], job: Job) -> None:
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError), process.stdin:  # where it ended already, its log says why
             process.stdin.write(msgspec.json.encode(job))
-    return process
 
 
 def _heard(messages: IO[bytes], progress: Progress) -> Built | None:

@@ -145,8 +145,17 @@ def test_what_changed_is_said(requests: Requests, tmp_path: Path, monkeypatch: p
     retrained = msgspec.structs.replace(request.ingredients, weights={"model.onnx.data": "0" * 64})
     other = plans.Request("unet", request.target, request.model, request.facts, retrained, ())
     assert changes(other, tmp_path) == ("the weights changed",)
+    (elsewhere,) = requests("openvino:cpu", components=("unet",))
+    assert changes(elsewhere, tmp_path) is None  # of another target nothing has changed
     (built.folder / "model.onnx").write_bytes(b"")
     assert changes(request, tmp_path) == (f"the engine in {built.folder} is damaged",)
+
+
+def test_other_profiles_are_told_by_their_names(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",), profiles=("64",))
+    ensure_engine(request, tmp_path, silent, VERSIONS)
+    (wider,) = requests("openvino:cpu", components=("unet",), profiles=("wide=96x64",))
+    assert changes(wider, tmp_path) == ("the profiles changed (64 there, wide now)",)
 
 
 def test_a_damaged_engine_is_built_anew(requests: Requests, tmp_path: Path) -> None:
@@ -295,7 +304,7 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
         ),
         ("tensorrt-rtx:sm89:int8", r"unet: its graph quantizes nothing.*or ask for tensorrt-rtx:sm89:fp32"),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
-        ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected of sm75, .*, or portable"),
+        ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected one of sm75, .*, or portable"),
         ("onnxruntime:tensorrt-rtx", r"compiles when it loads a graph.*or build for tensorrt-rtx\."),
         ("onnxruntime:cuda", r"execution provider that is not here"),
         ("openvino:npu", r"device, got 'npu', expected one of .*cpu"),
@@ -310,7 +319,7 @@ def test_tensorrt_needs_its_gpu(requests: Requests, monkeypatch: pytest.MonkeyPa
     from tandemrt.engines import flavour  # noqa: PLC0415
 
     monkeypatch.setattr(flavour, "imported", lambda backend: None)
-    monkeypatch.setattr(flavour, "nvidia_gpus", tuple)
+    monkeypatch.setattr(flavour, "has_nvidia_driver", lambda: False)
     with pytest.raises(TargetError, match=r"no NVIDIA driver is running here.*tensorrt-rtx, which needs none"):
         requests("tensorrt:sm90")
 

@@ -100,7 +100,11 @@ def test_profiles_say_which_branches_step_engines_run(tiny: Bundle, plan: Plan) 
     assert made == [("guided", ("64",)), ("guided", ("b",)), ("unguided", ("a",))]
 
 
-def test_what_no_graph_can_be_made_of_is_refused(tiny: Bundle, plan: Plan) -> None:
+def test_what_no_graph_can_be_made_of_is_refused(tiny: Bundle, plan: Plan, tmp_path: Path) -> None:
+    for option in ({"step": True}, {"stages": 2}, {"lora_slots": 1, "lora_rank": 4}):
+        decoder = BuildPlan(tiny.path, (parse_target("openvino:cpu"),), tmp_path, ("vae_decoder",), **option)
+        with pytest.raises(ArgumentError, match="nothing to make it of, got 'vae_decoder', expected a denoiser"):
+            requests_of(decoder, tiny)
     with pytest.raises(ArgumentError, match="--fold-steps: given without --step"):
         plan("openvino:cpu", fold_steps=2)
     with pytest.raises(ArgumentError, match="one without the other"):

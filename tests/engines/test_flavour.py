@@ -25,6 +25,7 @@ from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.refit import BaseWeights, weight_changes
 from tandemrt.engines.slots import lora_slots
 from tandemrt.runtime import engine_files, targets
+from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.refit import Refit
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -39,7 +40,7 @@ from .test_build import FEEDS, VERSIONS, left_in, silent
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavour, "nvidia_gpus", tuple)
+    monkeypatch.setattr(flavour, "has_nvidia_driver", lambda: False)
 
 
 class Config:
@@ -115,7 +116,7 @@ def test_times_that_were_measured_are_kept(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_options_are_of_the_key(tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavour, "nvidia_gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(flavour, "has_nvidia_driver", lambda: True)
 
     def ingredients(options: Options, target: str = "tensorrt-rtx:sm89") -> Any:
         plan = BuildPlan(tiny.path, (parse_target(target),), tmp_path, ("unet",), options=options)
@@ -130,6 +131,17 @@ def test_options_are_of_the_key(tiny: Bundle, tmp_path: Path, monkeypatch: pytes
         ingredients(Options(refit=True), "openvino:cpu")
     with pytest.raises(ArgumentError, match="--refit: not for precision bf16"):
         ingredients(Options(refit=True), "tensorrt-rtx:sm89:bf16")
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flavour, "imported", lambda backend: None)
+    monkeypatch.setattr(flavour, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(cuda, "device", lambda: SimpleNamespace(architecture="sm90"))
+    for device in ("sm90", "portable"):
+        flavour.require_buildable("tensorrt", device)
+    for device in ("sm89", "sm89+sm90"):
+        with pytest.raises(TargetError, match=r"builds for the GPU that is here, got .*, expected sm90 or portable"):
+            flavour.require_buildable("tensorrt", device)
 
 
 @pytest.mark.parametrize("option", ["--refit", "--version-compatible"])
