@@ -92,7 +92,7 @@ _BACKENDS = {
         ("onnxruntime", "onnxruntime-gpu"),
         "cpu",
         "cpu|cuda|tensorrt|tensorrt-rtx",
-        ("fp32", "fp16"),
+        ("fp32", "fp16", "int8"),
         runs_on=("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
     ),
     "openvino": _Backend(("openvino",), "openvino", "cpu|gpu|npu", ("fp32", "fp16", "bf16", "int8"), runs_on=("cpu",)),

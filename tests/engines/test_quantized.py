@@ -1,0 +1,89 @@
+"""Graphs that quantize: int8 engines of every backend are built of them as they are, and give the float graph's numbers
+within what eight bits take."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from tandemrt.engines.build import ensure_engine
+from tandemrt.runtime.backends import open_engine
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.engine_files import Layer, find_engine
+
+from ..runtime.tiny_bundle import resign
+from .conftest import Requests
+from .test_build import FEEDS, VERSIONS, reference, silent
+
+# Of the largest number of the float graph: two convolutions in eight bits, beside a path that is not quantized.
+MAX_RELATIVE_ERROR = 0.02
+
+
+# How the layers of each backend tell that they convolve whole numbers.
+CONVOLVES_INTEGERS: dict[str, Callable[[Layer], bool]] = {
+    "onnxruntime": lambda layer: layer.kind.endswith("QLinearConv"),
+    "openvino": lambda layer: layer.kind == "Convolution" and layer.precision in ("u8", "i8"),
+    "tensorrt-rtx": lambda layer: "Conv" in layer.name and any("DequantizeLinear" in node for node in layer.nodes),
+}
+
+
+class _Calibration(CalibrationDataReader):
+    """The very inputs that the tests give, so that none is beyond the ranges."""
+
+    def __init__(self) -> None:
+        self._feeds = [FEEDS]
+
+    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        return self._feeds.pop() if self._feeds else None
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with Q/DQ pairs around the convolutions of its UNet: int8, symmetric, biases left alone."""
+    folder = tmp_path_factory.mktemp("quantized") / "bundle"
+    shutil.copytree(tiny_path, folder)
+    model = folder / "unet" / "model.onnx"
+    quantize_static(
+        onnx.load(model),
+        model,
+        _Calibration(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv"],
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=False,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+    )
+    (folder / "unet" / "model.onnx.data").unlink()
+    resign(folder)
+    return Bundle.open(folder)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime:cpu:int8", "openvino:cpu:int8", "tensorrt-rtx:sm89:int8"])
+def test_a_graph_that_quantizes_is_built_as_it_is(
+    target: str, quantized: Bundle, tiny: Bundle, requests: Requests, tmp_path: Path
+) -> None:
+    (request,) = requests(target, components=("unet",), profiles=("64:guided",), bundle=quantized)
+    assert request.ingredients.precision == "int8"
+    engine = ensure_engine(request, tmp_path, silent, VERSIONS).engine
+    assert any(map(CONVOLVES_INTEGERS[request.target.backend], engine.layers)), engine.layers
+    if request.target.backend == "tensorrt-rtx":
+        return  # which runs on a GPU alone
+    shapes = {name: array.shape for name, array in FEEDS.items()}
+    found = find_engine(quantized, "unet", request.target, shapes, cache=tmp_path)
+    session = open_engine(found, request.target, threads=1)
+    binding = session.bind(shapes)
+    for name, array in FEEDS.items():
+        binding.inputs[name][...] = array
+    binding.run()
+    expected = reference(tiny)
+    error = np.abs(binding.outputs["out_sample"] - expected).max() / np.abs(expected).max()
+    assert 0 < error <= MAX_RELATIVE_ERROR
+    session.close()
