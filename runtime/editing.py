@@ -133,24 +133,35 @@ def begin(
     elif editing.is_distribution:
         # diffusers encodes the masked image for every UNet: what comes after must draw the same numbers.
         noise.draw(max(len(editing.image), len(mask)))
-    keep = None if clean is None else _Rest(kept_rows, plan.table.noised[1:].tolist(), clean, added, coarse < 0.5)
-    return Beginning(latents, channels, keep if any(kept_rows) else None)
+    if clean is None or not any(kept_rows):
+        return Beginning(latents, channels)
+    scratch = np.empty((2, *latents.shape), np.float32)
+    keep = _Rest(kept_rows, plan.table.noised[1:].tolist(), clean, added, coarse < 0.5, scratch)
+    return Beginning(latents, channels, keep)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
-    """Puts back what is outside the mask, `fixed` (B, 1, h, w), noised as far as the row left the latents."""
+    """Puts back what is outside the mask, `fixed` (B, 1, h, w), noised as far as the row left the latents.
+
+    scratch: room for two latents, (2, B, C, h, w) float32, so that no row allocates.
+    """
 
     rows: Sequence[bool]
     noised: Sequence[Sequence[float]]
     clean: Float32
     noise: Float32
     fixed: npt.NDArray[np.bool_]
+    scratch: Float32
 
     def __call__(self, row: int, latents: Float32) -> None:
         if self.rows[row]:
             kept, amount = self.noised[row]
-            np.copyto(latents, kept * self.clean + amount * self.noise, where=self.fixed)
+            noised, added = self.scratch
+            np.multiply(self.clean, kept, out=noised)
+            np.multiply(self.noise, amount, out=added)
+            np.add(noised, added, out=noised)
+            np.copyto(latents, noised, where=self.fixed)
 
 
 def _sampled(encoded: Float32, editing: Editing, noise: Noise) -> Float32:
