@@ -60,7 +60,9 @@ def test_a_graphs_work_is_what_torch_counts(exported: Callable[[str], Path], fam
     inputs = [spec(value, family) for value in model.graph.input]
     sizes = sizes_of(inputs, batch=1, height=nominal.height, width=nominal.width, sequence=nominal.sequence)
     shapes = inferred(model, sizes, family).shapes
-    assert sum(multiply_adds(node, shapes) for node in model.graph.node) == counted(module(family), nominal)["Global"]
+    # Not on the CPU, where torch does not count its attention.
+    expected = counted(module(family).to("meta"), nominal)["Global"]
+    assert sum(multiply_adds(node, shapes) for node in model.graph.node) == expected
 
 
 @pytest.mark.parametrize(
