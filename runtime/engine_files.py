@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from .architecture import cpu_architecture, system_architecture
+from .build_commands import build_command
 from .bundle import Bundle
 from .errors import EngineError
 from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
@@ -318,21 +319,18 @@ def fitting_engine(
     """
     misfits: list[str] = []
     fitting: list[Found] = []
-    outside = False
     for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
         if not engine.ingredients.variant.serves(variant):
             continue
         found = None if reason else fitted(folder, engine, shapes)
         if found is None:
-            outside = outside or not reason
             misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(engine.ingredients, shapes or {})}")
         else:
             fitting.append(found)
     if not fitting:
         target = target.of_component(bundle.component(component))
-        command = f"tandemrt build-engine {bundle.path} --target {target} --component {component}{variant.options}"
-        profile = " with a --profile for this size and number of pictures" if outside else ""
-        remedy = f"Run `{command}`{profile}."
+        command = build_command(bundle, component, target, variant, shapes, cache)
+        remedy = f"Run `{command}`."
         wanted = f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
         why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
         raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from .backends import streams_for
-from .backends.base import Array, Session
+from .backends.base import Array, Session, Shape
 from .bundle import Bundle
 from .engine_files import engines_of, fitting_engine
 from .engine_session import EngineSession, engine_target, open_component
@@ -70,8 +70,10 @@ class Models:
                 self._sessions[key] = self._sessions.setdefault((name, granted, key[2]), opened)
             return self._sessions[key]
 
-    def require_slots(self, name: str, variant: Variant) -> None:
+    def require_slots(self, name: str, variant: Variant, shape: Shape) -> None:
         """Check that an engine of component `name`, plain or a step engine, has the slots of `variant`; loads nothing.
+
+        shape: the latents', (B, C, h, w).
 
         Raises:
             EngineError: there is none.
@@ -81,7 +83,8 @@ class Models:
         serving = [msgspec.structs.replace(variant, step=step) for step in steps]
         engines = (engine for _, engine, misfit in engines_of(self._bundle, name, target) if misfit is None)
         if not any(engine.ingredients.variant.serves(one) for engine in engines for one in serving):
-            fitting_engine(self._bundle, name, target, variant=variant)
+            # None serves, whatever the shapes: they are for the command that the error tells.
+            fitting_engine(self._bundle, name, target, {"noise": shape}, variant=variant)
 
     def _opened(self, name: str, variant: Variant, streams: int) -> Session:
         self._bundle.check_component(name)

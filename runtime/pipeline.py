@@ -164,19 +164,19 @@ class Pipeline:
         size = (shape[2] * manifest.latent.downsampling, shape[3] * manifest.latent.downsampling)
         editing = checked_editing(request, manifest, plan, size)
         controls = checked_controls(request, manifest, plan, size)
-        loras = self._fitted(request, plan)
+        loras = self._fitted(request, plan, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
         job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders)
         return self._run(job, cancelled)
 
-    def _fitted(self, request: Request, plan: Plan) -> Fitted:
+    def _fitted(self, request: Request, plan: Plan, shape: tuple[int, ...]) -> Fitted:
         """The request's LoRAs by component, each of which has engines with slots for them."""
         if not request.loras:
             return Fitted()
         encodes = bool(request.prompts) or (any(plan.guided) and bool(request.negative_prompts))
         fitted = self._loras.fitted(checked_loras(request.loras), plan.denoisers, encodes=encodes)
         for name in fitted.adapters:
-            self._models.require_slots(name, fitted.variant(name))
+            self._models.require_slots(name, fitted.variant(name), shape)
         return fitted
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Events:

@@ -111,7 +111,7 @@ def test_generate_takes_loras_and_its_picture_says_which(
     arguments = ["generate", str(tiny_path), "--prompt", "red", "--seed", "7", "--steps", "2,1", "--output-dir"]
     lora = ["--lora", f"{file}:0.5"]
     assert main([*arguments, str(tmp_path / "none"), *lora]) == 1
-    assert "--component unet --lora-slots 1 --lora-rank 1`" in capsys.readouterr().err
+    assert "--component unet --lora-slots 1 --lora-rank 1 --profile 64x64:b1`" in capsys.readouterr().err
     build(tiny_path, cache, "onnxruntime:cpu", ("unet",), lora_slots=1, lora_rank=1)
     assert main([*arguments, str(tmp_path / "plain")]) == 0
     assert main([*arguments, str(tmp_path / "lora"), *lora]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 
 from tandemrt.runtime import engine_files
+from tandemrt.runtime.build_commands import build_command, call_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import (
     FORMAT,
@@ -137,9 +139,31 @@ def test_an_engine_that_does_not_fit_is_diagnosed(
 
 def test_a_call_outside_every_profile_is_diagnosed(bundle: Bundle, add: Add, tmp_path: Path) -> None:
     add(ranges(8, 16))
-    outside = r"sample \(2, 4, 32, 32\) is outside \(1\.\.2, 4, 8\.\.16, 8\.\.16\).*` with a --profile for this size"
+    outside = r"sample \(2, 4, 32, 32\) is outside \(1\.\.2, 4, 8\.\.16, 8\.\.16\).*"
+    outside += r"--component unet --profile 256x256:b1 --cache"
     with pytest.raises(EngineError, match=outside):
         find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (2, 4, 32, 32)}, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "variant", "expected"),
+    [
+        ("unet", {"sample": (2, 4, 8, 12)}, PLAIN, "W12xH8:b1"),
+        ("unet", {"sample": (6, 4, 8, 8)}, PLAIN, "W8xH8:b3"),
+        ("unet", {"sample": (3, 4, 8, 8)}, PLAIN, "W8xH8:b3"),
+        ("unet", {"noise": (2, 4, 8, 8)}, Variant(step="unguided"), "W8xH8:b2:unguided"),
+        ("vae_decoder", {"latent_sample": (1, 4, 8, 8)}, PLAIN, "W8xH8:b1"),
+        ("text_encoder", {"noise": (2, 4, 8, 8)}, Variant(lora_slots=1, lora_rank=4), None),
+    ],
+)
+def test_the_profile_that_takes_a_call_is_told_in_pixels(
+    name: str, shapes: dict[str, tuple[int, ...]], variant: Variant, expected: str | None, bundle: Bundle
+) -> None:
+    scale = bundle.manifest.latent.downsampling
+    in_pixels = expected and re.sub(r"[WH](\d+)", lambda side: str(int(side[1]) * scale), expected)
+    assert call_profile(bundle, name, variant, shapes) == in_pixels
+    command = build_command(bundle, name, OPENVINO, variant, shapes)
+    assert command.endswith(f"--component {name}{variant.options}" + (f" --profile {in_pixels}" if in_pixels else ""))
 
 
 def test_engines_of_other_graphs_and_backends_are_passed_over(bundle: Bundle, add: Add, tmp_path: Path) -> None:

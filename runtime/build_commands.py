@@ -1,0 +1,53 @@
+"""The `tandemrt build-engine` command that makes what a call lacks, as errors tell it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from .backends.base import Shape
+from .bundle import Bundle
+from .targets import Target
+from .variant import Variant
+
+# The input whose last two axes are the picture's, height and width; of step engines the last.
+_SEEN = ("sample", "hidden_states", "latent_sample", "noise")
+
+
+def build_command(
+    bundle: Bundle,
+    name: str,
+    target: Target,
+    variant: Variant,
+    shapes: Mapping[str, Shape] | None = None,
+    cache: Path | None = None,
+) -> str:
+    """The command that builds component `name` in a variant for a target; shapes as of `call_profile`."""
+    profile = None if shapes is None else call_profile(bundle, name, variant, shapes)
+    return (
+        f"tandemrt build-engine {shlex.quote(str(bundle.path))} --target {target} --component {name}{variant.options}"
+        + (f" --profile {profile}" if profile else "")
+        + (f" --cache {shlex.quote(str(cache))}" if cache else "")
+    )
+
+
+def call_profile(bundle: Bundle, name: str, variant: Variant, shapes: Mapping[str, Shape]) -> str | None:
+    """`WIDTHxHEIGHT:bPICTURES` in pixels, as `--profile` takes it; None where no shape shows a picture's size.
+
+    A denoiser's even batch is taken for both branches of guidance; the profile covers one branch of it too.
+
+    shapes: of the component's inputs in a call, or of the latents (B, C, h, w) as `noise` alone.
+    """
+    role = bundle.component(name).role
+    seen = next((one for one in _SEEN if one in shapes), None)
+    if seen is None or role == "text_encoder":
+        return None
+    pictures, _, height, width = shapes[seen]
+    scale = 1 if role == "vae_encoder" and seen == "sample" else bundle.manifest.latent.downsampling
+    if role not in ("denoiser", "controlnet"):
+        pictures = 1
+    elif seen != "noise" and pictures % 2 == 0:
+        pictures //= 2
+    guidance = f":{variant.step}" if variant.step else ""
+    return f"{width * scale}x{height * scale}:b{pictures}{guidance}"
