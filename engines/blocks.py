@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 from math import prod
+from pathlib import Path
 
 import onnx
 from onnx import helper
 
 from ..runtime.errors import ArgumentError
-from .graph_files import reads_of
-from .inferred import Inferred
+from .graph_files import read_graph, reads_of
+from .inferred import DENSE, Inferred, Shape, inferred, multiply_adds
 
 # diffusers' modules, as exporters write them: down_blocks.0.attentions.1/Add or /down_blocks.0/attentions.1/Add.
 _UNET = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
 _BLOCK = re.compile(rf"(?:(?:unet|transformer)\.)?({_UNET}(?:\.transformer_blocks\.\d+)?|transformer_blocks\.\d+)\.")
 _FIRST_INSIDE = re.compile(r"(.+)\.transformer_blocks\.0")
+# Of other models, and of what a denoiser has outside its blocks: encoder.layers.3, decoder.up_blocks.1, conv_in.
+_PART = re.compile(r"(?:[A-Za-z_]\w*\.)+?\d+(?=\.)")
+_ELSEWHERE = "elsewhere"
 # How much more work than in the most even split a stage may have for the sake of fewer bytes to hand on.
 _TOLERANCE = 1.03
 
@@ -43,6 +48,39 @@ def block_of(node: onnx.NodeProto) -> str | None:
         return None
     first = _FIRST_INSIDE.fullmatch(found[1])
     return first[1] if first else found[1]
+
+
+def work_by_block(graph: Path, shapes: Mapping[str, Shape], where: str) -> dict[str, int]:
+    """The multiply-adds of a call by block, in the graph's order, where its inputs have these shapes.
+
+    Empty where the shape of a factor is not known.
+
+    Raises:
+        BundleError: the file cannot be read, or an input's shape is not given.
+    """
+    model = read_graph(graph)
+    for value in model.graph.input:
+        for side, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+            side.dim_value = size
+    known = inferred(model, {}, where).shapes
+    work: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in DENSE:
+            added = multiply_adds(node, known)
+            if not added:
+                return {}
+            work[_part_of(node)] += added
+    return dict(work)
+
+
+def _part_of(node: onnx.NodeProto) -> str:
+    """The block a node belongs to or, outside of all a denoiser has, the module."""
+    block = block_of(node)
+    if block is not None:
+        return block
+    name = node.name.replace("/", ".").strip(".")
+    numbered = _PART.match(name)
+    return numbered[0] if numbered else name.rpartition(".")[0] or _ELSEWHERE
 
 
 def of_the_latent(graph: onnx.GraphProto, latent: str) -> set[str]:

@@ -17,7 +17,8 @@ from ..runtime.shapes import evaluated
 # What shapes are computed of; larger tensors are weights.
 _MOST_VALUES = 64
 _OF_SHAPES = frozenset({TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT, TensorProto.BOOL})
-_DENSE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+# What has multiply-adds.
+DENSE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 
 Shape = tuple[int, ...]
 
@@ -110,7 +111,7 @@ def multiply_adds(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
 
     Without biases and normalization, as published counts are made.
     """
-    if node.op_type not in _DENSE or any(name not in shapes for name in (*node.input[:2], node.output[0])):
+    if node.op_type not in DENSE or any(name not in shapes for name in (*node.input[:2], node.output[0])):
         return 0
     read, weight, made = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
     if node.op_type == "Conv":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.engine_files import (
     Ingredients,
     InputRange,
+    Shape,
     architecture_of,
     origin_of,
     weights_of,
@@ -93,6 +94,7 @@ class Request:
     """One engine that is wanted: of what, for which target, and all that it depends on.
 
     model: the bundle's own graph, which the variant in `ingredients` is made of. facts: of what is made.
+    shapes: of the inputs of the call that is tuned for, of the first profile.
     """
 
     component: str
@@ -101,6 +103,7 @@ class Request:
     facts: Component
     ingredients: Ingredients
     profile_names: tuple[str, ...]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -264,7 +267,8 @@ def _requests(bundle: Bundle, graph: _Graph, target: Target, options: flavour.Op
             variant=graph.variant,
         )
         model = bundle.model_path(graph.name)
-        yield Request(graph.name, target, model, graph.facts, made_of, tuple(named for named, _ in group))
+        tuned = {name: one.opt for name, one in (group or graph.ranges)[0][1].items()}
+        yield Request(graph.name, target, model, graph.facts, made_of, tuple(named for named, _ in group), tuned)
 
 
 def grouped(

@@ -116,6 +116,7 @@ class Engine(Frozen, frozen=True, kw_only=True):
     component: what it was called in the bundle it was built for. profile_names: as the profiles in `ingredients`.
     profile_memory_bytes: scratch memory of a call in each profile, where the builder tells.
     layers: those of the compiled graph, where the backend tells.
+    multiply_adds: of a call as the first profile is tuned for, by block of the graph; none where they are not known.
     build_s: how long the build took; peak_memory_bytes: how much memory it took at most.
     """
 
@@ -128,6 +129,7 @@ class Engine(Frozen, frozen=True, kw_only=True):
     profile_names: tuple[str, ...]
     profile_memory_bytes: tuple[int, ...] = ()
     layers: tuple[Layer, ...] = ()
+    multiply_adds: dict[str, int] = msgspec.field(default_factory=dict)
     build_s: float
     peak_memory_bytes: int
     versions: dict[str, str]

@@ -16,6 +16,7 @@ from ..variant import Variant
 from .columns import aligned
 
 SHOWN_KINDS = 8
+SHOWN_BLOCKS = 8
 
 
 def engine_facts(bundle: Bundle, cache: Path) -> list[dict[str, Any]]:
@@ -100,7 +101,19 @@ def _details(engine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "precisions", ", ".join(f"{count} {name}" for name, count in engine["layer_precisions"].items())
     if engine["fused_layers"]:
         yield "fusions", f"{engine['fused_nodes']} nodes in {engine['fused_layers']} layers"
+    if engine["multiply_adds"]:
+        yield "work", _work(engine["multiply_adds"])
     yield "built with", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+
+
+def _work(by_block: Mapping[str, int]) -> str:
+    """The multiply-adds of a call, and the share of the blocks with most of them."""
+    total = sum(by_block.values())
+    most = sorted(by_block.items(), key=lambda one: one[1], reverse=True)[:SHOWN_BLOCKS]
+    rest = total - sum(work for _, work in most)
+    shares = [f"{block} {work / total:.1%}" for block, work in most]
+    others = [f"{len(by_block) - len(most)} others {rest / total:.1%}"] if rest else []
+    return f"{total / 1e9:.3g} G multiply-adds a call: {', '.join([*shares, *others])}"
 
 
 def _sides(one: Mapping[str, Sequence[int]]) -> str:

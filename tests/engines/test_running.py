@@ -143,6 +143,14 @@ def test_the_narrowest_profile_that_holds_the_shapes(requests: Requests, tmp_pat
     assert profile_for(engine, {**SHAPES, "sample": (2, 4, 7, 8)}) is None
 
 
+@pytest.mark.parametrize("target", ["onnxruntime:cpu", "openvino:cpu"])
+def test_an_engine_tells_its_graphs_work_by_block(target: str, requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests(target, components=("unet",), profiles=("128x64:guided",))
+    engine = read_sidecar(ensure_engine(request, tmp_path, silent, VERSIONS).folder)
+    pixels = 2 * 16 * 8
+    assert engine.multiply_adds == {"matmul_1": 2 * 8 * 8, "conv_6": pixels * 8 * 4 * 9, "conv_9": pixels * 4 * 8}
+
+
 def test_the_cache_is_left_as_it_was(tiny_path: Path, requests: Requests, cache: Path) -> None:
     (request,) = requests("openvino:cpu:fp32", components=("unet",))
     ensure_engine(request, cache, silent, VERSIONS)

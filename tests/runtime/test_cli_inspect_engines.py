@@ -56,6 +56,7 @@ def write_engine(cache: Path, bundle: Bundle, **facts: object) -> Path:
             Layer(name="one", kind="correlation", precision="half", nodes=("a/Conv", "a/Relu")),
             Layer(name="two", kind="kgen", precision="float", nodes=("b/Mul",)),
         ),
+        multiply_adds={f"block.{index}": (1 + index) * 10**8 for index in range(9)},
         build_s=1.5,
         peak_memory_bytes=400_000_000,
         versions={"tandemrt": "0.1.0"},
@@ -85,6 +86,8 @@ def test_engines_are_shown(bundle: Bundle, tmp_path: Path, capsys: pytest.Captur
         "2: 1 correlation, 1 kgen",
         "1 half, 1 float",
         "2 nodes in 1 layers",
+        "4.5 G multiply-adds a call: block.8 20.0%, block.7 17.8%",
+        "block.1 4.4%, 1 others 2.2%",
         f"{damaged}: unusable (",
     ):
         assert told in out
@@ -99,6 +102,7 @@ def test_engines_as_json(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureF
     assert (engine["folder"], engine["component"]) == (str(folder), "vae_decoder")
     assert (engine["size_bytes"], engine["layer_kinds"]) == (2_000_000, {"correlation": 1, "kgen": 1})
     assert engine["layers"][0]["nodes"] == ["a/Conv", "a/Relu"]
+    assert engine["multiply_adds"]["block.8"] == 900_000_000
 
 
 def test_a_cache_without_engines_says_so(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
