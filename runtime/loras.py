@@ -22,7 +22,7 @@ from .variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
 
 KEPT_FILES = MAX_LORA_SLOTS
 _FUSE = "Fuse it at export with `tandemrt export --lora`."
-_OTHER_BASE = f"Give it to a bundle of the base model that it was trained on, or fuse it there: {_FUSE}"
+_OTHER_BASE = "Give it to a bundle of the base model that it was trained on."
 
 Changes = Mapping[str, LowRank]
 Wanted = Mapping[Path, float]

@@ -101,8 +101,9 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     count = len(result["images"])
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     engines = ", step engines" if all(image["step_engines"] for image in result["images"]) else ""
+    scales = result["images"][0]["lora_scales"]
     for path, components in result["images"][0]["loras"].items():
-        yield f"{path} changed {', '.join(components)}"
+        yield f"{path} changed {', '.join(components) if scales[path] else 'nothing: its scale is 0'}"
     yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
 
 
@@ -154,6 +155,7 @@ class _Job:
                 "placement": output.plan.placement,
                 "guidance": [asdict(row) for row in output.plan.ran],
                 "loras": {path: list(components) for path, components in output.loras.items()},
+                "lora_scales": dict(request["loras"] or {}),
             }
 
     def _texts(self, request: Mapping[str, Any], seed: int) -> dict[str, str]:

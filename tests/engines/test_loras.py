@@ -116,6 +116,8 @@ def test_generate_takes_loras_and_its_picture_says_which(
     assert main([*arguments, str(tmp_path / "plain")]) == 0
     assert main([*arguments, str(tmp_path / "lora"), *lora]) == 0
     assert f"{file} changed unet\n" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "silent"), "--lora", f"{file}:0"]) == 0
+    assert f"{file} changed nothing: its scale is 0\n" in capsys.readouterr().out
     assert main([*arguments, str(tmp_path / "twice"), *lora, "--lora", str(file)]) == 2
     assert "--lora: a file given twice" in capsys.readouterr().err
     plain, changed = (Image.open(tmp_path / name / "0001-seed7-red.png") for name in ("plain", "lora"))
