@@ -72,12 +72,14 @@ def parse_lora(text: str) -> tuple[Path, float]:
     """`FILE` or `FILE:SCALE` as a LoRA's path and its scale; a colon that no number follows is part of the path.
 
     Raises:
-        ArgumentError: no file before the scale.
+        ArgumentError: no file before the scale, or what follows a file's name is no number.
     """
     path, colon, number = text.rpartition(":")
     try:
         source = (path, float(number)) if colon else (text, 1.0)
     except ValueError:
+        if Path(path).exists() and not Path(text).exists():
+            raise ArgumentError("--lora", f"scale of {path}", got=number, expected="a number such as 0.8") from None
         source = (text, 1.0)
     if not source[0]:
         expected = "FILE or FILE:SCALE such as anime.safetensors:0.8"

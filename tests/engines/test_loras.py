@@ -120,6 +120,8 @@ def test_generate_takes_loras_and_its_picture_says_which(
     assert f"{file} changed nothing: its scale is 0\n" in capsys.readouterr().out
     assert main([*arguments, str(tmp_path / "twice"), *lora, "--lora", str(file)]) == 2
     assert "--lora: a file given twice" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "strange"), "--lora", f"{file}:x"]) == 2
+    assert f"--lora: scale of {file}, got 'x', expected a number" in capsys.readouterr().err
     plain, changed = (Image.open(tmp_path / name / "0001-seed7-red.png") for name in ("plain", "lora"))
     assert (np.asarray(plain) != np.asarray(changed)).any()
     texts = cast("PngImageFile", changed).text
