@@ -322,7 +322,10 @@ def fitting_engine(
     misfits: list[str] = []
     fitting: list[Found] = []
     for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
-        if not engine.ingredients.variant.serves(variant):
+        made_as = engine.ingredients.variant
+        if not made_as.serves(variant):
+            if variant.lora_slots and made_as.serves(msgspec.structs.replace(variant, lora_slots=1, lora_rank=1)):
+                misfits.append(f"{folder.name[:12]} has {made_as}, which are too few or too small")
             continue
         found = None if reason else fitted(folder, engine, shapes)
         if found is None:

@@ -205,6 +205,14 @@ def test_of_variants_that_serve_the_cheapest_is_taken(bundle: Bundle, add: Add, 
     assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS).folder == cheapest
 
 
+def test_slots_that_are_too_small_are_told(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    add()
+    folder = add(variant=Variant(lora_slots=2, lora_rank=4))
+    told = f"fits: {folder.name[:12]} has 2 LoRA slots of rank 4, which are too few or too small"
+    with pytest.raises(EngineError, match=told):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
+
+
 def test_a_variant_that_is_not_there_comes_with_its_command(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"\(1 LoRA slots of rank 8\).* --lora-rank 8"):
         find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
