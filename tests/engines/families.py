@@ -61,8 +61,12 @@ def require_pictures(bundle: Bundle) -> None:
     here = {str(target) for status in probe_backends() for target in status.targets}
     for target, minimum_db in MINIMUM_PSNR_DB.items():
         if target in here:
-            error = np.mean(np.square(painted(bundle, target) - expected))
-            assert -10 * np.log10(max(error, 1e-20)) >= minimum_db, target
+            assert psnr_db(painted(bundle, target), expected) >= minimum_db, target
+
+
+def psnr_db(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """The peak signal-to-noise ratio of pictures in 0..1, 200 at most."""
+    return float(-10 * np.log10(max(np.mean(np.square(found - expected)), 1e-20)))
 
 
 def painted(bundle: Bundle, target: str) -> np.ndarray[Any, Any]:
