@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from tandemrt.engines.blocks import block_of, boundaries, chosen
+from tandemrt.engines.blocks import block_of, boundaries, chosen, work_by_block
 from tandemrt.engines.formulas import sizes_of
 from tandemrt.engines.graph_files import read_graph, spec
 from tandemrt.engines.inferred import Inferred, inferred, multiply_adds
@@ -63,6 +63,9 @@ def test_a_graphs_work_is_what_torch_counts(exported: Callable[[str], Path], fam
     # Not on the CPU, where torch does not count its attention.
     expected = counted(module(family).to("meta"), nominal)["Global"]
     assert sum(multiply_adds(node, shapes) for node in model.graph.node) == expected
+    by_block = work_by_block(exported(family), {one.name: shapes[one.name] for one in inputs}, family)
+    assert sum(by_block.values()) == expected
+    assert {block_of(node) for node in model.graph.node} - {None} <= by_block.keys()
 
 
 @pytest.mark.parametrize(
