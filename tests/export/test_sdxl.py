@@ -101,4 +101,5 @@ def test_sdxl_starts_from_a_picture(sdxl: Family, strength: float) -> None:
 
 
 def test_sdxl_builds_on_every_backend(sdxl: Family, tmp_path: Path) -> None:
-    require_engines(sdxl.pipe.bundle, tmp_path, ("text_encoder_2", "unet"))
+    # As SD3's: through so many blocks of random weights OpenVINO's bf16 does not come close.
+    require_engines(sdxl.pipe.bundle, tmp_path, ("text_encoder_2", "unet"), without=("openvino:cpu:bf16",))
