@@ -21,14 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.engine_files import (
-    PROOF_NAME,
-    SIDECAR_NAME,
-    Engine,
-    check_engine_files,
-    engines_folder,
-    read_sidecar,
-)
+from ..runtime.engine_files import PROOF_NAME, SIDECAR_NAME, Engine, check_engine_files, engines_folder, read_sidecar
 from ..runtime.errors import EngineError
 from ..runtime.manifest import FileRecord, file_sha256
 from .job import Progress

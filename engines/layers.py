@@ -15,7 +15,8 @@ from onnx import TensorProto
 from ..runtime.backends import target_here
 from ..runtime.backends.base import Array
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import Found, Shape, find_engine
+from ..runtime.engine_files import Shape
+from ..runtime.engine_search import Found, find_engine
 from ..runtime.engine_session import open_component
 from ..runtime.errors import EngineError
 from ..runtime.manifest import Frozen

@@ -9,14 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import (
-    Ingredients,
-    InputRange,
-    Shape,
-    architecture_of,
-    origin_of,
-    weights_of,
-)
+from ..runtime.engine_files import Ingredients, InputRange, Shape, architecture_of, origin_of, weights_of
 from ..runtime.errors import ArgumentError, TargetError
 from ..runtime.manifest import Component, Manifest
 from ..runtime.plan import Schedule, compile_plan

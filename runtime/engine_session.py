@@ -10,7 +10,8 @@ from .backends import open_engine, open_session, target_here
 from .backends.base import Binding, Session, Shape
 from .backends.buffers import symbol_sizes
 from .bundle import Bundle
-from .engine_files import Engine, Found, find_engine, fitting_engine, has_engine
+from .engine_files import Engine
+from .engine_search import Found, find_engine, fitting_engine, has_engine
 from .errors import EngineError, ExecutionError
 from .manifest import Component
 from .targets import ENGINES_ONLY, Target

@@ -12,7 +12,7 @@ import numpy as np
 from .backends import streams_for
 from .backends.base import Array, Session, Shape
 from .bundle import Bundle
-from .engine_files import engines_of, fitting_engine
+from .engine_search import engines_of, fitting_engine
 from .engine_session import EngineSession, engine_target, open_component
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded

@@ -12,7 +12,8 @@ import msgspec
 from .backends import open_engine
 from .backends.base import Session, Shape
 from .bundle import Bundle
-from .engine_files import Engine, Found, check_engine_files, engines_of, fitted
+from .engine_files import Engine, check_engine_files
+from .engine_search import Found, engines_of, fitted
 from .engine_session import engine_target
 from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec

@@ -12,7 +12,7 @@ from ..targets import ENGINES_ONLY, PORTABLE, Target, check_runnable
 from .base import Session
 
 if TYPE_CHECKING:
-    from ..engine_files import Found
+    from ..engine_search import Found
 
 _GRAPH = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 

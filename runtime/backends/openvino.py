@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine_files import Found
+from ..engine_search import Found
 from ..errors import BundleError, ExecutionError, TargetError
 from ..manifest import TensorSpec
 from ..onnx_files import graph_tensors

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..engine_files import REFIT, VERSION_COMPATIBLE, Engine, profile_for
+from ..engine_files import REFIT, VERSION_COMPATIBLE, Engine
+from ..engine_search import profile_for
 from ..errors import EngineError, ExecutionError, TargetError
 from ..files import write_whole
 from ..targets import install_hint

@@ -18,7 +18,7 @@ from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import default_profile, input_ranges
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import find_engine
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.targets import Target, probe_backends
 
 TARGETS = (Target("onnxruntime", "cpu"), Target("openvino", "cpu"), Target("tensorrt-rtx", "portable"))

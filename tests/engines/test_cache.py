@@ -17,7 +17,8 @@ from tandemrt.engines.plan import Request
 from tandemrt.runtime import engine_files
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import PROOF_NAME, find_engine
+from tandemrt.runtime.engine_files import PROOF_NAME
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.targets import Target
 

@@ -18,7 +18,8 @@ from tandemrt.engines.graph_files import write_graph
 from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import PROOF_NAME, find_engine
+from tandemrt.runtime.engine_files import PROOF_NAME
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.errors import ArgumentError, EngineError
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import Variant

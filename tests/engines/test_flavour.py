@@ -24,12 +24,13 @@ from tandemrt.engines.job import Job
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.refit import BaseWeights, weight_changes
 from tandemrt.engines.slots import lora_slots
-from tandemrt.runtime import engine_files, targets
+from tandemrt.runtime import engine_search, targets
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.refit import Refit
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import SIDECAR_NAME, engines_folder, find_engine, read_sidecar
+from tandemrt.runtime.engine_files import SIDECAR_NAME, engines_folder, read_sidecar
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, RequestError, TargetError
 from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_inputs
 from tandemrt.runtime.targets import Target, parse_target
@@ -189,7 +190,7 @@ def test_engines_for_newer_versions_and_for_refits_are_found(
     major = int(own.split(".")[0])
     compatible = resigned(flags={"version_compatible": True})
     for version, found in ((f"{major}.999.0", True), (f"{major + 1}.0", False), (f"{major}.0.1", False)):
-        monkeypatch.setattr(engine_files, "installed_version", lambda backend, version=version: version)
+        monkeypatch.setattr(engine_search, "installed_version", lambda backend, version=version: version)
         if found:
             assert find_engine(tiny, "vae_decoder_tiny", target, cache=tmp_path).folder.name == compatible
         else:

@@ -16,7 +16,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from tandemrt.engines.build import ensure_engine
 from tandemrt.runtime.backends import open_engine
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import Layer, find_engine
+from tandemrt.runtime.engine_files import Layer
+from tandemrt.runtime.engine_search import find_engine
 
 from ..runtime.tiny_bundle import resign
 from .conftest import Requests

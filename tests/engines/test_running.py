@@ -15,7 +15,8 @@ from tandemrt.runtime import ExecutionError, Pipeline
 from tandemrt.runtime.backends import onnxruntime as ort_backend
 from tandemrt.runtime.backends import openvino as openvino_backend
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import engines_folder, has_engine, profile_for, read_sidecar
+from tandemrt.runtime.engine_files import engines_folder, read_sidecar
+from tandemrt.runtime.engine_search import has_engine, profile_for
 from tandemrt.runtime.engine_session import EngineSession, open_component
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.targets import Target, parse_target

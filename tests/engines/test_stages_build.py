@@ -14,7 +14,7 @@ from tandemrt.engines.profiles import parse_profile
 from tandemrt.engines.stages import stage_graphs
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import find_engine
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.engine_session import open_component
 from tandemrt.runtime.errors import ArgumentError, EngineError
 from tandemrt.runtime.shapes import evaluated

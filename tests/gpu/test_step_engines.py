@@ -14,7 +14,7 @@ from tandemrt.engines.graph_files import write_graph
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
-from tandemrt.runtime.engine_files import find_engine
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.variant import Variant
 

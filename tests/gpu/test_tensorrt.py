@@ -18,7 +18,7 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import find_engine
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.errors import EngineError, ExecutionError
 from tandemrt.runtime.lora_slots import Adapter, LowRank, module_of
 from tandemrt.runtime.targets import Target

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tandemrt.runtime import engine_files
+from tandemrt.runtime import engine_search
 from tandemrt.runtime.build_commands import build_command, call_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import (
@@ -23,11 +23,11 @@ from tandemrt.runtime.engine_files import (
     cache_folder,
     cached_engines,
     engines_folder,
-    find_engine,
     origin_of,
     read_sidecar,
     weights_of,
 )
+from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
 from tandemrt.runtime.targets import Target
@@ -50,8 +50,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(autouse=True)
 def this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_files, "installed_version", lambda backend: "2026.4.1")
-    monkeypatch.setattr(engine_files, "architecture_of", lambda target: HERE)
+    monkeypatch.setattr(engine_search, "installed_version", lambda backend: "2026.4.1")
+    monkeypatch.setattr(engine_search, "architecture_of", lambda target: HERE)
 
 
 def ranges(low: int, high: int) -> dict[str, InputRange]:

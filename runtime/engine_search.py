@@ -1,0 +1,214 @@
+"""Which engine of the cache runs a component on a target, for the shapes of a call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .build_commands import build_command
+from .bundle import Bundle
+from .engine_files import (
+    REFIT,
+    VERSION_COMPATIBLE,
+    Engine,
+    Ingredients,
+    Shape,
+    architecture_of,
+    cache_folder,
+    cached_engines,
+    check_engine_files,
+    engines_folder,
+    origin_of,
+    weights_of,
+)
+from .errors import EngineError
+from .targets import PORTABLE, Target, installed_version
+from .variant import PLAIN, Variant
+
+_PORTABLE_FROM_SM = 80  # TensorRT-RTX: an engine for no architecture in particular runs from Ampere on
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An engine that fits: its folder and sidecar, which of its profiles serves the call best, and how wide that is."""
+
+    folder: Path
+    engine: Engine
+    profile: int
+    width: int
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What orders engines that fit alike: narrowest profile, cheapest variant, one that cannot be refitted."""
+        made_of = self.engine.ingredients
+        return self.width, made_of.variant.cost, REFIT in made_of.flags, self.folder.name
+
+
+def find_engine(
+    bundle: Bundle,
+    component: str,
+    target: Target,
+    shapes: Mapping[str, Shape] | None = None,
+    *,
+    cache: Path | None = None,
+    variant: Variant = PLAIN,
+) -> Found:
+    """The engine in the cache that runs a component on a target, its files proved to be those that were built.
+
+    Raises:
+        EngineError: as `fitting_engine`, or the files are others.
+        TargetError: the target's backend is not installed.
+    """
+    found = fitting_engine(bundle, component, target, shapes, cache=cache, variant=variant)
+    check_engine_files(found.folder, found.engine)
+    return found
+
+
+def fitting_engine(
+    bundle: Bundle,
+    component: str,
+    target: Target,
+    shapes: Mapping[str, Shape] | None = None,
+    *,
+    cache: Path | None = None,
+    variant: Variant = PLAIN,
+) -> Found:
+    """The engine in the cache that runs a component on a target, by what its sidecar says.
+
+    target: for TensorRT with the one architecture that is here, such as `tensorrt-rtx:sm89`.
+    shapes: of the call's inputs; None for an engine of any profile. Of several that fit, the one whose profile is the
+        narrowest is taken, of these the one whose variant costs least.
+    cache: as in `cache_folder`. variant: what the engine must be, or more; see `Variant.serves`.
+
+    Raises:
+        EngineError: there is none, or none that fits, with the reason and the command that builds one.
+        TargetError: the target's backend is not installed.
+    """
+    misfits: list[str] = []
+    fitting: list[Found] = []
+    for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
+        made_as = engine.ingredients.variant
+        if not made_as.serves(variant):
+            if variant.lora_slots and made_as.serves(msgspec.structs.replace(variant, lora_slots=1, lora_rank=1)):
+                misfits.append(f"{folder.name[:12]} has {made_as}, which are too few or too small")
+            continue
+        found = None if reason else fitted(folder, engine, shapes)
+        if found is None:
+            misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(engine.ingredients, shapes or {})}")
+        else:
+            fitting.append(found)
+    if not fitting:
+        target = target.of_component(bundle.component(component))
+        command = build_command(bundle, component, target, variant, shapes, cache)
+        remedy = f"Run `{command}`."
+        wanted = f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
+        why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
+        raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
+    return min(fitting, key=lambda found: found.order)
+
+
+def engines_of(
+    bundle: Bundle, component: str, target: Target, *, cache: Path | None = None
+) -> Iterator[tuple[Path, Engine, str | None]]:
+    """Every engine in the cache that was built from a component for a target's backend, in any variant.
+
+    With each comes why it does not run here, in words that follow its name; None where it does. target, cache: as of
+    `fitting_engine`.
+
+    Raises:
+        EngineError: as of `cached_engines`.
+        TargetError: the target's backend is not installed.
+    """
+    target = target.of_component(bundle.component(component))
+    origin, weights = origin_of(bundle, component), weights_of(bundle, component)
+    for folder, engine in cached_engines(cache_folder(cache)):
+        if isinstance(engine, Engine):
+            made_of = engine.ingredients
+            if (made_of.origin, made_of.backend) == (origin, target.backend):
+                yield folder, engine, _misfit(made_of, weights, target)
+
+
+def fitted(folder: Path, engine: Engine, shapes: Mapping[str, Shape] | None) -> Found | None:
+    """An engine with the narrowest of its profiles that takes these shapes; None where none does."""
+    served = _serving(engine.ingredients, shapes)
+    return None if served is None else Found(folder, engine, served[1], served[0])
+
+
+def profile_for(engine: Engine, shapes: Mapping[str, Shape]) -> int | None:
+    """The narrowest profile of an engine that takes these shapes, by its place; None where none does."""
+    served = _serving(engine.ingredients, shapes)
+    return None if served is None else served[1]
+
+
+def has_engine(
+    bundle: Bundle, component: str, target: Target, *, cache: Path | None = None, variant: Variant = PLAIN
+) -> bool:
+    """Whether anything in the cache was built from a component, in this variant, for a target's backend and device.
+
+    Raises:
+        EngineError: as of `cached_engines`.
+    """
+    wanted = origin_of(bundle, component), target.backend, target.device
+    sidecars = (engine for _, engine in cached_engines(cache_folder(cache)) if isinstance(engine, Engine))
+    return any(
+        (one.origin, one.backend, one.device) == wanted and one.variant.serves(variant)
+        for one in (engine.ingredients for engine in sidecars)
+    )
+
+
+def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) -> str | None:
+    """Why an engine does not run here, in words that follow its name; None where it does."""
+    version = installed_version(target.backend)
+    differing: tuple[tuple[bool, str], ...] = (
+        (made_of.weights != weights, "was built from other weights"),
+        (not _covers(made_of.device, target.device), f"is for {made_of.device}, not {target.device}"),
+        (made_of.precision != target.precision, f"computes in {made_of.precision}, not {target.precision}"),
+        (
+            not _runs_on_version(made_of, version),
+            f"is of {made_of.backend} {made_of.backend_version}, here is {version}",
+        ),
+        (made_of.architecture != architecture_of(target), f"is for {made_of.architecture}"),
+    )
+    return next((reason for differs, reason in differing if differs), None)
+
+
+def _runs_on_version(made_of: Ingredients, version: str) -> bool:
+    """Whether an engine runs on a backend's version: its own, or a newer one of the same major if it was built so."""
+    if made_of.backend_version == version or VERSION_COMPATIBLE not in made_of.flags:
+        return made_of.backend_version == version
+    own, here = ([int(part) for part in re.findall(r"\d+", text)] for text in (made_of.backend_version, version))
+    return own[:1] == here[:1] and own <= here
+
+
+def _covers(built_for: str, device: str) -> bool:
+    if built_for == PORTABLE and device.startswith("sm"):
+        return all(int(sm[2:]) >= _PORTABLE_FROM_SM for sm in device.split("+"))
+    return set(device.split("+")) <= set(built_for.split("+"))
+
+
+def _serving(made_of: Ingredients, shapes: Mapping[str, Shape] | None) -> tuple[int, int] | None:
+    """How wide the narrowest profile is that takes these shapes, and which it is; None where none does."""
+    if not made_of.profiles or shapes is None:
+        return 0, 0
+    fitting = [
+        (sum(prod(one.max) - prod(one.min) for one in ranges.values()), index)
+        for index, ranges in enumerate(made_of.profiles)
+        if ranges.keys() == shapes.keys() and all(ranges[name].holds(shape) for name, shape in shapes.items())
+    ]
+    return min(fitting, default=None)
+
+
+def _out_of_profile(made_of: Ingredients, shapes: Mapping[str, Shape]) -> str:
+    misfits = (
+        f"{name} {shape} is outside {ranges[name]}" if name in ranges else f"{name} is not among its inputs"
+        for ranges in made_of.profiles
+        for name, shape in shapes.items()
+        if name not in ranges or not ranges[name].holds(shape)
+    )
+    return f"has no profile for this call: {next(misfits, 'it lacks inputs')}"
