@@ -19,9 +19,9 @@ from .bundle import Bundle
 from .engine_files import cache_folder
 from .files import write_whole
 from .manifest import Frozen
-from .placement import Placed, refusal, usable_cpus
+from .placement import Placed, refusal
 from .plan import Plan
-from .targets import Target, installed_version, nvidia_gpus
+from .targets import Target, installed_version, nvidia_gpus, usable_cpus
 
 FORMAT = 1
 MAX_BYTES = 1 << 16

@@ -17,7 +17,7 @@ from .engine_session import EngineSession, engine_target, open_component
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
-from .targets import Target
+from .targets import Target, usable_cpus
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
 from .trace import span
@@ -86,10 +86,25 @@ class Models:
             # None serves, whatever the shapes: they are for the command that the error tells.
             fitting_engine(self._bundle, name, target, {"noise": shape}, variant=variant)
 
+    def require_stages(self, name: str, count: int) -> tuple[Variant, ...]:
+        """The engines of component `name` that are its stages, `count` of one cut, in their order; loads nothing.
+
+        Raises:
+            EngineError: one is missing.
+        """
+        target, variants = engine_target(self._bundle, name, self._target), list[Variant]()
+        for index in range(count):
+            wanted = Variant(stage=(index, count), cuts=variants[0].cuts if variants else ())
+            variants.append(fitting_engine(self._bundle, name, target, variant=wanted).engine.ingredients.variant)
+        return tuple(variants)
+
     def _opened(self, name: str, variant: Variant, streams: int) -> Session:
         self._bundle.check_component(name)
+        threads = self.threads
+        if variant.stage is not None:  # all of a cut run at once
+            threads = max(1, (threads or usable_cpus()) // variant.stage[1])
         with span("load", name):
-            session = open_component(self._bundle, name, self._target, self.threads, variant, streams=streams)
+            session = open_component(self._bundle, name, self._target, threads, variant, streams=streams)
         if variant != PLAIN:
             return session
         try:

@@ -129,7 +129,8 @@ class Pipeline:
             RequestError, PlanError: an argument cannot be used; nothing has run.
             TargetError: the target cannot place the branches of guidance as asked; nothing has run.
             CheckpointError: a LoRA's file is damaged, or of a kind that is not supported; nothing has run.
-            EngineError: no engine has slots for the LoRAs, and nothing has run; or one that is needed is missing.
+            EngineError: no engine has slots for the LoRAs, or is a stage that is needed, and nothing has run; or one
+                that is needed is missing.
             ExecutionError: a model failed, or returned NaN or Inf.
         """
         return Stream(functools.partial(self._generate, request)).result()
@@ -155,8 +156,6 @@ class Pipeline:
         self._models.require_open()
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
-        if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
-            raise refused
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
         check_conditioning(request, manifest, plan)
         if request.latents is not None:
@@ -165,9 +164,21 @@ class Pipeline:
         editing = checked_editing(request, manifest, plan, size)
         controls = checked_controls(request, manifest, plan, size)
         loras = self._fitted(request, plan, shape)
+        self._require_placeable(plan, controls, loras)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
         job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders)
         return self._run(job, cancelled)
+
+    def _require_placeable(self, plan: Plan, controls: tuple[Control, ...], loras: Fitted) -> None:
+        """Refuse a placement that the target, or the engines that are there, cannot do."""
+        if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
+            raise refused
+        if plan.window is None:
+            return
+        if controls or loras.adapters:
+            what = "hybridiff with ControlNets or LoRAs, which its stages do not take"
+            raise RequestError("placement", what, remedy="Ask for another placement.")
+        self._models.require_stages(plan.denoisers[0], plan.window.pipelining.stages)
 
     def _fitted(self, request: Request, plan: Plan, shape: tuple[int, ...]) -> Fitted:
         """The request's LoRAs by component, each of which has engines with slots for them."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -18,12 +17,13 @@ from .binding import Bound, Conditioning, bind
 from .control import Control, Running, Steering, steer
 from .errors import RequestError, TandemError, TargetError
 from .plan import Plan
-from .targets import ENGINES_ONLY, Target
+from .targets import ENGINES_ONLY, Target, usable_cpus
 from .tensors import latent_names
 from .trace import span
 
 Float32 = npt.NDArray[np.float32]
 Sessions = Mapping[str, Session]
+MOST_AT_ONCE = 5  # four stages, and the last of them once more
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Branches:
     """What a denoiser predicted in a row, (B, C, h, w) float32 each; the next row overwrites it.
 
     unconditional: None where the row ran no such branch. model_ms: the denoiser with its ControlNets, all branches.
-    running: the row's ControlNets.
+    running: the row's ControlNets. why: where the placement decided that there is one branch.
     """
 
     conditional: Float32
@@ -39,6 +39,7 @@ class Branches:
     model_ms: float
     running: Sequence[Running]
     placement: str
+    why: str = ""
 
 
 class Placed(Protocol):
@@ -181,7 +182,7 @@ class Parallel:
         self._conditional = Worker(plan, sessions, conditioning, controls)
         self._unconditional = Worker(plan, sessions, unconditional_alone(conditioning), controls)
         self._alone = Worker(plan, alone, conditioning, controls)
-        self._thread: ThreadPoolExecutor | None = None
+        self._crew = Crew()
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         if not guided:
@@ -190,21 +191,40 @@ class Parallel:
             call.run()
             return _branches([call], began, "parallel")
         calls = [worker.prepared(row, sample, guided=False) for worker in (self._conditional, self._unconditional)]
-        self._thread = self._thread or ThreadPoolExecutor(1, "tandemrt-branch")
         began = time.perf_counter()
-        other = self._thread.submit(copy_context().run, calls[1].run)
-        try:
-            calls[0].run()
-        finally:
-            wait([other])  # a run cannot be stopped, and its buffers must not be touched before it ends
-        other.result()
+        self._crew.run([call.run for call in calls])
         return _branches(calls, began, "parallel")
 
     def rest(self) -> None:
         """See `Placed`."""
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
+        self._crew.rest()
+
+
+class Crew:
+    """The caller's thread and others beside it, which start when they are first needed."""
+
+    def __init__(self) -> None:
+        self._others: ThreadPoolExecutor | None = None
+
+    def run(self, works: Sequence[Callable[[], object]]) -> None:
+        """Do works at once, each on a thread of its own.
+
+        At the end of all it returns, or raises what the first of them did that failed.
+        """
+        self._others = self._others or ThreadPoolExecutor(MOST_AT_ONCE - 1, "tandemrt-branch")
+        begun = [self._others.submit(copy_context().run, work) for work in works[1:]]
+        try:
+            works[0]()
+        finally:
+            wait(begun)  # a run cannot be stopped, and its buffers must not be touched before it ends
+        for other in begun:
+            other.result()
+
+    def rest(self) -> None:
+        """Let the threads go; the next works start them anew."""
+        if self._others is not None:
+            self._others.shutdown()
+            self._others = None
 
 
 def unconditional_alone(conditioning: Mapping[str, Conditioning]) -> dict[str, Conditioning]:
@@ -221,7 +241,7 @@ def refusal(placement: str, target: Target, threads: int | None) -> TandemError 
 
     threads: how many CPU threads a model may use; None for all.
     """
-    if placement != "parallel" or target.backend in ENGINES_ONLY:
+    if placement not in ("parallel", "hybridiff") or target.backend in ENGINES_ONLY:
         return None
     if target.device != "cpu":
         return TargetError(
@@ -241,11 +261,6 @@ def refusal(placement: str, target: Target, threads: int | None) -> TandemError 
         expected="2 or more",
         remedy="Open the pipeline with more threads, or ask for placement batched or sequential.",
     )
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _branches(calls: Sequence[Call], began: float, placement: str) -> Branches:

@@ -15,10 +15,11 @@ from .manifest import Manifest, SchedulerDefaults
 from .solvers import begin_at_strength, compile_table, resolve_solver
 from .table import Table
 from .tensors import GUIDANCE_EMBEDDING, spec_of
+from .window import Window
 
 MAX_STEP_DIGITS = 9
 GUIDANCES = ("fixed", "adaptive")
-PLACEMENTS = ("batched", "sequential", "parallel", "auto")
+PLACEMENTS = ("batched", "sequential", "parallel", "auto", "hybridiff")
 _SPACING_KEYS = ("timestep_spacing", "steps_offset", "original_inference_steps")
 
 Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
@@ -42,7 +43,10 @@ class Schedule:
     guidance: `fixed`, as the interval says; or `adaptive`, which within it leaves the unconditional branch out of rows
         where the branches agree. guidance_config: the numbers of `AdaptiveRule` that are to be others.
     placement: where both branches of guidance run: `batched`, in one call; `sequential`, in two calls, one after the
-        other, which takes less memory; `parallel`, in two calls at once; `auto`, as was fastest when it was tried.
+        other, which takes less memory; `parallel`, in two calls at once; `auto`, as was fastest when it was tried; or
+        `hybridiff`, in parallel but for a window in which the denoiser's stages run at once, for another picture.
+    placement_config: of `hybridiff`, the numbers that are to be others: L_slope, eps_slope, k, tau_cap; model_n,
+        stride, time_shift. See `Taus` and `Pipelining`.
     strength: how much image-to-image and inpainting change the image, above 0 and up to 1. `steps` counts the whole
         schedule, as in diffusers; below 1 it begins later, so that the first denoisers run fewer steps or none.
     """
@@ -57,6 +61,7 @@ class Schedule:
     guidance: str = "fixed"
     guidance_config: Mapping[str, Any] | None = None
     placement: str = "batched"
+    placement_config: Mapping[str, Any] | None = None
     strength: float = 1.0
 
 
@@ -82,6 +87,7 @@ class Plan:
     guidance_embedded: the denoisers that are given the guidance scale instead, as an embedding.
     adaptive: the rule by which guided rows may yet run one branch, where guidance is adaptive.
     placement: where both branches run; see `Schedule`.
+    window: of placement `hybridiff`.
     ran: of an output's plan, what became of guidance in every row.
     """
 
@@ -92,6 +98,7 @@ class Plan:
     guidance_embedded: tuple[str, ...] = ()
     adaptive: AdaptiveRule | None = None
     placement: str = "batched"
+    window: Window | None = None
     ran: tuple[RowGuidance, ...] = ()
 
     def having_run(self, rows: Sequence[RowGuidance]) -> Plan:
@@ -99,6 +106,11 @@ class Plan:
         return replace(
             self, ran=tuple(rows), placement=rows[0].placement if self.placement == "auto" else self.placement
         )
+
+    @property
+    def taus(self) -> tuple[int, int] | None:
+        """Of an output's plan, the rows tau1 and tau2 between which the window lay; None where there was none."""
+        return self.window.found(row.discrepancy for row in self.ran) if self.window and self.ran else None
 
     @property
     def one_branch(self) -> tuple[bool, ...]:
@@ -148,6 +160,7 @@ class Plan:
             "guidance_embedded": list(self.guidance_embedded),
             "adaptive": None if self.adaptive is None else asdict(self.adaptive),
             "placement": self.placement,
+            "window": None if self.window is None else asdict(self.window),
         }
 
 
@@ -161,7 +174,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
             unknown denoiser; an unknown solver or a scheduler key it does not support; a guidance interval outside
             0..1; a strength that is not in 0..1 or leaves no step.
         RequestError: guidance that is negative, NaN or infinite; an unknown placement, or numbers
-            of adaptive guidance that cannot be.
+            of adaptive guidance or of a placement that cannot be.
     """
     _require_solver(schedule)
     timesteps = _timesteps(manifest, schedule)
@@ -182,7 +195,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     on = [guidance_scale > 1 and start <= step / left < end for step in range(left)]
     used = dict.fromkeys(by_step)
     embedded = tuple(name for name in used if spec_of(manifest.components[name].inputs, GUIDANCE_EMBEDDING))
-    return Plan(
+    plan = Plan(
         table=table,
         denoisers=tuple(by_step[step] for step in table.steps),
         guided=tuple(on[step] and by_step[step] not in embedded for step in table.steps),
@@ -191,6 +204,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
         adaptive=_adaptive(schedule),
         placement=_one_of("placement", schedule.placement, PLACEMENTS),
     )
+    return replace(plan, window=_window(manifest, schedule, plan))
 
 
 def parse_steps(text: str, denoisers: Sequence[str]) -> tuple[tuple[str, int], ...]:
@@ -319,6 +333,25 @@ def _adaptive(schedule: Schedule) -> AdaptiveRule | None:
     if schedule.guidance_config is not None:
         raise RequestError("guidance_config", "given without adaptive guidance", remedy="Ask for guidance='adaptive'.")
     return None
+
+
+def _window(manifest: Manifest, schedule: Schedule, plan: Plan) -> Window | None:
+    if plan.placement != "hybridiff":
+        if schedule.placement_config is not None:
+            remedy = "Ask for placement='hybridiff'."
+            raise RequestError("placement_config", "given without a placement that has any", remedy=remedy)
+        return None
+    denoisers = tuple(dict.fromkeys(plan.denoisers))
+    if len(denoisers) > 1 or not all(plan.guided) or plan.adaptive is not None:
+        unguided = plan.table.rows - sum(plan.guided)
+        raise RequestError(
+            "placement",
+            "rows that hybridiff cannot run",
+            got=f"{unguided} unguided ones, {', '.join(denoisers)}, {schedule.guidance} guidance",
+            expected="one denoiser, guided in every row, by fixed guidance",
+            remedy="Ask for another placement, or for steps on one denoiser with guidance throughout.",
+        )
+    return Window.of(schedule.placement_config, manifest.components[denoisers[0]].inputs, plan.table.rows)
 
 
 def _one_of(where: str, given: object, known: Sequence[str]) -> str:

@@ -43,8 +43,8 @@ class Request:
     prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: for a second and third text encoder, which read the first
         prompt otherwise; an empty text stands for that too. One serves the whole batch.
     steps: see `Schedule.steps`; `num_inference_steps` is the same for a plain number.
-    solver, solver_config, timesteps, eta, guidance_scale, guidance_interval, guidance, guidance_config, placement:
-        see `Schedule`.
+    solver, solver_config, timesteps, eta, guidance_scale, guidance_interval, guidance, guidance_config, placement,
+        placement_config: see `Schedule`.
     height, width: pixels; the bundle's defaults otherwise.
     num_images_per_prompt: pictures for each prompt; a prompt's pictures stand together.
     seed: one number seeds one generator for the whole batch, as a single `torch.Generator` does in diffusers; a
@@ -128,6 +128,7 @@ class Request:
     guidance: str = "fixed"
     guidance_config: Mapping[str, Any] | None = None
     placement: str = "batched"
+    placement_config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_embeddings()
@@ -229,6 +230,7 @@ class Request:
             guidance=self.guidance,
             guidance_config=self.guidance_config,
             placement=self.placement,
+            placement_config=self.placement_config,
             strength=self._strength,
         )
 

@@ -135,7 +135,7 @@ class Sampler:
         adaptive: decides whether the row runs both branches; None where the plan does.
         """
         plan, conditional, unconditional = self._plan, made.conditional, made.unconditional
-        why, discrepancy = plan.why(row) if adaptive is None else adaptive.why, None
+        why, discrepancy = made.why or (plan.why(row) if adaptive is None else adaptive.why), None
         if unconditional is None:
             prediction[...] = conditional
             if adaptive is not None:

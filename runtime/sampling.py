@@ -14,6 +14,7 @@ from .auto_placement import AutoPlacement
 from .backends.base import Session, Shape
 from .binding import Conditioning
 from .control import Control, Steering
+from .hybridiff import Hybridiff, Stages
 from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
@@ -22,6 +23,7 @@ from .plan import Plan
 from .sampler import SampledRow, Sampler, State
 from .step_engines import StepEngines, Wanted
 from .step_sampler import Key, StepSampler, given_inputs, input_shapes
+from .window import Window
 
 Float32 = npt.NDArray[np.float32]
 
@@ -88,13 +90,26 @@ def _placed(rows: Rows, models: Models, before: Callable[[], None]) -> Placed:
     """What predicts the rows, placed as the plan says."""
     plan, conditioning, controls = rows.plan, rows.conditioning, rows.controls
     every = [control.component for control in controls] + list(dict.fromkeys(plan.denoisers))
-    if plan.placement == "parallel":
+    if plan.placement in ("parallel", "hybridiff"):
         both = _sessions(_used(rows, plan.guided), rows, models, before, calls=2)
         alone = _sessions(_used(rows, plan.one_branch), rows, models, before)
-        return Parallel(plan, both, alone, conditioning, controls)
+        parallel = Parallel(plan, both, alone, conditioning, controls)
+        if plan.window is None:
+            return parallel
+        return Hybridiff(plan, plan.window, parallel, _stages(rows, plan.window, models, before), conditioning)
     sessions = _sessions(every, rows, models, before)
     placed = Sequential if plan.placement == "sequential" else Batched
     return placed(plan, sessions, conditioning, controls)
+
+
+def _stages(rows: Rows, window: Window, models: Models, before: Callable[[], None]) -> Stages:
+    """All stages of the denoiser that a window needs, loaded."""
+    (name,) = dict.fromkeys(rows.plan.denoisers)
+    sessions = []
+    for variant in models.require_stages(name, window.pipelining.stages):
+        before()
+        sessions.append(models.session(name, variant))
+    return Stages(name, models.session(name, calls=2).inputs, sessions)
 
 
 def _used(rows: Rows, at: Sequence[bool]) -> list[str]:

@@ -153,6 +153,7 @@ class _Job:
                 "timings": {name: round(value, 3) for name, value in spent.items()},
                 "step_engines": timings.step_engines,
                 "placement": output.plan.placement,
+                "taus": output.plan.taus,
                 "guidance": [asdict(row) for row in output.plan.ran],
                 "loras": {path: list(components) for path, components in output.loras.items()},
                 "lora_scales": dict(request["loras"] or {}),
@@ -184,6 +185,7 @@ def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[st
             "guidance_interval": list(plan.guidance_interval),
             "guidance": plan.guidance,
             "guidance_config": dict(plan.guidance_config) or None,
+            **({} if _same_picture(plan) else _placement(plan)),
             "height": plan.height,
             "width": plan.width,
             "num_images_per_prompt": plan.num_images_per_prompt,
@@ -206,7 +208,17 @@ def _write_trace(trace: Trace, path: Path) -> None:
 
 def _unrecorded(plan: GeneratePlan) -> dict[str, Any]:
     """Arguments of `Request` that do not change its pictures."""
-    return {"previews": plan.previews, "strict_prompts": plan.strict_prompts, "placement": plan.placement}
+    placement = _placement(plan) if _same_picture(plan) else {}
+    return {"previews": plan.previews, "strict_prompts": plan.strict_prompts, **placement}
+
+
+def _placement(plan: GeneratePlan) -> dict[str, Any]:
+    return {"placement": plan.placement, "placement_config": dict(plan.placement_config) or None}
+
+
+def _same_picture(plan: GeneratePlan) -> bool:
+    """Whether the placement leaves the picture as it is."""
+    return plan.placement != "hybridiff"
 
 
 def _seed(plan: GeneratePlan) -> int:
@@ -219,7 +231,7 @@ def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
     made = [Request(**request, **pictures.arguments()) for request in requests]
     # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
     pipe.stream(**requests[0], **pictures.arguments(), **_unrecorded(plan))
-    compiled = compile_plan(pipe.bundle.manifest, replace(made[0].schedule, placement=plan.placement))
+    compiled = compile_plan(pipe.bundle.manifest, replace(made[0].schedule, **_placement(plan)))
     dropped_text = _dropped_text(plan, pipe.bundle, compiled, made)
     named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
     check_folder(_files(plan, named, compiled), force=plan.force)

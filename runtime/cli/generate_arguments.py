@@ -61,6 +61,7 @@ class GeneratePlan:
     guidance: str
     guidance_config: Mapping[str, Any]
     placement: str
+    placement_config: Mapping[str, Any]
     seed: int | None
     seed_device: str
     width: int | None
@@ -240,7 +241,15 @@ def _add_guidance(group: argparse._ArgumentGroup) -> None:
         default="batched",
         help="where the two branches run: in one call (batched, the default), one after the other (sequential), which "
         "takes less memory, both at once (parallel), or as is fastest here, which is tried once (auto); the picture is "
-        "the same",
+        "the same. hybridiff: in parallel but for a window in which stages of the denoiser run at once, see "
+        "docs/tandem.md; the picture is close",
+    )
+    group.add_argument(
+        "--placement-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of hybridiff: L_slope, eps_slope, k, tau_cap, model_n, stride, time_shift; may be repeated",
     )
 
 
@@ -296,6 +305,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
     parsed = {
         "prompts": gathered_prompts(namespace.prompt, namespace.prompts_file),
         "solver_config": parse_settings("--solver-config", namespace.solver_config),
+        "placement_config": parse_settings("--placement-config", namespace.placement_config),
         "guidance_config": parse_settings("--guidance-config", namespace.guidance_config),
         "timesteps": None if namespace.timesteps is None else parse_timesteps(namespace.timesteps),
         "guidance_interval": parse_interval("--guidance-interval", namespace.guidance_interval),

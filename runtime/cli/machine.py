@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import INSTRUCTION_SETS, parse_cpuinfo
+from ..targets import usable_cpus
 
 NVIDIA_FIELDS = ("name", "compute_cap", "driver_version", "memory.total")
 NVIDIA_SMI_TIMEOUT_S = 10.0
@@ -24,7 +25,7 @@ def machine_facts() -> dict[str, Any]:
         "distribution": _distribution(),
         "processor": model or platform.processor() or None,
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cpus(),
         "instruction_sets": {
             precision: [name for name in names if name in flags] for precision, names in INSTRUCTION_SETS.items()
         },
@@ -54,10 +55,6 @@ def nvidia_devices() -> list[dict[str, str]]:
     names = [name.replace(".", "_") for name in NVIDIA_FIELDS]
     rows = ([value.strip() for value in line.split(",")] for line in found.stdout.splitlines())
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _distribution() -> str | None:

@@ -1,0 +1,72 @@
+"""Hybridiff's window as a plan has it: when it opens and closes, and what the stages do within."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .arguments import did_you_mean, finite_number, whole_number
+from .discrepancy import Discrepancy, Taus, default_taus
+from .errors import RequestError
+from .manifest import TensorSpec
+from .stage_work import Pipelining
+
+_WHERE = "placement_config"
+# What Hybridiff and AsyncDiff call them.
+_PIPELINING = {"model_n": "stages", "stride": "stride", "time_shift": "time_shift"}
+_TAUS = {"L_slope": "l_slope", **{field.name: field.name for field in fields(Taus)}}
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """When the window opens and closes, and how the stages run in it."""
+
+    taus: Taus
+    pipelining: Pipelining
+
+    @classmethod
+    def of(cls, config: object, inputs: Iterable[TensorSpec], rows: int) -> Window:
+        """Hybridiff's own numbers for a denoiser of these inputs, and what is said otherwise.
+
+        config: a mapping, or None. rows: how many the plan has.
+
+        Raises:
+            RequestError: it is no mapping, or has an unknown key or a value of another type.
+            PlanError: a value out of range, or a window that could close behind the last row.
+        """
+        keys = (*_TAUS, *_PIPELINING)
+        if config is not None and not isinstance(config, Mapping):
+            raise RequestError(_WHERE, "type", got=config, expected=f"keys and values of {', '.join(keys)}")
+        taus: dict[str, Any] = {field.name: getattr(default_taus(inputs), field.name) for field in fields(Taus)}
+        pipelining: dict[str, Any] = {}
+        for name, given in dict(config or {}).items():
+            if name in _TAUS:
+                number = finite_number(given) if name == "eps_slope" else whole_number(given)
+                taus[_TAUS[name]] = _required(name, number, given)
+            elif name == "time_shift":
+                pipelining[name] = _required(name, given if isinstance(given, bool) else None, given)
+            elif name in _PIPELINING:
+                pipelining[_PIPELINING[name]] = _required(name, whole_number(given), given)
+            else:
+                expected, remedy = f"one of {', '.join(keys)}", did_you_mean(str(name)[:80], keys)
+                raise RequestError(_WHERE, "unknown key", got=name, expected=expected, remedy=remedy)
+        window = cls(Taus(**taus), Pipelining(**pipelining))
+        window.taus.check_steps(rows)
+        return window
+
+    def found(self, log: Iterable[float | None]) -> tuple[int, int] | None:
+        """tau1 and tau2, as they follow from the discrepancies of a run's rows; None where no window opened."""
+        listed = list(log)
+        discrepancy = Discrepancy(self.taus, len(listed))
+        for row, value in enumerate(listed):
+            if value is not None:
+                discrepancy.record(row, value)
+        return None if discrepancy.tau1 is None or discrepancy.tau2 is None else (discrepancy.tau1, discrepancy.tau2)
+
+
+def _required(name: str, value: Any, given: object) -> Any:
+    if value is None:
+        kind = {"eps_slope": "a finite number", "time_shift": "true or false"}.get(name, "a whole number")
+        raise RequestError(f"{_WHERE}: {name}", "type", got=given, expected=kind)
+    return value
