@@ -23,7 +23,7 @@ def streams_for(target: Target, calls: int) -> int:
     ONNX Runtime takes calls from several threads as it is, and shares its threads among them: a second session would
     hold the weights a second time, since every session lays them out anew.
     """
-    return calls if target.backend == "openvino" else 1
+    return calls if target.backend == "openvino" or target.backend in ENGINES_ONLY else 1
 
 
 def open_session(model: Path, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:
@@ -61,7 +61,7 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None, str
     if target.backend in ENGINES_ONLY:
         from . import tensorrt  # noqa: PLC0415
 
-        return tensorrt.TensorRtSession(found.folder, found.engine)
+        return tensorrt.TensorRtSession(found.folder, found.engine, streams)
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415
 

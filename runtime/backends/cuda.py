@@ -25,12 +25,15 @@ _WHERE = "CUDA"
 
 
 class Device:
-    """The first GPU: `architecture` such as `sm89`, and the scratch memory that engines on it share."""
+    """The first GPU: `architecture` such as `sm89`, and the scratch memory that engines on it share.
+
+    scratches: a block for each of the runs that may overlap, of which those that nobody asked for take nothing.
+    """
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
         self.architecture = f"sm{self._attribute('Major')}{self._attribute('Minor')}"
-        self.scratch = Scratch(self)
+        self.scratches = (Scratch(self), Scratch(self))
 
     def call(self, function: str, *arguments: Any) -> Any:
         """What a function of the CUDA runtime returns beside its status.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +24,7 @@ from ..files import write_whole
 from ..targets import install_hint
 from .base import Array, Shape
 from .buffers import one_line, require_numpy_types, symbol_sizes
-from .cuda import Device, Graph, Memory, Stream, device, pinned
+from .cuda import Device, Graph, Memory, Scratch, Stream, device, pinned
 from .refit import Refit
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -33,8 +34,10 @@ _KEPT_MESSAGES = 4
 class TensorRtSession:
     """An engine on the first GPU; see `Session`. Every binding has an execution context, which serves one thread."""
 
-    def __init__(self, folder: Path, engine: Engine) -> None:
+    def __init__(self, folder: Path, engine: Engine, streams: int = 1) -> None:
         """Load the engine in `folder`, its files proved by the caller to be those that `engine` lists.
+
+        streams: how many runs may overlap, 1 or 2: bindings take turns at as many blocks of scratch memory.
 
         Raises:
             TargetError: there is no GPU, or the flavour of TensorRT is not installed.
@@ -44,6 +47,7 @@ class TensorRtSession:
         self.inputs, self.outputs = engine.inputs, engine.outputs
         require_numpy_types(self._name, (*self.inputs, *self.outputs))
         self._device = device()
+        self._scratches, self._bindings = self._device.scratches[:streams], count()
         trt = imported(engine.ingredients.backend)
         self._log = _log(trt)
         self._runtime = trt.Runtime(self._log)
@@ -65,7 +69,8 @@ class TensorRtSession:
         context = self._kernels.context(engine)
         if context is None:
             raise self.failed("an execution context cannot be made")
-        return TensorRtBinding(self, context, profile, input_shapes)
+        scratch = self._scratches[next(self._bindings) % len(self._scratches)]
+        return TensorRtBinding(self, context, profile, input_shapes, scratch)
 
     def refit(self, base: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
         """Compute with the base's weights and, added to those that `changes` names, what it says; with none, the base.
@@ -83,7 +88,9 @@ class TensorRtSession:
         engine = self.live()
         if REFIT not in self._engine.ingredients.flags:
             raise EngineError(self._name, "cannot be refitted", remedy="Build it with `tandemrt build-engine --refit`.")
-        with self._device.scratch.lock:
+        with ExitStack() as stack:
+            for scratch in self._scratches:
+                stack.enter_context(scratch.lock)
             self.generation += 1
             self._refit.apply(engine, base, changes)
 
@@ -121,8 +128,10 @@ class _Tensor:
 class TensorRtBinding:
     """An execution context with buffers on the host and the GPU; see `Binding`."""
 
-    def __init__(self, session: TensorRtSession, context: Any, profile: int, shapes: Mapping[str, Shape]) -> None:
-        self._session, self._context, self._device = session, context, session.device
+    def __init__(
+        self, session: TensorRtSession, context: Any, profile: int, shapes: Mapping[str, Shape], shared: Scratch
+    ) -> None:
+        self._session, self._context, self._device, self.shared = session, context, session.device, shared
         self._stream = Stream(self._device)
         if not context.set_optimization_profile_async(profile, self._stream.handle):
             raise session.failed(f"profile {profile} is refused")
@@ -143,7 +152,7 @@ class TensorRtBinding:
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
         self._session.live()
-        with self._device.scratch.lock:
+        with self.shared.lock:
             self._use_scratch()
             # Recorded once everything is set up and compiled.
             if self._graph is None and self._runs == 1:
@@ -176,7 +185,7 @@ class TensorRtBinding:
 
     def _use_scratch(self) -> None:
         """Point the context at the shared scratch memory; what was recorded on another block is void."""
-        scratch = self._device.scratch.reserved(self._scratch_bytes)
+        scratch = self.shared.reserved(self._scratch_bytes)
         if self._scratch is None or self._scratch() is not scratch:
             self._context.set_device_memory(scratch.address, scratch.size)
             self._scratch, self._graph, self._runs = weakref.ref(scratch), None, 0
@@ -223,7 +232,7 @@ class Chain:
         """
         binding = self._binding
         binding._session.live()
-        with binding._device.scratch.lock:
+        with binding.shared.lock:
             binding._use_scratch()
             stale = self._scratch is not binding._scratch or self._generation != binding.generation
             if self._graph is None or stale:

@@ -33,7 +33,7 @@ from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.window import Window
 
 from ..interop.picture import psnr_db
-from .small_denoisers import FAMILIES, module
+from .small_denoisers import module
 from .stale_reference import Reference, Units
 from .test_build import silent
 from .test_stages_stale import STEPS, TOLERANCE, scheduler_of, texts
@@ -45,9 +45,9 @@ ASKED: dict[str, Any] = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 12,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stages", "stride", "time_shift"), [(2, 1, False), (2, 1, True), (2, 2, False), (4, 1, True), (4, 2, False)]
+    ("family", "stages", "stride", "time_shift"),
+    [("sd15", 2, 1, False), ("bk-sdm", 4, 1, True), ("sdxl", 2, 2, False), ("sd3", 4, 2, False)],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_reaches_the_references_latents(
     exported: Callable[[str], Path], tmp_path: Path, family: str, stages: int, stride: int, time_shift: bool
 ) -> None:

@@ -114,7 +114,7 @@ def test_engines_share_their_scratch_memory(shapes_bundle: Path, name: str, buil
             binding.run()
             np.testing.assert_array_equal(binding.outputs["out_sample"], expected)
     shared = [binding._scratch() for binding in bindings if binding._scratch is not None]
-    assert shared == [cuda.device().scratch.reserved(0)] * 2
+    assert shared == [cuda.device().scratches[0].reserved(0)] * 2
 
 
 def test_loras_come_and_go_by_refitting(shapes_bundle: Path, name: str, build: Build) -> None:
@@ -182,3 +182,13 @@ def test_compiled_kernels_are_kept_and_read_again(shapes_bundle: Path, build: Bu
     again = second.bind(SHAPES)
     again.run()
     np.testing.assert_array_equal(again.outputs["out_sample"], binding.outputs["out_sample"])
+
+
+def test_branches_on_two_streams_paint_what_one_call_does(
+    shapes_bundle: Path, name: str, build: Build, painted: Painted
+) -> None:
+    build(shapes_bundle, name)
+    target = f"{name}:{device_of(name)}:fp32"
+    expected = painted(shapes_bundle, target)
+    for placement in ("sequential", "parallel", "auto"):
+        assert psnr_db(painted(shapes_bundle, target, placement=placement), expected) >= 60.0

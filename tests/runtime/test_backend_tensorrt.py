@@ -129,7 +129,8 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
         device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
     )
     contexts = [Context(10), Context(100)]
-    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}) for context in contexts)
+    shared, other = session.device.scratches
+    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}, shared) for context in contexts)
     for _ in range(3):
         small.run()
     assert host.graphs == 1
@@ -142,3 +143,7 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
         small.run()
     assert contexts[0].scratch == contexts[1].scratch
     assert host.graphs == 2
+    beside = TensorRtBinding(session, context := Context(50), 0, {"x": (2, 3)}, other)
+    with shared.lock:  # held as by a run of another engine, which a run on another block does not wait for
+        beside.run()
+    assert context.scratch[0] not in (first, contexts[0].scratch[0])
