@@ -18,8 +18,8 @@ _NVIDIA_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # In the place of an architecture: every one that a flavour of TensorRT can build for at once.
 PORTABLE = "portable"
 _SM = rf"{PORTABLE}|sm\d{{2,3}}(\+sm\d{{2,3}})*"
-# What a bundle must be exported in for a precision; of int8 and fp8 its graphs tell themselves.
-_EXPORTED_IN = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp32"}
+# What a bundle may be exported in for a precision; of int8 and fp8 its graphs tell themselves.
+_EXPORTED_IN = {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("fp32", "fp16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Target:
     """Where a model runs: `backend:device:precision`. `reason` says why `auto` chose it.
 
     precision: that of the arithmetic, or None to take the bundle as it is. It lives in the graph: fp32 and fp16 ask for
-        a bundle exported so, bf16 for one in fp32 (TensorRT's flavours: fp16), int8 and fp8 for denoisers that are
+        a bundle exported so, bf16 for one in either (TensorRT's flavours: fp16), int8 and fp8 for denoisers that are
         quantized.
     """
 
@@ -41,16 +41,18 @@ class Target:
 
     def check_precision(self, component: str, precision: str) -> None:
         """Raise TargetError when this target asks for another precision than `component` was exported in."""
-        wanted = _EXPORTED_IN.get(self.precision or "", precision)
+        fitting = _EXPORTED_IN.get(self.precision or "", (precision,))
         if self.precision == "bf16" and self.backend in ENGINES_ONLY:
-            wanted = "fp16"  # whose graph, islands and all, they are built from in the other type
-        if wanted != precision:
+            fitting = ("fp16",)  # whose graph, islands and all, they are built from in the other type
+        if precision not in fitting:
+            wanted = " or ".join(fitting)
             raise TargetError(
                 component,
                 "precision of the exported model",
                 got=precision,
                 expected=f"{wanted} for target {self}",
-                remedy=f"Ask for {self.backend}:{self.device}:{precision}, or export with --dtype {wanted}.",
+                remedy=f"Ask for {self.backend}:{self.device}:{precision}, or export the bundle again with "
+                f"`tandemrt export --dtype {fitting[-1]}`.",
             )
 
     def of_component(self, component: Component) -> Target:

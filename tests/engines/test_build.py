@@ -300,7 +300,7 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
         ),
         (
             "tensorrt-rtx:sm89:bf16",
-            r"got 'fp32', expected fp16 for .*:bf16\. Ask for tensorrt-rtx:sm89:fp32, or .* --dtype fp16",
+            r"expected fp16 for .*:bf16\. Ask for tensorrt-rtx:sm89:fp32, or .*`tandemrt export --dtype fp16`",
         ),
         ("tensorrt-rtx:sm89:int8", r"unet: its graph quantizes nothing.*or ask for tensorrt-rtx:sm89:fp32"),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),

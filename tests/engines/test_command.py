@@ -6,14 +6,21 @@ import json
 import signal
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import openvino
 import pytest
 
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import engines_folder
 
-from .test_build import left_in
+from ..runtime.test_backend_openvino import HAS_BF16
+from .test_build import FEEDS, left_in, reference
+from .test_layers import edited
+from .test_retyped import halved
 
 ONE = ["--target", "onnxruntime:cpu", "--component", "unet_small"]
 
@@ -52,6 +59,24 @@ def test_the_plan_is_shown(tiny_path: Path, tmp_path: Path, capsys: pytest.Captu
     ]
     assert all(engine["estimated_memory_bytes"] > 1e8 and not engine["cached"] for engine in shown["engines"])
     assert left_in(tmp_path) == []
+
+
+def test_one_bundle_in_fp16_serves_tensorrt_rtx_in_fp16_and_openvino_in_bf16(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = edited(tiny_path, tmp_path / "bundle", halved, "fp16")
+    targets = ["--target", "tensorrt-rtx:sm89+sm120:fp16", "--target", "openvino:cpu:bf16"]
+    command = ["build-engine", str(bundle.path), *targets, "--component", "unet", "--cache", str(tmp_path / "cache")]
+    if not HAS_BF16:
+        assert main(command) == 1
+        assert "no instructions for the precision" in capsys.readouterr().err
+        return
+    assert main([*command, "--json"]) == 0
+    built = {engine["target"]: engine for engine in json.loads(capsys.readouterr().out)["engines"]}
+    blob = Path(built["openvino:cpu:bf16"]["folder"]) / "engine.blob"
+    compiled = openvino.Core().import_model(BytesIO(blob.read_bytes()), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    found, expected = compiled(FEEDS)[0], reference(Bundle.open(tiny_path))
+    assert 1e-6 < np.abs(found - expected).max() / np.abs(expected).max() < 5e-2
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,16 @@ from tandemrt.runtime.engine_session import EngineSession, open_component
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.targets import Target
 
+from ..runtime.test_backend_openvino import HAS_BF16
 from ..runtime.tiny_bundle import resign
 from .families import painted, psnr_db, random_inputs, require_engines
 
 PAINTING = ("text_encoder", "unet", "vae_decoder")
-HALF_TARGETS = (Target("onnxruntime", "cpu", "fp16"), Target("openvino", "cpu", "fp16"))
+HALF_TARGETS = (
+    Target("onnxruntime", "cpu", "fp16"),
+    Target("openvino", "cpu", "fp16"),
+    *([Target("openvino", "cpu", "bf16")] if HAS_BF16 else []),
+)
 # Of the picture to that of the fp32 bundle on ONNX Runtime.
 MINIMUM_HALF_PSNR_DB = 35.0
 
