@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Export the small trained models that come along, paint held-out prompts with the large model, the large and "
         "the small one in tandem, the small one, and a one-step model, and write contact-sheet.png, table.json and "
-        "table.md. Takes under three minutes on two cores; a second run uses the bundle again."
+        "table.md. A second run uses the bundle again."
     )
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", default=Path("out"), help="where everything goes (default: out)"

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import cache_folder
-from ..runtime.targets import Target, parse_target
-from ..runtime.variant import PLAIN
-from .build import Outcome, changes, described, ensure_engine
-from .estimate import estimated, memory_available_bytes
+from ..runtime.errors import TandemError
+from ..runtime.targets import parse_target
+from .build import ensure_engine
+from .estimate import memory_available_bytes
 from .flavour import Options
 from .plan import BuildPlan, Request, requests_of
 from .profiles import parse_profile
+from .together import for_each
+from .told import (
+    engine_line,
+    failure_facts,
+    outcome_facts,
+    plan_lines,
+    request_facts,
+    request_line,
+    summary,
+    target_facts,
+)
+
+__all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "status", "summary"]
 
 DESCRIPTION = (
     "Compile a bundle's models ahead of time for what they run on. Engines go to a cache of your own, under a digest "
@@ -83,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fold-steps",
-        type=int,
+        type=_steps,
         nargs="?",
         const=0,
         metavar="N",
@@ -131,6 +144,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _steps(text: str) -> int:
+    """A number of steps: 0, which stands for the bundle's default, is what the option alone gives."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"not a number of steps from 1 on: {text!r}")
+    return int(text)
+
+
 def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
     """The plan that the arguments describe.
 
@@ -139,10 +159,10 @@ def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
     """
     return BuildPlan(
         bundle=args.bundle,
-        targets=tuple(map(parse_target, args.target)),
+        targets=for_each(args.target, parse_target, "--target"),
         cache=cache_folder(args.cache),
         components=tuple(args.component),
-        profiles=tuple(map(parse_profile, args.profile)),
+        profiles=for_each(args.profile, parse_profile, "--profile"),
         explain=args.explain,
         lora_slots=args.lora_slots,
         lora_rank=args.lora_rank,
@@ -159,13 +179,16 @@ def plan_facts(plan: BuildPlan) -> dict[str, Any]:
     return {
         "bundle": str(plan.bundle),
         "cache": str(plan.cache),
-        "targets": [_target_facts(target) for target in plan.targets],
-        "engines": [_request_facts(request, plan.cache) for request in requests_of(plan, bundle)],
+        "targets": [target_facts(target) for target in plan.targets],
+        "engines": [request_facts(request, plan.cache) for request in requests_of(plan, bundle)],
     }
 
 
 def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
     """Do what the plan says; the result is in JSON's types.
+
+    What is asked for is checked before anything is built. A build that fails is told, and leaves the others alone;
+    where it is the only one, it is an error.
 
     Raises:
         TandemError: see `requests_of` and `ensure_engine`.
@@ -180,85 +203,38 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
         if target.reason:
             reporter.line(f"target {target}: {target.reason}")
     versions = {"tandemrt": metadata.version("tandemrt")}
-    outcomes = []
+    engines = []
     for request in requests:
         _say_beforehand(request, plan.cache, reporter)
-        outcomes.append(ensure_engine(request, plan.cache, reporter.progress, versions))
-    return {"bundle": str(plan.bundle), "cache": str(plan.cache), "engines": list(map(_outcome_facts, outcomes))}
+        try:
+            facts = outcome_facts(ensure_engine(request, plan.cache, reporter.progress, versions))
+            reporter.line(engine_line(facts))
+        except TandemError as error:
+            if len(requests) == 1 or _is_of_the_cache(error, plan.cache):
+                raise
+            facts = failure_facts(request, error)
+            reporter.warn(engine_line(facts))
+        engines.append(facts)
+    return {"bundle": str(plan.bundle), "cache": str(plan.cache), "engines": engines}
 
 
-def summary(result: Mapping[str, Any]) -> Iterator[str]:
-    """Every engine in a line: whether it was built, how large it is, where it lies."""
-    for engine in result["engines"]:
-        made = [f"({engine['variant']})"] if engine["variant"] != str(PLAIN) else []
-        title = " ".join([engine["component"], *made, "for", engine["target"], *engine["profiles"]])
-        if "folder" not in engine:
-            yield f"{title}: {_explained(engine)}"
-            continue
-        how = f"built in {engine['build_s']:.1f} s" if engine["built"] else "was in the cache"
-        yield f"{title}: {how}, {engine['size_bytes'] / 1e6:.1f} MB, {engine['folder']}"
+def status(result: Mapping[str, Any]) -> int:
+    """The exit status: 1 where an engine could not be built."""
+    return int(any("error" in engine for engine in result["engines"]))
 
 
-def _explained(facts: Mapping[str, Any]) -> str:
-    if facts["cached"]:
-        return "in the cache"
-    if facts["changes"] is None:
-        return "to be built: the cache has no engine of it for this backend"
-    return f"to be built: {'; '.join(facts['changes'])}"
+def _is_of_the_cache(error: TandemError, cache: Path) -> bool:
+    """Whether an error is one that every other build would end with, too."""
+    return Path(error.where).is_relative_to(cache)
 
 
 def _say_beforehand(request: Request, cache: Path, reporter: Reporter) -> None:
-    changed = changes(request, cache)
-    if changed == ():
+    facts = request_facts(request, cache)
+    if facts["cached"]:
         return
-    needs = estimated(request)
-    why = f"; {'; '.join(changed)}" if changed else ""
-    reporter.line(
-        f"{request.title}: to be built, about {needs.memory_bytes / 1e9:.1f} GB of memory, {needs.build_s:.0f} s, "
-        f"{needs.size_bytes / 1e6:.0f} MB on disk{why}"
-    )
-    available = memory_available_bytes()
-    if available is not None and available < needs.memory_bytes:
+    reporter.line(request_line(facts))
+    available, needed = memory_available_bytes(), facts["estimated_memory_bytes"]
+    if available is not None and available < needed:
         reporter.warn(
             f"{request.title}: only {available / 1e9:.1f} GB of memory are available; the build may be killed"
         )
-
-
-def _target_facts(target: Target) -> dict[str, str]:
-    return {"target": str(target), **({"reason": target.reason} if target.reason else {})}
-
-
-def _request_facts(request: Request, cache: Path) -> dict[str, Any]:
-    changed, needs = changes(request, cache), estimated(request)
-    return {
-        "component": request.component,
-        "variant": str(request.ingredients.variant),
-        "target": str(request.target),
-        "profiles": list(request.profile_names),
-        "shapes": list(map(described, request.ingredients.profiles)),
-        "key": request.key,
-        "cached": changed == (),
-        "changes": None if changed is None else list(changed),
-        "estimated_memory_bytes": needs.memory_bytes,
-        "estimated_build_s": needs.build_s,
-        "estimated_size_bytes": needs.size_bytes,
-    }
-
-
-def _outcome_facts(outcome: Outcome) -> dict[str, Any]:
-    engine = outcome.engine
-    names: Sequence[str] = outcome.request.profile_names
-    return {
-        "component": outcome.request.component,
-        "variant": str(outcome.request.ingredients.variant),
-        "target": str(outcome.request.target),
-        "profiles": list(names),
-        "key": outcome.request.key,
-        "folder": str(outcome.folder),
-        "built": outcome.built,
-        "build_s": engine.build_s,
-        "size_bytes": engine.size_bytes,
-        "peak_memory_bytes": engine.peak_memory_bytes,
-        "profile_memory_bytes": list(engine.profile_memory_bytes),
-        "layers": len(engine.layers),
-    }

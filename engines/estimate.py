@@ -1,8 +1,7 @@
 """What a build will take, before it starts: memory, time and size, from the weights and the target.
 
-Memory and size are lines through what builds took of the shapes family and of Stable Diffusion 1.5, XL and SDXS at an
-eighth of their widths, and TensorRT-RTX's also of Stable Diffusion 1.5's UNet in fp16 at its true size (6.1 GB, 19 s on
-two cores). Time is the roughest: it grows with the number of layers too.
+Planes through what builds took of the shapes family and, in fp16 at true size, of the components of Hybrid-SD, SDXS and
+SDXL (bench/evidence/engine_builds*.json; two cores, other work beside). Time is the roughest: other work doubles it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.onnx_files import node_count
 from .plan import Request
 
 _MEMINFO = Path("/proc/meminfo")
@@ -27,40 +27,47 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """Of a backend: memory, seconds and size with next to nothing to build, and what a byte, or GB, of weights adds.
+    """Of a backend: memory, seconds and size with next to nothing to build, and what weights and nodes add.
 
+    memory_per_byte: of the graph's weights as they are stored; memory_per_half_byte: where that is in fp16.
+    seconds_per_gb: of the engine's weights.
     repeated: the share of the time that each further architecture or profile of one engine takes.
     """
 
     memory_bytes: float
     memory_per_byte: float
+    memory_per_half_byte: float
     seconds: float
+    seconds_per_node: float
     seconds_per_gb: float
     size_bytes: float
     repeated: float = 0.0
 
 
 _RATES = {
-    "tensorrt-rtx": _Rates(0.45e9, 3.4, 2.0, 10.0, 10e6, 0.3),
-    "tensorrt": _Rates(1.5e9, 3.4, 20.0, 150.0, 10e6, 0.8),
-    "openvino": _Rates(0.12e9, 4.4, 3.0, 15.0, 1e6),
-    "onnxruntime": _Rates(0.09e9, 2.3, 2.0, 12.0, 1e6),
+    "tensorrt-rtx": _Rates(0.45e9, 3.4, 3.4, 0.5, 5e-3, 12.5, 10e6, 0.3),
+    "tensorrt": _Rates(1.5e9, 3.4, 3.4, 20.0, 5e-3, 150.0, 10e6, 0.8),
+    "openvino": _Rates(0.12e9, 4.6, 4.6, 0.7, 8e-4, 7.0, 1e6),
+    "onnxruntime": _Rates(0.09e9, 2.3, 3.6, 0.5, 8e-4, 7.5, 1e6),
 }
 
 
 def estimated(request: Request) -> Estimate:
     """The estimate for one engine."""
     made_of = request.ingredients
-    rates, weights = _RATES[made_of.backend], float(weights_bytes(request))
-    if made_of.variant.stage:
-        weights /= made_of.variant.stage[1]
-    if (made_of.device, made_of.precision) == ("cpu", "fp16"):
-        weights *= 2  # a processor computes in fp32, and its engines hold the weights so
+    share = 1 / made_of.variant.stage[1] if made_of.variant.stage else 1.0
+    rates, stored = _RATES[made_of.backend], weights_bytes(request) * share
+    half = request.facts.precision == "fp16"
+    # A processor computes in fp32 or, from weights that are kept so, in bf16.
+    held = stored * 2 if half and made_of.device == "cpu" else stored
     repeats = made_of.device.count("+") + max(len(made_of.profiles) - 1, 0)
+    nodes = node_count(request.model) * share
+    seconds = rates.seconds + rates.seconds_per_node * nodes + rates.seconds_per_gb * held / 1e9
+    memory = rates.memory_bytes + (rates.memory_per_half_byte if half else rates.memory_per_byte) * stored
     return Estimate(
-        memory_bytes=round(rates.memory_bytes + rates.memory_per_byte * weights),
-        build_s=round((rates.seconds + rates.seconds_per_gb * weights / 1e9) * (1 + rates.repeated * repeats), 1),
-        size_bytes=round(rates.size_bytes + weights),
+        memory_bytes=round(memory),
+        build_s=round(seconds * (1 + rates.repeated * repeats), 1),
+        size_bytes=round(rates.size_bytes + held),
     )
 
 

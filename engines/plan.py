@@ -9,19 +9,18 @@ from pathlib import Path
 import msgspec
 
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import Ingredients, InputRange, Shape, architecture_of, origin_of, weights_of
-from ..runtime.errors import ArgumentError, TargetError
+from ..runtime.engine_files import Ingredients, InputRange, Shape, origin_of
+from ..runtime.errors import ArgumentError, PlanError
 from ..runtime.manifest import Component, Manifest
 from ..runtime.plan import Schedule, compile_plan
 from ..runtime.stages import MOST_STAGES
-from ..runtime.targets import Target, installed_version
+from ..runtime.targets import Target
 from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
-from . import flavour, onnxruntime, openvino
+from . import flavour
+from .ingredients import exact_target, grouped, ingredients_of, require_buildable
 from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
+from .together import for_each
 
-# To be raised when engines come to be built in another way from the same ingredients.
-RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 2}
-_QUANTIZED = ("int8", "fp8")
 _TAKE_LORAS = ("denoiser", "text_encoder")
 
 
@@ -118,7 +117,7 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     Raises:
         BundleError: the bundle has no such component.
         ArgumentError: a profile is outside the models, or nothing of the kind can be made of them.
-        TargetError: a target cannot be built for here, or asks for a precision that a component is not in.
+        TargetError: targets cannot be built for here, or ask for a precision that a component is not in.
     """
     names = plan.components or tuple(bundle.manifest.components)
     for name in names:
@@ -126,11 +125,16 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     _require_takers(plan, {bundle.component(name).role for name in names})
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)
-    for target in plan.targets:
-        require_buildable(target, plan.options)
+    for_each(plan.targets, lambda target: _require_target(target, plan, bundle, names), "--target")
     graphs = [graph for name in names for graph in _graphs(plan, bundle, name, profiles)]
     pairs = ((graph, target) for target in plan.targets for graph in graphs)
     return tuple(request for graph, target in pairs for request in _requests(bundle, graph, target, plan.options))
+
+
+def _require_target(target: Target, plan: BuildPlan, bundle: Bundle, names: Sequence[str]) -> None:
+    require_buildable(target, plan.options)
+    for name in names:
+        exact_target(target, name, bundle)
 
 
 def _require_takers(plan: BuildPlan, roles: set[str]) -> None:
@@ -143,40 +147,6 @@ def _require_takers(plan: BuildPlan, roles: set[str]) -> None:
         if given and roles.isdisjoint(takers):
             expected = f"a {' or '.join(takers)} among the components"
             raise ArgumentError(option, "nothing to make it of", got=", ".join(sorted(roles)), expected=expected)
-
-
-def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_OPTIONS) -> None:
-    """Raise TargetError when engines for a target cannot be built here."""
-    if target.backend in flavour.BACKENDS:
-        flavour.require_buildable(target.backend, target.device, options)
-    elif target.backend == "openvino":
-        openvino.require_buildable(target.device, target.precision or "fp32")
-    else:
-        onnxruntime.require_buildable(target.device)
-
-
-def _target_of(target: Target, name: str, component: Component, bundle: Bundle) -> Target:
-    """The target as it is for one component, with the precision it computes in.
-
-    Raises:
-        TargetError: the component was not exported in the precision that the target asks for.
-    """
-    target = target.of_component(component)
-    if target.precision in _QUANTIZED and not _is_quantized(bundle.model_path(name)):
-        raise TargetError(
-            name,
-            f"its graph quantizes nothing, and {target} computes in what the graph states",
-            expected="QuantizeLinear and DequantizeLinear nodes",
-            remedy=f"Quantize it first, or ask for {target.backend}:{target.device}:{component.precision}.",
-        )
-    target.check_precision(name, component.precision)
-    return target
-
-
-def _is_quantized(model: Path) -> bool:
-    import onnx  # noqa: PLC0415 (of the extra `export`; a plan without quantization does without it)
-
-    return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +218,12 @@ def _timesteps(manifest: Manifest, steps: int | None) -> tuple[float, ...]:
     """
     if steps is None:
         return ()
-    table = compile_plan(manifest, Schedule(steps=steps or None)).table
+    try:
+        table = compile_plan(manifest, Schedule(steps=steps or None)).table
+    except PlanError as error:
+        if not steps:
+            raise
+        raise PlanError("--fold-steps", error.what, got=steps, expected=error.expected, remedy=error.remedy) from error
     return tuple(dict.fromkeys(table.timesteps.tolist()))
 
 
@@ -262,53 +237,3 @@ def _requests(bundle: Bundle, graph: _Graph, target: Target, options: flavour.Op
         model = bundle.model_path(graph.name)
         tuned = {name: one.opt for name, one in (group or graph.ranges)[0][1].items()}
         yield Request(graph.name, target, model, graph.facts, made_of, tuple(named for named, _ in group), tuned)
-
-
-def grouped(
-    target: Target, ranges: Sequence[tuple[str, dict[str, InputRange]]]
-) -> list[list[tuple[str, dict[str, InputRange]]]]:
-    """Which profiles, by name, go into one engine of a target; those that come to the same shapes are one."""
-    distinct: list[tuple[str, dict[str, InputRange]]] = []
-    for named, one in ranges:
-        if one not in [other for _, other in distinct]:
-            distinct.append((named, one))
-    if target.backend in flavour.BACKENDS:
-        return [distinct]
-    if target.backend == "openvino":  # has no profiles: an engine for each
-        return [[one] for one in distinct]
-    return [[]]  # ONNX Runtime takes every shape
-
-
-def ingredients_of(
-    bundle: Bundle,
-    name: str,
-    target: Target,
-    profiles: tuple[Mapping[str, InputRange], ...],
-    options: flavour.Options = flavour.PLAIN_OPTIONS,
-) -> Ingredients:
-    """What an engine of component `name` depends on, as it was exported.
-
-    Raises:
-        TargetError: the component is not in the precision that the target asks for, or the backend is not installed.
-    """
-    exact = _target_of(target, name, bundle.component(name), bundle)
-    precision = exact.precision or bundle.component(name).precision
-    return Ingredients(
-        graph=origin_of(bundle, name),
-        weights=weights_of(bundle, name),
-        origin=origin_of(bundle, name),
-        profiles=tuple(dict(one) for one in profiles),
-        backend=target.backend,
-        backend_version=installed_version(target.backend),
-        device="+".join(sorted(set(target.device.split("+")), key=lambda device: (len(device), device))),
-        architecture=architecture_of(target),
-        precision=precision,
-        flags=_flags(target, precision, options),
-        recipe=RECIPES[target.backend],
-    )
-
-
-def _flags(target: Target, precision: str, options: flavour.Options) -> dict[str, str | int | bool]:
-    if target.backend == "openvino":
-        return openvino.configuration(target.device, precision)
-    return options.flags(target.backend, target.device) if target.backend in flavour.BACKENDS else {}

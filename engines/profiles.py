@@ -42,6 +42,7 @@ _BATCHED = frozenset(
     {"input_ids", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "pooled_projections"}
     | {"controlnet_cond", GUIDANCE_EMBEDDING}
 )
+_AXES = {"width": "width in pixels", "height": "height in pixels", "b": "pictures per call"}
 _SEQUENCES = frozenset({"input_ids", "encoder_hidden_states"})
 
 
@@ -75,8 +76,9 @@ class Profile:
         limits = (("width", self.width, MAX_SIDE), ("height", self.height, MAX_SIDE), ("b", self.images, MAX_PICTURES))
         for axis, span, most in limits:
             if not 1 <= span.minimum <= span.maximum <= most:
-                raise ArgumentError(f"--profile {self.name}", f"range of {axis}", got=f"{span.minimum}..{span.maximum}",
-                                    expected=f"a rising range in 1..{most}")  # fmt: skip
+                what, one = ("", "number") if span.minimum == span.maximum else ("range of ", "rising range")
+                raise ArgumentError(f"--profile {self.name}", f"{what}{_AXES[axis]}", got=str(span),
+                                    expected=f"a {one} in 1..{most}")  # fmt: skip
             if not span.minimum <= span.optimum <= span.maximum:
                 raise ArgumentError(f"--profile {self.name}", f"opt of {axis}", got=span.optimum,
                                     expected=f"a number in {span.minimum}..{span.maximum}")  # fmt: skip

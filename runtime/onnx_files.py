@@ -64,6 +64,15 @@ def graph_tensors(model: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec
     return _read(model, lambda walk: walk.tensors())
 
 
+def node_count(model: Path) -> int:
+    """How many nodes a model's graph has.
+
+    Raises:
+        BundleError: as `external_files` does.
+    """
+    return _read(model, lambda walk: walk.nodes())
+
+
 def projections(model: Path) -> dict[str, tuple[int, ...]]:
     """The weights' shapes of a graph's projections by module, (out, in) or (out, in, height, width), as PyTorch's are.
 
@@ -106,6 +115,9 @@ class _Walk:
                 elif number in listed:
                     listed[number].append(self._spec(span))
         return tuple(spec for spec in listed[11] if spec.name not in weights), tuple(listed[12])
+
+    def nodes(self) -> int:
+        return sum(number == 1 for graph in self._graphs() for number, _ in self._fields(graph))
 
     def projections(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for graph in self._graphs():

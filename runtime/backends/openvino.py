@@ -191,5 +191,5 @@ def _require_quantized(name: str, graph: Any) -> None:
             name,
             "its graph quantizes nothing",
             expected="QuantizeLinear and DequantizeLinear nodes for precision int8",
-            remedy="Quantize it first, or ask for openvino:cpu:fp32.",
+            remedy="No command of this version quantizes one yet; ask for openvino:cpu:fp32.",
         )

@@ -51,6 +51,7 @@ class Command(Protocol):
     """What a command's module offers.
 
     It may also have `plan_facts(plan)`, what `--print-plan` shows where that is more than the plan's fields,
+    `plan_lines(facts)`, the lines a person is shown of these,
     `summary(result)`, the lines a person is shown of what `run` returned, and `status(result)`, the exit status.
     """
 
@@ -155,15 +156,20 @@ def _declare(parser: argparse.ArgumentParser, name: str, command: Command) -> No
     group = parser.add_argument_group("output and errors")
     group.add_argument("--json", action="store_true", help="write one JSON document to stdout, all else to stderr")
     if COMMANDS[name].plans:
-        group.add_argument("--print-plan", action="store_true", help="show as JSON what would be done, and stop")
+        group.add_argument("--print-plan", action="store_true", help="show what would be done, and stop")
     group.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
 
 
 def _execute(command: Command, namespace: argparse.Namespace) -> int:
     plan = command.plan_from_arguments(namespace)
     if getattr(namespace, "print_plan", False):
-        facts = getattr(command, "plan_facts", _fields)
-        _write_json(facts(plan))
+        facts = getattr(command, "plan_facts", _fields)(plan)
+        if namespace.json or not hasattr(command, "plan_lines"):
+            _write_json(facts)
+            return 0
+        planned: Iterable[str] = command.plan_lines(facts)
+        for line in planned:
+            sys.stdout.write(one_line(line) + "\n")
         return 0
     with ConsoleReporter(sys.stderr if namespace.json else sys.stdout, sys.stderr) as reporter:
         result = command.run(plan, reporter)

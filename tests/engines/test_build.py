@@ -20,6 +20,7 @@ import onnxruntime
 import openvino
 import pytest
 
+from tandemrt.engines import ingredients
 from tandemrt.engines import plan as plans
 from tandemrt.engines.build import changes, ensure_engine
 from tandemrt.engines.tensorrt import layer_of
@@ -126,9 +127,9 @@ def test_the_key_is_of_everything_the_engine_depends_on(
     assert base == key(profile="named=64")
     others = [key("onnxruntime:cpu"), key(profile="128"), key(component="unet_small"), key("tensorrt-rtx:sm89"),
               key("tensorrt-rtx:sm120"), key("tensorrt-rtx:portable")]  # fmt: skip
-    monkeypatch.setattr(plans, "installed_version", lambda backend: "2030.1")
+    monkeypatch.setattr(ingredients, "installed_version", lambda backend: "2030.1")
     others.append(key())
-    monkeypatch.setattr(plans, "architecture_of", lambda target: "another machine")
+    monkeypatch.setattr(ingredients, "architecture_of", lambda target: "another machine")
     others.append(key())
     assert len({base, *others}) == 1 + len(others)
 
@@ -138,7 +139,7 @@ def test_what_changed_is_said(requests: Requests, tmp_path: Path, monkeypatch: p
     assert changes(request, tmp_path) is None
     built = ensure_engine(request, tmp_path, silent, VERSIONS)
     assert changes(request, tmp_path) == ()
-    monkeypatch.setattr(plans, "installed_version", lambda backend: "2030.1")
+    monkeypatch.setattr(ingredients, "installed_version", lambda backend: "2030.1")
     (newer,) = requests("onnxruntime:cpu", components=("unet",))
     version = request.ingredients.backend_version
     assert changes(newer, tmp_path) == (f"the backend version changed ({version} there, 2030.1 now)",)
@@ -302,7 +303,10 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
             "tensorrt-rtx:sm89:bf16",
             r"expected fp16 for .*:bf16\. Ask for tensorrt-rtx:sm89:fp32, or .*`tandemrt export --dtype fp16`",
         ),
-        ("tensorrt-rtx:sm89:int8", r"unet: its graph quantizes nothing.*or ask for tensorrt-rtx:sm89:fp32"),
+        (
+            "tensorrt-rtx:sm89:int8",
+            r"unet: its graph quantizes nothing.*quantizes one yet; ask for tensorrt-rtx:sm89:fp32",
+        ),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
         ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected one of sm75, .*, or portable"),
         ("onnxruntime:tensorrt-rtx", r"compiles when it loads a graph.*or build for tensorrt-rtx\."),

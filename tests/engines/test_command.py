@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
 import pytest
 
+from tandemrt.engines import command as module
+from tandemrt.engines.build import Outcome, ensure_engine
+from tandemrt.engines.plan import Request
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import engines_folder
+from tandemrt.runtime.errors import EngineError
 
 from ..runtime.test_backend_openvino import HAS_BF16
 from .test_build import FEEDS, left_in, reference
@@ -47,7 +53,19 @@ def test_it_builds_explains_and_finds_again(
 def test_the_plan_is_shown(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profiles = ["--profile", "fast=64:guided", "--profile", "64..128:b1-b2"]
     arguments = ["--target", "tensorrt-rtx:sm89", "--target", "openvino:cpu", "--component", "unet", *profiles]
-    assert main(["build-engine", str(tiny_path), *arguments, "--cache", str(tmp_path), "--print-plan"]) == 0
+    command = ["build-engine", str(tiny_path), *arguments, "--cache", str(tmp_path), "--print-plan"]
+    assert main(command) == 0
+    first, fast, wide, *_, together = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"unet for tensorrt-rtx:sm89, fast; 64..128:b1-b2: to be built, about 0.\d GB of memory, \d+ s, \d+ MB on disk",
+        first,
+    )
+    assert fast == "  fast: sample (2, 4, 8, 8), timestep (1), encoder_hidden_states (2, 12, 8)"
+    assert wide.startswith("  64..128:b1-b2: sample (1..4, 4, 8..16, 8..16), ")
+    assert re.fullmatch(
+        rf"3 engines to be built one after the other, about .*; 0 in the cache \({re.escape(str(tmp_path))}\)", together
+    )
+    assert main([*command, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [(engine["target"], engine["profiles"]) for engine in shown["engines"]] == [
         ("tensorrt-rtx:sm89", ["fast", "64..128:b1-b2"]),
@@ -82,9 +100,31 @@ def test_one_bundle_in_fp16_serves_tensorrt_rtx_in_fp16_and_openvino_in_bf16(
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--target", "onnxruntime:cpu", "--profile", "64..32"], 2, "range of width, got '64..32'"),
+        (["--target", "onnxruntime:cpu", "--profile", "64..32"], 2, "range of width in pixels, got '64..32'"),
         (["--target", "onnxruntime:cpu", "--profile", "72"], 2, "expected a multiple of 16 pixels. Use 64."),
         (["--target", "onnxruntime:cpu", "--target", "onnxruntime:cpu"], 2, "given twice, got 'onnxruntime:cpu'"),
+        (["--target", "onnxruntime:cpu", "--profile", "0x0"], 2, "width in pixels, got '0', expected a number in 1.."),
+        (
+            ["--target", "openvino:fpga", "--target", "directml"],
+            2,
+            "--target: 2 of 2 cannot be used: (1) target: device",
+        ),
+        (
+            ["--target", "openvino:npu", "--target", "onnxruntime:cpu", "--target", "tensorrt-rtx:sm99"],
+            1,
+            "--target: 2 of 3 cannot be used: (1) target openvino: device, got 'npu', expected one of cpu. "
+            "(2) target tensorrt-rtx: GPU architecture, got 'sm99'",
+        ),
+        (
+            ["--target", "onnxruntime:cpu", "--step", "--fold-steps", "0"],
+            2,
+            "--fold-steps: not a number of steps from 1",
+        ),
+        (
+            ["--target", "onnxruntime:cpu", "--step", "--fold-steps", "5000"],
+            2,
+            "--fold-steps: cannot be used, got 5000, expected a whole number in 1..1000.",
+        ),
         (["--target", "onnxruntime:cpu", "--component", "unte"], 1, "no such component, got 'unte'"),
         (["--target", "directml:gpu"], 2, "backend, got 'directml:gpu'"),
         (["--target", "tensorrt-rtx:sm89:fp16"], 1, "--dtype fp16"),
@@ -96,6 +136,42 @@ def test_unusable_arguments(
 ) -> None:
     assert main(["build-engine", str(tiny_path), *arguments]) == status
     assert message in capsys.readouterr().err
+
+
+def test_a_build_that_fails_leaves_the_others_alone(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(request: Request, *rest: Any) -> Outcome:
+        if request.component == "unet":
+            raise EngineError("unet", "cannot be built")
+        return ensure_engine(request, *rest)
+
+    monkeypatch.setattr(module, "ensure_engine", failing)
+    cache = ["--cache", str(tmp_path / "cache")]
+    command = ["build-engine", str(tiny_path), "--target", "onnxruntime:cpu", "--component", "unet", *cache]
+    assert main([*command, "--component", "unet_small", "--component", "vae_decoder"]) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "unet for onnxruntime:cpu: not built: unet: cannot be built." in err
+    # Each is told as it ends, before the next one is spoken of.
+    small, decoder = (f"{name} for onnxruntime:cpu: " for name in ("unet_small", "vae_decoder"))
+    assert [line.partition("about")[0] for line in lines[1:3]] == [f"{small}to be built, ", lines[2]]
+    assert lines[2].startswith(f"{small}built in ")
+    assert lines[3].startswith(f"{decoder}to be built, ")
+    assert re.match(r"2 engines built in \d+\.\d s, 0 in the cache before, 1 failed \(", lines[-1])
+    assert len(left_in(tmp_path / "cache")) == 2
+    assert main(command) == 1  # alone it is an error as any other
+    assert capsys.readouterr().err.startswith("tandemrt build-engine: unet: cannot be built")
+
+
+def test_a_cache_that_cannot_be_written_ends_it_all(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert main(["build-engine", str(tiny_path), "--target", "onnxruntime:cpu", "--cache", str(tmp_path / "file")]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("the cache cannot be written") == 1
+    assert "not built" not in out + err
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(shapes_bundle: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -44,7 +46,27 @@ def test_more_of_anything_takes_more(requests: Requests) -> None:
     assert estimated(both).build_s > estimated(one).build_s
     (full,) = requests("openvino:cpu", components=("unet",))
     half = replace(full, ingredients=msgspec.structs.replace(full.ingredients, precision="fp16"))
-    assert estimated(half).memory_bytes > estimated(full).memory_bytes
+    half = replace(half, facts=msgspec.structs.replace(full.facts, precision="fp16"))
+    assert estimated(half).size_bytes > estimated(full).size_bytes
+
+
+def test_times_and_memory_are_near_those_of_bench(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the builds measured at true size, in fp16; `nodes` are those of their graphs."""
+    nodes = {("hybrid-sd-fp16", "unet"): 1866, ("sdxs-512-0.9-fp16", "unet"): 1037, ("sdxl-fp16", "unet"): 4600}
+    evidence = Path(__file__).resolve().parents[2] / "bench" / "evidence"
+    for file in ("engine_builds.json", "engine_builds_sdxl.json"):
+        for row in json.loads((evidence / file).read_text("utf-8"))["builds"]:
+            count = nodes.get((row["bundle"], row["component"]))
+            if count is None:
+                continue
+            on_a_processor = row["target"].endswith(":cpu")
+            stored = row["size_mb"] * 1e6 / (2 if on_a_processor else 1)
+            monkeypatch.setattr(estimate, "weights_bytes", lambda request, stored=stored: stored)
+            monkeypatch.setattr(estimate, "node_count", lambda model, count=count: count)
+            (request,) = requests(row["target"], components=("unet",))
+            found = estimated(replace(request, facts=msgspec.structs.replace(request.facts, precision="fp16")))
+            assert found.build_s == pytest.approx(row["build_s"], rel=0.35), row
+            assert found.memory_bytes == pytest.approx(row["peak_gib"] * 2**30, rel=0.2), row
 
 
 def test_available_memory_is_told() -> None:

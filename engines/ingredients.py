@@ -1,0 +1,102 @@
+"""What an engine depends on, and whether one can be built for a target at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..runtime.bundle import Bundle
+from ..runtime.engine_files import Ingredients, InputRange, architecture_of, origin_of, weights_of
+from ..runtime.errors import TargetError
+from ..runtime.targets import Target, installed_version
+from . import flavour, onnxruntime, openvino
+
+# To be raised when engines come to be built in another way from the same ingredients.
+RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 2}
+_QUANTIZED = ("int8", "fp8")
+
+
+def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_OPTIONS) -> None:
+    """Raise TargetError when engines for a target cannot be built here."""
+    if target.backend in flavour.BACKENDS:
+        flavour.require_buildable(target.backend, target.device, options)
+    elif target.backend == "openvino":
+        openvino.require_buildable(target.device, target.precision or "fp32")
+    else:
+        onnxruntime.require_buildable(target.device)
+
+
+def exact_target(target: Target, name: str, bundle: Bundle) -> Target:
+    """The target as it is for component `name`, with the precision it computes in.
+
+    Raises:
+        TargetError: the component was not exported in the precision that the target asks for.
+    """
+    component = bundle.component(name)
+    target = target.of_component(component)
+    if target.precision in _QUANTIZED and not _is_quantized(bundle.model_path(name)):
+        raise TargetError(
+            name,
+            f"its graph quantizes nothing, and {target} computes in what the graph states",
+            expected="QuantizeLinear and DequantizeLinear nodes",
+            remedy="No command of this version quantizes one yet; ask for "
+            f"{target.backend}:{target.device}:{component.precision}.",
+        )
+    target.check_precision(name, component.precision)
+    return target
+
+
+def _is_quantized(model: Path) -> bool:
+    import onnx  # noqa: PLC0415 (of the extra `export`; a plan without quantization does without it)
+
+    return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
+
+
+def grouped(
+    target: Target, ranges: Sequence[tuple[str, dict[str, InputRange]]]
+) -> list[list[tuple[str, dict[str, InputRange]]]]:
+    """Which profiles, by name, go into one engine of a target; those that come to the same shapes are one."""
+    distinct: list[tuple[str, dict[str, InputRange]]] = []
+    for named, one in ranges:
+        if one not in [other for _, other in distinct]:
+            distinct.append((named, one))
+    if target.backend in flavour.BACKENDS:
+        return [distinct]
+    if target.backend == "openvino":  # has no profiles: an engine for each
+        return [[one] for one in distinct]
+    return [[]]  # ONNX Runtime takes every shape
+
+
+def ingredients_of(
+    bundle: Bundle,
+    name: str,
+    target: Target,
+    profiles: tuple[Mapping[str, InputRange], ...],
+    options: flavour.Options = flavour.PLAIN_OPTIONS,
+) -> Ingredients:
+    """What an engine of component `name` depends on, as it was exported.
+
+    Raises:
+        TargetError: the component is not in the precision that the target asks for, or the backend is not installed.
+    """
+    exact = exact_target(target, name, bundle)
+    precision = exact.precision or bundle.component(name).precision
+    return Ingredients(
+        graph=origin_of(bundle, name),
+        weights=weights_of(bundle, name),
+        origin=origin_of(bundle, name),
+        profiles=tuple(dict(one) for one in profiles),
+        backend=target.backend,
+        backend_version=installed_version(target.backend),
+        device="+".join(sorted(set(target.device.split("+")), key=lambda device: (len(device), device))),
+        architecture=architecture_of(target),
+        precision=precision,
+        flags=_flags(target, precision, options),
+        recipe=RECIPES[target.backend],
+    )
+
+
+def _flags(target: Target, precision: str, options: flavour.Options) -> dict[str, str | int | bool]:
+    if target.backend == "openvino":
+        return openvino.configuration(target.device, precision)
+    return options.flags(target.backend, target.device) if target.backend in flavour.BACKENDS else {}
