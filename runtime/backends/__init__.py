@@ -66,7 +66,10 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None, str
         from . import openvino  # noqa: PLC0415
 
         return openvino.OpenVinoSession.of_engine(found, target, thread_count("threads", threads), streams)
-    return open_session(found.folder / _GRAPH, target, threads=threads)
+    from . import onnxruntime  # noqa: PLC0415
+
+    model, count = found.folder / _GRAPH, thread_count("threads", threads)
+    return onnxruntime.OnnxRuntimeSession(model, target, count, engine_of=found.engine.component)
 
 
 def target_here(target: Target) -> Target:

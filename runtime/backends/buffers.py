@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -77,3 +78,13 @@ def require_numpy_types(name: str, specs: Sequence[TensorSpec]) -> None:
 def one_line(error: BaseException) -> str:
     """What a library said, on one line of bounded length."""
     return " ".join(str(error).split())[:500]
+
+
+def not_loaded(backend: str, file: Path, engine_of: str | None, error: BaseException) -> ExecutionError:
+    """The error for a graph, or for the engine of a component, that a backend does not load."""
+    if engine_of is None:
+        remedy = f"Check it with `tandemrt verify`, or try a newer {backend.lower().replace(' ', '')}."
+        return ExecutionError(str(file), f"{backend} cannot load the model ({one_line(error)})", remedy=remedy)
+    what = f"{backend} cannot load the engine in {file.parent} ({one_line(error)})"
+    remedy = "Remove its folder, and build it again with `tandemrt build-engine`."
+    return ExecutionError(engine_of, what, remedy=remedy)

@@ -13,7 +13,7 @@ from ..errors import ExecutionError, TargetError
 from ..manifest import Dtype, TensorSpec
 from ..targets import Target, install_hint
 from .base import Array, Shape
-from .buffers import allocated, one_line
+from .buffers import allocated, not_loaded, one_line
 from .providers import opened
 
 # Devices whose memory ONNX Runtime lets us fill and read; for others it copies host buffers itself.
@@ -40,17 +40,20 @@ class _Buffers:
 class OnnxRuntimeSession:
     """An ONNX model on ONNX Runtime; see `Session`. Loaded by path, so external data is found beside the model."""
 
-    def __init__(self, model: Path, target: Target, threads: int | None) -> None:
+    def __init__(self, model: Path, target: Target, threads: int | None, *, engine_of: str | None = None) -> None:
         """Load `model`.
+
+        engine_of: of an engine the component it was built from; a bundle's graph is in a folder of that name.
 
         Raises:
             TargetError: ONNX Runtime is not installed, or did not grant the provider.
             ExecutionError: ONNX Runtime cannot load the model.
         """
-        self._name = model.parent.name
+        self._name = engine_of or model.parent.name
+        self._runs_on = "ONNX Runtime" if engine_of is None else f"ONNX Runtime, on the engine in {model.parent},"
         self._ort = _onnxruntime()
         self._memory = _BUFFERS_ON.get(target.device, "cpu")
-        self._session = _loaded(self._ort, model, target, threads)
+        self._session = _loaded(self._ort, model, target, threads, engine_of)
         self.inputs = tuple(self._spec(node, target) for node in self._session.get_inputs())
         self.outputs = tuple(self._spec(node, target) for node in self._session.get_outputs())
 
@@ -89,7 +92,7 @@ class OnnxRuntimeSession:
             for value, array in buffers.made:
                 array[...] = value.numpy()
         except Exception as error:  # ONNX Runtime raises plain RuntimeError and its own classes
-            raise ExecutionError(self._name, f"ONNX Runtime failed ({one_line(error)})") from error
+            raise ExecutionError(self._name, f"{self._runs_on} failed ({one_line(error)})") from error
 
     def _value(self, array: Array) -> Any:
         """The array itself on the CPU, a copy of it on a GPU."""
@@ -139,7 +142,7 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _loaded(ort: Any, model: Path, target: Target, threads: int | None) -> Any:
+def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_of: str | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.use_deterministic_compute = True
@@ -153,7 +156,4 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None) -> Any:
     except TargetError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
-        remedy = "Check it with `tandemrt verify`, or try a newer onnxruntime."
-        raise ExecutionError(
-            str(model), f"ONNX Runtime cannot load the model ({one_line(error)})", remedy=remedy
-        ) from error
+        raise not_loaded("ONNX Runtime", model, engine_of, error) from error

@@ -19,11 +19,10 @@ from ..manifest import TensorSpec
 from ..onnx_files import graph_tensors
 from ..targets import Target, install_hint
 from .base import Array, Shape
-from .buffers import Arrays, allocated, one_line, require_numpy_types
+from .buffers import Arrays, allocated, not_loaded, one_line, require_numpy_types
 
 # What arithmetic is asked for. Left to itself, OpenVINO runs an fp32 graph in bf16 where the processor can.
 _INFERENCE_PRECISIONS = {None: "f32", "fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
-_REMEDY = "Check it with `tandemrt verify`, or try a newer openvino."
 
 
 class OpenVinoSession:
@@ -56,7 +55,7 @@ class OpenVinoSession:
         try:
             inputs, outputs = graph_tensors(model)
         except BundleError as error:
-            raise ExecutionError(str(model), f"OpenVINO cannot load the model ({error})") from error
+            raise not_loaded("OpenVINO", model, None, error) from error
         require_numpy_types(name, (*inputs, *outputs))
         return cls(name, _granted(model, target, _threading(threads, streams), compile_graph), inputs, outputs)
 
@@ -74,8 +73,9 @@ class OpenVinoSession:
         def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
             return core.import_model(_openvino().Tensor(np.fromfile(path, np.uint8)), "CPU", configuration)
 
-        compiled = _granted(path, target, _threading(threads, streams), import_blob)
-        return cls(found.engine.component, compiled, found.engine.inputs, found.engine.outputs)
+        name = found.engine.component
+        compiled = _granted(path, target, _threading(threads, streams), import_blob, engine_of=name)
+        return cls(name, compiled, found.engine.inputs, found.engine.outputs)
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> OpenVinoBinding:
         """Allocate buffers for these input shapes; see `Session.bind`."""
@@ -158,7 +158,11 @@ def _threading(threads: int | None, streams: int) -> dict[str, str]:
 
 
 def _granted(
-    path: Path, target: Target, threading: Mapping[str, str], load: Callable[[Any, Mapping[str, str]], Any]
+    path: Path,
+    target: Target,
+    threading: Mapping[str, str],
+    load: Callable[[Any, Mapping[str, str]], Any],
+    engine_of: str | None = None,
 ) -> Any:
     """What `load` makes of OpenVINO's core and a configuration, if it is what the target asks for."""
     ov, precision = _openvino(), _INFERENCE_PRECISIONS[target.precision]
@@ -170,18 +174,17 @@ def _granted(
     except TargetError:
         raise
     except Exception as error:  # OpenVINO raises plain RuntimeError
-        what = f"OpenVINO cannot load the model ({one_line(error)})"
-        raise ExecutionError(str(path), what, remedy=_REMEDY) from error
+        raise not_loaded("OpenVINO", path, engine_of, error) from error
     if granted != precision:
         raise TargetError(
-            path.parent.name,
+            engine_of or path.parent.name,
             f"precision of the arithmetic that OpenVINO granted for target {target}",
             got=granted,
             expected=precision,
             remedy="Ask for openvino:cpu:fp32, or use a processor with the instructions; `tandemrt doctor` lists them.",
         )
     if devices != ["CPU"]:
-        raise TargetError(path.parent.name, "devices granted", got=devices, expected="CPU alone")
+        raise TargetError(engine_of or path.parent.name, "devices granted", got=devices, expected="CPU alone")
     return compiled
 
 
