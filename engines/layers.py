@@ -17,7 +17,7 @@ from ..runtime.backends.base import Array
 from ..runtime.bundle import Bundle
 from ..runtime.engine_files import Shape
 from ..runtime.engine_search import Found, find_engine
-from ..runtime.engine_session import open_component
+from ..runtime.engine_session import Loader
 from ..runtime.errors import EngineError
 from ..runtime.manifest import Frozen
 from ..runtime.targets import ENGINES_ONLY, Target, check_installed, check_runnable
@@ -145,7 +145,7 @@ class _Comparison:
 
     def outputs(self) -> tuple[Difference, ...]:
         """The component's outputs, as a pipeline would run it."""
-        runner = session_runner(lambda: open_component(self._bundle, self._name, self._target, None), str(self._target))
+        runner = session_runner(Loader(self._bundle, self._name, self._target).session, str(self._target))
         meant = {value.name: value for value in values_of(self._meant_graph, self._shapes)}
         values = [meant[spec.name] for spec in self._bundle.component(self._name).outputs]
         return tuple(_differences(values, self._expected(values), _ran(runner, self._feeds)))

@@ -12,6 +12,7 @@ from .backends.base import Array, Binding, Session, Shape
 from .errors import BundleError, ExecutionError
 from .lora_slots import Adapter, slot_inputs
 from .manifest import TensorSpec
+from .ran_on import serving
 from .shapes import evaluated
 from .tensors import TAKEN, latent_names, spec_of
 from .trace import span
@@ -66,7 +67,6 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
             raise ExecutionError(name, "a guided row without an unconditional branch")
         given = {key: np.concatenate([other[key], values]) for key, values in given.items()}
     given.update(conditioning.whole)
-    given.update(slot_inputs(session.inputs, conditioning.adapters))
     latent, batch, channels = latent_names(session.inputs).sample, shape[0] * (1 + guided), shape[1]
     more = 0 if conditioning.channels is None else conditioning.channels.shape[1]
     sample_shape = (batch, channels + more, *shape[2:])
@@ -78,8 +78,11 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
         **{key: values.shape for key, values in given.items()},
         **residuals,
     }
+    session = serving(session, shapes)
+    slots = slot_inputs(session.inputs, conditioning.adapters)
     with span("bind", name):
-        binding = session.bind(shapes)
+        binding = session.bind({**shapes, **{key: values.shape for key, values in slots.items()}})
+    given.update(slots)
     for key, values in given.items():
         binding.inputs[key][...] = values
     sample = binding.inputs[latent]

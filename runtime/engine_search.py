@@ -28,6 +28,7 @@ from .engine_files import (
     weights_of,
 )
 from .errors import EngineError
+from .lora_slots import slot_shapes
 from .targets import PORTABLE, Target, installed_version
 from .variant import PLAIN, Variant
 
@@ -79,12 +80,25 @@ def fitting_engine(
     cache: Path | None = None,
     variant: Variant = PLAIN,
 ) -> Found:
-    """The engine in the cache that runs a component on a target, by what its sidecar says.
+    """The best of `fitting_engines`."""
+    return fitting_engines(bundle, component, target, shapes, cache=cache, variant=variant)[0]
+
+
+def fitting_engines(
+    bundle: Bundle,
+    component: str,
+    target: Target,
+    shapes: Mapping[str, Shape] | None = None,
+    *,
+    cache: Path | None = None,
+    variant: Variant = PLAIN,
+) -> list[Found]:
+    """The engines in the cache that run a component on a target, by what their sidecars say, the best first.
 
     target: for TensorRT with the one architecture that is here, such as `tensorrt-rtx:sm89`.
-    shapes: of the call's inputs; None for an engine of any profile. Of several that fit, the one whose profile is the
-        narrowest is taken, of these the one whose variant costs least.
-    cache: as in `cache_folder`. variant: what the engine must be, or more; see `Variant.serves`.
+    shapes: of the call's inputs, those of LoRA slots may be left out; None for engines of any profile. Of several that
+        fit, the one whose profile is the narrowest comes first, of these the one whose variant costs least.
+    cache: as in `cache_folder`. variant: what the engines must be, or more; see `Variant.serves`.
 
     Raises:
         EngineError: there is none, or none that fits, with the reason and the command that builds one.
@@ -100,7 +114,7 @@ def fitting_engine(
             continue
         found = None if reason else fitted(folder, engine, shapes)
         if found is None:
-            misfits.append(f"{folder.name[:12]} {reason or _out_of_profile(engine.ingredients, shapes or {})}")
+            misfits.append(f"{folder.name[:12]} {reason or out_of_profile(engine, shapes or {})}")
         else:
             fitting.append(found)
     if not fitting:
@@ -108,9 +122,10 @@ def fitting_engine(
         command = build_command(bundle, component, target, variant, shapes, cache)
         remedy = f"Run `{command}`."
         wanted = f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
+        misfits += unreadable(cache)
         why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
         raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
-    return min(fitting, key=lambda found: found.order)
+    return sorted(fitting, key=lambda found: found.order)
 
 
 def engines_of(
@@ -134,32 +149,52 @@ def engines_of(
                 yield folder, engine, _misfit(made_of, weights, target)
 
 
+def unreadable(cache: Path | None = None) -> list[str]:
+    """The engines of a cache whose sidecars cannot be read, which may be of any component, with the reason."""
+    listed = (engine for _, engine in cached_engines(cache_folder(cache)))
+    return [error.without_remedy for error in listed if isinstance(error, EngineError)]
+
+
 def fitted(folder: Path, engine: Engine, shapes: Mapping[str, Shape] | None) -> Found | None:
-    """An engine with the narrowest of its profiles that takes these shapes; None where none does."""
-    served = _serving(engine.ingredients, shapes)
+    """An engine with the narrowest of its profiles that takes these shapes; None where none does.
+
+    shapes: those of LoRA slots may be left out.
+    """
+    served = _serving(engine, shapes)
     return None if served is None else Found(folder, engine, served[1], served[0])
 
 
 def profile_for(engine: Engine, shapes: Mapping[str, Shape]) -> int | None:
     """The narrowest profile of an engine that takes these shapes, by its place; None where none does."""
-    served = _serving(engine.ingredients, shapes)
+    served = _serving(engine, shapes)
     return None if served is None else served[1]
 
 
 def has_engine(
     bundle: Bundle, component: str, target: Target, *, cache: Path | None = None, variant: Variant = PLAIN
 ) -> bool:
-    """Whether anything in the cache was built from a component, in this variant, for a target's backend and device.
+    """Whether anything in the cache may be an engine of a component, in this variant, that answers a target.
+
+    That is what was built for the target's backend, device and precision, whether or not it runs here, and what
+    cannot be read.
 
     Raises:
         EngineError: as of `cached_engines`.
     """
-    wanted = origin_of(bundle, component), target.backend, target.device
-    sidecars = (engine for _, engine in cached_engines(cache_folder(cache)) if isinstance(engine, Engine))
+    target = target.of_component(bundle.component(component))
+    wanted = origin_of(bundle, component), target.backend
     return any(
-        (one.origin, one.backend, one.device) == wanted and one.variant.serves(variant)
-        for one in (engine.ingredients for engine in sidecars)
-    )
+        isinstance(engine, EngineError)
+        or ((engine.ingredients.origin, engine.ingredients.backend) == wanted
+            and answers(engine.ingredients, target)
+            and engine.ingredients.variant.serves(variant))
+        for _, engine in cached_engines(cache_folder(cache))
+    )  # fmt: skip
+
+
+def answers(made_of: Ingredients, target: Target) -> bool:
+    """Whether an engine of a target's backend is for its device and computes in its precision."""
+    return _covers(made_of.device, target.device) and made_of.precision == target.precision
 
 
 def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) -> str | None:
@@ -192,22 +227,26 @@ def _covers(built_for: str, device: str) -> bool:
     return set(device.split("+")) <= set(built_for.split("+"))
 
 
-def _serving(made_of: Ingredients, shapes: Mapping[str, Shape] | None) -> tuple[int, int] | None:
+def _serving(engine: Engine, shapes: Mapping[str, Shape] | None) -> tuple[int, int] | None:
     """How wide the narrowest profile is that takes these shapes, and which it is; None where none does."""
-    if not made_of.profiles or shapes is None:
+    profiles = engine.ingredients.profiles
+    if not profiles or shapes is None:
         return 0, 0
+    shapes = {**slot_shapes(engine.inputs), **shapes}
     fitting = [
         (sum(prod(one.max) - prod(one.min) for one in ranges.values()), index)
-        for index, ranges in enumerate(made_of.profiles)
+        for index, ranges in enumerate(profiles)
         if ranges.keys() == shapes.keys() and all(ranges[name].holds(shape) for name, shape in shapes.items())
     ]
     return min(fitting, default=None)
 
 
-def _out_of_profile(made_of: Ingredients, shapes: Mapping[str, Shape]) -> str:
+def out_of_profile(engine: Engine, shapes: Mapping[str, Shape]) -> str:
+    """Why no profile of an engine takes these shapes, in words that follow its name."""
+    shapes = {**slot_shapes(engine.inputs), **shapes}
     misfits = (
         f"{name} {shape} is outside {ranges[name]}" if name in ranges else f"{name} is not among its inputs"
-        for ranges in made_of.profiles
+        for ranges in engine.ingredients.profiles
         for name, shape in shapes.items()
         if name not in ranges or not ranges[name].holds(shape)
     )

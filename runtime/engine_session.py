@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from .backends import open_engine, open_session, target_here
 from .backends.base import Binding, Session, Shape
 from .backends.buffers import symbol_sizes
+from .build_commands import build_command
 from .bundle import Bundle
-from .engine_files import Engine
-from .engine_search import Found, find_engine, fitting_engine, has_engine
+from .engine_files import Engine, check_engine_files
+from .engine_search import Found, fitting_engine, fitting_engines, has_engine
 from .errors import EngineError, ExecutionError
+from .lora_slots import slot_shapes
 from .manifest import Component
+from .ran_on import RanOn
 from .targets import ENGINES_ONLY, Target
 from .variant import PLAIN, Variant
 
-
-def open_component(
-    bundle: Bundle, name: str, target: Target, threads: int | None, variant: Variant = PLAIN, *, streams: int = 1
-) -> Session:
-    """A component on a target: on engines that were built for it, else on the bundle's own graph where that can run.
-
-    variant: what engines must be, or more; of anything but `PLAIN` there are engines alone. The first that fits says
-        which variant all of the session's engines are.
-    streams: as of `open_session`.
-
-    Raises:
-        TargetError: the target cannot run here.
-        ExecutionError: the backend cannot load the graph.
-        EngineError: the cache of engines is not the user's own, or there is no engine of the variant.
-    """
-    asked = engine_target(bundle, name, target)
-    only_engines = target.backend in ENGINES_ONLY or variant != PLAIN
-
-    def load(found: Found) -> Session:
-        return open_engine(found, asked, threads=threads, streams=streams)
-
-    def graph() -> Session:
-        return open_session(bundle.model_path(name), asked, threads=threads, streams=streams)
-
-    if only_engines:
-        return EngineSession(bundle, name, asked, load, variant=variant)
-    return EngineSession(bundle, name, asked, load, graph) if has_engine(bundle, name, asked) else graph()
+_Key = tuple[tuple[str, Shape], ...]
 
 
 def engine_target(bundle: Bundle, name: str, target: Target) -> Target:
@@ -56,42 +33,100 @@ def engine_target(bundle: Bundle, name: str, target: Target) -> Target:
     return target_here(asked) if target.backend in ENGINES_ONLY else asked
 
 
+class Loader:
+    """The models of one component on a target, each loaded once for all sessions of it; safe to share."""
+
+    def __init__(self, bundle: Bundle, name: str, target: Target, threads: int | None = None, streams: int = 1) -> None:
+        """Nothing is loaded yet.
+
+        threads, streams: as of `open_session`.
+
+        Raises:
+            TargetError: the target runs engines alone, and cannot here.
+        """
+        self.bundle, self.name, self.target = bundle, name, engine_target(bundle, name, target)
+        self.lock = threading.RLock()
+        self.closed = False
+        self._threads, self._streams = threads, streams
+        self._loaded: dict[Path | None, Session] = {}
+
+    def session(self, variant: Variant = PLAIN) -> Session:
+        """The component on engines that were built for it, else on the bundle's own graph where that can run.
+
+        variant: what engines must be, or more; of anything but `PLAIN` there are engines alone.
+
+        Raises:
+            TargetError: the target cannot run here.
+            ExecutionError: the backend cannot load the graph.
+            EngineError: the cache of engines is not the user's own, or there is no engine of the variant.
+        """
+        choosing = self.engines_only or variant != PLAIN or has_engine(self.bundle, self.name, self.target)
+        return EngineSession(self, variant) if choosing else self.graph()
+
+    @property
+    def engines_only(self) -> bool:
+        """Whether the target runs no graphs."""
+        return self.target.backend in ENGINES_ONLY
+
+    def engine(self, found: Found) -> Session:
+        """An engine, its files proved to be those that were built.
+
+        Raises:
+            EngineError: they are not, or the backend refuses the engine.
+            ExecutionError: the backend refuses the engine.
+            TargetError: the target is not installed or was not granted.
+        """
+        with self.lock:
+            if found.folder not in self._loaded:
+                check_engine_files(found.folder, found.engine)
+                opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
+                self._loaded[found.folder] = opened
+            return self._loaded[found.folder]
+
+    def graph(self) -> Session:
+        """The bundle's own graph; raises as `open_session`."""
+        with self.lock:
+            if None not in self._loaded:
+                model = self.bundle.model_path(self.name)
+                self._loaded[None] = open_session(model, self.target, threads=self._threads, streams=self._streams)
+            return self._loaded[None]
+
+    def close(self) -> None:
+        """Free them; a second call does nothing."""
+        with self.lock:
+            self.closed = True
+            for session in self._loaded.values():
+                session.close()
+            self._loaded.clear()
+
+
 class EngineSession:
     """Engines behind the interface of a model; see `Session`. Which engine runs is decided by the shapes bound.
 
-    variant: what all of the engines are.
+    An engine that is damaged, or that the backend refuses, is passed over for the next one that fits, or for the graph,
+    and `ran_on` tells.
+
+    variant: what the engines are that its inputs are of: the cheapest of those asked for. See `serving`.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        name: str,
-        target: Target,
-        load: Callable[[Found], Session],
-        otherwise: Callable[[], Session] | None = None,
-        *,
-        variant: Variant = PLAIN,
-    ) -> None:
+    def __init__(self, loader: Loader, variant: Variant = PLAIN) -> None:
         """Nothing is loaded yet.
 
-        target: as `find_engine` takes it.
-        otherwise: loads the bundle's own graph, for shapes that no engine fits; where None they are an error.
-        variant: as of `open_component`.
+        variant: as of `Loader.session`. The graph serves `PLAIN` alone, and no target of engines alone.
 
         Raises:
             EngineError: there is no engine of a variant other than `PLAIN`.
         """
+        bundle, name, target = loader.bundle, loader.name, loader.target
         described: Component | Engine = bundle.component(name)
+        self._loader, self._bundle, self._name, self._target = loader, bundle, name, target
+        self._wanted, self._has_graph = variant, variant == PLAIN and not loader.engines_only
         if variant != PLAIN:
             described = fitting_engine(bundle, name, target, variant=variant).engine
             variant = described.ingredients.variant
         self.inputs, self.outputs, self.variant = described.inputs, described.outputs, variant
-        self._bundle, self._name, self._target = bundle, name, target
-        self._load, self._otherwise = load, otherwise
-        self._lock = threading.Lock()
-        self._by_shapes: dict[tuple[tuple[str, Shape], ...], Session] = {}
-        self._by_folder: dict[Path | None, Session] = {}
-        self._closed = False
+        self._by_shapes: dict[_Key, tuple[Session, RanOn]] = {}
+        self._serving: dict[_Key, EngineSession] = {}
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> Binding:
         """Allocate buffers for these input shapes; see `Session.bind`.
@@ -99,35 +134,69 @@ class EngineSession:
         Raises:
             EngineError: no engine fits them, or it is damaged.
         """
-        symbol_sizes(self._name, self.inputs, input_shapes)
-        key = tuple(sorted((name, tuple(shape)) for name, shape in input_shapes.items()))
-        with self._lock:
-            if self._closed:
-                raise ExecutionError(self._name, "the model is closed", remedy="Open it again.")
-            if key not in self._by_shapes:
-                self._by_shapes[key] = self._session(dict(key))
-            session = self._by_shapes[key]
-        return session.bind(input_shapes)
+        return self._chosen(input_shapes)[0].bind(input_shapes)
+
+    def ran_on(self, shapes: Mapping[str, Shape]) -> RanOn:
+        """What a binding of these shapes runs on; raises as `bind`."""
+        return self._chosen(shapes)[1]
+
+    def serving(self, shapes: Mapping[str, Shape]) -> Session:
+        """The session for a call of these shapes, those of LoRA slots left out.
+
+        Where the cheapest variant has no profile for them and another has one, that is a session of the other's
+        inputs.
+
+        Raises:
+            EngineError: there is no engine for them, with the command that builds one.
+        """
+        if self._wanted == PLAIN:
+            return self
+        key = _key(shapes)
+        with self._loader.lock:
+            if key not in self._serving:
+                found = fitting_engine(self._bundle, self._name, self._target, shapes, variant=self._wanted)
+                variant = found.engine.ingredients.variant
+                self._serving[key] = self if variant == self.variant else EngineSession(self._loader, variant)
+            return self._serving[key]
 
     def close(self) -> None:
-        """Free the engines; a second call does nothing."""
-        with self._lock:
-            self._closed = True
-            for session in self._by_folder.values():
-                session.close()
-            self._by_folder.clear()
-            self._by_shapes.clear()
+        """Free the engines, also of other sessions that share them; a second call does nothing."""
+        self._loader.close()
+        self._by_shapes.clear()
 
-    def _session(self, shapes: Mapping[str, Shape]) -> Session:
+    def _chosen(self, shapes: Mapping[str, Shape]) -> tuple[Session, RanOn]:
+        symbol_sizes(self._name, self.inputs, shapes)
+        key = _key(shapes)
+        with self._loader.lock:
+            if self._loader.closed:
+                raise ExecutionError(self._name, "the model is closed", remedy="Open it again.")
+            if key not in self._by_shapes:
+                self._by_shapes[key] = self._opened(shapes)
+            return self._by_shapes[key]
+
+    def _opened(self, shapes: Mapping[str, Shape]) -> tuple[Session, RanOn]:
+        refused: list[str] = []
         try:
-            found = find_engine(self._bundle, self._name, self._target, shapes, variant=self.variant)
-        except EngineError:
-            if self._otherwise is None:
+            fitting = fitting_engines(self._bundle, self._name, self._target, shapes, variant=self.variant)
+        except EngineError as error:
+            if not self._has_graph:
                 raise
-            return self._kept(None, self._otherwise)
-        return self._kept(found.folder, lambda: self._load(found))
+            fitting, refused = [], [error.what]
+        slots = slot_shapes(self.inputs)
+        for found in fitting:
+            if slot_shapes(found.engine.inputs) != slots:
+                continue
+            try:
+                session = self._loader.engine(found)
+            except (EngineError, ExecutionError) as error:
+                refused.append(error.without_remedy)
+                continue
+            return session, RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused))
+        if not self._has_graph:
+            command = build_command(self._bundle, self._name, self._target, self.variant, shapes)
+            raise EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=f"Run `{command}`.")
+        return self._loader.graph(), RanOn(refused=tuple(refused))
 
-    def _kept(self, folder: Path | None, load: Callable[[], Session]) -> Session:
-        if folder not in self._by_folder:
-            self._by_folder[folder] = load()
-        return self._by_folder[folder]
+
+def _key(shapes: Mapping[str, Shape]) -> _Key:
+    return tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))

@@ -37,6 +37,11 @@ class TandemError(Exception):
             message += f", expected {expected}"
         super().__init__(f"{message}. {remedy}".rstrip())
 
+    @property
+    def without_remedy(self) -> str:
+        """The message as part of a sentence."""
+        return str(self).removesuffix(self.remedy).rstrip(". ")
+
 
 def _shown(got: object) -> str:
     """`got` in one line of bounded length, whatever a caller passed."""

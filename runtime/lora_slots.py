@@ -71,8 +71,8 @@ def slot_inputs(inputs: Sequence[TensorSpec], adapters: Sequence[Adapter]) -> di
         RequestError: adapters whose ranks come to more than the slots hold together; a scale that is not finite; a
             module without slots, or whose shapes are others.
     """
-    specs = [spec for spec in inputs if spec.name == LORA_SCALE or spec.name.startswith((LORA_DOWN, LORA_UP))]
-    arrays: dict[str, Array] = {spec.name: np.zeros([int(size) for size in spec.shape], spec.dtype) for spec in specs}
+    dtypes = {spec.name: spec.dtype for spec in inputs}
+    arrays: dict[str, Array] = {name: np.zeros(shape, dtypes[name]) for name, shape in slot_shapes(inputs).items()}
     columns = len(arrays[LORA_SCALE]) if arrays else 0
     needed = sum(adapter.rank for adapter in adapters)
     if needed > columns:
@@ -90,6 +90,12 @@ def slot_inputs(inputs: Sequence[TensorSpec], adapters: Sequence[Adapter]) -> di
             down[begin:end], up[begin:end] = change.down.reshape(-1, *down.shape[1:]), change.up.T
         begin += adapter.rank
     return arrays
+
+
+def slot_shapes(inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a graph's LoRA inputs, which a call does not choose; none for a graph without slots."""
+    specs = (spec for spec in inputs if spec.name == LORA_SCALE or spec.name.startswith((LORA_DOWN, LORA_UP)))
+    return {spec.name: tuple(map(int, spec.shape)) for spec in specs}
 
 
 def slot_widths(inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, int]]:

@@ -161,7 +161,7 @@ class Loras:
         try:
             matched = lora.matched(shapes, part)
         except CheckpointError as error:
-            return f"{component}: {str(error).removesuffix(error.remedy).rstrip('. ')}"
+            return f"{component}: {error.without_remedy}"
         left = {update.module for update in own} - {update.module for update in matched.values()}
         if left:
             return f"{component} has no {listed(left)} ({len(left)} of {len(own)} updates)"

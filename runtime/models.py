@@ -13,10 +13,11 @@ from .backends import streams_for
 from .backends.base import Array, Session, Shape
 from .bundle import Bundle
 from .engine_search import engines_of, fitting_engine
-from .engine_session import EngineSession, engine_target, open_component
+from .engine_session import Loader, engine_target
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
+from .ran_on import Ran
 from .targets import Target, usable_cpus
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
@@ -32,15 +33,17 @@ class Models:
         self._bundle, self._target = bundle, target
         self._lock = threading.RLock()
         self._sessions: dict[tuple[str, Variant, int], Session] = {}
-        self._encoders: dict[Session, PromptEncoder] = {}
+        self._loaders: dict[tuple[str, int | None, int], Loader] = {}
+        self._encoders: dict[Session, tuple[PromptEncoder, Ran]] = {}
         self.closed = False
 
     def close(self) -> None:
         """Free the models; a second call does nothing, none can be had after it."""
         with self._lock:
             self.closed = True
-            for session in self._sessions.values():
-                session.close()
+            for loader in self._loaders.values():
+                loader.close()
+            self._loaders.clear()
             self._sessions.clear()
             self._encoders.clear()
 
@@ -64,10 +67,7 @@ class Models:
             self.require_open()
             key = name, variant, streams_for(self._target, calls)
             if key not in self._sessions:
-                opened = self._opened(*key)
-                # Of what is wanted of engines much is served by the same ones, which are loaded once.
-                granted = opened.variant if isinstance(opened, EngineSession) else variant
-                self._sessions[key] = self._sessions.setdefault((name, granted, key[2]), opened)
+                self._sessions[key] = self._opened(*key)
             return self._sessions[key]
 
     def require_slots(self, name: str, variant: Variant, shape: Shape) -> None:
@@ -104,51 +104,59 @@ class Models:
         if variant.stage is not None:  # all of a cut run at once
             threads = max(1, (threads or usable_cpus()) // variant.stage[1])
         with span("load", name):
-            session = open_component(self._bundle, name, self._target, threads, variant, streams=streams)
+            # Of what is wanted of engines much is served by the same ones, which are loaded once.
+            key = name, threads, streams
+            if key not in self._loaders:
+                self._loaders[key] = Loader(self._bundle, name, self._target, threads, streams)
+            session = self._loaders[key].session(variant)
         if variant != PLAIN:
             return session
         try:
             self._bundle.check_tensors(name, session.inputs, session.outputs)
         except BundleError:
-            session.close()
+            self._loaders.pop(key).close()
             raise
         return session
 
     def encode_texts(
-        self, loras: Fitted, prompts: Sequence[Sequence[str]], *, strict: bool, before: Callable[[], None]
+        self, loras: Fitted, prompts: Sequence[Sequence[str]], *, strict: bool, before: Callable[[], None], ran: Ran
     ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
         """What the text encoders make of prompts, a list for each in their order, joined, and the text that was cut.
 
         before: called before an encoder is loaded and before each prompt; what it raises ends the encoding.
+        ran: told what they run on.
         """
         text = self._bundle.manifest.text
         parts: list[Embeddings] = []
         dropped: list[tuple[str, DroppedText]] = []
         for name, texts in zip(text.encoders, prompts, strict=False):
             before()
-            encoder = self._text_encoder(name, loras.variant(name))
+            encoder, on = self._text_encoder(name, loras.variant(name))
             part, cut = encoder.encode(texts, loras.of(name), strict=strict, before=before)
+            ran.join(on)
             parts.append(part)
             dropped += [(name, one) for one in cut]
         return joined(text, parts), merged(dropped)
 
-    def _text_encoder(self, name: str, variant: Variant) -> PromptEncoder:
+    def _text_encoder(self, name: str, variant: Variant) -> tuple[PromptEncoder, Ran]:
+        """A text encoder, which binds its session once, and what that runs on."""
         with self._lock:
             session = self.session(name, variant)
             if session not in self._encoders:
-                self._encoders[session] = PromptEncoder(self._bundle, name, session)
+                ran = Ran()
+                self._encoders[session] = PromptEncoder(self._bundle, name, ran.watched(name, session)), ran
             return self._encoders[session]
 
-    def encode_pictures(self, encoder: str, pictures: Float32, *, before: Callable[[], None]) -> Float32:
+    def encode_pictures(self, encoder: str, pictures: Float32, *, before: Callable[[], None], ran: Ran) -> Float32:
         """What a VAE's encoder makes of (N, 3, H, W) float32 in [-1, 1], one picture at a time, which bounds memory.
 
-        before: called before each picture; what it raises ends the encoding.
+        before: called before each picture; what it raises ends the encoding. ran: told what it runs on.
 
         Raises:
             BundleError: what it makes is not of the latent's size.
             ExecutionError: it failed, or returned NaN or Inf.
         """
-        session = self.session(encoder)
+        session = ran.watched(encoder, self.session(encoder))
         binding = session.bind({"sample": (1, *pictures.shape[1:])})
         (output,) = (spec.name for spec in session.outputs if spec.name in ENCODED)
         space = self._bundle.manifest.latent
@@ -166,16 +174,17 @@ class Models:
             encoded.append(binding.outputs[output][0].copy())
         return np.stack(encoded)
 
-    def decode(self, decoder: str, latents: Float32, *, before: Callable[[], None]) -> Iterator[Float32]:
+    def decode(self, decoder: str, latents: Float32, *, before: Callable[[], None], ran: Ran) -> Iterator[Float32]:
         """Decode (B, C, h, w) one picture at a time, which bounds memory: (H, W, 3) float32 in [0, 1] each.
 
-        before: called before each picture; what it raises ends the decoding.
+        before: called before each picture; what it raises ends the decoding. ran: told what it runs on.
 
         Raises:
             ExecutionError: the decoder failed, or returned NaN or Inf.
         """
         space = self._bundle.manifest.latent
-        binding = self.session(decoder).bind({"latent_sample": (1, *latents.shape[1:])})
+        session = ran.watched(decoder, self.session(decoder))
+        binding = session.bind({"latent_sample": (1, *latents.shape[1:])})
         for latent in latents:
             before()
             np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .plan import Plan, RowGuidance
+from .ran_on import RanOn
 from .text import DroppedText
 
 Float32 = npt.NDArray[np.float32]
@@ -32,6 +33,7 @@ class Timings:
     image_ms: making an image to start from and those of ControlNets ready. A model's first row has its binding in
     total_ms. What all of it took, `total_ms`, also holds the loading of models.
     step_engines: whether the rows ran on step engines of the user's cache, one call each, or on the denoisers.
+    ran_on: what each component ran on, by what its calls differed in; an engine that was there and not used is told.
     """
 
     text_ms: float
@@ -40,6 +42,7 @@ class Timings:
     decode_ms: float
     total_ms: float
     step_engines: bool
+    ran_on: Mapping[str, tuple[RanOn, ...]]
 
     @property
     def denoise_ms(self) -> float:

@@ -28,6 +28,7 @@ from .output import Output, RowTiming, StepEvent, Timings
 from .overlap import overlapped
 from .placement import refusal
 from .plan import Plan, compile_plan
+from .ran_on import Ran
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
 from .sampling import Rows, open_loop
@@ -202,6 +203,7 @@ class Pipeline:
     def _painted(self, job: _Job, cancelled: threading.Event) -> Events:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
         timings: list[RowTiming] = []
+        ran = Ran()
 
         def stop() -> None:
             models.require_open()
@@ -210,12 +212,12 @@ class Pipeline:
 
         stop()
         began = time.perf_counter()
-        encode = functools.partial(models.encode_texts, job.loras, strict=request.strict_prompts, before=stop)
+        encode = functools.partial(models.encode_texts, job.loras, strict=request.strict_prompts, before=stop, ran=ran)
         names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
         with span("text"):
             conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
         text_ms, encoding = _since(began), time.perf_counter()
-        encode_pictures = functools.partial(models.encode_pictures, before=stop)
+        encode_pictures = functools.partial(models.encode_pictures, before=stop, ran=ran)
         with span("pictures"):
             beginning = begin(job.editing, plan, noise, encode_pictures, request.latents)
         for control in job.controls:
@@ -223,7 +225,7 @@ class Pipeline:
         image_ms = _since(encoding)
         yield Stage.ENCODED
         conditioning = job.loras.beside(beginning.behind(conditioning))
-        rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras)
+        rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras, ran)
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
         state = loop.begin(beginning.latents)
@@ -232,7 +234,7 @@ class Pipeline:
             preview: tuple[Image.Image, ...] = ()
             if request.previews and (done.row + 1) % request.previews == 0:
                 with span("preview", done.row):
-                    preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop))
+                    preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop, ran=ran))
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
             yield StepEvent(done.row, plan.table.rows, step, timestep, timings[-1], preview)
             stop()
@@ -240,8 +242,9 @@ class Pipeline:
         decoding = time.perf_counter()
         wants_pixels = request.output_type != "latent"
         with span("decode"):
-            pixels = tuple(models.decode(job.decoder, state.latents, before=stop)) if wants_pixels else ()
-        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused)
+            pixels = tuple(models.decode(job.decoder, state.latents, before=stop, ran=ran)) if wants_pixels else ()
+        on = ran.by_component()
+        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused, on)
         images = _images(pixels) if request.output_type == "pil" else pixels
         plan = plan.having_run([row.guidance for row in timings])
         return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)

@@ -20,6 +20,7 @@ from .manifest import TensorSpec
 from .models import Models
 from .placement import Batched, Parallel, Placed, Sequential
 from .plan import Plan
+from .ran_on import Ran
 from .sampler import SampledRow, Sampler, State
 from .step_engines import StepEngines, Wanted
 from .step_sampler import Key, StepSampler, given_inputs, input_shapes
@@ -44,6 +45,7 @@ class Rows:
 
     conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
     loras: by component, which engines must have slots for them; they are in `conditioning` too.
+    ran: told what the models run on.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class Rows:
     keep: Callable[[int, Float32], None] | None = None
     controls: tuple[Control, ...] = ()
     loras: Fitted = field(default_factory=Fitted)
+    ran: Ran = field(default_factory=Ran)
 
 
 def open_loop(
@@ -72,15 +75,18 @@ def open_loop(
     plan, conditioning = rows.plan, rows.conditioning
     # A step engine has both branches of guidance in one call, and shows neither.
     fused = plan.placement in ("batched", "auto") and plan.adaptive is None
-    steps = engines.load(_wanted(rows, shape), before=before) if fused else None
+    steps = engines.load(_wanted(rows, shape), before=before, ran=rows.ran) if fused else None
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
 
-        def place(placement: str) -> Placed:
-            return _placed(replace(rows, plan=replace(plan, placement=placement)), models, before)
+        def place(placement: str, ran: Ran) -> Placed:
+            return _placed(replace(rows, plan=replace(plan, placement=placement), ran=ran), models, before)
 
-        chosen = auto.choose(plan, shape, controls, place, before) if plan.placement == "auto" else plan.placement
-        return Sampler(plan, place(chosen), rows.draw_noise, keep=rows.keep), False
+        def tried(placement: str) -> Placed:
+            return place(placement, Ran())
+
+        chosen = auto.choose(plan, shape, controls, tried, before) if plan.placement == "auto" else plan.placement
+        return Sampler(plan, place(chosen, rows.ran), rows.draw_noise, keep=rows.keep), False
     sessions = _sessions(controls, rows, models, before)
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
     return StepSampler(plan, steps, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), True
@@ -108,7 +114,7 @@ def _stages(rows: Rows, window: Window, models: Models, before: Callable[[], Non
     sessions = []
     for variant in models.require_stages(name, window.pipelining.stages):
         before()
-        sessions.append(models.session(name, variant))
+        sessions.append(rows.ran.watched(name, models.session(name, variant)))
     return Stages(name, models.session(name, calls=2).inputs, sessions)
 
 
@@ -125,7 +131,7 @@ def _sessions(
     sessions = {}
     for name in names:
         before()
-        sessions[name] = models.session(name, rows.loras.variant(name), calls=calls)
+        sessions[name] = rows.ran.watched(name, models.session(name, rows.loras.variant(name), calls=calls))
     return sessions
 
 

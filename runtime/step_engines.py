@@ -13,10 +13,11 @@ from .backends import open_engine
 from .backends.base import Session, Shape
 from .bundle import Bundle
 from .engine_files import Engine, check_engine_files
-from .engine_search import Found, engines_of, fitted
+from .engine_search import Found, answers, engines_of, fitted, out_of_profile
 from .engine_session import engine_target
 from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec
+from .ran_on import Ran, RanOn
 from .step_sampler import Key, StepEngine, history_of
 from .targets import Target
 from .trace import span
@@ -34,11 +35,25 @@ class Wanted:
     history: int
     shapes: Callable[[Sequence[TensorSpec]], Mapping[str, Shape]]
 
-    def fitted(self, folder: Path, engine: Engine) -> Found | None:
-        """The engine with the profile to run it in, where it is what is wanted."""
-        if not engine.ingredients.variant.serves(self.variant) or history_of(engine.inputs) < self.history:
+    def fitted(self, folder: Path, engine: Engine) -> Found | str | None:
+        """The engine with the profile to run it in; why it does not do, or None where it is something else."""
+        made_as = engine.ingredients.variant
+        if not made_as.serves(msgspec.structs.replace(self.variant, timesteps=made_as.timesteps)):
             return None
-        return fitted(folder, engine, self.shapes(engine.inputs))
+        if not made_as.serves(self.variant):
+            return "has other time steps built in"
+        if history_of(engine.inputs) < self.history:
+            return f"holds {history_of(engine.inputs)} earlier predictions, and the solver carries {self.history}"
+        shapes = self.shapes(engine.inputs)
+        return fitted(folder, engine, shapes) or out_of_profile(engine, shapes)
+
+
+@dataclass(slots=True)
+class _Listed:
+    """An engine of the cache, and why it is not run, in words that follow its name; None as long as it is."""
+
+    engine: Engine
+    misfit: str | None
 
 
 class StepEngines:
@@ -51,7 +66,7 @@ class StepEngines:
     def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
         self._bundle, self._target, self._threads = bundle, target, threads
         self._lock = threading.RLock()
-        self._listed: dict[str, dict[Path, Engine]] = {}
+        self._listed: dict[str, dict[Path, _Listed]] = {}
         self._sessions: dict[Path, Session] = {}
         self._closed = False
 
@@ -63,53 +78,72 @@ class StepEngines:
                 session.close()
             self._sessions.clear()
 
-    def load(self, wanted: Mapping[Key, Wanted], *, before: Callable[[], None]) -> dict[Key, StepEngine] | None:
+    def load(
+        self, wanted: Mapping[Key, Wanted], *, before: Callable[[], None], ran: Ran
+    ) -> dict[Key, StepEngine] | None:
         """An engine for everything that is wanted; None, and nothing is loaded, where the cache lacks one.
 
-        One whose files are not those that were built is passed over from then on.
+        One whose files are not those that were built, or that the backend refuses, is passed over from then on.
 
-        before: called before each is loaded; what it raises ends the loading.
+        before: called before each is loaded; what it raises ends the loading. ran: told what runs, or why not.
 
         Raises:
-            EngineError: the cache belongs to another user, or everybody may write to it.
+            EngineError: the cache belongs to another user, or others may write to it.
             TargetError: the target cannot run here.
-            ExecutionError: the engines are closed, or the backend refuses one.
+            ExecutionError: the engines are closed.
         """
         with self._lock:
             if self._closed:
                 raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
-            while (chosen := self._chosen(wanted)) is not None:
+            while (chosen := self._chosen(wanted, ran)) is not None:
                 engines = {}
                 for (name, guided), found in chosen.items():
                     before()
                     try:
                         session = self._session(name, found)
-                    except EngineError:
-                        del self._listed[name][found.folder]
+                    except (EngineError, ExecutionError) as error:
+                        self._listed[name][found.folder].misfit = f"cannot be run: {error.without_remedy}"
                         break
                     engines[name, guided] = StepEngine(session, found.engine.ingredients.variant)
                 else:
+                    for (name, _), found in chosen.items():
+                        ran.add(name, RanOn(found.folder.name, str(found.engine.ingredients.variant)))
                     return engines
         return None
 
-    def _chosen(self, wanted: Mapping[Key, Wanted]) -> dict[Key, Found] | None:
-        chosen = {}
-        for key, one in wanted.items():
-            fitting = [one.fitted(folder, engine) for folder, engine in self._of(key[0]).items()]
-            found = min(filter(None, fitting), key=lambda found: found.order, default=None)
-            if found is None:
-                return None
-            chosen[key] = found
-        return chosen
+    def _chosen(self, wanted: Mapping[Key, Wanted], ran: Ran) -> dict[Key, Found] | None:
+        """The best engine for each; None where one is missing, and `ran` is told why the others do not do."""
+        chosen, lacking = dict[Key, Found](), list[str]()
+        refused: dict[str, list[str]] = {name: [] for name, _ in wanted}
+        for (name, guided), one in wanted.items():
+            fitting = []
+            for folder, listed in self._of(name).items():
+                found = one.fitted(folder, listed.engine)
+                if isinstance(found, Found) and listed.misfit is None:
+                    fitting.append(found)
+                elif found is not None:
+                    why = found if isinstance(found, str) else listed.misfit
+                    refused[name].append(f"step engine {folder.name[:12]} {why}")
+            best = min(fitting, key=lambda found: found.order, default=None)
+            if best is None:
+                lacking.append(f"{name} {'with' if guided else 'without'} guidance")
+            else:
+                chosen[name, guided] = best
+        for name, reasons in refused.items():
+            own = [found.folder.name[:12] for (other, _), found in chosen.items() if other == name]
+            if lacking and own and not reasons:
+                reasons.append(f"step engine {own[0]} is not run, since none does for {' and '.join(lacking)}")
+            ran.refuse(name, reasons)
+        return None if lacking else chosen
 
-    def _of(self, name: str) -> dict[Path, Engine]:
-        """A component's step engines that run here, by their folders."""
+    def _of(self, name: str) -> dict[Path, _Listed]:
+        """A component's step engines for the target's device and precision, by their folders."""
         if name not in self._listed:
             target = engine_target(self._bundle, name, self._target)
             self._listed[name] = {
-                folder: msgspec.structs.replace(engine, layers=())  # most of a sidecar, and nothing to run it by
+                folder: _Listed(msgspec.structs.replace(engine, layers=()), misfit)  # most of a sidecar, and not run by
                 for folder, engine, misfit in engines_of(self._bundle, name, target)
-                if engine.ingredients.variant.step and misfit is None
+                if engine.ingredients.variant.step and answers(engine.ingredients, target)
             }
         return self._listed[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from ..manifest import Manifest, file_sha256
 from ..output import Output
 from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan, parse_steps
+from ..ran_on import RanOn
 from ..request import Request
 from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
@@ -126,6 +127,7 @@ class _Job:
     pictures: Mapping[str, Any]
     facts: Mapping[str, Any]
     reporter: Reporter
+    told: set[str] = field(default_factory=set)
 
     def paint(self, request: Mapping[str, Any], names: Names, prompts: int) -> Iterator[dict[str, Any]]:
         """Paint one prompt and write its pictures, each of which is described."""
@@ -136,7 +138,20 @@ class _Job:
             for seed, image in zip(request["seed"], event.preview, strict=bool(event.preview)):
                 texts = {**self._texts(request, seed), "row": str(event.row + 1)}
                 write_picture(image, names.preview(seed, event.row), texts, force=self.plan.force)
-        yield from self._written(stream.result(), request, names)
+        output = stream.result()
+        self._tell(output.timings.ran_on)
+        yield from self._written(output, request, names)
+
+    def _tell(self, ran_on: Mapping[str, Sequence[RanOn]]) -> None:
+        """Say what the models ran on and, of engines that were there and did not run, why: where it is news."""
+        ran = "; ".join(f"{name} on {' and '.join(dict.fromkeys(map(str, ones)))}" for name, ones in ran_on.items())
+        refused = [
+            f"{name} ran on {one}: {why}" for name, ones in ran_on.items() for one in ones for why in one.refused
+        ]
+        for told, tell in ((f"ran {ran}", self.reporter.note), *((why, self.reporter.warn) for why in refused)):
+            if told not in self.told:
+                self.told.add(told)
+                tell(told)
 
     def _written(self, output: Output, request: Mapping[str, Any], names: Names) -> Iterator[dict[str, Any]]:
         timings = output.timings
@@ -152,6 +167,7 @@ class _Job:
                 "seed": seed,
                 "timings": {name: round(value, 3) for name, value in spent.items()},
                 "step_engines": timings.step_engines,
+                "ran_on": {name: [asdict(one) for one in ran] for name, ran in timings.ran_on.items()},
                 "placement": output.plan.placement,
                 "taus": output.plan.taus,
                 "guidance": [asdict(row) for row in output.plan.ran],

@@ -21,6 +21,9 @@ class Reporter(Protocol):
     def line(self, text: str) -> None:
         """Write one line of results."""
 
+    def note(self, text: str) -> None:
+        """Write one line about how something was done, which is no result."""
+
     def warn(self, text: str) -> None:
         """Write one line about something that went on, but not as the user may expect."""
 
@@ -60,10 +63,13 @@ class ConsoleReporter:
         self._results.write(one_line(text) + "\n")
         self._results.flush()
 
-    def warn(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self._remove_bar()
-        self._status.write(f"warning: {one_line(text)}\n")
+        self._status.write(one_line(text) + "\n")
         self._status.flush()
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
 
     def _draw(self, label: str, done: int, total: int) -> None:
         if self._bar is None:

@@ -21,6 +21,7 @@ from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.output import Output
 from tandemrt.runtime.targets import parse_target
@@ -129,6 +130,28 @@ def test_generate_takes_loras_and_its_picture_says_which(
     with Pipeline.open(tiny_path) as pipe:
         again = pipe(**json.loads(texts["request"])).images[0]
     np.testing.assert_array_equal(np.asarray(again), np.asarray(changed))
+
+
+def test_slots_that_fit_the_calls_shapes_serve_it(tiny_path: Path, cache: Path, tmp_path: Path) -> None:
+    modules = {name: projections(tiny_path / name / "model.onnx") for name in ("unet", "text_encoder")}
+    file = write_lora(tmp_path / "x.safetensors", modules, rank=1)
+    for size, slots in ((64, 1), (96, 2)):
+        for component in ("unet", "text_encoder"):
+            profile = (parse_profile(f"{size}x{size}:b1"),)
+            plan = BuildPlan(
+                tiny_path, (parse_target("openvino:cpu"),), cache, (component,), profile, lora_slots=slots, lora_rank=1
+            )
+            for request in requests_of(plan, Bundle.open(tiny_path)):
+                ensure_engine(request, cache, lambda label, done, total: None, {})
+    arguments: dict[str, Any] = {"prompt": "red", "seed": 7, "num_inference_steps": 2, "output_type": "latent"}
+    with Pipeline.open(tiny_path, "openvino:cpu") as pipe:
+        for size, slots in ((64, 1), (96, 2), (64, 1)):
+            made = pipe(**arguments, loras={file: 0.5}, height=size, width=size)
+            assert [one.variant for one in made.timings.ran_on["unet"]] == [f"{slots} LoRA slots of rank 1"]
+            assert distance(made, pipe(**arguments, height=size, width=size)) > 0.001
+        command = r"no profile for this call: .* --component unet --lora-slots 1 --lora-rank 1 --profile 128x128:b1`"
+        with pytest.raises(EngineError, match=command):
+            pipe(**arguments, loras={file: 0.5}, height=128, width=128)
 
 
 @pytest.mark.slow

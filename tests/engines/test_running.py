@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from tandemrt.engines.build import ensure_engine
-from tandemrt.runtime import ExecutionError, Pipeline
+from tandemrt.runtime import ExecutionError, Pipeline, engine_session
 from tandemrt.runtime.backends import onnxruntime as ort_backend
 from tandemrt.runtime.backends import openvino as openvino_backend
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import engines_folder, read_sidecar
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import SIDECAR_NAME, engines_folder, read_sidecar
 from tandemrt.runtime.engine_search import has_engine, profile_for
-from tandemrt.runtime.engine_session import EngineSession, open_component
+from tandemrt.runtime.engine_session import EngineSession, Loader
 from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.manifest import FileRecord, file_sha256
+from tandemrt.runtime.ran_on import GRAPH, RanOn
 from tandemrt.runtime.targets import Target, parse_target
 
 from .conftest import Requests
@@ -84,7 +91,7 @@ def test_engines_are_loaded_once_and_the_graph_for_what_they_do_not_take(
     target = Target("openvino", "cpu", "fp32")
     (request,) = requests("openvino:cpu:fp32", components=("unet",), profiles=("64:guided",))
     ensure_engine(request, cache, silent, VERSIONS)
-    session = open_component(tiny, "unet", target, threads=1)
+    session = Loader(tiny, "unet", target, 1).session()
     assert isinstance(session, EngineSession)
     for shapes, loaded in (
         (SHAPES, ["engine.blob"]),
@@ -102,28 +109,130 @@ def test_engines_are_loaded_once_and_the_graph_for_what_they_do_not_take(
 def test_a_damaged_engine_is_not_run(tiny: Bundle, requests: Requests, cache: Path, loads: list[str]) -> None:
     (request,) = requests("openvino:cpu:fp32", components=("unet",), profiles=("64:guided",))
     folder = ensure_engine(request, cache, silent, VERSIONS).folder
-    whole = ran(open_component(tiny, "unet", Target("openvino", "cpu", "fp32"), threads=1), SHAPES)
+    whole = ran(Loader(tiny, "unet", Target("openvino", "cpu", "fp32"), 1).session(), SHAPES)
     blob = folder / "engine.blob"
     content = bytearray(blob.read_bytes())
     content[len(content) // 2] ^= 1
     blob.write_bytes(content)
     loads.clear()
-    again = ran(open_component(tiny, "unet", Target("openvino", "cpu", "fp32"), threads=1), SHAPES)
+    again = ran(Loader(tiny, "unet", Target("openvino", "cpu", "fp32"), 1).session(), SHAPES)
     assert loads == ["graph"]
     np.testing.assert_allclose(again, whole, atol=1e-5)
 
 
+def ran_on(bundle: Path, target: str, **arguments: Any) -> Mapping[str, tuple[RanOn, ...]]:
+    with Pipeline.open(bundle, target=target, threads=1) as pipeline:
+        return pipeline("red blue", seed=7, num_inference_steps=1, **arguments).timings.ran_on
+
+
+def cut(folder: Path) -> None:
+    (name,) = (path for path in folder.iterdir() if path.name in ("engine.blob", "model.onnx"))
+    os.truncate(name, name.stat().st_size - 1)
+
+
+def spoil(folder: Path) -> None:
+    """Another file than was built, and a sidecar that knows no better."""
+    engine = read_sidecar(folder)
+    name = "engine.blob" if "engine.blob" in engine.files else "model.onnx"
+    (folder / name).write_bytes(b"nothing to run")
+    files = {**engine.files, name: FileRecord(size=14, sha256=file_sha256(folder / name))}
+    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(engine, files=files)))
+
+
+def forget(folder: Path) -> None:
+    (folder / SIDECAR_NAME).write_bytes(b"{")
+
+
+@pytest.mark.parametrize("target", ["openvino:cpu:fp32", "onnxruntime:cpu"])
+def test_an_engine_that_does_not_run_is_told(target: str, tiny_path: Path, requests: Requests, cache: Path) -> None:
+    nothing = ran_on(tiny_path, target)
+    assert set(nothing) == {"text_encoder", "unet", "vae_decoder"}
+    assert set(nothing.values()) == {(GRAPH,)}
+    (request,) = requests(target, components=("unet",), profiles=("64",))
+    folder = ensure_engine(request, cache, silent, VERSIONS).folder
+    assert ran_on(tiny_path, target) == {**nothing, "unet": (RanOn(folder.name, "plain"),)}
+    for harm, told in (
+        (cut, f"{folder}/.*: size, got .*, expected [0-9]+ bytes$"),
+        (spoil, "^unet: .* cannot load the engine .*" + folder.name),
+        (forget, r"^no engine for .* fits: .*engine\.json: not an engine's sidecar"),
+    ):
+        harm(folder)
+        ran = ran_on(tiny_path, target)
+        ((graph,),) = {ran["unet"]}
+        assert (graph.engine, len(graph.refused)) == (None, 1)
+        assert re.search(told, graph.refused[0])
+
+
+def test_a_call_that_no_profile_takes_is_told(tiny_path: Path, requests: Requests, cache: Path) -> None:
+    (request,) = requests("openvino:cpu:fp32", components=("unet",), profiles=("64:guided",))
+    key = ensure_engine(request, cache, silent, VERSIONS).folder.name
+    (graph,) = ran_on(tiny_path, "openvino:cpu:fp32", height=96, width=96)["unet"]
+    assert graph.engine is None
+    assert f"{key[:12]} has no profile for this call: sample (2, 4, 12, 12) is outside (2, 4, 8, 8)" in graph.refused[0]
+    guided = {"guidance_interval": (0.0, 0.5)}
+    with Pipeline.open(tiny_path, target="openvino:cpu:fp32", threads=1) as pipeline:
+        both = pipeline("red blue", seed=7, num_inference_steps=2, **guided).timings.ran_on["unet"]
+        again = pipeline("red blue", seed=7, num_inference_steps=1).timings.ran_on["unet"]
+    assert [one.engine for one in both] == [key, None]
+    assert "sample (1, 4, 8, 8) is outside" in both[1].refused[0]
+    assert again == (RanOn(key, "plain"),)
+
+
+def test_an_engine_in_another_precision_is_not_asked_for(tiny_path: Path, requests: Requests, cache: Path) -> None:
+    (request,) = requests("openvino:cpu:fp32", components=("unet",))
+    folder = ensure_engine(request, cache, silent, VERSIONS).folder
+    engine = read_sidecar(folder)
+    other = msgspec.structs.replace(engine, ingredients=msgspec.structs.replace(engine.ingredients, precision="bf16"))
+    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(other))
+    folder.rename(folder.with_name(other.ingredients.key))
+    assert ran_on(tiny_path, "openvino:cpu:fp32")["unet"] == (GRAPH,)
+
+
+def test_a_damaged_engine_leaves_the_call_to_another_that_fits(
+    tiny_path: Path, requests: Requests, cache: Path
+) -> None:
+    narrow, wide = requests("openvino:cpu:fp32", components=("unet",), profiles=("64:guided", "64..128"))
+    cut(ensure_engine(narrow, cache, silent, VERSIONS).folder)
+    key = ensure_engine(wide, cache, silent, VERSIONS).folder.name
+    (ran,) = ran_on(tiny_path, "openvino:cpu:fp32")["unet"]
+    assert ran.engine == key
+    assert f"{narrow.key}/engine.blob: size" in ran.refused[0]
+
+
+def test_generate_says_what_ran(
+    tiny_path: Path, requests: Requests, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = "onnxruntime:cpu"
+    (request,) = requests(target, components=("unet",))
+    folder = ensure_engine(request, cache, silent, VERSIONS).folder
+    arguments = ["generate", str(tiny_path), "--prompt", "red", "--prompt", "blue", "--num-inference-steps", "1"]
+    arguments += ["--target", target, "--output-dir", str(cache / "out"), "--force", "--seed", "7"]
+    assert main(arguments) == 0
+    told = f"ran text_encoder on graph; unet on engine {folder.name[:12]}; vae_decoder on graph\n"
+    stderr = capsys.readouterr().err
+    assert stderr.count(told) == 1
+    assert "warning" not in stderr
+    cut(folder)
+    assert main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("ran text_encoder on graph; unet on graph; vae_decoder on graph\n") == 1
+    assert err.count(f"warning: unet ran on graph: {folder}") == 1
+    for image in json.loads(out)["images"]:
+        assert image["ran_on"]["text_encoder"] == [{"engine": None, "variant": "", "refused": []}]
+        assert "model.onnx: size" in image["ran_on"]["unet"][0]["refused"][0]
+
+
 def test_without_engines_the_graph_itself_is_run(tiny: Bundle, cache: Path) -> None:
     assert not has_engine(tiny, "unet", Target("openvino", "cpu", "fp32"))
-    session = open_component(tiny, "unet", parse_target("onnxruntime:cpu"), threads=None)
+    session = Loader(tiny, "unet", parse_target("onnxruntime:cpu"), None).session()
     assert isinstance(session, ort_backend.OnnxRuntimeSession)
 
 
-def test_where_an_engine_is_a_must_its_absence_is_told(tiny: Bundle, cache: Path) -> None:
-    def load(_: object) -> Any:
-        raise AssertionError("there is nothing to load")
-
-    session = EngineSession(tiny, "unet", Target("tensorrt-rtx", "sm89", "fp32"), load)
+def test_where_an_engine_is_a_must_its_absence_is_told(
+    tiny: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_session, "target_here", lambda target: target)
+    session = Loader(tiny, "unet", Target("tensorrt-rtx", "sm89", "fp32")).session()
     with pytest.raises(EngineError, match=r"unet: there is no engine for tensorrt-rtx:sm89:fp32 .*`tandemrt build-eng"):
         session.bind(SHAPES)
     with pytest.raises(ExecutionError, match="shape of input 'sample'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, e
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.ran_on import Ran
 from tandemrt.runtime.solvers import SOLVERS
 from tandemrt.runtime.targets import parse_target
 
@@ -231,7 +233,7 @@ def test_denoisers_are_not_loaded_beside_their_step_engines(unets: Tiny, monkeyp
         pipe("red", steps={"unet": 1, "unet_small": 1})
         assert not {name for name, *_ in pipe._models._sessions} & {"unet", "unet_small"}
     with pytest.raises(ExecutionError, match="pipeline: used after it was closed"):
-        pipe._steps.load({}, before=lambda: None)
+        pipe._steps.load({}, before=lambda: None, ran=Ran())
 
 
 def test_folded_engines_run_their_time_steps_and_leave_others_to_the_loop(
@@ -246,6 +248,7 @@ def test_folded_engines_run_their_time_steps_and_leave_others_to_the_loop(
     monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
     other = painted(bundle, num_inference_steps=6)
     assert not other.timings.step_engines
+    assert other.timings.ran_on["unet"][0].refused[0].endswith("has other time steps built in")
     build(bundle, cache, "unet", profiles=GUIDED)
     fused = painted(bundle, num_inference_steps=6)
     assert fused.timings.step_engines
@@ -264,11 +267,19 @@ def test_a_time_step_alone_is_folded_into_constants(tmp_path: Path, both: Both) 
 
 
 @pytest.mark.parametrize(
-    ("components", "profiles", "arguments"),
+    ("profiles", "arguments", "told"),
     [
-        (("unet",), ("64:guided",), {"steps": {"unet": 2, "unet_small": 2}, "num_inference_steps": None}),
-        (("unet",), ("64:guided",), {"guidance_interval": (0.0, 0.5)}),
-        (("unet",), ("64:unguided",), {}),
+        (
+            ("64:guided",),
+            {"steps": {"unet": 2, "unet_small": 2}, "num_inference_steps": None},
+            "is not run, since none does for unet_small with guidance",
+        ),
+        (
+            ("64:guided",),
+            {"guidance_interval": (0.0, 0.5)},
+            "is not run, since none does for unet without guidance",
+        ),
+        (("64:unguided",), {}, None),
     ],
     ids=["another denoiser", "rows without guidance", "rows with guidance"],
 )
@@ -276,14 +287,17 @@ def test_where_an_engine_is_missing_the_plain_loop_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     unets: Tiny,
-    components: tuple[str, ...],
     profiles: tuple[str, ...],
     arguments: Mapping[str, Any],
+    told: str | None,
 ) -> None:
-    build(unets[0], tmp_path, *components, profiles=profiles)
+    build(unets[0], tmp_path, "unet", profiles=profiles)
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
     monkeypatch.setattr(step_engines, "open_engine", None)
-    assert not painted(unets[0], **arguments).timings.step_engines
+    plain = painted(unets[0], **arguments).timings
+    assert not plain.step_engines
+    refused = [why.split(" ", 3)[3] for one in plain.ran_on["unet"] for why in one.refused]
+    assert refused == ([] if told is None else [told])
 
 
 def test_a_solver_of_more_history_than_the_state_holds_runs_on_the_plain_loop(
@@ -294,7 +308,9 @@ def test_a_solver_of_more_history_than_the_state_holds_runs_on_the_plain_loop(
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
     assert painted(unets[0], solver="euler").timings.step_engines
     assert painted(unets[0], solver="dpmsolver++").timings.step_engines
-    assert not painted(unets[0], solver="pndm").timings.step_engines
+    plain = painted(unets[0], solver="pndm").timings
+    assert not plain.step_engines
+    assert plain.ran_on["unet"][0].refused[0].endswith("holds 1 earlier predictions, and the solver carries 3")
 
 
 def test_a_damaged_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unets: Tiny) -> None:
@@ -311,6 +327,9 @@ def test_a_damaged_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
             again = pipe("red blue", seed=7, num_inference_steps=4, output_type="np")
             assert not again.timings.step_engines
             require_equal(again, whole)
+            (ran,) = again.timings.ran_on["unet"]
+            assert ran.engine is None
+            assert f"step engine {model.parent.name[:12]} cannot be run: {model}: sha256, got" in ran.refused[0]
 
 
 def test_openvino_runs_step_engines_within_their_profiles(
@@ -325,7 +344,12 @@ def test_openvino_runs_step_engines_within_their_profiles(
         np.testing.assert_allclose(np.stack(fused.images), np.stack(plain.images), rtol=0, atol=1e-4)
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
     for other in ({"height": 96}, {"num_images_per_prompt": 3}):
-        assert not painted(bundle, OPENVINO, **steps, **other).timings.step_engines
+        plain = painted(bundle, OPENVINO, **steps, **other).timings
+        assert not plain.step_engines
+        (why,) = plain.ran_on["unet"][0].refused
+        assert re.search(
+            r"^step engine .* has no profile for this call: state \(.*\) is outside \(4, 1\.\.2, 4, 8, 8\)", why
+        )
 
 
 @pytest.mark.parametrize(("target", "atol"), [(ORT, 0), (OPENVINO, 1e-4)])

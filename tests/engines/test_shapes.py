@@ -18,7 +18,7 @@ from tandemrt.export.audit import find_islands
 from tandemrt.export.graph import save
 from tandemrt.export.half import half_from_float
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_session import EngineSession, open_component
+from tandemrt.runtime.engine_session import EngineSession, Loader
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.targets import Target
 
@@ -71,7 +71,7 @@ def test_a_bundle_in_fp16_paints_the_picture_of_the_one_in_fp32(shapes_bundle: P
     with mock.patch.dict(os.environ, TANDEMRT_CACHE=str(tmp_path / "cache")):
         for target in HALF_TARGETS:
             for name in PAINTING:
-                assert isinstance(open_component(half, name, target, threads=1), EngineSession)
+                assert isinstance(Loader(half, name, target, 1).session(), EngineSession)
             found = painted(half, str(target))
             assert not np.array_equal(found, expected)
             assert psnr_db(found, expected) >= MINIMUM_HALF_PSNR_DB, target

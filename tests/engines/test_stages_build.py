@@ -15,7 +15,7 @@ from tandemrt.engines.stages import stage_graphs
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_search import find_engine
-from tandemrt.runtime.engine_session import open_component
+from tandemrt.runtime.engine_session import Loader
 from tandemrt.runtime.errors import ArgumentError, EngineError
 from tandemrt.runtime.shapes import evaluated
 from tandemrt.runtime.targets import parse_target
@@ -53,7 +53,7 @@ def test_stages_built_together_are_the_whole_denoiser(
     bundle, asked, values = Bundle.open(shapes_bundle), parse_target(target), random_inputs(shapes_bundle)
     with_whole = open_session(bundle.model_path("unet"), asked.of_component(bundle.component("unet")), threads=1)
     for name in (None, (0, 2), (1, 2)):
-        session = with_whole if name is None else open_component(bundle, "unet", asked, 1, Variant(stage=name))
+        session = with_whole if name is None else Loader(bundle, "unet", asked, 1).session(Variant(stage=name))
         binding = session.bind({one.name: values[one.name].shape for one in session.inputs})
         for one in session.inputs:
             binding.inputs[one.name][...] = values[one.name]

@@ -26,6 +26,7 @@ from tandemrt.runtime.editing import begin, checked_editing
 from tandemrt.runtime.manifest import Component, Manifest
 from tandemrt.runtime.noise import Noise
 from tandemrt.runtime.plan import compile_plan
+from tandemrt.runtime.ran_on import Ran
 from tandemrt.runtime.rng import new_generator
 
 from .recorded import Recorded
@@ -69,7 +70,7 @@ def encoded(recorded: Recorded, image: np.ndarray) -> np.ndarray:
 
 
 def of_pixels(recorded: Recorded, pixels: np.ndarray) -> np.ndarray:
-    return recorded.pipeline._models.encode_pictures("vae_encoder", pixels, before=lambda: None)
+    return recorded.pipeline._models.encode_pictures("vae_encoder", pixels, before=lambda: None, ran=Ran())
 
 
 def sampled(parameters: np.ndarray, drawn: np.ndarray) -> np.ndarray:

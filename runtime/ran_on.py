@@ -1,0 +1,104 @@
+"""What each model of a generation really ran on: an engine, or the bundle's own graph, and why not on an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from .backends.base import Binding, Session, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class RanOn:
+    """What a model ran on.
+
+    engine: the engine's key in the cache, None for the bundle's own graph. variant: what the engine was made as.
+    refused: why not on an engine, or not on the one that comes first, where the cache had one; otherwise empty.
+    """
+
+    engine: str | None = None
+    variant: str = ""
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.engine is None:
+            return "graph"
+        return f"engine {self.engine[:12]}" + ("" if self.variant == "plain" else f" ({self.variant})")
+
+
+GRAPH = RanOn()
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A session that chooses among engines, by the shapes of a call."""
+
+    def serving(self, shapes: Mapping[str, Shape]) -> Session:
+        """The session for a call of these shapes, those of LoRA slots left out; its inputs may be others."""
+
+    def ran_on(self, shapes: Mapping[str, Shape]) -> RanOn:
+        """What a binding of these shapes runs on."""
+
+
+def serving(session: Session, shapes: Mapping[str, Shape]) -> Session:
+    """See `Choosing.serving`; of a session that chooses nothing, itself."""
+    return session.serving(shapes) if isinstance(session, Choosing) else session
+
+
+class Ran:
+    """What the models of one generation ran on, by component; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._ran: dict[str, dict[RanOn, None]] = {}
+        self._refused: dict[str, tuple[str, ...]] = {}
+
+    def add(self, name: str, ran_on: RanOn) -> None:
+        """Component `name` runs on this, for one kind of its calls."""
+        self._ran.setdefault(name, {})[ran_on] = None
+
+    def refuse(self, name: str, reasons: Sequence[str]) -> None:
+        """Why component `name` does not run on its step engines, where the cache has some."""
+        self._refused[name] = tuple(reasons)
+
+    def join(self, other: Ran) -> None:
+        """Add all that another has."""
+        for name, ran in other._ran.items():
+            for one in ran:
+                self.add(name, one)
+
+    def watched(self, name: str, session: Session) -> Session:
+        """A session that adds what its bindings run on."""
+        return _Watched(name, session, self)
+
+    def by_component(self) -> dict[str, tuple[RanOn, ...]]:
+        """What each component ran on, in the order of their first calls; several where calls differed in shape."""
+        return {
+            name: tuple(
+                one if "step" in one.variant else replace(one, refused=(*self._refused.get(name, ()), *one.refused))
+                for one in ran
+            )
+            for name, ran in self._ran.items()
+        }
+
+
+class _Watched:
+    """See `Ran.watched`."""
+
+    def __init__(self, name: str, session: Session, ran: Ran) -> None:
+        self.inputs, self.outputs = session.inputs, session.outputs
+        self._name, self._session, self._ran = name, session, ran
+
+    def serving(self, shapes: Mapping[str, Shape]) -> Session:
+        return _Watched(self._name, serving(self._session, shapes), self._ran)
+
+    def ran_on(self, shapes: Mapping[str, Shape]) -> RanOn:
+        return self._session.ran_on(shapes) if isinstance(self._session, Choosing) else GRAPH
+
+    def bind(self, input_shapes: Mapping[str, Shape]) -> Binding:
+        binding = self._session.bind(input_shapes)
+        self._ran.add(self._name, self.ran_on(input_shapes))
+        return binding
+
+    def close(self) -> None:
+        self._session.close()
