@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtime.backends.modules import imported
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
 from ..runtime.errors import TargetError
-from ..runtime.targets import PORTABLE, has_nvidia_driver, install_hint
+from ..runtime.targets import ENGINES_ONLY, PORTABLE, has_nvidia_driver
 
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-BACKENDS = frozenset(_MODULES)
-
-
-def imported(backend: str) -> Any:
-    """The module of a flavour.
-
-    Raises:
-        TargetError: it is not installed, or cannot be imported.
-    """
-    try:
-        return importlib.import_module(_MODULES[backend])
-    except Exception as error:  # a damaged installation fails in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise TargetError(
-            backend, f"cannot be imported ({reason})", remedy=f"Run `{install_hint(backend)}`."
-        ) from error
+BACKENDS = ENGINES_ONLY
 
 
 @dataclass(frozen=True, slots=True)

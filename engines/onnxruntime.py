@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..runtime.backends.modules import imported
 from ..runtime.engine_files import Layer
 from ..runtime.errors import EngineError, TargetError
-from ..runtime.targets import install_hint
 from .job import Built, Job, Progress
 
 MODEL_NAME = "model.onnx"
@@ -24,7 +24,7 @@ def build(job: Job, progress: Progress) -> Built:
         TargetError: ONNX Runtime is missing, or has not the provider.
         EngineError: the graph cannot be loaded.
     """
-    ort = imported()
+    ort = imported("onnxruntime")
     progress(f"{job.component}: optimize", 0, 2)
     path = Path(job.folder, MODEL_NAME)
     options = ort.SessionOptions()
@@ -67,18 +67,6 @@ def _source(job: Job, options: Any) -> str | bytes:
     return serialized
 
 
-def imported() -> Any:
-    """ONNX Runtime's module; raises TargetError where it is missing."""
-    try:
-        import onnxruntime  # noqa: PLC0415 (heavy, and of an extra)
-    except Exception as error:  # a damaged installation fails in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise TargetError(
-            "onnxruntime", f"cannot be imported ({reason})", remedy=f"Run `{install_hint('onnxruntime')}`."
-        ) from error
-    return onnxruntime
-
-
 def require_buildable(device: str) -> None:
     """Raise TargetError unless ONNX Runtime has the device's execution provider here."""
     if device not in PROVIDERS:
@@ -88,7 +76,7 @@ def require_buildable(device: str) -> None:
             expected=f"onnxruntime:{' or onnxruntime:'.join(PROVIDERS)}",
             remedy=f"Run on onnxruntime:{device} as it is, or build for {device}.",
         )
-    available = imported().get_available_providers()
+    available = imported("onnxruntime").get_available_providers()
     if PROVIDERS[device] not in available:
         raise TargetError(
             f"target onnxruntime:{device}",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..runtime.backends.modules import imported
 from ..runtime.engine_files import InputRange, Layer
 from ..runtime.errors import EngineError, TargetError
-from ..runtime.targets import install_hint
 from .job import Built, Job, Progress
 
 BLOB_NAME = "engine.blob"
@@ -24,7 +24,7 @@ def build(job: Job, progress: Progress) -> Built:
         TargetError: OpenVINO is missing, or the processor lacks the precision.
         EngineError: the graph cannot be read, compiled or exported.
     """
-    ov = imported()
+    ov = imported("openvino")
     try:
         core = ov.Core()
         progress(f"{job.component}: read", 0, 3)
@@ -63,25 +63,13 @@ def configuration(device: str, precision: str) -> dict[str, str | int | bool]:
     return {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
 
-def imported() -> Any:
-    """OpenVINO's module; raises TargetError where it is missing."""
-    try:
-        import openvino  # noqa: PLC0415 (heavy, and of an extra)
-    except Exception as error:  # a damaged installation fails in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise TargetError(
-            "openvino", f"cannot be imported ({reason})", remedy=f"Run `{install_hint('openvino')}`."
-        ) from error
-    return openvino
-
-
 def require_buildable(device: str, precision: str) -> None:
     """Check that OpenVINO has a device here, and that it computes in a precision.
 
     Raises:
         TargetError: it has not, or does not.
     """
-    core = imported().Core()
+    core = imported("openvino").Core()
     devices = {name.partition(".")[0].lower() for name in core.available_devices}
     if device not in devices:
         raise TargetError("target openvino", "device", got=device, expected=f"one of {', '.join(sorted(devices))}")

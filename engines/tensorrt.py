@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..runtime.backends.modules import imported
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE, Layer
 from ..runtime.errors import EngineError
 from ..runtime.files import write_whole
 from ..runtime.targets import PORTABLE
-from .flavour import capabilities, imported
+from .flavour import capabilities
 from .job import Built, Job, Progress
 
 ENGINE_NAME = "engine.plan"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +22,13 @@ def build_command(
     target: Target,
     variant: Variant,
     shapes: Mapping[str, Shape] | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> str:
-    """The command that builds component `name` in a variant for a target; shapes as of `call_profile`."""
+    """The command that builds component `name` in a variant for a target; shapes as of `call_profile`.
+
+    It names the cache where that is not the default one: `--cache` of the command that needs the engine may say which.
+    """
+    cache = cache or os.environ.get("TANDEMRT_CACHE")
     profile = None if shapes is None else call_profile(bundle, name, variant, shapes)
     return (
         f"tandemrt build-engine {shlex.quote(str(bundle.path))} --target {target} --component {name}{variant.options}"

@@ -14,7 +14,7 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -147,6 +147,22 @@ def cache_folder(given: str | Path | None = None) -> Path:
     if own:
         return Path(own)
     return Path(general) / "tandemrt" if general else Path.home() / ".cache" / "tandemrt"
+
+
+@contextmanager
+def cache_at(folder: Path | None) -> Iterator[None]:
+    """Let `folder` be the cache of this process meanwhile, in $TANDEMRT_CACHE's place; None changes nothing."""
+    before = os.environ.get("TANDEMRT_CACHE")
+    if folder is None:
+        yield
+        return
+    os.environ["TANDEMRT_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["TANDEMRT_CACHE"]
+        if before is not None:
+            os.environ["TANDEMRT_CACHE"] = before
 
 
 def engines_folder(cache: Path) -> Path:

@@ -70,6 +70,7 @@ class BackendStatus:
     devices: execution providers of a backend that runs here, GPUs of one that needs NVIDIA's driver.
     targets: what this version runs here.
     missing: what keeps it from running, one plain sentence each.
+    builds: whether engines can be built for it here, running them or not.
     """
 
     backend: str
@@ -77,6 +78,7 @@ class BackendStatus:
     devices: tuple[str, ...]
     targets: tuple[Target, ...]
     missing: tuple[str, ...]
+    builds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class _Backend:
     precisions: tuple[str, ...]
     runs_on: tuple[str, ...] = ()
     needs_nvidia: bool = False
+    builds_anywhere: bool = False
 
 
 _TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -99,7 +102,9 @@ _BACKENDS = {
         runs_on=("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
     ),
     "openvino": _Backend(("openvino",), "openvino", "cpu|gpu|npu", ("fp32", "fp16", "bf16", "int8"), runs_on=("cpu",)),
-    "tensorrt-rtx": _Backend(("tensorrt-rtx",), "tensorrt-rtx", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True),
+    "tensorrt-rtx": _Backend(
+        ("tensorrt-rtx",), "tensorrt-rtx", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True, builds_anywhere=True
+    ),
     "tensorrt": _Backend(("tensorrt",), "tensorrt", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True),
 }
 # Backends that run no ONNX, only what was built from it.
@@ -208,7 +213,18 @@ def _status(name: str, backend: _Backend) -> BackendStatus:
         except Exception as error:  # a damaged installation fails in any way
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             missing.append(f"{name} is installed but cannot be imported ({reason}): reinstall it")
-    return BackendStatus(name, next(iter(versions.values()), None), devices, targets, tuple(missing))
+    builds = _is_importable("onnx") and (not missing or (backend.builds_anywhere and _imports(name)))
+    return BackendStatus(name, next(iter(versions.values()), None), devices, targets, tuple(missing), builds)
+
+
+def _imports(name: str) -> bool:
+    from .backends.modules import imported  # noqa: PLC0415 (it imports this module)
+
+    try:
+        imported(name)
+    except TargetError:
+        return False
+    return True
 
 
 def _probed_onnxruntime() -> tuple[tuple[str, ...], tuple[Target, ...]]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import ExecutionError, TargetError
 from ..manifest import Dtype, TensorSpec
-from ..targets import Target, install_hint
+from ..targets import Target
 from .base import Array, Shape
 from .buffers import allocated, not_loaded, one_line
+from .modules import imported
 from .providers import opened
 
 # Devices whose memory ONNX Runtime lets us fill and read; for others it copies host buffers itself.
@@ -51,7 +52,7 @@ class OnnxRuntimeSession:
         """
         self._name = engine_of or model.parent.name
         self._runs_on = "ONNX Runtime" if engine_of is None else f"ONNX Runtime, on the engine in {model.parent},"
-        self._ort = _onnxruntime()
+        self._ort = imported("onnxruntime")
         self._memory = _BUFFERS_ON.get(target.device, "cpu")
         self._session = _loaded(self._ort, model, target, threads, engine_of)
         self.inputs = tuple(self._spec(node, target) for node in self._session.get_inputs())
@@ -130,16 +131,6 @@ class OnnxRuntimeBinding:
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
         self._session.run(self._buffers)
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime  # noqa: PLC0415 (heavy, and of an extra)
-    except Exception as error:  # a damaged installation fails in any way
-        raise TargetError(
-            "onnxruntime", f"cannot be imported ({one_line(error)})", remedy=f"Run `{install_hint('onnxruntime')}`."
-        ) from error
-    return onnxruntime
 
 
 def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_of: str | None) -> Any:

@@ -17,9 +17,10 @@ from ..engine_search import Found
 from ..errors import BundleError, ExecutionError, TargetError
 from ..manifest import TensorSpec
 from ..onnx_files import graph_tensors
-from ..targets import Target, install_hint
+from ..targets import Target
 from .base import Array, Shape
 from .buffers import Arrays, allocated, not_loaded, one_line, require_numpy_types
+from .modules import imported
 
 # What arithmetic is asked for. Left to itself, OpenVINO runs an fp32 graph in bf16 where the processor can.
 _INFERENCE_PRECISIONS = {None: "f32", "fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
@@ -30,7 +31,7 @@ class OpenVinoSession:
 
     def __init__(self, name: str, compiled: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         """Raises TargetError where a tensor is of a type that numpy has not."""
-        self._name, self._ov = name, _openvino()
+        self._name, self._ov = name, imported("openvino")
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self._compiled: Any = compiled
         require_numpy_types(name, (*self.inputs, *self.outputs))
@@ -51,7 +52,7 @@ class OpenVinoSession:
                 _require_quantized(name, graph)
             return core.compile_model(graph, "CPU", configuration)
 
-        _openvino()
+        imported("openvino")
         try:
             inputs, outputs = graph_tensors(model)
         except BundleError as error:
@@ -71,7 +72,7 @@ class OpenVinoSession:
         path = found.folder / file
 
         def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
-            return core.import_model(_openvino().Tensor(np.fromfile(path, np.uint8)), "CPU", configuration)
+            return core.import_model(imported("openvino").Tensor(np.fromfile(path, np.uint8)), "CPU", configuration)
 
         name = found.engine.component
         compiled = _granted(path, target, _threading(threads, streams), import_blob, engine_of=name)
@@ -139,16 +140,6 @@ class OpenVinoBinding:
             self._session.require_shape(name, tuple(tensor.shape), self.outputs[name].shape)
 
 
-def _openvino() -> Any:
-    try:
-        import openvino  # noqa: PLC0415 (heavy, and of an extra)
-    except Exception as error:  # a damaged installation fails in any way
-        raise TargetError(
-            "openvino", f"cannot be imported ({one_line(error)})", remedy=f"Run `{install_hint('openvino')}`."
-        ) from error
-    return openvino
-
-
 def _threading(threads: int | None, streams: int) -> dict[str, str]:
     """OpenVINO's settings for so many runs at once, on so many threads together."""
     # A picture's models run one after the other, each on all threads. A pinned thread would wait for whatever else
@@ -165,7 +156,7 @@ def _granted(
     engine_of: str | None = None,
 ) -> Any:
     """What `load` makes of OpenVINO's core and a configuration, if it is what the target asks for."""
-    ov, precision = _openvino(), _INFERENCE_PRECISIONS[target.precision]
+    ov, precision = imported("openvino"), _INFERENCE_PRECISIONS[target.precision]
     configuration = {"INFERENCE_PRECISION_HINT": precision, **threading}
     try:
         compiled = load(ov.Core(), configuration)

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -19,15 +18,14 @@ from typing import Any
 
 from ..engine_files import REFIT, VERSION_COMPATIBLE, Engine
 from ..engine_search import profile_for
-from ..errors import EngineError, ExecutionError, TargetError
+from ..errors import EngineError, ExecutionError
 from ..files import write_whole
-from ..targets import install_hint
 from .base import Array, Shape
 from .buffers import one_line, require_numpy_types, symbol_sizes
 from .cuda import Device, Graph, Memory, Scratch, Stream, device, pinned
+from .modules import imported
 from .refit import Refit
 
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _KEPT_MESSAGES = 4
 
 
@@ -294,19 +292,6 @@ class _Kernels:
         with suppress(OSError):
             if made and made != self._read:
                 write_whole(self._path, lambda stream: stream.write(made))
-
-
-def imported(backend: str) -> Any:
-    """The module of a flavour.
-
-    Raises:
-        TargetError: it is not installed, or cannot be imported.
-    """
-    try:
-        return import_module(_MODULES[backend])
-    except Exception as error:  # a damaged installation fails in any way
-        remedy = f"Run `{install_hint(backend)}`."
-        raise TargetError(backend, f"cannot be imported ({one_line(error)})", remedy=remedy) from error
 
 
 def _deserialized(runtime: Any, folder: Path, engine: Engine, log: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -75,7 +75,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         yield "  none yet; see what is missing below"
     for backend in result["backends"]:
         yield ""
-        yield from _capability(f"{backend['backend']} {backend['version'] or ''}".rstrip(), backend["missing"])
+        name = f"{backend['backend']} {backend['version'] or ''}".rstrip()
+        yield from _capability(name, backend["missing"], builds=backend["builds"])
         if backend["devices"]:
             yield f"  here: {', '.join(backend['devices'])}"
     yield ""
@@ -102,8 +103,9 @@ def _machine_table(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _capability(name: str, missing: list[str]) -> Iterator[str]:
-    yield f"{name}: {'not usable' if missing else 'ready'}"
+def _capability(name: str, missing: Sequence[str], *, builds: bool = False) -> Iterator[str]:
+    lacking = "builds engines here, does not run them" if builds else "not usable"
+    yield f"{name}: {lacking if missing else 'ready'}"
     yield from (f"  {reason}" for reason in missing)
 
 

@@ -70,6 +70,7 @@ class GeneratePlan:
     decoder: str | None
     target: str
     threads: int | None
+    cache: Path | None
     output_dir: Path
     previews: int
     trace: Path | None
@@ -261,6 +262,13 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
         help="backend, device and precision such as onnxruntime:cpu:fp32; `tandemrt doctor` lists them (default auto)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads a model may use")
+    group.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where engines are that `tandemrt build-engine` made (default: $TANDEMRT_CACHE, else tandemrt/ in "
+        "$XDG_CACHE_HOME or ~/.cache)",
+    )
     group.add_argument(
         "--output-dir",
         type=Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,10 +19,13 @@ import pytest
 from tandemrt.engines import command as module
 from tandemrt.engines.build import Outcome, ensure_engine
 from tandemrt.engines.plan import Request
+from tandemrt.runtime.build_commands import build_command
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import engines_folder
+from tandemrt.runtime.engine_files import cache_at, engines_folder
 from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.variant import PLAIN
 
 from ..runtime.test_backend_openvino import HAS_BF16
 from .test_build import FEEDS, left_in, reference
@@ -172,6 +176,32 @@ def test_a_cache_that_cannot_be_written_ends_it_all(
     out, err = capsys.readouterr()
     assert err.count("the cache cannot be written") == 1
     assert "not built" not in out + err
+
+
+def test_generate_runs_on_the_engines_of_the_cache_that_it_is_given(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path / "none"))
+    target, cache = ["--target", "onnxruntime:cpu"], tmp_path / "its cache"
+    assert main(["build-engine", str(tiny_path), *target, "--component", "unet", "--step", "--cache", str(cache)]) == 0
+    for number, given in enumerate(([], ["--cache", str(cache)])):
+        capsys.readouterr()
+        settings = [
+            "--prompt",
+            "red",
+            "--num-inference-steps",
+            "2",
+            "--output-dir",
+            str(tmp_path / str(number)),
+            "--json",
+        ]
+        assert main(["generate", str(tiny_path), *target, *settings, *given]) == 0
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert image["step_engines"] is bool(given)
+    assert os.environ["TANDEMRT_CACHE"] == str(tmp_path / "none")
+    with cache_at(cache):
+        command = build_command(Bundle.open(tiny_path), "unet", parse_target("openvino:cpu"), PLAIN)
+    assert command.endswith(f"--component unet --cache '{cache}'")
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(shapes_bundle: Path, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandemrt.engines import flavour
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends import cuda
+from tandemrt.runtime.backends.modules import imported
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import PORTABLE, parse_target
 
@@ -65,5 +65,5 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 def device_of(name: str) -> str:
     """What engines are built for: the architecture here, or every one where the flavour does not know it."""
     here = cuda.device().architecture
-    known = name == "tensorrt" or hasattr(flavour.imported(name).ComputeCapability, here.upper())
+    known = name == "tensorrt" or hasattr(imported(name).ComputeCapability, here.upper())
     return here if known else PORTABLE

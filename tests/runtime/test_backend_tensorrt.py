@@ -12,7 +12,8 @@ import pytest
 
 from tandemrt.runtime import Pipeline, TargetError, targets
 from tandemrt.runtime.backends import cuda, target_here
-from tandemrt.runtime.backends.tensorrt import TensorRtBinding, imported
+from tandemrt.runtime.backends.modules import imported
+from tandemrt.runtime.backends.tensorrt import TensorRtBinding
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.targets import parse_target

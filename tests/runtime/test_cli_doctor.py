@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tandemrt.runtime import targets
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.machine import nvidia_devices, parse_cpuinfo, parse_meminfo
 
@@ -18,8 +19,23 @@ def test_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     stdout, stderr = capsys.readouterr()
     assert "\n  onnxruntime:cpu\n" in stdout
-    assert "tensorrt-rtx" in stdout
     assert stderr == ""
+
+
+def test_doctor_tells_what_builds_here_and_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(targets, "has_nvidia_driver", lambda: False)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = (index for index, line in enumerate(lines) if line.startswith("tensorrt-rtx "))
+    assert lines[place].endswith(": builds engines here, does not run them")
+    assert lines[place + 1] == "  no NVIDIA driver is running here"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert main(["doctor", "--json"]) == 0
+    backends = {backend["backend"]: backend for backend in json.loads(capsys.readouterr().out)["backends"]}
+    builds = {name: backend["builds"] for name, backend in backends.items()}
+    assert builds == {"onnxruntime": True, "openvino": True, "tensorrt-rtx": False, "tensorrt": False}
 
 
 def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
