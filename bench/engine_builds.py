@@ -66,7 +66,7 @@ def build_figures(plan: BuildPlan) -> Iterator[dict[str, Any]]:
                 "build_s": built.engine.build_s,
                 "peak_gib": built.engine.peak_memory_bytes / 2**30,
                 "size_mb": built.engine.size_bytes / 1e6,
-                "layers": len(built.engine.layers),
+                "layers": built.engine.layer_count,
                 "cached_s": cached_s,
             }
             if request.target.backend == _PEERED:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, cached_engines, engines_folder
+from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines, engines_folder
 from ..runtime.errors import EngineError
 from ..runtime.variant import PLAIN
 from .cache import Claim, cached, claimed, records_of
@@ -51,11 +51,13 @@ def ensure_engine(request: Request, cache: Path, progress: Progress, versions: M
         found = cached(cache, request.key)
         if found is not None:
             return Outcome(request, *found, built=False)
-        engine = _built(request, cache, claim, progress, versions)
-        return Outcome(request, claim.publish(engine), engine, built=True)
+        engine, layers = _built(request, cache, claim, progress, versions)
+        return Outcome(request, claim.publish(engine, layers), engine, built=True)
 
 
-def _built(request: Request, cache: Path, claim: Claim, progress: Progress, versions: Mapping[str, str]) -> Engine:
+def _built(
+    request: Request, cache: Path, claim: Claim, progress: Progress, versions: Mapping[str, str]
+) -> tuple[Engine, tuple[Layer, ...]]:
     made_of = request.ingredients
     began = time.monotonic()
     graph = claim.part / "graph"
@@ -74,7 +76,7 @@ def _built(request: Request, cache: Path, claim: Claim, progress: Progress, vers
     taken_s = time.monotonic() - began
     work = _work(request, Path(job.model))
     shutil.rmtree(graph, ignore_errors=True)
-    return Engine(
+    engine = Engine(
         format=FORMAT,
         component=request.component,
         ingredients=made_of,
@@ -83,12 +85,13 @@ def _built(request: Request, cache: Path, claim: Claim, progress: Progress, vers
         outputs=request.facts.outputs,
         profile_names=request.profile_names,
         profile_memory_bytes=built.profile_memory_bytes,
-        layers=built.layers,
+        layer_count=len(built.layers),
         multiply_adds=work,
         build_s=round(taken_s, 3),
         peak_memory_bytes=built.peak_memory_bytes,
         versions={**versions, **built.versions},
     )
+    return engine, built.layers
 
 
 def _work(request: Request, graph: Path) -> dict[str, int]:

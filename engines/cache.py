@@ -16,12 +16,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from ..runtime.engine_files import PROOF_NAME, SIDECAR_NAME, Engine, check_engine_files, engines_folder, read_sidecar
+from ..runtime.engine_files import (
+    LAYERS_NAME,
+    PROOF_NAME,
+    SIDECAR_NAME,
+    Engine,
+    Layer,
+    check_engine_files,
+    engines_folder,
+    read_sidecar,
+)
 from ..runtime.errors import EngineError
 from ..runtime.manifest import FileRecord, file_sha256
 from .job import Progress
@@ -51,15 +60,17 @@ class Claim:
         self._engines, self._key, self.lock = engines, key, lock
         self.part = engines / f".{key}.part"
 
-    def publish(self, engine: Engine) -> Path:
+    def publish(self, engine: Engine, layers: Sequence[Layer] = ()) -> Path:
         """Write the sidecar, flush everything to the disk and give the folder its name, in a damaged one's place.
+
+        layers: of the compiled graph, for `inspect`.
 
         Raises:
             OSError: the file system is full or refuses.
         """
         place, old = self._engines / self._key, self._engines / f".{self._key}.old"
-        sidecar = msgspec.json.format(msgspec.json.encode(engine), indent=1) + b"\n"
-        (self.part / SIDECAR_NAME).write_bytes(sidecar)
+        for name, told in ((SIDECAR_NAME, engine), (LAYERS_NAME, tuple(layers))):
+            (self.part / name).write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n")
         stamps = _stamps(self.part, engine)  # the engine's records were made of these very files
         if stamps is not None:
             _write_proof(self.part, _Proof(whole=True, files=stamps))

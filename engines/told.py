@@ -44,7 +44,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "size_bytes": engine.size_bytes,
         "peak_memory_bytes": engine.peak_memory_bytes,
         "profile_memory_bytes": list(engine.profile_memory_bytes),
-        "layers": len(engine.layers),
+        "layers": engine.layer_count,
     }
 
 

@@ -1,6 +1,7 @@
 """Engines in the user's cache, and what the sidecar `engine.json` beside each says.
 
     <cache>/engines/<key>/engine.json    with the engine's files beside it
+    <cache>/engines/<key>/layers.json    what it is compiled to, which is most of what there is to say, and not run by
 
 An engine is native code that a backend runs as it is: engines are read from the user's own cache alone, never from a
 bundle, and a digest in the sidecar proves that a file is the one that was built, not who built it.
@@ -27,8 +28,9 @@ from .onnx_files import external_files
 from .targets import Target
 from .variant import PLAIN, Variant
 
-FORMAT = 1
+FORMAT = 2
 SIDECAR_NAME = "engine.json"
+LAYERS_NAME = "layers.json"
 GRAPH_NAME = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
@@ -110,7 +112,7 @@ class Engine(Frozen, frozen=True, kw_only=True):
 
     component: what it was called in the bundle it was built for. profile_names: as the profiles in `ingredients`.
     profile_memory_bytes: scratch memory of a call in each profile, where the builder tells.
-    layers: those of the compiled graph, where the backend tells.
+    layer_count: how many layers the compiled graph has, 0 where the backend does not tell; see `read_layers`.
     multiply_adds: of a call as the first profile is tuned for, by block of the graph; none where they are not known.
     build_s: how long the build took; peak_memory_bytes: how much memory it took at most.
     """
@@ -123,7 +125,7 @@ class Engine(Frozen, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     profile_names: tuple[str, ...]
     profile_memory_bytes: tuple[int, ...] = ()
-    layers: tuple[Layer, ...] = ()
+    layer_count: int = 0
     multiply_adds: dict[str, int] = msgspec.field(default_factory=dict)
     build_s: float
     peak_memory_bytes: int
@@ -222,6 +224,21 @@ def read_sidecar(folder: Path) -> Engine:
     if engine.ingredients.key != folder.name:
         raise EngineError(str(path), "key", got=engine.ingredients.key, expected=folder.name, remedy=remedy)
     return engine
+
+
+def read_layers(folder: Path) -> tuple[Layer, ...]:
+    """The layers of the compiled graph; none where the backend does not tell.
+
+    Raises:
+        EngineError: the file cannot be read, or is something else.
+    """
+    path = folder / LAYERS_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=tuple[Layer, ...])
+    except OSError as error:
+        raise EngineError(str(path), f"cannot be read ({error.strerror or error})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise EngineError(str(path), f"not an engine's layers ({error})") from error
 
 
 def check_engine_files(folder: Path, engine: Engine) -> None:

@@ -141,7 +141,7 @@ class StepEngines:
         if name not in self._listed:
             target = engine_target(self._bundle, name, self._target)
             self._listed[name] = {
-                folder: _Listed(msgspec.structs.replace(engine, layers=()), misfit)  # most of a sidecar, and not run by
+                folder: _Listed(engine, misfit)
                 for folder, engine, misfit in engines_of(self._bundle, name, target)
                 if engine.ingredients.variant.step and answers(engine.ingredients, target)
             }

@@ -25,7 +25,14 @@ from tandemrt.engines import plan as plans
 from tandemrt.engines.build import changes, ensure_engine
 from tandemrt.engines.tensorrt import layer_of
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import PROOF_NAME, Layer, check_engine_files, engines_folder, read_sidecar
+from tandemrt.runtime.engine_files import (
+    PROOF_NAME,
+    Layer,
+    check_engine_files,
+    engines_folder,
+    read_layers,
+    read_sidecar,
+)
 from tandemrt.runtime.errors import EngineError, TargetError
 
 from .conftest import Requests
@@ -63,8 +70,14 @@ def test_an_engine_is_built_once_and_says_what_it_is(target: str, requests: Requ
     engine = read_sidecar(first.folder)
     check_engine_files(first.folder, engine)
     assert engine == first.engine == again.engine
-    assert {path.name for path in first.folder.iterdir()} - {PROOF_NAME} == {*engine.files, "engine.json"}
-    assert {layer.kind for layer in engine.layers if "onv" in layer.name or "onv" in layer.kind}
+    assert {path.name for path in first.folder.iterdir()} - {PROOF_NAME} == {
+        *engine.files,
+        "engine.json",
+        "layers.json",
+    }
+    layers = read_layers(first.folder)
+    assert engine.layer_count == len(layers)
+    assert {layer.kind for layer in layers if "onv" in layer.name or "onv" in layer.kind}
     assert engine.ingredients.backend in engine.versions
     assert engine.peak_memory_bytes > 1 << 20
 
@@ -335,8 +348,8 @@ def test_bf16_is_built_where_the_processor_has_it(requests: Requests, tmp_path: 
             requests("openvino:cpu:bf16", components=("unet",))
         return
     (request,) = requests("openvino:cpu:bf16", components=("unet",))
-    engine = ensure_engine(request, tmp_path, silent, VERSIONS).engine
-    assert "bf16" in {layer.precision for layer in engine.layers}
+    folder = ensure_engine(request, tmp_path, silent, VERSIONS).folder
+    assert "bf16" in {layer.precision for layer in read_layers(folder)}
 
 
 def built_in_parallel(request: plans.Request, cache: Path, processes: int) -> list[int]:

@@ -55,7 +55,8 @@ def test_what_was_composed_is_built_and_found(
     (request,) = requests_of(plan(target, "64..96:b1..2", **options), tiny)
     outcome = ensure_engine(request, tmp_path, lambda label, done, total: None, {})
     assert request.ingredients.variant == variant
-    assert {path.name for path in outcome.folder.iterdir()} - {PROOF_NAME} == {"engine.json", *outcome.engine.files}
+    there = {path.name for path in outcome.folder.iterdir()}
+    assert there - {PROOF_NAME} == {"engine.json", "layers.json", *outcome.engine.files}
     feeds = feeds_of(request, batch=1 if variant.step else 2)
     shapes = {name: array.shape for name, array in feeds.items()}
     found = find_engine(tiny, "unet", parse_target(target), shapes, cache=tmp_path, variant=variant)

@@ -17,6 +17,7 @@ from tandemrt.engines import retyped as module
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.graph_files import read_graph, weight
 from tandemrt.engines.retyped import WEIGHTS_NAME, retyped, write_retyped
+from tandemrt.runtime.engine_files import read_layers
 from tandemrt.runtime.errors import BundleError
 
 from .conftest import Requests
@@ -148,10 +149,11 @@ def test_tensorrt_rtx_builds_a_float16_bundle_in_bfloat16(tiny_path: Path, reque
         for precision in ("fp16", "bf16")
     )
     assert half.key != brain.key
-    engine = ensure_engine(brain, tmp_path / "cache", silent, VERSIONS).engine
+    outcome = ensure_engine(brain, tmp_path / "cache", silent, VERSIONS)
+    engine = outcome.engine
     assert engine.ingredients.precision == "bf16"
     assert {spec.dtype for spec in (*engine.inputs, *engine.outputs)} == {"float32"}
     assert left_in(tmp_path / "cache") == [brain.key]
-    precisions = {layer.precision for layer in engine.layers}
+    precisions = {layer.precision for layer in read_layers(outcome.folder)}
     assert "bfloat16" in precisions or "bf16" in precisions, precisions
     assert "half" not in precisions

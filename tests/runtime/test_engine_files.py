@@ -255,7 +255,7 @@ def test_a_linked_file_is_refused(bundle: Bundle, add: Add, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'{"format":1', b'{"format":2', "format of the engine, got 2, expected 1"),
+        (b'{"format":2', b'{"format":1', "format of the engine, got 1, expected 2"),
         (b'"engine.blob":', b'"../escape":', "names of files, got '../escape'"),
         (
             b'"files":{"engine.blob":',
