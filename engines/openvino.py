@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.backends.modules import imported
+from ..runtime.backends.openvino import device_name, precision_hint
 from ..runtime.engine_files import InputRange, Layer
 from ..runtime.errors import EngineError, TargetError
 from .job import Built, Job, Progress
 
 BLOB_NAME = "engine.blob"
-# Left to itself, OpenVINO runs an fp32 graph in bf16 where the processor can.
-_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
 _NEEDS = {"bf16": "BF16"}
 _NO_LAYERS = frozenset({"Const", "Input", "Output"})
 
@@ -57,8 +56,7 @@ def build(job: Job, progress: Progress) -> Built:
 
 def configuration(device: str, precision: str) -> dict[str, str | int | bool]:
     """What OpenVINO is told to compile for a device in a precision."""
-    # A processor computes an fp16 graph in fp32, as ONNX Runtime's CPU provider does.
-    hint = "f32" if (device, precision) == ("cpu", "fp16") else _HINTS[precision]
+    hint = precision_hint(device, precision)
     # One stream: a picture's models run one after the other, each on all threads.
     return {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
@@ -67,17 +65,17 @@ def require_buildable(device: str, precision: str) -> None:
     """Check that OpenVINO has a device here, and that it computes in a precision.
 
     Raises:
-        TargetError: it has not, or does not.
+        TargetError: it has not, or does not, or this version of tandemrt runs nothing on the device.
     """
-    core = imported("openvino").Core()
-    devices = {name.partition(".")[0].lower() for name in core.available_devices}
-    if device not in devices:
-        raise TargetError("target openvino", "device", got=device, expected=f"one of {', '.join(sorted(devices))}")
-    able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    if device == "npu":
+        what = "an NPU takes fixed shapes alone, and this version of tandemrt runs nothing on one"
+        raise TargetError(f"target openvino:{device}", what, remedy="Build for openvino:cpu or openvino:gpu.")
+    device_name(device)
+    able = imported("openvino").Core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     if precision in _NEEDS and _NEEDS[precision] not in able:
         raise TargetError(
             f"target openvino:{device}:{precision}",
-            "this processor has no instructions for the precision",
+            "this device has no instructions for the precision",
             got=", ".join(sorted(able)),
             remedy=f"Build for openvino:{device}:fp32.",
         )

@@ -187,8 +187,18 @@ def weights_of(bundle: Bundle, name: str) -> dict[str, str]:
 
 
 def architecture_of(target: Target) -> str:
-    """What an engine for a target is bound to here: the processor where it runs on one, else the system alone."""
-    return cpu_architecture() if target.device == "cpu" else system_architecture()
+    """What an engine for a target is bound to here: the system, and the processor or GPU that the target leaves open.
+
+    Raises:
+        TargetError: the target's device is not here.
+    """
+    if target.device == "cpu":
+        return cpu_architecture()
+    if target.backend == "openvino":
+        from .backends.openvino import device_name  # noqa: PLC0415 (a backend loads when it is used)
+
+        return f"{system_architecture()} {device_name(target.device)}"
+    return system_architecture()
 
 
 def read_sidecar(folder: Path) -> Engine:

@@ -101,7 +101,9 @@ _BACKENDS = {
         ("fp32", "fp16", "int8"),
         runs_on=("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
     ),
-    "openvino": _Backend(("openvino",), "openvino", "cpu|gpu|npu", ("fp32", "fp16", "bf16", "int8"), runs_on=("cpu",)),
+    "openvino": _Backend(
+        ("openvino",), "openvino", "cpu|gpu|npu", ("fp32", "fp16", "bf16", "int8"), runs_on=("cpu", "gpu")
+    ),
     "tensorrt-rtx": _Backend(
         ("tensorrt-rtx",), "tensorrt-rtx", _SM, _TENSORRT_PRECISIONS, needs_nvidia=True, builds_anywhere=True
     ),
@@ -152,7 +154,7 @@ def _runs_on_cuda() -> bool:
 
 
 def check_runnable(target: Target) -> None:
-    """Raise TargetError when this version of tandemrt cannot run bundles on `target`."""
+    """Raise TargetError when this version of tandemrt cannot run bundles on `target`, or its device is not here."""
     if target.backend not in ENGINES_ONLY and target.device not in _BACKENDS[target.backend].runs_on:
         raise TargetError(
             "target",
@@ -161,6 +163,10 @@ def check_runnable(target: Target) -> None:
             expected=" or ".join(_RUNNABLE),
             remedy="Use --target auto.",
         )
+    if target.backend == "openvino" and target.device != "cpu" and _is_importable("openvino"):
+        from .backends.openvino import device_name  # noqa: PLC0415 (it imports this module)
+
+        device_name(target.device)
     if _needs_nvidia(target) and not has_nvidia_driver():
         what = "needs an NVIDIA GPU, and no NVIDIA driver is running here"
         raise TargetError(f"target {target}", what, remedy="Use --target auto, or a machine with such a GPU.")
@@ -241,7 +247,10 @@ def _probed_openvino() -> tuple[tuple[str, ...], tuple[Target, ...]]:
 
     core = openvino.Core()
     precisions = (None, "bf16") if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else (None,)
-    return tuple(core.available_devices), tuple(Target("openvino", "cpu", precision) for precision in precisions)
+    targets = [Target("openvino", "cpu", precision) for precision in precisions]
+    if any(name.partition(".")[0] == "GPU" for name in core.available_devices):
+        targets.append(Target("openvino", "gpu"))
+    return tuple(core.available_devices), tuple(targets)
 
 
 def _probed_tensorrt(name: str) -> tuple[tuple[str, ...], tuple[Target, ...]]:

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU. A run reads and writes the binding's numpy arrays in place, nothing is copied.
+"""OpenVINO on the CPU or a GPU. A run reads and writes the binding's numpy arrays; on the CPU nothing is copied.
 
 The model is compiled with the shapes its graph states, symbolic ones for every size at once: compiled anew for each
 binding's shapes it ran some 5% faster (SD 1.5's UNet), but a second set of shapes takes its weights a second time.
@@ -6,6 +6,7 @@ binding's shapes it ran some 5% faster (SD 1.5's UNet), but a second set of shap
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -50,7 +51,7 @@ class OpenVinoSession:
             graph = core.read_model(model)
             if target.precision == "int8":
                 _require_quantized(name, graph)
-            return core.compile_model(graph, "CPU", configuration)
+            return core.compile_model(graph, target.device.upper(), configuration)
 
         imported("openvino")
         try:
@@ -58,7 +59,9 @@ class OpenVinoSession:
         except BundleError as error:
             raise not_loaded("OpenVINO", model, None, error) from error
         require_numpy_types(name, (*inputs, *outputs))
-        return cls(name, _granted(model, target, _threading(threads, streams), compile_graph), inputs, outputs)
+        return cls(
+            name, _granted(model, target, _threading(target.device, threads, streams), compile_graph), inputs, outputs
+        )
 
     @classmethod
     def of_engine(cls, found: Found, target: Target, threads: int | None, streams: int = 1) -> OpenVinoSession:
@@ -72,10 +75,11 @@ class OpenVinoSession:
         path = found.folder / file
 
         def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
-            return core.import_model(imported("openvino").Tensor(np.fromfile(path, np.uint8)), "CPU", configuration)
+            blob = imported("openvino").Tensor(np.fromfile(path, np.uint8))
+            return core.import_model(blob, target.device.upper(), configuration)
 
         name = found.engine.component
-        compiled = _granted(path, target, _threading(threads, streams), import_blob, engine_of=name)
+        compiled = _granted(path, target, _threading(target.device, threads, streams), import_blob, engine_of=name)
         return cls(name, compiled, found.engine.inputs, found.engine.outputs)
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> OpenVinoBinding:
@@ -140,8 +144,30 @@ class OpenVinoBinding:
             self._session.require_shape(name, tuple(tensor.shape), self.outputs[name].shape)
 
 
-def _threading(threads: int | None, streams: int) -> dict[str, str]:
-    """OpenVINO's settings for so many runs at once, on so many threads together."""
+@functools.cache
+def device_name(device: str) -> str:
+    """The full name of a device that OpenVINO has here, such as `gpu`.
+
+    Raises:
+        TargetError: OpenVINO is not installed, or has no such device here.
+    """
+    core = imported("openvino").Core()
+    here = {name.partition(".")[0].lower() for name in core.available_devices}
+    if device not in here:
+        expected = f"one of {', '.join(sorted(here))}"
+        raise TargetError(f"target openvino:{device}", "device that is not here", got=device, expected=expected)
+    return str(core.get_property(device.upper(), "FULL_DEVICE_NAME"))
+
+
+def precision_hint(device: str, precision: str | None) -> str:
+    """The arithmetic that is asked of a device: an fp16 graph is computed in fp32 by a CPU, as by ONNX Runtime's."""
+    return "f16" if precision == "fp16" and device != "cpu" else _INFERENCE_PRECISIONS[precision]
+
+
+def _threading(device: str, threads: int | None, streams: int) -> dict[str, str]:
+    """OpenVINO's settings for so many runs at once, on a CPU on so many threads together."""
+    if device != "cpu":
+        return {"NUM_STREAMS": str(streams)}
     # A picture's models run one after the other, each on all threads. A pinned thread would wait for whatever else
     # runs on its core.
     settings = {"NUM_STREAMS": str(streams), "ENABLE_CPU_PINNING": "NO"}
@@ -156,7 +182,7 @@ def _granted(
     engine_of: str | None = None,
 ) -> Any:
     """What `load` makes of OpenVINO's core and a configuration, if it is what the target asks for."""
-    ov, precision = imported("openvino"), _INFERENCE_PRECISIONS[target.precision]
+    ov, precision = imported("openvino"), precision_hint(target.device, target.precision)
     configuration = {"INFERENCE_PRECISION_HINT": precision, **threading}
     try:
         compiled = load(ov.Core(), configuration)
@@ -172,10 +198,12 @@ def _granted(
             f"precision of the arithmetic that OpenVINO granted for target {target}",
             got=granted,
             expected=precision,
-            remedy="Ask for openvino:cpu:fp32, or use a processor with the instructions; `tandemrt doctor` lists them.",
+            remedy=f"Ask for openvino:{target.device}:fp32, or use a device that computes so; `tandemrt doctor` lists "
+            "what is here.",
         )
-    if devices != ["CPU"]:
-        raise TargetError(engine_of or path.parent.name, "devices granted", got=devices, expected="CPU alone")
+    asked = target.device.upper()
+    if {name.partition(".")[0] for name in devices} != {asked}:
+        raise TargetError(engine_of or path.parent.name, "devices granted", got=devices, expected=f"{asked} alone")
     return compiled
 
 

@@ -324,7 +324,8 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
         ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected one of sm75, .*, or portable"),
         ("onnxruntime:tensorrt-rtx", r"compiles when it loads a graph.*or build for tensorrt-rtx\."),
         ("onnxruntime:cuda", r"execution provider that is not here"),
-        ("openvino:npu", r"device, got 'npu', expected one of .*cpu"),
+        ("openvino:gpu", r"device that is not here, got 'gpu', expected one of .*cpu"),
+        ("openvino:npu", r"takes fixed shapes alone.*Build for openvino:cpu"),
     ],
 )
 def test_what_a_target_lacks_is_refused_before_the_build(target: str, message: str, requests: Requests) -> None:

@@ -114,10 +114,10 @@ def test_one_bundle_in_fp16_serves_tensorrt_rtx_in_fp16_and_openvino_in_bf16(
             "--target: 2 of 2 cannot be used: (1) target: device",
         ),
         (
-            ["--target", "openvino:npu", "--target", "onnxruntime:cpu", "--target", "tensorrt-rtx:sm99"],
+            ["--target", "openvino:gpu", "--target", "onnxruntime:cpu", "--target", "tensorrt-rtx:sm99"],
             1,
-            "--target: 2 of 3 cannot be used: (1) target openvino: device, got 'npu', expected one of cpu. "
-            "(2) target tensorrt-rtx: GPU architecture, got 'sm99'",
+            "--target: 2 of 3 cannot be used: (1) target openvino:gpu: device that is not here, got 'gpu', expected "
+            "one of cpu. (2) target tensorrt-rtx: GPU architecture, got 'sm99'",
         ),
         (
             ["--target", "onnxruntime:cpu", "--step", "--fold-steps", "0"],
