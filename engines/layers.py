@@ -25,6 +25,7 @@ from .graph_files import MODEL_NAME, read_graph
 from .job import Progress
 from .layer_graphs import Value, batches, giving, values_of
 from .layer_inputs import recorded_inputs
+from .layer_parts import Part, boundaries, check_part_files, part_making, write_part
 from .layer_runners import quietly, reference_runner, require_polygraphy, session_runner, target_runner
 from .retyped import write_retyped
 
@@ -56,6 +57,7 @@ class LayerReport(Frozen, frozen=True, kw_only=True):
     engine: the folder of the compiled engine that ran as a whole, where there is one. outputs: the component's own, as
     a pipeline would run it, nothing in between read. compared: how many values between were compared.
     first: the first of them, in the order of the graph, over the threshold. worst: those with the largest error.
+    part: what was cut out of the graph for the first one, where that was asked for.
     """
 
     component: str
@@ -67,6 +69,7 @@ class LayerReport(Frozen, frozen=True, kw_only=True):
     compared: int
     first: Difference | None
     worst: tuple[Difference, ...]
+    part: Part | None = None
 
     @property
     def diverges(self) -> bool:
@@ -80,7 +83,12 @@ def exceeds(difference: Difference, threshold: float) -> bool:
 
 
 def compare_layers(
-    bundle: Bundle, name: str, target: Target, size: tuple[int, int] | None, progress: Progress
+    bundle: Bundle,
+    name: str,
+    target: Target,
+    size: tuple[int, int] | None,
+    progress: Progress,
+    extract: Path | None = None,
 ) -> LayerReport:
     """Run component `name` on a target and, in float32, on ONNX Runtime, and compare all values on the way.
 
@@ -88,12 +96,16 @@ def compare_layers(
     memory; reading a value keeps a backend from fusing what makes it with what uses it.
 
     size: (width, height) in pixels of that generation; the bundle's default otherwise.
+    extract: where to write the smallest part of the graph that makes the first diverging value wrongly by itself.
 
     Raises:
+        ArgumentError: a part cannot be written there.
         TargetError: the target, or Polygraphy, is not available here.
         TandemError: the component cannot be run.
     """
     require_polygraphy()
+    if extract is not None:
+        check_part_files(extract)
     component, defaults = bundle.component(name), bundle.manifest.defaults
     asked = target.of_component(component)
     asked.check_precision(name, component.precision)
@@ -107,7 +119,9 @@ def compare_layers(
         comparison = _Comparison(bundle, name, asked, feeds, Path(folder))
         outputs = comparison.outputs()
         found = tuple(comparison.between(progress))
-    threshold = THRESHOLDS[asked.precision or component.precision]
+        threshold = THRESHOLDS[asked.precision or component.precision]
+        first = next((one for one in found if exceeds(one, threshold)), None)
+        part = comparison.extracted(first.tensor, threshold, extract) if first and extract else None
     return LayerReport(
         component=name,
         target=str(asked),
@@ -116,8 +130,9 @@ def compare_layers(
         engine=None if comparison.engine is None else str(comparison.engine.folder),
         outputs=outputs,
         compared=len(found),
-        first=next((one for one in found if exceeds(one, threshold)), None),
+        first=first,
         worst=tuple(sorted(found, key=_badness, reverse=True)[:WORST]),
+        part=part,
     )
 
 
@@ -164,8 +179,34 @@ class _Comparison:
             yield from _differences(group, expected, _ran(runner, self._feeds))
         progress(f"{self._name}: layers", len(groups), len(groups))
 
+    def extracted(self, tensor: str, threshold: float, path: Path) -> Part:
+        """Write the smallest part of the target's graph that makes `tensor` wrongly from the reference's values.
+
+        Where none does, since errors add up on the way, it is all that makes it.
+        """
+        meant = {one.name: one for one in values_of(self._meant_graph, self._shapes)}
+        readable = {name: self._types[name] for name in meant.keys() & self._types.keys()}
+        for names in boundaries(self._compiled_graph, tensor, readable):
+            expected = self._expected([meant[name] for name in (*sorted(names), tensor)])
+            shapes = {**self._shapes, **{name: array.shape for name, array in expected.items()}}
+            boundary = {name: readable[name] for name in names}
+            part = part_making(self._compiled_graph, self._types[tensor], boundary, shapes)
+            known = {**self._feeds, **{name: expected[name].astype(_numpy_type(one)) for name, one in boundary.items()}}
+            feeds = {one.name: known[one.name] for one in part.graph.input}
+            runner = target_runner(_written(part, self._compiled), self._target, feeds)
+            (off,) = _differences([meant[tensor]], expected, _ran(runner, feeds))
+            if exceeds(off, threshold):
+                break
+        inputs = write_part(part, self._compiled, feeds, path)
+        nodes, error = len(part.graph.node), off.relative_error
+        return Part(graph=str(path), inputs=str(inputs), nodes=nodes, relative_error=error)
+
     def _expected(self, values: Sequence[Value]) -> Mapping[str, Array]:
         return _ran(reference_runner(_written(giving(self._meant_graph, values, {}), self._meant)), self._feeds)
+
+
+def _numpy_type(value: Value) -> Any:
+    return np.float16 if value.elem_type == TensorProto.FLOAT16 else np.float32
 
 
 def _moved(model: Path, to: int | None, folder: Path) -> onnx.ModelProto:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,11 +24,13 @@ class LayersPlan:
     """What to compare with ONNX Runtime in float32; all components where none is named.
 
     size: (width, height) in pixels of the picture that the inputs come from; None for the bundle's default.
+    extract: where the smallest part of the graph goes that is off by itself, of one component on one target.
     """
 
     targets: tuple[Target, ...]
     components: tuple[str, ...]
     size: tuple[int, int] | None
+    extract: Path | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--size", metavar="WxH", help="of the picture whose generation gives the inputs (default: the bundle's)"
     )
+    group.add_argument(
+        "--extract", type=Path, metavar="FILE.onnx",
+        help="write the smallest part of the graph that makes the first value over the bound wrongly by itself, its "
+        "inputs beside it, for a bug report; with one --target and one --component"
+    )  # fmt: skip
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> LayersPlan | None:
@@ -56,6 +64,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> LayersPlan | None:
         ArgumentError: an option of this comparison without --layers, or --layers without a target.
     """
     given = {"--target": namespace.target, "--component": namespace.component, "--size": namespace.size}
+    given["--extract"] = namespace.extract
     if not namespace.layers:
         stray = next((option for option, value in given.items() if value), None)
         if stray is not None:
@@ -63,8 +72,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> LayersPlan | None:
         return None
     if not namespace.target:
         raise ArgumentError("--layers", "needs --target TARGET", remedy="Such as --target openvino:cpu:bf16.")
+    if namespace.extract is not None and (len(namespace.target), len(namespace.component)) != (1, 1):
+        raise ArgumentError("--extract", "needs one --target and one --component")
     size = None if namespace.size is None else parse_size(namespace.size)
-    return LayersPlan(tuple(map(parse_target, namespace.target)), tuple(namespace.component), size)
+    targets = tuple(map(parse_target, namespace.target))
+    return LayersPlan(targets, tuple(namespace.component), size, namespace.extract)
 
 
 def run(plan: LayersPlan, bundle: Bundle, reporter: Reporter) -> dict[str, Any]:
@@ -79,7 +91,11 @@ def run(plan: LayersPlan, bundle: Bundle, reporter: Reporter) -> dict[str, Any]:
     for name in names:
         bundle.component(name)
     compare = importlib.import_module("tandemrt.engines.layers").compare_layers
-    reports = (compare(bundle, name, target, plan.size, reporter.progress) for target in plan.targets for name in names)
+    reports = (
+        compare(bundle, name, target, plan.size, reporter.progress, plan.extract)
+        for target in plan.targets
+        for name in names
+    )
     compared = [{**msgspec.to_builtins(report), "diverges": report.diverges} for report in reports]
     return {"path": str(bundle.path), "digest": bundle.digest, "layers": compared}
 
@@ -100,6 +116,11 @@ def _lines(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"  first over it: {first['node']} ({first['op']}), {first['tensor']} {_shape(first)}: {_error(first)}"
     elif one["diverges"]:
         yield "  no value in between is over it: read one by one, none is fused, so look at what the target fuses"
+    part = one["part"]
+    if part is not None:
+        nodes = "1 node" if part["nodes"] == 1 else f"{part['nodes']} nodes"
+        yield f"  by itself {nodes} that make it, given the reference's values, are off by {_error(part)}:"
+        yield f"    polygraphy run {part['graph']} --onnxrt --load-inputs {part['inputs']}"
     if one["worst"]:
         yield "  worst:"
         rows = ((each["node"], each["op"], _shape(each), _error(each)) for each in one["worst"])

@@ -12,14 +12,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from polygraphy.json import load_json
 
 from tandemrt.engines import layers
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.cache import records_of
 from tandemrt.engines.layer_graphs import batches, giving, values_of
 from tandemrt.engines.layer_inputs import recorded_inputs
+from tandemrt.engines.layer_parts import boundaries, part_making
 from tandemrt.engines.layers import compare_layers, relative_error
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -39,6 +42,7 @@ from .conftest import Requests
 from .test_build import VERSIONS, silent
 
 SIZE = (64, 64)
+ONE = ["--layers", "--target", "onnxruntime:cpu", "--component", "unet"]
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +106,9 @@ def test_a_weight_that_changed_in_an_engine_is_found(
     assert changed.first is not None
     assert (changed.first.node, changed.first.op, changed.first.tensor) == ("mul_10/Mul", "Mul", "mul_10")
     assert changed.first.relative_error == pytest.approx(0.1, rel=0.01)
+    part = compare_layers(tiny, "unet", parse_target("onnxruntime:cpu"), SIZE, silent, cache / "part.onnx").part
+    assert part is not None and part.nodes == 1
+    assert part.relative_error == pytest.approx(0.1, rel=0.01)
 
 
 def test_an_overflow_in_float16_is_found(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +124,48 @@ def test_an_overflow_in_float16_is_found(tiny_path: Path, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert "unet on onnxruntime:cpu:fp16, the bundle's graph: 16 values compared, fp16 may be off by 0.02" in printed
     assert "first over it: grown/Mul (Mul), large (1, 8, 8, 8): NaN or Inf" in printed
+
+
+def test_the_smallest_part_that_fails_is_cut_out(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = edited(tiny_path, tmp_path / "bundle", overflow, "fp16")
+    path = tmp_path / "part.onnx"
+    command = ["verify", str(bundle.path), "--layers", "--target", "onnxruntime:cpu", "--extract", str(path)]
+    assert main([*command, "--component", "unet"]) == 1
+    printed = capsys.readouterr().out
+    assert "by itself 1 node that make it, given the reference's values, are off by NaN or Inf" in printed
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.name for node in model.graph.node] == ["grown/Mul"]
+    assert [value.name for value in model.graph.input] == ["half"]
+    (feeds,) = load_json(str(tmp_path / "part.inputs.json"))
+    (made,) = onnxruntime.InferenceSession(path).run(None, feeds)
+    assert np.isinf(made).any()
+    assert main([*command, "--component", "unet"]) == 2
+    assert f"--extract: already there, got '{path}'" in capsys.readouterr().err
+
+
+def test_parts_grow_until_they_reach_the_inputs(tiny: Bundle) -> None:
+    model = onnx.load(tiny.model_path("unet"))
+    feeds = recorded_inputs(tiny, "unet", SIZE)
+    shapes = {name: array.shape for name, array in feeds.items()}
+    values = {value.name: value for value in values_of(model, shapes)}
+    output = model.graph.output[0].name
+    every = giving(model, list(values.values()), {})
+    made = onnxruntime.InferenceSession(every.SerializeToString()).run(None, feeds)
+    known = {**feeds, **dict(zip(values, made, strict=True))}
+    sizes = []
+    for names in boundaries(model, output, values):
+        boundary = {name: values[name] for name in names}
+        part = part_making(model, values[output], boundary, {name: array.shape for name, array in known.items()})
+        onnx.checker.check_model(part, full_check=True)
+        session = onnxruntime.InferenceSession(part.SerializeToString())
+        given = {one.name: known[one.name] for one in session.get_inputs()}
+        np.testing.assert_allclose(session.run(None, given)[0], known[output], atol=1e-6)
+        sizes.append(len(part.graph.node))
+    assert sizes[0] == 1 and sizes == sorted(set(sizes)) and len(sizes) > 2
+    assert sizes[-1] == len(giving(model, [values[output]], {}).graph.node)
 
 
 def test_openvino_departs_nowhere_in_fp32(tiny_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +223,14 @@ def test_what_counts_as_a_difference() -> None:
         (["--layers", "--target", "openvino:npu"], 1, "cannot run bundles on it"),
         (["--layers", "--target", "openvino:cpu:fp16"], 1, "precision of the exported model, got 'fp32'"),
         (["--layers", "--target", "onnxruntime:cpu", "--size", "9x"], 2, "--size: not a size"),
+        (["--extract", "x.onnx"], 2, "--extract: given without --layers"),
+        (
+            ["--layers", "--target", "onnxruntime:cpu", "--extract", "x.onnx"],
+            2,
+            "needs one --target and one --component",
+        ),
+        ([*ONE, "--extract", "x.bin"], 2, "--extract: name of the file, got 'x.bin', expected one that ends in .onnx"),
+        ([*ONE, "--extract", "/none/x.onnx"], 2, "--extract: no such folder, got '/none'"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
