@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tandemrt.runtime.backends.base import Array
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.manifest import TensorSpec
-from tandemrt.runtime.placement import Batched
+from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
@@ -84,7 +84,7 @@ def runtime_loop(scheduler_class: str) -> Callable[[], Float32]:
     def generate() -> Float32:
         table = compile_table(scheduler_class, SCHEDULE, STEPS)
         plan = Plan(table, ("unet",) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
-        sampler = Sampler(plan, Batched(plan, sessions, conditioning), lambda: noise)
+        sampler = Sampler(plan, Batched(Worker(plan, sessions, conditioning)), lambda: noise)
         state = sampler.begin(noise * np.float32(table.init_noise_sigma))
         for _ in sampler.run(state):
             pass

@@ -26,7 +26,7 @@ from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_widths
 from tandemrt.runtime.onnx_files import graph_tensors
-from tandemrt.runtime.placement import Batched
+from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
@@ -199,7 +199,9 @@ def _pair(
     begun = normal(shape) * np.float32(case.plan.table.init_noise_sigma)
     variant = Variant(step="guided" if case.guided else "unguided", timesteps=tuple(timesteps))
     samplers = (
-        Sampler(case.plan, Batched(case.plan, {_UNET: loop}, {_UNET: Conditioning(branch, branch)}), begun.copy),
+        Sampler(
+            case.plan, Batched(Worker(case.plan, {_UNET: loop}, {_UNET: Conditioning(branch, branch)})), begun.copy
+        ),
         StepSampler(case.plan, {key: StepEngine(way, variant)}, {_UNET: _with_lora(branch, way)}, begun.copy),
     )
     steps: tuple[list[float], list[float]] = ([], [])

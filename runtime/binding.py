@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ class Conditioning:
     channels: what follows the latent in its channels, (B, …, h, w) float32, where it reads more.
     whole: inputs that belong to no picture, of any shape.
     adapters: LoRAs, for a model that has slots for them.
+    branch: which one `conditional` holds; another than it says where a worker has the other branch alone.
     """
 
     conditional: Mapping[str, Float32]
@@ -35,15 +37,22 @@ class Conditioning:
     channels: Float32 | None = None
     whole: Mapping[str, Float32] = field(default_factory=dict)
     adapters: Sequence[Adapter] = ()
+    branch: Literal["conditional", "unconditional"] = "conditional"
+
+    def label(self, name: str, *, guided: bool) -> str:
+        """What a call of component `name` for one branch or both is called on a timeline."""
+        return f"{name} ({'both' if guided else self.branch})"
 
 
 @dataclass(slots=True)
 class Bound:
     """A model's binding and those of its buffers that every row writes and reads.
 
+    label: what its calls are called on a timeline.
     residuals: where ControlNets' results go, the middle one last; `steered` while they hold any.
     """
 
+    label: str
     binding: Binding
     sample: Array
     timestep: Array
@@ -89,6 +98,7 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
     if conditioning.channels is not None:
         sample[:, channels:] = np.concatenate([conditioning.channels] * (1 + guided))
     return Bound(
+        conditioning.label(name, guided=guided),
         binding,
         sample[:, :channels],
         binding.inputs["timestep"],

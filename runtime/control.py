@@ -152,7 +152,7 @@ def steer(running: Sequence[Running], denoiser: Bound, timestep: float) -> None:
     for index, one in enumerate(running):
         one.bound.sample[...] = denoiser.sample
         one.bound.timestep.fill(timestep)
-        with span("model", one.control.component):
+        with span("model", one.bound.label):
             one.bound.binding.run()
         for result, residual in zip(one.results, denoiser.residuals, strict=True):
             if index:

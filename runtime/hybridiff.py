@@ -165,14 +165,18 @@ class Hybridiff:
         sample = binding.inputs.get(latent)
         if sample is not None and conditioning.channels is not None:
             sample[:, shape[1] :] = conditioning.channels
-        return _Part(where, binding, None if sample is None else sample[:, : shape[1]])
+        branch = "conditional" if conditional else "unconditional"
+        return _Part(f"{where} ({branch})", binding, None if sample is None else sample[:, : shape[1]])
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A stage's buffers; `sample` is the latent's place in them, where the stage has one."""
+    """A stage's buffers; `sample` is the latent's place in them, where the stage has one.
 
-    name: str
+    label: what its runs are called on a timeline.
+    """
+
+    label: str
     binding: Binding
     sample: Array | None
 
@@ -187,7 +191,7 @@ class _Part:
             self.binding.inputs["timestep"].fill(timestep)
 
     def run(self) -> None:
-        with span("model", self.name):
+        with span("model", self.label):
             self.binding.run()
 
 

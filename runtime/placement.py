@@ -70,9 +70,18 @@ class Worker:
         conditioning: Mapping[str, Conditioning],
         controls: tuple[Control, ...] = (),
     ) -> None:
-        self._plan, self._sessions, self._conditioning = plan, sessions, conditioning
+        self._plan, self._sessions, self._conditioning, self._controls = plan, sessions, conditioning, controls
         self._steering = Steering(controls, sessions, conditioning) if controls else None
         self._calls: dict[tuple[str, bool], Call] = {}
+
+    def unconditional(self) -> Worker:
+        """Another that has the unconditional branch alone, in the conditional one's place."""
+        alone = {
+            name: replace(given, conditional=given.unconditional, unconditional=None, branch="unconditional")
+            for name, given in self._conditioning.items()
+            if given.unconditional is not None
+        }
+        return Worker(self._plan, self._sessions, alone, self._controls)
 
     def prepared(self, row: int, sample: Float32, *, guided: bool) -> Call:
         """The call that predicts a row for `sample`, in both branches where it is guided; its `run` does."""
@@ -90,7 +99,7 @@ class Worker:
     def _bound(self, name: str, shape: Shape, guided: bool) -> Call:
         session = self._sessions[name]
         bound = bind(name, session, self._conditioning[name], shape, guided=guided)
-        call = Call(name, bound, bound.binding.outputs[latent_names(session.inputs).prediction])
+        call = Call(bound, bound.binding.outputs[latent_names(session.inputs).prediction])
         self._calls[name, guided] = call
         return call
 
@@ -99,7 +108,6 @@ class Worker:
 class Call:
     """A denoiser's buffers, and what the row at hand asks of it. prediction: (B or 2B, C, h, w) float32."""
 
-    name: str
     bound: Bound
     prediction: Array
     timestep: float = 0.0
@@ -109,21 +117,15 @@ class Call:
         # What overflows is found in the prediction, where the row is known; on a worker's thread it would warn.
         with np.errstate(over="ignore", invalid="ignore"):
             steer(self.running, self.bound, self.timestep)
-        with span("model", self.name):
+        with span("model", self.bound.label):
             self.bound.binding.run()
 
 
 class Batched:
     """Both branches in one call of 2B rows, the unconditional ones first; see `Placed`."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        sessions: Sessions,
-        conditioning: Mapping[str, Conditioning],
-        controls: tuple[Control, ...] = (),
-    ) -> None:
-        self._worker = Worker(plan, sessions, conditioning, controls)
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         call = self._worker.prepared(row, sample, guided=guided)
@@ -141,15 +143,8 @@ class Batched:
 class Sequential:
     """A call of B rows for each branch, one after the other: half the memory for activations; see `Placed`."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        sessions: Sessions,
-        conditioning: Mapping[str, Conditioning],
-        controls: tuple[Control, ...] = (),
-    ) -> None:
-        self._conditional = Worker(plan, sessions, conditioning, controls)
-        self._unconditional = Worker(plan, sessions, unconditional_alone(conditioning), controls)
+    def __init__(self, worker: Worker) -> None:
+        self._conditional, self._unconditional = worker, worker.unconditional()
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         calls = [self._conditional.prepared(row, sample, guided=False)]
@@ -167,21 +162,12 @@ class Sequential:
 class Parallel:
     """A call of B rows for each branch, both at once; see `Placed`.
 
-    sessions: those that both branches run on at once, of denoisers with guided rows and their ControlNets.
-    alone: those of rows with one branch, for which a session made for two at once has less to give.
+    both: of the rows with two, on sessions that take two calls at once.
+    alone: of the rows with one, for which such a session has less to give.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        sessions: Sessions,
-        alone: Sessions,
-        conditioning: Mapping[str, Conditioning],
-        controls: tuple[Control, ...] = (),
-    ) -> None:
-        self._conditional = Worker(plan, sessions, conditioning, controls)
-        self._unconditional = Worker(plan, sessions, unconditional_alone(conditioning), controls)
-        self._alone = Worker(plan, alone, conditioning, controls)
+    def __init__(self, both: Worker, alone: Worker) -> None:
+        self._conditional, self._unconditional, self._alone = both, both.unconditional(), alone
         self._crew = Crew()
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
@@ -225,15 +211,6 @@ class Crew:
         if self._others is not None:
             self._others.shutdown()
             self._others = None
-
-
-def unconditional_alone(conditioning: Mapping[str, Conditioning]) -> dict[str, Conditioning]:
-    """The unconditional branch in the conditional one's place, for models that have one."""
-    return {
-        name: replace(given, conditional=given.unconditional, unconditional=None)
-        for name, given in conditioning.items()
-        if given.unconditional is not None
-    }
 
 
 def refusal(placement: str, target: Target, threads: int | None) -> TandemError | None:

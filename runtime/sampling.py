@@ -18,7 +18,7 @@ from .hybridiff import Hybridiff, Stages
 from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
-from .placement import Batched, Parallel, Placed, Sequential
+from .placement import Batched, Parallel, Placed, Sequential, Worker
 from .plan import Plan
 from .ran_on import Ran
 from .sampler import SampledRow, Sampler, State
@@ -99,13 +99,13 @@ def _placed(rows: Rows, models: Models, before: Callable[[], None]) -> Placed:
     if plan.placement in ("parallel", "hybridiff"):
         both = _sessions(_used(rows, plan.guided), rows, models, before, calls=2)
         alone = _sessions(_used(rows, plan.one_branch), rows, models, before)
-        parallel = Parallel(plan, both, alone, conditioning, controls)
+        parallel = Parallel(Worker(plan, both, conditioning, controls), Worker(plan, alone, conditioning, controls))
         if plan.window is None:
             return parallel
         return Hybridiff(plan, plan.window, parallel, _stages(rows, plan.window, models, before), conditioning)
     sessions = _sessions(every, rows, models, before)
-    placed = Sequential if plan.placement == "sequential" else Batched
-    return placed(plan, sessions, conditioning, controls)
+    worker = Worker(plan, sessions, conditioning, controls)
+    return Sequential(worker) if plan.placement == "sequential" else Batched(worker)
 
 
 def _stages(rows: Rows, window: Window, models: Models, before: Callable[[], None]) -> Stages:

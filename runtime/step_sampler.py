@@ -110,7 +110,7 @@ class StepSampler:
             inputs[names.NOISE][...] = self._draw_noise()
         called = time.perf_counter()
         running = self._steer(bound, row, vectors)
-        with span("model", key[0]):
+        with span("model", bound.denoiser.label):
             bound.binding.run()
         returned = time.perf_counter()
         vectors[-1] = outputs[names.PREDICTION]
@@ -150,6 +150,7 @@ class StepSampler:
             binding.inputs[one][...] = values
         residuals = TAKEN.names(binding.inputs) if TAKEN.mid in binding.inputs else ()
         denoiser = Bound(
+            conditioning.label(name, guided=guided),
             binding,
             np.zeros((shape[0] * (1 + guided), *shape[1:]), np.float32),
             binding.inputs.get("timestep", np.zeros(0, np.float32)),

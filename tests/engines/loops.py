@@ -15,7 +15,7 @@ from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.manifest import Manifest
-from tandemrt.runtime.placement import Batched
+from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import Sampler, State
@@ -77,7 +77,7 @@ class Walk:
         return self._generator.randn(self._shape)
 
     def unfused(self, denoisers: Mapping[str, Session]) -> Sampler:
-        return Sampler(self.plan, Batched(self.plan, denoisers, self._given), self._noise)
+        return Sampler(self.plan, Batched(Worker(self.plan, denoisers, self._given)), self._noise)
 
     def fused(self, steps: Mapping[tuple[str, bool], StepEngine]) -> StepSampler:
         return StepSampler(self.plan, steps, self._given, self._noise)

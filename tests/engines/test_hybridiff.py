@@ -24,7 +24,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.discrepancy import Taus
 from tandemrt.runtime.hybridiff import Hybridiff, Stages
-from tandemrt.runtime.placement import Parallel
+from tandemrt.runtime.placement import Parallel, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
@@ -62,8 +62,8 @@ def test_the_sampler_reaches_the_references_latents(
         open_session(write_graph(one.model, tmp_path / str(one.stage.index), folder), target, threads=1) for one in made
     ]
     conditioning = {"unet": Conditioning(branches[1], branches[0])}
-    parallel = Parallel(plan, {"unet": whole}, {"unet": whole}, conditioning)
-    placed = Hybridiff(plan, window, parallel, Stages("unet", whole.inputs, parts), conditioning)
+    worker = Worker(plan, {"unet": whole}, conditioning)
+    placed = Hybridiff(plan, window, Parallel(worker, worker), Stages("unet", whole.inputs, parts), conditioning)
     latent = np.random.default_rng(9).standard_normal((1, 16 if family == "sd3" else 4, 16, 8)).astype(np.float32)
     given = [{name: torch.from_numpy(array) for name, array in branch.items()} for branch in branches]
     cuts = [one.stage.begins for one in made[1:]]

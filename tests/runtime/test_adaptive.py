@@ -12,7 +12,7 @@ from tandemrt.runtime import Pipeline, RequestError
 from tandemrt.runtime.adaptive import AdaptiveGuidance, AdaptiveRule
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.placement import Batched
+from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.sampler import Sampler
 
 from ..interop.picture import psnr_db
@@ -69,7 +69,7 @@ def test_the_last_difference_stands_for_the_branch_left_out() -> None:
 def sampled(**arguments: Any) -> tuple[np.ndarray, list[Any]]:
     compiled = plan(20, **arguments)
     branches = [{"encoder_hidden_states": np.full((SHAPE[0], 5, 3), value, np.float32)} for value in (0.3, 0.25)]
-    placed = Batched(compiled, {"unet": Denoiser()}, {"unet": Conditioning(*branches)})
+    placed = Batched(Worker(compiled, {"unet": Denoiser()}, {"unet": Conditioning(*branches)}))
     runner = Sampler(compiled, placed, lambda: np.zeros(SHAPE, np.float32))
     state = runner.begin(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
     return state.latents, [row.guidance for row in runner.run(state)]

@@ -16,7 +16,7 @@ from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, R
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.discrepancy import relative_mae
 from tandemrt.runtime.manifest import Manifest
-from tandemrt.runtime.placement import Batched, Parallel, Placed, Sequential, refusal
+from tandemrt.runtime.placement import Batched, Parallel, Placed, Sequential, Worker, refusal
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import SampledRow, Sampler
@@ -153,15 +153,16 @@ def run(compiled: Plan, placed: Placed) -> tuple[np.ndarray, list[SampledRow]]:
 
 def parallel(compiled: Plan, denoiser: Denoiser) -> Parallel:
     sessions = dict.fromkeys(compiled.denoisers, denoiser)
-    return Parallel(compiled, sessions, sessions, conditioning(compiled))
+    worker = Worker(compiled, sessions, conditioning(compiled))
+    return Parallel(worker, worker)
 
 
 def test_parallel_branches_run_at_the_same_time() -> None:
     compiled = plan(5, "dpmsolver++")
-    expected, _ = run(compiled, Batched(compiled, {"unet": Denoiser()}, conditioning(compiled)))
+    expected, _ = run(compiled, Batched(Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))))
     latents, _ = run(compiled, parallel(compiled, MeetingDenoiser()))
     np.testing.assert_array_equal(latents, expected)
-    sequential, _ = run(compiled, Sequential(compiled, {"unet": Denoiser()}, conditioning(compiled)))
+    sequential, _ = run(compiled, Sequential(Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))))
     np.testing.assert_array_equal(sequential, expected)
 
 
@@ -208,11 +209,11 @@ def test_a_workers_thread_ends_with_the_rows() -> None:
 
 def test_the_report_says_what_became_of_guidance() -> None:
     compiled = plan(10, guidance_interval=(0.2, 0.6))
-    _, rows = run(compiled, Batched(compiled, {"unet": Denoiser()}, conditioning(compiled)))
+    _, rows = run(compiled, Batched(Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))))
     assert [row.guidance.guided for row in rows] == [False] * 2 + [True] * 4 + [False] * 4
     assert {row.guidance.why for row in rows} == {"guided", "outside guidance_interval"}
     assert all((row.guidance.discrepancy is not None) == row.guidance.guided for row in rows)
-    _, rows = run(plan(2, guidance_scale=1.0), Batched(compiled, {"unet": Denoiser()}, conditioning(compiled)))
+    _, rows = run(plan(2, guidance_scale=1.0), Batched(Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))))
     assert {row.guidance.why for row in rows} == {"guidance_scale is 1 or below"}
 
 

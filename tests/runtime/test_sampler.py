@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.errors import ExecutionError
 from tandemrt.runtime.manifest import TensorSpec
-from tandemrt.runtime.placement import Batched
+from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import Sampler, State
@@ -78,7 +78,9 @@ def text(seed: int) -> np.ndarray:
 
 def sampler(compiled: Plan, generator: Any, denoiser: Denoiser | None = None) -> Sampler:
     sessions = dict.fromkeys(compiled.denoisers, denoiser or Denoiser())
-    return Sampler(compiled, Batched(compiled, sessions, conditioning(compiled)), lambda: generator.randn(SHAPE))
+    return Sampler(
+        compiled, Batched(Worker(compiled, sessions, conditioning(compiled))), lambda: generator.randn(SHAPE)
+    )
 
 
 def latents(compiled: Plan, split: int | None = None) -> np.ndarray:
@@ -139,7 +141,7 @@ def test_noise_is_drawn_only_where_the_row_needs_it() -> None:
 
     for solver in ("ddim", "euler", "dpmsolver++", "pndm"):
         compiled = plan(4, solver)
-        runner = Sampler(compiled, Batched(compiled, {"unet": Denoiser()}, conditioning(compiled)), refuse)
+        runner = Sampler(compiled, Batched(Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))), refuse)
         list(runner.run(runner.begin(new_generator(0).randn(SHAPE))))
 
 

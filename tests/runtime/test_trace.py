@@ -92,7 +92,7 @@ def test_a_run_names_all_that_took_time(pipe: Pipeline, tmp_path: Path) -> None:
         **{(f"load {name}", ""): 1 for name in ("controlnet_canny", "unet", "unet_free")},
         **{(f"row {row}", ""): 1 for row in range(4)},
         **{(f"bind {name}", "row"): 1 for name in ("controlnet_canny", "unet", "unet_free")},
-        **{(f"model {name}", "row"): 2 for name in ("controlnet_canny", "unet", "unet_free")},
+        **{(f"model {name} (both)", "row"): 2 for name in ("controlnet_canny", "unet", "unet_free")},
         **{(f"update {row}", "row"): 1 for row in range(4)},
         **{(f"preview {row}", ""): 1 for row in (1, 3)},
         ("load vae_decoder", "preview"): 1,
@@ -101,6 +101,19 @@ def test_a_run_names_all_that_took_time(pipe: Pipeline, tmp_path: Path) -> None:
         ("model vae_decoder", "decode"): 2,
     }
     require_agreement(spans, output)
+
+
+@pytest.mark.parametrize(("placement", "lanes"), [("sequential", 1), ("parallel", 2)])
+def test_a_bar_names_its_branch(bundle: Path, tmp_path: Path, placement: str, lanes: int) -> None:
+    with Pipeline.open(bundle, threads=2) as pipe, traced(tmp_path / "trace.json"):
+        pipe(**{**JOB, "guidance_interval": (0.0, 0.5), "placement": placement})
+    calls = [span for span in read(tmp_path / "trace.json") if span["name"].endswith(")")]
+    assert Counter(span["name"] for span in calls) == {
+        **{f"model {name} ({branch})": 2 for name in ("controlnet_canny", "unet")
+           for branch in ("conditional", "unconditional")},
+        "model unet_free (conditional)": 2,
+    }  # fmt: skip
+    assert len({span["tid"] for span in calls}) == lanes
 
 
 def require_agreement(spans: Sequence[Event], output: Output) -> None:
