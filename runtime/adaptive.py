@@ -21,17 +21,21 @@ _THRESHOLD, _RELEASE = 0.05, 1.5
 class AdaptiveRule:
     """When guidance is switched off, and on again, by the branches' discrepancy (`relative_mae`).
 
-    A row below `threshold` is the last before rows that run the conditional branch alone. Every `probe`-th row from
-    there runs both again, to look: guidance comes back where they are `release` or more apart, and with another
-    denoiser. Two limits keep it from switching to and fro about one.
+    A row below `threshold` is the last before rows that run the conditional branch alone, where the branches'
+    difference is steady too: since the row with both before it, it has become less than `steady` times as large a row,
+    and no less small. Every `probe`-th row from there runs both again, to look: guidance comes back where they are
+    `release` or more apart, or their difference is not steady, and with another denoiser. Two limits keep it from
+    switching to and fro about one.
 
     Hybridiff's slope tells when the discrepancy has stopped falling, not how large it is: branches that stay far apart
-    have a slope of 0 too, and what is left out here goes by their distance.
+    have a slope of 0 too. Distance alone does not do either: the first rows are often near each other, and a difference
+    that grows from there decides the picture.
     """
 
     threshold: float = _THRESHOLD
     release: float = _THRESHOLD * _RELEASE
     probe: int = 4
+    steady: float = 1.25
 
     @classmethod
     def of(cls, config: object) -> AdaptiveRule:
@@ -51,8 +55,9 @@ class AdaptiveRule:
             if name == "probe":
                 if (whole_number(value) or 0) < 2:
                     raise RequestError(f"{_WHERE}: probe", "rows", got=value, expected="a whole number, 2 or more")
-            elif (finite_number(value) or 0.0) <= 0:
-                raise RequestError(f"{_WHERE}: {name}", "discrepancy", got=value, expected="a number above 0")
+            elif (finite_number(value) or 0.0) <= (name == "steady"):
+                what, least = ("change from row to row", 1) if name == "steady" else ("discrepancy", 0)
+                raise RequestError(f"{_WHERE}: {name}", what, got=value, expected=f"a number above {least}")
         # One limit alone moves the other with it.
         if "threshold" in given and "release" not in given:
             given["release"] = _RELEASE * given["threshold"]
@@ -66,8 +71,8 @@ class AdaptiveRule:
 class AdaptiveGuidance:
     """Guidance of one generation under a rule.
 
-    In a row without unconditional branch the branches' last difference stands for its own: what changes from row to
-    row is the conditional branch, whose changes both share where they agree.
+    In a row without unconditional branch the branches' last difference stands for its own, which goes on growing or
+    shrinking as it last did.
     """
 
     def __init__(self, rule: AdaptiveRule) -> None:
@@ -78,11 +83,13 @@ class AdaptiveGuidance:
         self._skipped = 0
         self._discrepancy = 0.0
         self._difference: Float32 | None = None
+        self._growth = 1.0
+        self._buffers: list[Float32] = []
 
     def wanted(self, denoiser: str) -> bool:
         """Whether the row at hand, of this denoiser, is to run both branches; `why` then says why."""
         if denoiser != self._denoiser:
-            self._denoiser, self._agree = denoiser, False
+            self._denoiser, self._agree, self._difference = denoiser, False, None
         if not self._agree:
             self.why = "guided"
         elif self._skipped + 1 >= self._rule.probe:
@@ -95,14 +102,24 @@ class AdaptiveGuidance:
     def saw(self, conditional: Float32, unconditional: Float32, discrepancy: float) -> None:
         """Remember both branches of a row."""
         limit = self._rule.release if self._agree else self._rule.threshold
-        self._agree, self._skipped, self._discrepancy = discrepancy < limit, 0, discrepancy
-        if self._difference is None:
-            self._difference = np.empty_like(conditional)
-        np.subtract(conditional, unconditional, out=self._difference)
+        former = self._difference
+        self._buffers = self._buffers[::-1] or list(np.empty((2, *conditional.shape), np.float32))
+        self._difference = np.subtract(conditional, unconditional, out=self._buffers[0])
+        steady = False
+        if former is not None:
+            self._growth = _growth(former, self._difference, self._skipped + 1)
+            steady = 1 / self._rule.steady < self._growth < self._rule.steady
+        self._agree, self._skipped, self._discrepancy = discrepancy < limit and steady, 0, discrepancy
 
     def guide(self, prediction: Float32, guidance_scale: float, scratch: Float32) -> None:
         """Make the guided prediction of a row, in place, from its conditional branch alone."""
         self._skipped += 1
         if self._difference is not None:
-            np.multiply(self._difference, guidance_scale - 1, out=scratch)
+            np.multiply(self._difference, (guidance_scale - 1) * self._growth**self._skipped, out=scratch)
             np.add(prediction, scratch, out=prediction)
+
+
+def _growth(former: Float32, latter: Float32, rows: int) -> float:
+    """By what factor a row a difference has grown along itself in so many rows; 0 where it has turned round."""
+    size = float(np.vdot(former, former))
+    return max(float(np.vdot(former, latter)) / size, 0.0) ** (1 / rows) if size else 1.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,16 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shapes family as an fp32 bundle, exported once per run, whichever worker asks first. Not to be written to."""
     from tandemrt.bench.shapes.bundle import ensure_bundle  # noqa: PLC0415 — most tests need none of its imports
 
+    with shared_folder(tmp_path_factory, "shapes_bundle") as folder:
+        return ensure_bundle(folder)
+
+
+@contextmanager
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder that a run's workers share, made or not; one of them has it at a time."""
     base = tmp_path_factory.getbasetemp()
     # Under pytest-xdist every worker has a folder of its own inside the run's.
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with (shared / "shapes_bundle.lock").open("w") as lock:
+    with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return ensure_bundle(shared / "shapes_bundle")
+        yield shared / name

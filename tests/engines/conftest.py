@@ -12,6 +12,7 @@ from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 
+from ..conftest import shared_folder
 from ..runtime.tiny_bundle import write_tiny_bundle
 
 Requests = Callable[..., tuple[Request, ...]]
@@ -51,14 +52,15 @@ def requests(tiny: Bundle) -> Requests:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The graphs of small denoisers by family; see `small_denoisers`. Not to be written beside."""
-    made: dict[str, Path] = {}
+    """The graphs of small denoisers by family, exported once per run; see `small_denoisers`. Not to be written to."""
 
     def exported(family: str) -> Path:
         from .small_denoisers import export, module  # noqa: PLC0415 (torch, which other tests here need not)
 
-        if family not in made:
-            made[family] = export(module(family), tmp_path_factory.mktemp(family))
-        return made[family]
+        with shared_folder(tmp_path_factory, f"small-{family}") as folder:
+            if not folder.exists():
+                # Renamed when it is whole, so that a worker that fails leaves nothing behind.
+                export(module(family), tmp_path_factory.mktemp(family)).parent.rename(folder)
+        return folder / "model.onnx"
 
     return exported

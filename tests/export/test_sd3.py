@@ -11,6 +11,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPi
 from PIL import Image, ImageDraw
 
 from ..engines.families import require_engines
+from ..engines.tandem import require_tandem
 from .family import PROMPT, SIZE, Family, drawn, require_same
 
 pytestmark = pytest.mark.slow
@@ -65,6 +66,10 @@ def test_sd3_builds_on_every_backend(sd3: Family, tmp_path: Path) -> None:
     # OpenVINO's latents in bf16 are a fifth of their size off, even without guidance (22 dB): why is not known yet.
     without = ("openvino:cpu:bf16",)
     require_engines(sd3.pipe.bundle, tmp_path, ("text_encoder_3", "transformer"), without=without)
+
+
+def test_sd3_in_tandem(sd3: Family, tmp_path: Path) -> None:
+    require_tandem(sd3.pipe, tmp_path, "transformer", prompt=PROMPT, guidance_scale=7.0, **SIZE)
 
 
 def mask() -> Image.Image:

@@ -20,7 +20,8 @@ from diffusers import (
 from PIL import Image
 
 from ..engines.families import require_engines
-from .family import Family, drawn, require_same
+from ..engines.tandem import require_tandem
+from .family import PROMPT, SIZE, Family, drawn, require_same
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +104,7 @@ def test_sdxl_starts_from_a_picture(sdxl: Family, strength: float) -> None:
 def test_sdxl_builds_on_every_backend(sdxl: Family, tmp_path: Path) -> None:
     # As SD3's: through so many blocks of random weights OpenVINO's bf16 does not come close.
     require_engines(sdxl.pipe.bundle, tmp_path, ("text_encoder_2", "unet"), without=("openvino:cpu:bf16",))
+
+
+def test_sdxl_in_tandem(sdxl: Family, tmp_path: Path) -> None:
+    require_tandem(sdxl.pipe, tmp_path, "unet", prompt=PROMPT, guidance_scale=5.0, **SIZE)

@@ -15,7 +15,6 @@ import pytest
 from tandemrt.runtime import Pipeline, Stream
 
 from .test_concurrency import TARGETS, picture
-from .tiny_families import write_tiny_control
 
 SIZE = 512
 LATENT_BYTES = 4 * 4 * (SIZE // 8) ** 2
@@ -50,16 +49,9 @@ def peaks_bytes(stream: Stream) -> list[int]:
     return peaks
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("allocation") / "bundle"
-    write_tiny_control(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=TARGETS)
-def pipe(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Pipeline]:
-    with Pipeline.open(bundle, request.param, threads=2) as pipeline:
+def pipe(control_bundle: Path, request: pytest.FixtureRequest) -> Iterator[Pipeline]:
+    with Pipeline.open(control_bundle, request.param, threads=2) as pipeline:
         yield pipeline
 
 
@@ -73,6 +65,13 @@ def test_rows_after_the_first_allocate_nothing(pipe: Pipeline, way: str) -> None
     peaks = peaks_bytes(streamed(pipe, **WAYS[way]))
     assert len(peaks) >= ROWS - 1
     assert max(peaks) < OBJECTS_BYTES
+
+
+def test_adaptive_guidance_allocates_where_its_first_row_runs_one_branch(pipe: Pipeline) -> None:
+    stream = streamed(pipe, guidance="adaptive", guidance_config={"threshold": 9.0, "steady": 99.0})
+    second, third, *others = peaks_bytes(stream)
+    assert [row.guided for row in stream.result().plan.ran] == [True] * 2 + [False] * 3 + [True]
+    assert max(second, *others) < OBJECTS_BYTES < third
 
 
 def test_an_allocation_would_be_seen(pipe: Pipeline) -> None:

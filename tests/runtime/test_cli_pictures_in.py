@@ -24,13 +24,6 @@ STEPS = ["--steps", "4"]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures-in") / "bundle"
-    write_tiny_control(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A picture, a mask and two pictures to steer by."""
     folder = tmp_path_factory.mktemp("files")
@@ -45,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def painted_again(bundle: Path, path: Path) -> Any:
+def painted_again(control_bundle: Path, path: Path) -> Any:
     """The picture that a PNG's own facts and files give."""
     facts = texts(path)
     pictures: dict[str, Any] = {}
@@ -56,12 +49,12 @@ def painted_again(bundle: Path, path: Path) -> Any:
             assert hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest() == entry["sha256"]
             opened[name] = Image.open(entry["path"])
         pictures[argument] = opened.get(None) or opened
-    with Pipeline.open(bundle) as pipe:
+    with Pipeline.open(control_bundle) as pipe:
         return np.asarray(pipe(**json.loads(facts["request"]), **pictures).images[0])
 
 
 def test_a_picture_is_painted_from_others_and_again_from_what_it_says(
-    bundle: Path, files: dict[str, Path], tmp_path: Path
+    control_bundle: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     arguments = [
         "--image",
@@ -75,15 +68,15 @@ def test_a_picture_is_painted_from_others_and_again_from_what_it_says(
     ]
     arguments += ["--control", f"canny={files['canny']}", "--control", f"depth={files['depth']}"]
     arguments += ["--control-interval", "canny=0,0.5", "--prompt", "red", "--seed", "7", *STEPS]
-    assert generate(bundle, tmp_path, *map(str, arguments)) == 0
+    assert generate(control_bundle, tmp_path, *map(str, arguments)) == 0
     path = tmp_path / "0001-seed7-red.png"
     request = json.loads(texts(path)["request"])
     assert request["strength"] == 0.75
     assert request["controlnet_conditioning_scale"] == {"depth": 0.5}
     assert (request["control_guidance_start"], request["control_guidance_end"]) == ({"canny": 0.0}, {"canny": 0.5})
     assert len(json.loads(texts(path)["plan"])["timesteps"]) == 3
-    np.testing.assert_array_equal(painted_again(bundle, path), pixels(path))
-    assert generate(bundle, tmp_path / "plain", "--prompt", "red", "--seed", "7", *STEPS) == 0
+    np.testing.assert_array_equal(painted_again(control_bundle, path), pixels(path))
+    assert generate(control_bundle, tmp_path / "plain", "--prompt", "red", "--seed", "7", *STEPS) == 0
     assert json.loads(texts(tmp_path / "plain" / path.name)["pictures"]) == {}
     assert np.abs(pixels(tmp_path / "plain" / path.name).astype(int) - pixels(path)).max() > 3
 
@@ -100,9 +93,9 @@ def test_an_only_controlnet_needs_no_name(tmp_path: Path, files: dict[str, Path]
 
 
 def test_the_print_plan_names_the_pictures_and_their_digests(
-    bundle: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    control_bundle: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(bundle, tmp_path, "--prompt", "red", "--image", str(files["image"]), "--print-plan") == 0
+    assert generate(control_bundle, tmp_path, "--prompt", "red", "--image", str(files["image"]), "--print-plan") == 0
     facts = json.loads(capsys.readouterr().out)
     digest = hashlib.sha256(files["image"].read_bytes()).hexdigest()
     assert facts["pictures"] == {"image": {"path": str(files["image"]), "sha256": digest}}
@@ -188,11 +181,11 @@ def test_files_that_are_no_pictures_are_refused(
     ],
 )
 def test_what_cannot_be_painted_is_refused_in_one_line(
-    arguments: list[str], words: str, bundle: Path, files: dict[str, Path], tmp_path: Path,
+    arguments: list[str], words: str, control_bundle: Path, files: dict[str, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     filled = [argument.format(**files) for argument in arguments]
-    assert generate(bundle, tmp_path / "out", "--prompt", "red", *filled) == 2
+    assert generate(control_bundle, tmp_path / "out", "--prompt", "red", *filled) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1

@@ -14,22 +14,8 @@ from tandemrt.runtime import ExecutionError, Pipeline, Request, RequestError, pi
 from tandemrt.runtime.trace import Trace
 
 from .test_concurrency import STEERED, TARGETS
-from .tiny_families import write_tiny_control
 
 JOBS: list[Mapping[str, Any]] = [{**job, "seed": seed, "output_type": "np"} for seed in (7, 8) for job in STEERED]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("overlap") / "bundle"
-    write_tiny_control(folder)
-    return folder
-
-
-@pytest.fixture
-def pipe(bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.open(bundle, threads=1) as pipeline:
-        yield pipeline
 
 
 def tops(trace: Trace) -> dict[str, set[int]]:
@@ -41,8 +27,8 @@ def tops(trace: Trace) -> dict[str, set[int]]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_pictures_of_calls_in_order(bundle: Path, tmp_path: Path, target: str) -> None:
-    with Pipeline.open(bundle, target, threads=1) as pipe:
+def test_the_pictures_of_calls_in_order(control_bundle: Path, tmp_path: Path, target: str) -> None:
+    with Pipeline.open(control_bundle, target, threads=1) as pipe:
         serial = [pipe(**job) for job in JOBS]
         with traced(tmp_path / "trace.json") as trace:
             mapped = list(pipe.map([Request(**JOBS[0]), *JOBS[1:]]))
@@ -54,10 +40,10 @@ def test_the_pictures_of_calls_in_order(bundle: Path, tmp_path: Path, target: st
     assert len(lanes["text"] | lanes["row"] | lanes["decode"]) == 3
 
 
-def test_parts_of_three_requests_overlap(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_three_requests_overlap(control_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text, rows and pictures of three requests wait for each other: they only meet if they run at once."""
     meeting, conditioned, open_loop = threading.Barrier(3, timeout=60), pipeline.conditioned, pipeline.open_loop
-    decode = type(pipe._models).decode
+    decode = type(control_pipe._models).decode
 
     def meets(number: int, function: Any) -> Any:
         calls = iter(range(100))
@@ -71,11 +57,11 @@ def test_parts_of_three_requests_overlap(pipe: Pipeline, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pipeline, "conditioned", meets(2, conditioned))
     monkeypatch.setattr(pipeline, "open_loop", meets(1, open_loop))
-    monkeypatch.setattr(type(pipe._models), "decode", meets(0, decode))
-    assert len(list(pipe.map([{"prompt": "red", "num_inference_steps": 1}] * 3))) == 3
+    monkeypatch.setattr(type(control_pipe._models), "decode", meets(0, decode))
+    assert len(list(control_pipe.map([{"prompt": "red", "num_inference_steps": 1}] * 3))) == 3
 
 
-def test_requests_are_taken_when_there_is_room(pipe: Pipeline) -> None:
+def test_requests_are_taken_when_there_is_room(control_pipe: Pipeline) -> None:
     taken = 0
 
     def endless() -> Iterator[Mapping[str, Any]]:
@@ -84,33 +70,33 @@ def test_requests_are_taken_when_there_is_room(pipe: Pipeline) -> None:
             taken += 1
             yield JOBS[0]
 
-    outputs = pipe.map(endless())
+    outputs = control_pipe.map(endless())
     assert taken == 0
     for count in (1, 2, 3):
         next(outputs)
         assert taken == count + 2
     outputs.close()  # type: ignore[attr-defined]
-    assert len(pipe("red", num_inference_steps=1).images) == 1
+    assert len(control_pipe("red", num_inference_steps=1).images) == 1
 
 
-def test_an_error_comes_in_its_turn_and_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
+def test_an_error_comes_in_its_turn_and_leaves_the_pipeline_usable(control_pipe: Pipeline) -> None:
     bad = [{"prompt": "red", "height": 63}, {"prompt": "red", "latents": np.full((1, 4, 8, 8), 1e38, np.float32)}]
     for job, error in zip(bad, (RequestError, ExecutionError), strict=True):
-        outputs = pipe.map([JOBS[0], JOBS[1], job, JOBS[2], JOBS[3]])
+        outputs = control_pipe.map([JOBS[0], JOBS[1], job, JOBS[2], JOBS[3]])
         made = [next(outputs), next(outputs)]
         with pytest.raises(error):
             next(outputs)
         with pytest.raises(StopIteration):
             next(outputs)
         for output, same in zip(made, JOBS, strict=False):
-            np.testing.assert_array_equal(np.stack(output.images), np.stack(pipe(**same).images))
+            np.testing.assert_array_equal(np.stack(output.images), np.stack(control_pipe(**same).images))
     with pytest.raises(RequestError, match="unknown argument"):
-        next(pipe.map([{"prompt": "red", "sede": 7}]))
+        next(control_pipe.map([{"prompt": "red", "sede": 7}]))
 
 
-def test_closing_the_pipeline_cancels_what_is_under_way(pipe: Pipeline) -> None:
-    outputs = pipe.map([JOBS[0], *[{"prompt": "red", "num_inference_steps": 999}] * 3])
+def test_closing_the_pipeline_cancels_what_is_under_way(control_pipe: Pipeline) -> None:
+    outputs = control_pipe.map([JOBS[0], *[{"prompt": "red", "num_inference_steps": 999}] * 3])
     next(outputs)
-    pipe.close()
+    control_pipe.close()
     with pytest.raises(ExecutionError, match="was closed"):
         next(outputs)

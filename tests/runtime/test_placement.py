@@ -266,6 +266,7 @@ def test_what_cannot_be_two_workers_is_refused_before_the_run(tmp_path: Path) ->
     assert str(refused).startswith(
         "placement: branches in parallel, got 'onnxruntime:cuda', expected a target of a CPU"
     )
+    assert isinstance(refusal("hybridiff", parse_target("openvino:cpu"), 1), RequestError)
     assert refusal("sequential", parse_target("onnxruntime:cuda"), 1) is None
     assert refusal("parallel", parse_target("tensorrt:sm90"), 1) is None
 

@@ -6,7 +6,7 @@ import contextvars
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tandemrt.runtime import ExecutionError, Output, Pipeline, trace, traced
 from tandemrt.runtime.cli import main
 
 from .test_concurrency import picture
-from .tiny_families import write_tiny_control
 
 Event = dict[str, Any]
 JOB: dict[str, Any] = {
@@ -30,19 +29,6 @@ JOB: dict[str, Any] = {
     "previews": 2,
     "seed": 7,
 }
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trace") / "bundle"
-    write_tiny_control(folder)
-    return folder
-
-
-@pytest.fixture
-def pipe(bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.open(bundle, threads=1) as pipeline:
-        yield pipeline
 
 
 def read(path: Path) -> list[Event]:
@@ -78,9 +64,9 @@ def spent_ms(spans: Sequence[Event], category: str) -> float:
     return sum(span["dur"] for span in spans if span["cat"] == category) / 1e3
 
 
-def test_a_run_names_all_that_took_time(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_run_names_all_that_took_time(control_pipe: Pipeline, tmp_path: Path) -> None:
     with traced(tmp_path / "trace.json"):
-        output = pipe(**JOB)
+        output = control_pipe(**JOB)
     spans = read(tmp_path / "trace.json")
     assert Counter(zip((span["name"] for span in spans), within(spans), strict=True)) == {
         ("text", ""): 1,
@@ -104,8 +90,8 @@ def test_a_run_names_all_that_took_time(pipe: Pipeline, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("placement", "lanes"), [("sequential", 1), ("parallel", 2)])
-def test_a_bar_names_its_branch(bundle: Path, tmp_path: Path, placement: str, lanes: int) -> None:
-    with Pipeline.open(bundle, threads=2) as pipe, traced(tmp_path / "trace.json"):
+def test_a_bar_names_its_branch(control_bundle: Path, tmp_path: Path, placement: str, lanes: int) -> None:
+    with Pipeline.open(control_bundle, threads=2) as pipe, traced(tmp_path / "trace.json"):
         pipe(**{**JOB, "guidance_interval": (0.0, 0.5), "placement": placement})
     calls = [span for span in read(tmp_path / "trace.json") if span["name"].endswith(")")]
     assert Counter(span["name"] for span in calls) == {
@@ -130,24 +116,26 @@ def require_agreement(spans: Sequence[Event], output: Output) -> None:
     assert stages <= timings.total_ms
 
 
-def test_the_same_picture_with_and_without(pipe: Pipeline, tmp_path: Path) -> None:
+def test_the_same_picture_with_and_without(control_pipe: Pipeline, tmp_path: Path) -> None:
     with traced(tmp_path / "trace.json") as timeline:
-        recorded = pipe(**JOB).latents
+        recorded = control_pipe(**JOB).latents
     events = len(timeline.events)
-    np.testing.assert_array_equal(pipe(**JOB).latents, recorded)
+    np.testing.assert_array_equal(control_pipe(**JOB).latents, recorded)
     assert len(timeline.events) == events
 
 
-def test_what_failed_is_shown_too(pipe: Pipeline, tmp_path: Path) -> None:
+def test_what_failed_is_shown_too(control_pipe: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ExecutionError), traced(tmp_path / "trace.json"):
-        pipe("red", num_inference_steps=2, latents=np.full((1, 4, 8, 8), 1e38, np.float32))
+        control_pipe("red", num_inference_steps=2, latents=np.full((1, 4, 8, 8), 1e38, np.float32))
     assert "row 0" in {span["name"] for span in read(tmp_path / "trace.json")}
 
 
-def test_threads_record_into_one_file(pipe: Pipeline, tmp_path: Path) -> None:
+def test_threads_record_into_one_file(control_pipe: Pipeline, tmp_path: Path) -> None:
     with traced(tmp_path / "trace.json"):
         threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(lambda: pipe("red", num_inference_steps=2),))
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(lambda: control_pipe("red", num_inference_steps=2),)
+            )
             for _ in range(3)
         ]
         for thread in threads:
@@ -166,21 +154,21 @@ def test_off_there_is_nothing_to_allocate() -> None:
     assert trace.span("row", 1) is trace.span("model", "unet")
 
 
-def test_a_file_that_cannot_be_written_is_an_error_and_nothing_is_left(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_and_nothing_is_left(control_pipe: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "trace.json").mkdir()
     with pytest.raises(OSError, match=r"trace\.json"), traced(tmp_path / "trace.json"):
-        pipe("red", num_inference_steps=1)
+        control_pipe("red", num_inference_steps=1)
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
-def test_generate_writes_one(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_writes_one(control_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("red\nblue\n")
-    arguments = ["generate", str(bundle), "--prompts-file", str(prompts), "--num-inference-steps", "2"]
+    arguments = ["generate", str(control_bundle), "--prompts-file", str(prompts), "--num-inference-steps", "2"]
     file = tmp_path / "deep" / "trace.json"
     assert main([*arguments, "--output-dir", str(out), "--trace", str(file)]) == 0
     assert Counter(span["name"] for span in read(file))["row 0"] == 2
-    assert main([*arguments, "--output-dir", str(out), "--force", "--trace", str(bundle / "trace.json")]) == 2
+    assert main([*arguments, "--output-dir", str(out), "--force", "--trace", str(control_bundle / "trace.json")]) == 2
     assert "inside the bundle" in capsys.readouterr().err
     assert main([*arguments, "--output-dir", str(out), "--force", "--trace", "/proc/trace.json"]) == 1
     assert "Give another --trace." in capsys.readouterr().err
