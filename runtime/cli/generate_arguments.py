@@ -234,7 +234,7 @@ def _add_guidance(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="when they do: threshold, release, probe (see docs/tandem.md); may be repeated",
+        help="when they do: threshold, release, probe, steady (see docs/tandem.md); may be repeated",
     )
     group.add_argument(
         "--placement",
