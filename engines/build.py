@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import msgspec
 from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines, engines_folder
 from ..runtime.errors import EngineError
 from ..runtime.variant import PLAIN
-from .cache import Claim, cached, claimed, records_of
+from .cache import Claim, cached, claimed, records_of, too_full
+from .estimate import estimated_size_bytes
 from .flavour import BACKENDS
 from .job import Job, Progress
 from .plan import Request
@@ -22,6 +24,8 @@ from .process import build_apart
 
 # What two engines have in common of which one takes the other's place.
 _KIND = ("backend", "device", "precision", "variant")
+# A file system with less than this has no room for anything.
+_NEXT_TO_NOTHING_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,11 @@ def ensure_engine(request: Request, cache: Path, progress: Progress, versions: M
 def _built(
     request: Request, cache: Path, claim: Claim, progress: Progress, versions: Mapping[str, str]
 ) -> tuple[Engine, tuple[Layer, ...]]:
-    made_of = request.ingredients
+    made_of, needed_bytes = request.ingredients, 0
+    with suppress(OSError):  # the builder says what it does not find
+        needed_bytes = estimated_size_bytes(request)
+    if (full := too_full(claim.part.parent, needed_bytes)) is not None:
+        raise full
     began = time.monotonic()
     graph = claim.part / "graph"
     job = Job(
@@ -72,7 +80,14 @@ def _built(
         flags=made_of.flags,
         timings=str(timings_file(cache, made_of)) if made_of.backend == "tensorrt" else None,
     )
-    built = build_apart(job, progress, inherited=(claim.lock,))
+    try:
+        built = build_apart(job, progress, inherited=(claim.lock,))
+    except EngineError as error:
+        # Builders that write themselves tell it in words of their own, if at all.
+        written_bytes = sum(path.stat().st_size for path in claim.part.iterdir() if path.is_file())
+        if (full := too_full(claim.part.parent, max(needed_bytes - written_bytes, _NEXT_TO_NOTHING_BYTES))) is not None:
+            raise full from error
+        raise
     taken_s = time.monotonic() - began
     work = _work(request, Path(job.model))
     shutil.rmtree(graph, ignore_errors=True)

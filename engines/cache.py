@@ -39,6 +39,7 @@ POLL_S = 0.05
 # File systems' clocks go in steps of up to 10 ms: two changes within one look like one.
 _CLOCK_STEP_NS = 50_000_000
 _LITTER = re.compile(r"\.([0-9a-f]{64})\.(lock|part|old)")
+_ELSEWHERE = "give another folder with --cache or $TANDEMRT_CACHE."
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -179,10 +180,23 @@ def records_of(folder: Path, names: tuple[str, ...]) -> dict[str, FileRecord]:
 def unwritable(folder: Path, error: OSError) -> EngineError:
     """The error for a cache whose file system refused; it says what to do about it."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "Free some space, or give another folder with --cache." if full else "Give another folder with --cache."
-    return EngineError(
-        str(error.filename or folder), f"the cache cannot be written ({error.strerror or error})", remedy=remedy
+    remedy = f"Free some space, or {_ELSEWHERE}" if full else f"G{_ELSEWHERE[1:]}"
+    what = f"the cache cannot be written ({error.strerror or error})"
+    return EngineError(str(error.filename or folder), what, remedy=remedy)
+
+
+def too_full(folder: Path, needed_bytes: int) -> EngineError | None:
+    """The error for a cache whose file system has not that much room; None where it has, or does not tell."""
+    try:
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError:
+        return None
+    if free_bytes >= needed_bytes:
+        return None
+    what = (
+        f"too little space: {free_bytes / 1e6:.1f} MB are free, and the build needs about {needed_bytes / 1e6:.1f} MB"
     )
+    return EngineError(str(folder), what, remedy=f"Free some space, or {_ELSEWHERE}")
 
 
 def _locked(engines: Path, key: str, progress: Progress) -> int:

@@ -55,11 +55,9 @@ _RATES = {
 def estimated(request: Request) -> Estimate:
     """The estimate for one engine."""
     made_of = request.ingredients
-    share = 1 / made_of.variant.stage[1] if made_of.variant.stage else 1.0
+    share = _share(request)
     rates, stored = _RATES[made_of.backend], weights_bytes(request) * share
-    half = request.facts.precision == "fp16"
-    # A processor computes in fp32 or, from weights that are kept so, in bf16.
-    held = stored * 2 if half and made_of.device == "cpu" else stored
+    half, held = request.facts.precision == "fp16", _held_bytes(request)
     repeats = made_of.device.count("+") + max(len(made_of.profiles) - 1, 0)
     nodes = node_count(request.model) * share
     seconds = rates.seconds + rates.seconds_per_node * nodes + rates.seconds_per_gb * held / 1e9
@@ -67,8 +65,26 @@ def estimated(request: Request) -> Estimate:
     return Estimate(
         memory_bytes=round(memory),
         build_s=round(seconds * (1 + rates.repeated * repeats), 1),
-        size_bytes=round(rates.size_bytes + held),
+        size_bytes=estimated_size_bytes(request),
     )
+
+
+def estimated_size_bytes(request: Request) -> int:
+    """The size of one engine by the estimate, which reads none of the graph."""
+    return round(_RATES[request.ingredients.backend].size_bytes + _held_bytes(request))
+
+
+def _held_bytes(request: Request) -> float:
+    """What an engine keeps of the graph's weights."""
+    stored = weights_bytes(request) * _share(request)
+    # A processor computes in fp32 or, from weights that are kept so, in bf16.
+    return stored * 2 if request.facts.precision == "fp16" and request.ingredients.device == "cpu" else stored
+
+
+def _share(request: Request) -> float:
+    """How much of the graph a stage is."""
+    stage = request.ingredients.variant.stage
+    return 1 / stage[1] if stage else 1.0
 
 
 def weights_bytes(request: Request) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,7 +22,8 @@ import onnxruntime
 import openvino
 import pytest
 
-from tandemrt.engines import ingredients
+from tandemrt.engines import build as builds
+from tandemrt.engines import ingredients, process
 from tandemrt.engines import plan as plans
 from tandemrt.engines.build import changes, ensure_engine
 from tandemrt.engines.tensorrt import layer_of
@@ -242,6 +245,34 @@ def test_a_full_cache_is_an_error_with_a_remedy(requests: Requests, tmp_path: Pa
     assert left_in(tmp_path) == []
 
 
+def test_a_build_that_has_no_room_is_not_begun(
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=900_000))
+    monkeypatch.setattr(builds, "build_apart", None)
+    told = r"engines: too little space: 0\.9 MB are free, and the build needs about 1\.0 MB\. Free .*\$TANDEMRT_CACHE"
+    with pytest.raises(EngineError, match=told):
+        ensure_engine(request, tmp_path, silent, VERSIONS)
+    assert left_in(tmp_path) == []
+
+
+def test_what_a_builder_says_of_a_full_disk_is_told_as_that(
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    free = [10**9, 0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    with limited(resource.RLIMIT_FSIZE, 1024):
+        with pytest.raises(EngineError, match=r"engines: too little space: 0\.0 MB are free.* Free some") as raised:
+            ensure_engine(request, tmp_path, silent, VERSIONS)
+        assert "ONNX Runtime cannot optimize the graph" in str(raised.value.__cause__)
+        free += [10**9, 10**9]
+        with pytest.raises(EngineError, match="ONNX Runtime cannot optimize the graph"):
+            ensure_engine(request, tmp_path, silent, VERSIONS)
+    assert left_in(tmp_path) == []
+
+
 def test_a_builder_that_hears_nothing_is_stopped_all_the_same(requests: Requests, tmp_path: Path) -> None:
     """One that is held, as in native code that never looks up, ends with the cancelled build: nothing waits for it."""
     (request,) = requests("openvino:cpu", components=("unet",))
@@ -285,12 +316,13 @@ def test_a_cache_that_is_no_folder_is_an_error_with_a_remedy(requests: Requests,
         ensure_engine(request, tmp_path / "file", silent, VERSIONS)
 
 
-def test_a_builder_that_crashes_is_an_error_with_its_log(requests: Requests, tmp_path: Path) -> None:
+def test_a_builder_that_crashes_is_an_error_with_its_log(
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (request,) = requests("openvino:cpu", components=("unet",))
-    broken = msgspec.structs.replace(request.ingredients, backend="none")
-    crashing = plans.Request("unet", request.target, request.model, request.facts, broken, ())
+    monkeypatch.setattr(process, "_WORKER", "raise KeyError('none')")
     with pytest.raises(EngineError, match=r"ended without a result \(exit status 1\).*KeyError: 'none'"):
-        ensure_engine(crashing, tmp_path, silent, VERSIONS)
+        ensure_engine(request, tmp_path, silent, VERSIONS)
     assert left_in(tmp_path) == []
 
 
