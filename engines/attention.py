@@ -16,12 +16,16 @@ from onnx import TensorProto, helper, numpy_helper
 from .graph_files import prune
 
 DOMAIN = "com.microsoft"
+_Step = tuple[str, tuple[int, ...]]
+# Places and heads exchanged; the last two axes of four or, with heads and batch as one, of three.
+_HEADS: _Step = ("Transpose", (0, 2, 1, 3))
+_LAST_OF_FOUR: _Step = ("Transpose", (0, 1, 3, 2))
+_LAST_OF_THREE: _Step = ("Transpose", (0, 2, 1))
+_RESHAPED: _Step = ("Reshape", ())
 # What lies between a projection (B, S, heads * width) and the product, seen from the product.
-_SPLIT = ("Transpose", "Reshape")
-# A key's last axes are exchanged as well, of four or, with heads and batch as one, of three.
-_TURNED = (("Reshape", "Transpose", "Reshape", *_SPLIT), ("Transpose", *_SPLIT))
-_MERGED = ("Transpose", "Reshape")
-_HEADS_FIRST = [0, 2, 1, 3]
+_SPLIT = (_HEADS, _RESHAPED)
+_TURNED = ((_RESHAPED, _LAST_OF_THREE, _RESHAPED, *_SPLIT), (_LAST_OF_FOUR, *_SPLIT))
+_MERGED = (_HEADS, _RESHAPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ class _Index:
             return None
         query, query_scale = self._unscaled(scores.input[0])
         key, key_scale = self._unscaled(scores.input[1])
-        keys = next(filter(None, (self._up(key, kinds) for kinds in _TURNED)), None)
+        keys = next(filter(None, (self._up(key, steps) for steps in _TURNED)), None)
         queries, values = self._up(query, _SPLIT), self._up(weighted.input[1], _SPLIT)
         made = self._down(weighted.output[0], _MERGED)
         if queries is None or keys is None or values is None or made is None:
@@ -139,28 +143,27 @@ class _Index:
             return name, 1.0
         return node.input[0], float(numpy_helper.to_array(factor).astype(np.float32).reshape(()))
 
-    def _up(self, name: str, kinds: Iterable[str]) -> str | None:
+    def _up(self, name: str, steps: Iterable[_Step]) -> str | None:
         """What these nodes, one before the other, were made from."""
-        for kind in kinds:
+        for kind, order in steps:
             node = self._maker(name, kind)
-            if node is None or not _turns_as_expected(node):
+            if node is None or not _turns(node, order):
                 return None
             name = node.input[0]
         return name
 
-    def _down(self, name: str, kinds: Iterable[str]) -> str | None:
-        for kind in kinds:
+    def _down(self, name: str, steps: Iterable[_Step]) -> str | None:
+        for kind, order in steps:
             node = self._only_reader(name, kind)
-            if node is None or not _turns_as_expected(node):
+            if node is None or not _turns(node, order):
                 return None
             name = node.output[0]
         return name
 
 
-def _turns_as_expected(node: onnx.NodeProto) -> bool:
-    """Whether a Transpose exchanges places and heads of four axes, or the last two; any other node does."""
-    order = next((list(one.ints) for one in node.attribute if one.name == "perm"), None)
-    return node.op_type != "Transpose" or order in (_HEADS_FIRST, [0, 2, 1], [0, 1, 3, 2])
+def _turns(node: onnx.NodeProto, order: tuple[int, ...]) -> bool:
+    """Whether a Transpose has its axes in this order; any other node has none."""
+    return tuple(next((one.ints for one in node.attribute if one.name == "perm"), ())) == order
 
 
 def _is_over_last_axis(softmax: onnx.NodeProto) -> bool:

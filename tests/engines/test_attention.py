@@ -90,6 +90,17 @@ def test_attention_with_a_mask_stays() -> None:
     assert (count, fused) == (0, model)
 
 
+@pytest.mark.parametrize(
+    ("made", "order"),
+    [("heads_q", [0, 1, 3, 2]), ("heads_v", [0, 1, 3, 2]), ("together", [0, 1, 3, 2]), ("turned", [0, 2, 1, 3])],
+)
+def test_axes_in_the_order_of_another_role_stay(made: str, order: list[int]) -> None:
+    model = attention(4, 4, plain_key=True)
+    (node,) = (node for node in model.graph.node if made in node.output)
+    node.attribute[0].ints[:] = order
+    assert fused_attention(model)[1] == 0
+
+
 @pytest.mark.parametrize("read", ["soft", "together"])
 def test_what_something_else_reads_stays(read: str) -> None:
     model = attention()
