@@ -140,7 +140,7 @@ def read_header(path: Path) -> SafetensorsFile:
     if len(raw) < length:
         raise CheckpointError(str(path), "truncated", got=size, expected=f"at least {8 + length} bytes", remedy=AGAIN)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         metadata = dict(header.get("__metadata__") or {})
         shapes = {name: _shape(entry["shape"]) for name, entry in entries.items()}
@@ -155,7 +155,14 @@ def read_header(path: Path) -> SafetensorsFile:
             raise CheckpointError(
                 f"{path}: {name}", "data_offsets", got=span, expected=f"a span of {wanted[name]} bytes", remedy=AGAIN
             )
-    expected = 8 + length + max((span[1] for span in spans.values()), default=0)
+    end = 0
+    # As the format has it, tensors lie one behind the other: what overlaps or leaves gaps may hold anything.
+    for name, span in sorted(spans.items(), key=lambda one: one[1]):
+        if span[0] != end:
+            behind = f"{end}, where the tensor before it ends"
+            raise CheckpointError(f"{path}: {name}", "data_offsets", got=span[0], expected=behind, remedy=AGAIN)
+        end = span[1]
+    expected = 8 + length + end
     if size != expected:
         what = "truncated" if size < expected else "size"
         raise CheckpointError(str(path), what, got=size, expected=f"{expected} bytes", remedy=AGAIN)
@@ -168,6 +175,15 @@ def listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
     return ", ".join(ordered[:_NAMED]) + more
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that is there twice, readers would take different ones."""
+    listed = dict(pairs)
+    if len(listed) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in listed if names.count(name) > 1)!r} twice")
+    return listed
 
 
 def _shape(lengths: Iterable[Any]) -> tuple[int, ...]:

@@ -42,3 +42,32 @@ def test_a_shape_that_no_array_has_is_refused(tmp_path: Path, shape: list[int]) 
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
     with pytest.raises(CheckpointError, match="not a safetensors header"):
         read_header(written(tmp_path / "x.safetensors", {"a": entry}, bytes(size)))
+
+
+def entry(*offsets: int) -> str:
+    return json.dumps({"dtype": "U8", "shape": [offsets[1] - offsets[0]], "data_offsets": offsets})
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        (f'{{"a": {entry(0, 4)}, "b": {entry(2, 6)}}}', "b: data_offsets, got 2, expected 4, where the tensor before"),
+        (f'{{"b": {entry(0, 6)}, "a": {entry(0, 4)}}}', "b: data_offsets, got 0, expected 4"),
+        (f'{{"a": {entry(0, 2)}, "b": {entry(4, 6)}}}', "b: data_offsets, got 4, expected 2"),
+        (f'{{"a": {entry(2, 6)}}}', "a: data_offsets, got 2, expected 0"),
+        (f'{{"a": {entry(0, 6)}, "a": {entry(0, 6)}}}', "not a safetensors header .*'a' twice"),
+        ('{"a": {"dtype": "U8", "dtype": "I8", "shape": [6], "data_offsets": [0, 6]}}', "'dtype' twice"),
+    ],
+)
+def test_tensors_that_do_not_lie_one_behind_the_other_are_refused(tmp_path: Path, header: str, told: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(6))
+    with pytest.raises(CheckpointError, match=told):
+        read_header(path)
+
+
+def test_tensors_of_nothing_may_lie_anywhere_between(tmp_path: Path) -> None:
+    header = f'{{"c": {entry(4, 4)}, "b": {entry(4, 6)}, "a": {entry(0, 4)}, "d": {entry(0, 0)}}}'
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(range(6)))
+    np.testing.assert_array_equal(read_header(path).array("b"), [4, 5])
