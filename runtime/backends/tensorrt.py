@@ -94,9 +94,10 @@ class TensorRtSession:
 
     def close(self) -> None:
         """Free the engine; a second call does nothing. The kernels it compiled are kept for the next time."""
-        if self._loaded is not None:
-            self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
             self._kernels.save()
+            del loaded  # the kernels are the engine's, which goes after they are saved
 
     def live(self) -> Any:
         """TensorRT's engine; raises ExecutionError when the session is closed."""

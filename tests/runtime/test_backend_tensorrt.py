@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from tandemrt.runtime import Pipeline, TargetError, targets
 from tandemrt.runtime.backends import cuda, target_here
 from tandemrt.runtime.backends.modules import imported
-from tandemrt.runtime.backends.tensorrt import TensorRtBinding
+from tandemrt.runtime.backends.tensorrt import TensorRtBinding, TensorRtSession
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.targets import parse_target
@@ -148,3 +149,19 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
     with shared.lock:  # held as by a run of another engine, which a run on another block does not wait for
         beside.run()
     assert context.scratch[0] not in (first, contexts[0].scratch[0])
+
+
+def test_kernels_are_saved_while_their_engine_is_there() -> None:
+    class Freed:
+        pass
+
+    engine = Freed()
+    alive, saved = weakref.ref(engine), list[bool]()
+    session = TensorRtSession.__new__(TensorRtSession)
+    session._loaded = engine
+    session._kernels = SimpleNamespace(save=lambda: saved.append(alive() is not None))  # type: ignore[assignment]
+    del engine
+    session.close()
+    session.close()
+    assert saved == [True]
+    assert alive() is None
