@@ -287,7 +287,7 @@ def cached_engines(cache: Path) -> Iterator[tuple[Path, Engine | EngineError]]:
     """Every engine of a cache with its sidecar, or with what is wrong with it; those being built are not seen.
 
     Raises:
-        EngineError: the cache belongs to another user, or everybody may write to it.
+        EngineError: the cache belongs to another user, or others may write to it.
     """
     folder = engines_folder(cache)
     if not os.path.lexists(folder):
@@ -296,13 +296,17 @@ def cached_engines(cache: Path) -> Iterator[tuple[Path, Engine | EngineError]]:
     for entry in sorted(folder.iterdir()):
         if _KEY.fullmatch(entry.name):
             try:
+                _check_ownership(entry)
                 yield entry, read_sidecar(entry)
             except EngineError as error:
                 yield entry, error
 
 
 def _check_ownership(folder: Path) -> None:
-    """Engines are native code: a folder that others could have put them into is not read."""
+    """Engines are native code: a folder that others could have put them into is not read.
+
+    The user's own primary group is let write: it is often the user's alone, with a umask of 002 for it.
+    """
     try:
         status = folder.stat()
     except OSError as error:
@@ -311,10 +315,14 @@ def _check_ownership(folder: Path) -> None:
         ) from error
     if not stat.S_ISDIR(status.st_mode):
         raise EngineError(str(folder), "not a folder", remedy="Give another cache.")
-    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+    if not hasattr(os, "geteuid"):
+        return
+    if status.st_uid != os.geteuid():
         what = "belongs to another user, and engines are code that would run as you"
         remedy = "Give a cache of your own, in $TANDEMRT_CACHE or with --cache where a command takes it."
         raise EngineError(str(folder), what, remedy=remedy)
-    if status.st_mode & stat.S_IWOTH:
-        what = "can be written by everybody, and engines are code that would run as you"
-        raise EngineError(str(folder), what, remedy=f"Check what is in it, then `chmod o-w {folder}`.")
+    by_group = status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()
+    if by_group or status.st_mode & stat.S_IWOTH:
+        whom, change = ("everybody", "o-w") if status.st_mode & stat.S_IWOTH else ("a group that is not yours", "g-w")
+        what = f"can be written by {whom}, and engines are code that would run as you"
+        raise EngineError(str(folder), what, remedy=f"Check what is in it, then `chmod {change} {folder}`.")

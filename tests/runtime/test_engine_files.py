@@ -297,6 +297,35 @@ def test_a_cache_of_another_user_is_not_read(
         find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
+def test_a_cache_that_another_group_may_write_to_is_not_read(
+    bundle: Bundle, add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add()
+    engines_folder(tmp_path).chmod(0o775)
+    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+    monkeypatch.setattr(os, "getegid", lambda: 12345)
+    with pytest.raises(EngineError, match=r"can be written by a group that is not yours.*chmod g-w"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_an_engine_that_others_may_write_to_is_not_run(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    folder = add()
+    folder.chmod(0o777)
+    with pytest.raises(EngineError, match=rf"no engine .* fits: {folder}: can be written by everybody"):
+        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_an_engine_of_another_user_is_not_run(
+    bundle: Bundle, add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, euid = add(), os.geteuid()
+    asked = iter([euid, 12345])
+    monkeypatch.setattr(os, "geteuid", lambda: next(asked, euid))
+    ((place, error),) = cached_engines(tmp_path)
+    assert place == folder
+    assert "belongs to another user" in str(error)
+
+
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TANDEMRT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
