@@ -108,9 +108,7 @@ def claimed(cache: Path, key: str, progress: Progress) -> Iterator[Claim]:
         except OSError as error:
             raise unwritable(engines, error) from error
     finally:
-        shutil.rmtree(claim.part, ignore_errors=True)
-        _lock_path(engines, key).unlink(missing_ok=True)
-        os.close(lock)
+        _release(engines, key, lock, ("part",))
 
 
 def cached(cache: Path, key: str) -> tuple[Path, Engine] | None:
@@ -235,10 +233,18 @@ def _sweep(engines: Path) -> None:
     for key in keys:
         lock = _try_lock(_lock_path(engines, key))
         if lock is not None:
-            for kind in ("part", "old"):
-                shutil.rmtree(engines / f".{key}.{kind}", ignore_errors=True)
-            _lock_path(engines, key).unlink(missing_ok=True)
-            os.close(lock)
+            _release(engines, key, lock, ("part", "old"))
+
+
+def _release(engines: Path, key: str, lock: int, kinds: Sequence[str]) -> None:
+    """Remove what is left of a build, and let go of its lock, whatever cannot be removed: a later run sweeps it."""
+    try:
+        for kind in kinds:
+            shutil.rmtree(engines / f".{key}.{kind}", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _lock_path(engines, key).unlink()
+    finally:
+        os.close(lock)
 
 
 def _sync(path: Path) -> None:

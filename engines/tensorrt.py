@@ -46,7 +46,7 @@ def build(job: Job, progress: Progress) -> Built:
         refused = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise EngineError(job.component, f"{job.backend} cannot parse the graph ({refused[:800]})")
     config = _configured(trt, builder, job, _monitor(trt, job.component, progress))
-    timings = _Timings(config, job.timings)
+    timings = _Timings(config, job)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _failed(job, "the build failed", log)
@@ -67,8 +67,9 @@ class _Timings:
     TensorRT for RTX measures nothing, and refuses such a cache where there is no GPU.
     """
 
-    def __init__(self, config: Any, path: str | None) -> None:
-        self._path = None if path is None else Path(path)
+    def __init__(self, config: Any, job: Job) -> None:
+        self._path = None if job.timings is None else Path(job.timings)
+        self._within = Path(job.folder)
         if self._path is None:
             return
         known = b""
@@ -84,7 +85,7 @@ class _Timings:
             made = bytes(self._cache.serialize())
             with suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                write_whole(self._path, lambda stream: stream.write(made))
+                write_whole(self._path, lambda stream: stream.write(made), within=self._within)
 
 
 def _network_flags(trt: Any) -> int:

@@ -12,16 +12,20 @@ from typing import BinaryIO
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True, within: Path | None = None
+) -> None:
     """Let `write` fill a file beside `path`, and give it that name when it is complete and on the disk.
 
     The file's mode follows the umask. With `replace` off, a file that has the name by then stays as it is.
+
+    within: another folder of the same file system to fill it in, such as one that is swept if this process is killed.
 
     Raises:
         FileExistsError: the name is taken and `replace` is off.
         OSError: the folder cannot be written or is full.
     """
-    part = path.parent / f".{secrets.token_hex(8)}.part"
+    part = (within or path.parent) / f".{secrets.token_hex(8)}.part"
     try:
         with part.open("xb") as stream:
             write(stream)

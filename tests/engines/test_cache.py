@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tandemrt.engines import cache as caches
 from tandemrt.engines.build import changes, ensure_engine
 from tandemrt.engines.cache import cached
+from tandemrt.engines.job import Job
 from tandemrt.engines.plan import Request
+from tandemrt.engines.tensorrt import _Timings
 from tandemrt.runtime import engine_files
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -153,3 +157,53 @@ def test_a_whole_engine_is_hashed_when_it_is_loaded(
 ) -> None:
     find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
     assert hashed == [FILE, WEIGHTS]
+
+
+def test_a_lock_that_cannot_be_removed_is_let_go(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".lock":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    opened = len([*Path("/proc/self/fd").iterdir()])
+    with caches.claimed(tmp_path, request_.key, silent) as claim:
+        lock = claim.lock
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(lock)
+    caches._sweep(engine_files.engines_folder(tmp_path))
+    assert len([*Path("/proc/self/fd").iterdir()]) == opened
+    monkeypatch.undo()
+    caches._sweep(engine_files.engines_folder(tmp_path))
+    assert list(engine_files.engines_folder(tmp_path).iterdir()) == []
+
+
+def test_what_a_killed_builder_leaves_of_timings_is_swept(request_: Request, tmp_path: Path) -> None:
+    """What TensorRT measured is written where the next run sweeps, and then moved to where it is kept."""
+    timings = tmp_path / "timings" / "tensorrt.bin"
+    with caches.claimed(tmp_path, request_.key, silent) as claim:
+        job = Job(
+            component="unet", model="", folder=str(claim.part), backend="tensorrt", device="sm90", precision="fp16",
+            profiles=(), flags={}, timings=str(timings),
+        )  # fmt: skip
+        there: list[list[str]] = []
+
+        def serialize() -> memoryview:
+            return memoryview(b"measured")
+
+        def sync(_: int) -> None:
+            there.append([path.name for path in timings.parent.iterdir()])
+            assert [path.suffix for path in claim.part.iterdir()] == [".part"]
+
+        cache = SimpleNamespace(serialize=serialize)
+        config = SimpleNamespace(create_timing_cache=lambda known: cache, set_timing_cache=lambda *_: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            _Timings(config, job).save()
+        assert there == [[]]
+        assert list(claim.part.iterdir()) == []
+    assert timings.read_bytes() == b"measured"
