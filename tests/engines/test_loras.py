@@ -112,7 +112,7 @@ def test_generate_takes_loras_and_its_picture_says_which(
     arguments = ["generate", str(tiny_path), "--prompt", "red", "--seed", "7", "--steps", "2,1", "--output-dir"]
     lora = ["--lora", f"{file}:0.5"]
     assert main([*arguments, str(tmp_path / "none"), *lora]) == 1
-    assert "--component unet --lora-slots 1 --lora-rank 1 --profile 64x64:b1`" in capsys.readouterr().err
+    assert "--component unet --lora-slots 1 --lora-rank 1 --profile 64x64:b1 --cache " in capsys.readouterr().err
     build(tiny_path, cache, "onnxruntime:cpu", ("unet",), lora_slots=1, lora_rank=1)
     assert main([*arguments, str(tmp_path / "plain")]) == 0
     assert main([*arguments, str(tmp_path / "lora"), *lora]) == 0
@@ -149,7 +149,7 @@ def test_slots_that_fit_the_calls_shapes_serve_it(tiny_path: Path, cache: Path, 
             made = pipe(**arguments, loras={file: 0.5}, height=size, width=size)
             assert [one.variant for one in made.timings.ran_on["unet"]] == [f"{slots} LoRA slots of rank 1"]
             assert distance(made, pipe(**arguments, height=size, width=size)) > 0.001
-        command = r"no profile for this call: .* --component unet --lora-slots 1 --lora-rank 1 --profile 128x128:b1`"
+        command = r"no profile for this call: .* --component unet --lora-slots 1 --lora-rank 1 --profile 128x128:b1 --cache .*`"
         with pytest.raises(EngineError, match=command):
             pipe(**arguments, loras={file: 0.5}, height=128, width=128)
 

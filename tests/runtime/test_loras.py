@@ -166,7 +166,7 @@ def test_without_slots_the_command_that_makes_them_is_named(
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path / "cache"))
     file = write_lora(tmp_path / "x.safetensors", {"unet": shapes["unet"]}, rank=3)
     command = r"tandemrt build-engine .* --target onnxruntime:cpu.* --component unet"
-    command += r" --lora-slots 1 --lora-rank 3 --profile \d+x\d+:b1`"
+    command += r" --lora-slots 1 --lora-rank 3 --profile \d+x\d+:b1 --cache .*`"
     with Pipeline.open(path, "onnxruntime:cpu") as pipe:
         with pytest.raises(EngineError, match=command):
             pipe.stream("red", loras={file: 1.0})
