@@ -49,6 +49,7 @@ class Loader:
         self.closed = False
         self._threads, self._streams = threads, streams
         self._loaded: dict[Path | None, Session] = {}
+        self._granted: dict[Variant, EngineSession] = {}
 
     def session(self, variant: Variant = PLAIN) -> Session:
         """The component on engines that were built for it, else on the bundle's own graph where that can run.
@@ -62,6 +63,13 @@ class Loader:
         """
         choosing = self.engines_only or variant != PLAIN or has_engine(self.bundle, self.name, self.target)
         return EngineSession(self, variant) if choosing else self.graph()
+
+    def granted(self, variant: Variant) -> EngineSession:
+        """The session on engines of just this variant, the same one for all that are served by them."""
+        with self.lock:
+            if variant not in self._granted:
+                self._granted[variant] = EngineSession(self, variant)
+            return self._granted[variant]
 
     @property
     def engines_only(self) -> bool:
@@ -155,8 +163,7 @@ class EngineSession:
         with self._loader.lock:
             if key not in self._serving:
                 found = fitting_engine(self._bundle, self._name, self._target, shapes, variant=self._wanted)
-                variant = found.engine.ingredients.variant
-                self._serving[key] = self if variant == self.variant else EngineSession(self._loader, variant)
+                self._serving[key] = self._loader.granted(found.engine.ingredients.variant)
             return self._serving[key]
 
     def close(self) -> None:

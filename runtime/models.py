@@ -17,7 +17,7 @@ from .engine_session import Loader, engine_target
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
-from .ran_on import Ran
+from .ran_on import Ran, serving
 from .targets import Target, usable_cpus
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
@@ -141,7 +141,8 @@ class Models:
     def _text_encoder(self, name: str, variant: Variant) -> tuple[PromptEncoder, Ran]:
         """A text encoder, which binds its session once, and what that runs on."""
         with self._lock:
-            session = self.session(name, variant)
+            tokens = self._bundle.manifest.text.encoders[name].max_length
+            session = serving(self.session(name, variant), {"input_ids": (1, tokens)})
             if session not in self._encoders:
                 ran = Ran()
                 self._encoders[session] = PromptEncoder(self._bundle, name, ran.watched(name, session)), ran

@@ -63,8 +63,8 @@ class Ran:
 
     def join(self, other: Ran) -> None:
         """Add all that another has."""
-        for name, ran in other._ran.items():
-            for one in ran:
+        for name, ran in list(other._ran.items()):
+            for one in list(ran):
                 self.add(name, one)
 
     def watched(self, name: str, session: Session) -> Session:

@@ -16,7 +16,6 @@ from .bundle import Bundle
 from .errors import BundleError, ExecutionError
 from .lora_slots import Adapter, slot_inputs
 from .manifest import TextConditioning
-from .ran_on import serving
 from .tokenizer import DroppedText, PromptTokenizer, Tokens
 from .trace import span
 
@@ -114,11 +113,10 @@ class PromptEncoder:
         """The encoder's buffers with LoRAs in their slots, if it has any."""
         wanted = tuple(adapter.key for adapter in adapters)
         if self._binding is None or self._in_slots != wanted:
-            shapes: dict[str, tuple[int, ...]] = {"input_ids": (1, tokens)}
-            session = serving(self._session, shapes)
-            slots = slot_inputs(session.inputs, adapters)
+            slots = slot_inputs(self._session.inputs, adapters)
             if self._binding is None:
-                self._binding = session.bind({**shapes, **{name: values.shape for name, values in slots.items()}})
+                shapes = {name: values.shape for name, values in slots.items()}
+                self._binding = self._session.bind({"input_ids": (1, tokens), **shapes})
             self._in_slots = None  # nothing to rely on, should it fail halfway
             for name, values in slots.items():
                 self._binding.inputs[name][...] = values

@@ -105,6 +105,17 @@ def test_step_engines_take_the_same_loras(shapes_bundle: Path, cache: Path, lora
     assert not plain.timings.step_engines
 
 
+def test_loras_that_the_same_engines_serve_share_them(tiny_path: Path, cache: Path, tmp_path: Path) -> None:
+    modules = {name: projections(tiny_path / name / "model.onnx") for name in ("unet", "text_encoder")}
+    files = [write_lora(tmp_path / f"{rank}.safetensors", modules, rank=rank) for rank in (1, 2)]
+    build(tiny_path, cache, "onnxruntime:cpu", ("unet", "text_encoder"), lora_slots=2, lora_rank=2)
+    with Pipeline.open(tiny_path, "onnxruntime:cpu") as pipe:
+        for wanted in (files[:1], files[1:], files):
+            pipe("red", num_inference_steps=1, loras=dict.fromkeys(wanted, 1.0))
+        assert len(pipe._models._encoders) == 1
+        assert all(len(loader._loaded) == 1 for loader in pipe._models._loaders.values())
+
+
 def test_generate_takes_loras_and_its_picture_says_which(
     tiny_path: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +160,7 @@ def test_slots_that_fit_the_calls_shapes_serve_it(tiny_path: Path, cache: Path, 
             made = pipe(**arguments, loras={file: 0.5}, height=size, width=size)
             assert [one.variant for one in made.timings.ran_on["unet"]] == [f"{slots} LoRA slots of rank 1"]
             assert distance(made, pipe(**arguments, height=size, width=size)) > 0.001
-        command = r"no profile for this call: .* --component unet --lora-slots 1 --lora-rank 1 --profile 128x128:b1 --cache .*`"
+        command = r"no profile for this call: .* --lora-slots 1 --lora-rank 1 --profile 128x128:b1 --cache .*`"
         with pytest.raises(EngineError, match=command):
             pipe(**arguments, loras={file: 0.5}, height=128, width=128)
 
