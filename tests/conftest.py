@@ -11,6 +11,14 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--true-depth",
+        action="store_true",
+        help="families at the depth their authors publish: SDXL 70 transformer blocks, not 22; takes 10 minutes more",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first, so that no worker comes to one when the others have nothing left to do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -54,6 +54,11 @@ def states() -> Callable[[str], dict[str, State]]:
     return lambda preset: kept.setdefault(preset, random_states(preset))
 
 
+@pytest.fixture(scope="session")
+def true_depth(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--true-depth"))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
     """Single files are read as if every preset's architectures were the small ones that the tests write."""

@@ -1,10 +1,15 @@
-"""A family at reduced width and its true topology: in diffusers' own pipeline, and on the bundle exported from it."""
+"""A family at reduced width: in diffusers' own pipeline, and on the bundle exported from it.
+
+The deepest families have every kind of block in its true place, but no more than a few of those that follow each other
+in a row: torch's tracing takes its time for each. `pytest --true-depth` has them all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -13,10 +18,10 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from tandemrt.export import random_checkpoint
 from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan
-from tandemrt.export.presets import read_preset
-from tandemrt.export.random_checkpoint import write_checkpoint
+from tandemrt.export.presets import Model, models, read_preset
 from tandemrt.runtime import Pipeline
 
 from ..interop.picture import psnr_db
@@ -24,18 +29,22 @@ from ..interop.picture import psnr_db
 PSNR_DB = 45
 PROMPT = "a red cat on a mat"
 SIZE = {"height": 64, "width": 128}
+# Blocks in a row, by what configurations call their number.
+LONGEST = {"transformer_layers_per_block": 2, "num_hidden_layers": 4, "num_layers": 4}
 Pixels = npt.NDArray[np.float32]
 
 
 class Family:
     """A preset's random weights at tiny scale: in diffusers' pipeline, and in a pipeline on the bundle made of them.
 
-    added: further models by component, by their names among the presets.
+    added: further models by component, by their names among the presets. true_depth: with all their blocks.
     """
 
-    def __init__(self, name: str, folder: Path, added: Mapping[str, str]) -> None:
+    def __init__(self, name: str, folder: Path, added: Mapping[str, str], *, true_depth: bool = True) -> None:
         preset = msgspec.structs.replace(read_preset(name), added=dict(added))
-        self.folders = write_checkpoint(preset, folder, "tiny")
+        architectures = models() if true_depth else {name: shortened(model) for name, model in models().items()}
+        with mock.patch.object(random_checkpoint, "models", lambda: architectures):
+            self.folders = random_checkpoint.write_checkpoint(preset, folder, "tiny")
         further = tuple(Added(component, path) for component, path in self.folders.items())
         self.checkpoint = folder / "checkpoint"
         bundle = export_bundle(
@@ -76,6 +85,12 @@ class Family:
         return self.pipe(PROMPT, seed=7, output_type="np", **SIZE, **arguments).images[0]
 
 
+def shortened(model: Model) -> Model:
+    """The architecture with at most `LONGEST` blocks in a row."""
+    kept = {key: _at_most(most, model.config[key]) for key, most in LONGEST.items() if key in model.config}
+    return msgspec.structs.replace(model, config={**model.config, **kept})
+
+
 def drawn() -> Image.Image:
     """A picture of no particular subject, of the size that is painted."""
     values = np.random.default_rng(7).integers(0, 256, (SIZE["height"], SIZE["width"], 3), np.uint8)
@@ -85,3 +100,7 @@ def drawn() -> Image.Image:
 def require_same(actual: Pixels, expected: Pixels, least_db: float = PSNR_DB) -> None:
     assert actual.std() > 1e-2
     assert psnr_db(actual, expected) >= least_db
+
+
+def _at_most(most: int, value: Any) -> Any:
+    return [_at_most(most, each) for each in value] if isinstance(value, list) else min(most, value)
