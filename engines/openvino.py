@@ -7,6 +7,7 @@ from typing import Any
 
 from ..runtime.backends.modules import imported
 from ..runtime.backends.openvino import device_name, precision_hint
+from ..runtime.backends.openvino_graph import read_graph
 from ..runtime.engine_files import InputRange, Layer
 from ..runtime.errors import EngineError, TargetError
 from .job import Built, Job, Progress
@@ -27,15 +28,15 @@ def build(job: Job, progress: Progress) -> Built:
     try:
         core = ov.Core()
         progress(f"{job.component}: read", 0, 3)
-        graph = core.read_model(job.model)
+        hint = str(job.flags["INFERENCE_PRECISION_HINT"])
+        graph = read_graph(core, Path(job.model), hint)
         (ranges,) = job.profiles
         graph.reshape({name: _bounded(ov, one) for name, one in ranges.items()})
         progress(f"{job.component}: compile", 1, 3)
-        hint = job.flags["INFERENCE_PRECISION_HINT"]
         compiled = core.compile_model(graph, job.device.upper(), job.flags)
         granted = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if granted != hint:
-            raise TargetError(job.component, "precision that OpenVINO granted", got=granted, expected=str(hint))
+            raise TargetError(job.component, "precision that OpenVINO granted", got=granted, expected=hint)
         progress(f"{job.component}: export", 2, 3)
         # OpenVINO 2026.4 exports into memory alone, so a blob takes its size there for a moment.
         blob = compiled.export_model()

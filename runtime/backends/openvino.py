@@ -22,6 +22,7 @@ from ..targets import Target
 from .base import Array, Shape
 from .buffers import Arrays, allocated, not_loaded, one_line, require_numpy_types
 from .modules import imported
+from .openvino_graph import read_graph
 
 # What arithmetic is asked for. Left to itself, OpenVINO runs an fp32 graph in bf16 where the processor can.
 _INFERENCE_PRECISIONS = {None: "f32", "fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
@@ -48,7 +49,7 @@ class OpenVinoSession:
         name = model.parent.name
 
         def compile_graph(core: Any, configuration: Mapping[str, str]) -> Any:
-            graph = core.read_model(model)
+            graph = read_graph(core, model, configuration["INFERENCE_PRECISION_HINT"])
             if target.precision == "int8":
                 _require_quantized(name, graph)
             return core.compile_model(graph, target.device.upper(), configuration)

@@ -28,13 +28,8 @@ MAX_RELATIVE_ERROR = 1e-3
 MINIMUM_PSNR_DB = {"onnxruntime:cpu": 60.0, "openvino:cpu": 60.0, "openvino:cpu:bf16": 35.0}
 
 
-def require_engines(
-    bundle: Bundle, cache: Path, components: tuple[str, ...] = (), *, without: tuple[str, ...] = ()
-) -> None:
-    """Build components, all by default, for every backend and the default profile, and run what runs on a CPU.
-
-    without: targets whose pictures are not compared.
-    """
+def require_engines(bundle: Bundle, cache: Path, components: tuple[str, ...] = ()) -> None:
+    """Build components, all by default, for every backend and the default profile, and run what runs on a CPU."""
     plan = BuildPlan(bundle.path, TARGETS, cache, components)
     expected: dict[str, list[np.ndarray[Any, Any]]] = {}
     for request in requests_of(plan, bundle):
@@ -52,20 +47,20 @@ def require_engines(
         elif request.target.backend == "openvino":
             require_close(ran_by_openvino(outcome, feeds), expected[request.component])
     with mock.patch.dict(os.environ, TANDEMRT_CACHE=str(cache)):
-        require_pictures(bundle, without)
+        require_pictures(bundle)
 
 
 def here(request: Request) -> str:
     return "sm89" if request.target.device == "portable" else request.target.device
 
 
-def require_pictures(bundle: Bundle, without: tuple[str, ...] = ()) -> None:
+def require_pictures(bundle: Bundle) -> None:
     """Paint on every target that runs here, on its engines where there are any, and compare."""
     with mock.patch.dict(os.environ, TANDEMRT_CACHE=os.devnull):
         expected = painted(bundle, "onnxruntime:cpu")
     here = {str(target) for status in probe_backends() for target in status.targets}
     for target, minimum_db in MINIMUM_PSNR_DB.items():
-        if target in here and target not in without:
+        if target in here:
             assert psnr_db(painted(bundle, target), expected) >= minimum_db, target
 
 
