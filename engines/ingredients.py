@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import Ingredients, InputRange, architecture_of, origin_of, weights_of
+from ..runtime.engine_files import RECIPES, Ingredients, InputRange, architecture_of, origin_of, weights_of
 from ..runtime.errors import TargetError
 from ..runtime.targets import Target, installed_version
 from . import flavour, onnxruntime, openvino
 
-# To be raised when engines come to be built in another way from the same ingredients.
-RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 1, "onnxruntime": 2}
 _QUANTIZED = ("int8", "fp8")
 
 

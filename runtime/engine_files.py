@@ -35,6 +35,9 @@ GRAPH_NAME = "model.onnx"  # what an engine of ONNX Runtime consists of, weights
 PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
 
+# Of what is built now: to be raised when engines come to be built in another way from the same ingredients.
+RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 2, "onnxruntime": 2}
+
 # Flags of TensorRT engines.
 REFIT, VERSION_COMPATIBLE = "refit", "version_compatible"
 
@@ -76,7 +79,7 @@ class Ingredients(Frozen, frozen=True, kw_only=True):
     device: as in the target. architecture: system and processor that the engine runs on.
     precision: of the arithmetic: what the target asks for, else what the component was exported in.
     flags: what else the builder was told; OpenVINO wants it again when it imports a blob, which forgets its precision.
-    recipe: which way of building of ours it was.
+    recipe: which way of building of ours it was; see `RECIPES`.
     """
 
     graph: str

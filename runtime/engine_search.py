@@ -14,6 +14,7 @@ import msgspec
 from .build_commands import build_command
 from .bundle import Bundle
 from .engine_files import (
+    RECIPES,
     REFIT,
     VERSION_COMPATIBLE,
     Engine,
@@ -209,6 +210,7 @@ def _misfit(made_of: Ingredients, weights: Mapping[str, str], target: Target) ->
             f"is of {made_of.backend} {made_of.backend_version}, here is {version}",
         ),
         (made_of.architecture != architecture_of(target), f"is for {made_of.architecture}"),
+        (made_of.recipe != RECIPES[made_of.backend], "was built by another version of tandemrt, in another way"),
     )
     return next((reason for differs, reason in differing if differs), None)
 

@@ -79,7 +79,7 @@ def add(bundle: Bundle, tmp_path: Path) -> Add:
                 "architecture": HERE,
                 "precision": "fp32",
                 "flags": {},
-                "recipe": 1,
+                "recipe": 2,
                 **facts,
             }
         )
@@ -127,6 +127,7 @@ def test_without_an_engine_the_command_is_said(bundle: Bundle, tmp_path: Path) -
         ({"precision": "bf16"}, r"computes in bf16, not fp32"),
         ({"weights": {}}, r"was built from other weights"),
         ({"device": "gpu"}, r"is for gpu, not cpu"),
+        ({"recipe": 1}, r"was built by another version of tandemrt, in another way"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_diagnosed(
@@ -265,7 +266,7 @@ def test_a_linked_file_is_refused(bundle: Bundle, add: Add, tmp_path: Path) -> N
         (b'"backend":"openvino"', b'"backend":"onnxruntime"', "files, got .* expected model.onnx"),
         (b'"max":[1]', b'"max":[1,1]', "no rising sizes"),
         (b'"min":[1]', b'"min":[2]', "no rising sizes"),
-        (b'"recipe":1', b'"recipe":2', "key, got"),
+        (b'"recipe":2', b'"recipe":3', "key, got"),
         (b"{", b"", "not an engine's sidecar"),
     ],
 )
