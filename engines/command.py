@@ -40,9 +40,10 @@ EPILOG = """\
 targets:
   onnxruntime:cpu  onnxruntime:cuda         the graph optimized for one execution provider
   openvino:cpu  openvino:cpu:bf16           a compiled blob; bf16 of an fp32 or fp16 bundle where the processor has it
+  openvino:gpu                              where OpenVINO has one
   tensorrt-rtx:sm89+sm120:fp16              for these GPUs, built anywhere; of a bundle exported with --dtype fp16
   tensorrt-rtx:sm89:bf16                    of such a bundle too: its graph with bfloat16 for every float16
-  tensorrt-rtx:portable                     for any RTX GPU from Ampere on
+  tensorrt-rtx:portable                     for any RTX GPU from Ampere on; else sm75 sm80 sm86 sm89 sm120 sm121
   tensorrt:sm90:fp16                        on that GPU; tensorrt:portable from Ampere on
 
 profiles, in pixels:
