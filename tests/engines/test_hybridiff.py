@@ -1,4 +1,4 @@
-"""Hybridiff's placement: step by step what the same staleness on diffusers' modules makes, and under the pipeline."""
+"""Hybridiff's placement under the pipeline: pictures, reports, refusals, the command line."""
 
 from __future__ import annotations
 
@@ -10,75 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from tandemrt.engines.graph_files import read_graph, write_graph
-from tandemrt.engines.stages import stage_graphs
 from tandemrt.runtime import EngineError, Output, Pipeline, RequestError, traced
-from tandemrt.runtime.backends import open_session
-from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.discrepancy import Taus
-from tandemrt.runtime.hybridiff import Hybridiff, Stages
-from tandemrt.runtime.placement import Parallel, Worker
-from tandemrt.runtime.plan import Plan
-from tandemrt.runtime.sampler import Sampler
-from tandemrt.runtime.solvers import compile_table
-from tandemrt.runtime.stage_work import Pipelining
-from tandemrt.runtime.targets import parse_target
-from tandemrt.runtime.window import Window
 
-from .small_denoisers import module
-from .stale_reference import Reference, Units
 from .tandem import LEAST_PSNR_DB, ROWS, WINDOW, build_stages, distance_db, require_window
-from .test_stages_stale import STEPS, TOLERANCE, scheduler_of, texts
 
 PROMPT = "a red circle left of a blue square on a white background"
 ASKED: dict[str, Any] = {"prompt": PROMPT, "seed": 7, "num_inference_steps": ROWS, "guidance_scale": 2.0}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "stages", "stride", "time_shift"),
-    [("sd15", 2, 1, False), ("bk-sdm", 4, 1, True), ("sdxl", 2, 2, False), ("sd3", 4, 2, False)],
-)
-def test_the_sampler_reaches_the_references_latents(
-    exported: Callable[[str], Path], tmp_path: Path, family: str, stages: int, stride: int, time_shift: bool
-) -> None:
-    window = Window(Taus(l_slope=2, eps_slope=0.05, k=5, tau_cap=3), Pipelining(stages, stride, time_shift))
-    branches, target, scheduler = texts(family), parse_target("onnxruntime:cpu"), scheduler_of(family)
-    table = compile_table(type(scheduler).__name__, dict(scheduler.config), STEPS)
-    plan = Plan(table, ("unet",) * STEPS, (True,) * STEPS, 3.0, placement="hybridiff", window=window)
-    whole = open_session(exported(family), target, threads=1)
-    made = stage_graphs(read_graph(exported(family)), stages)
-    folder = exported(family).parent
-    parts = [
-        open_session(write_graph(one.model, tmp_path / str(one.stage.index), folder), target, threads=1) for one in made
-    ]
-    conditioning = {"unet": Conditioning(branches[1], branches[0])}
-    worker = Worker(plan, {"unet": whole}, conditioning)
-    placed = Hybridiff(plan, window, Parallel(worker, worker), Stages("unet", whole.inputs, parts), conditioning)
-    latent = np.random.default_rng(9).standard_normal((1, 16 if family == "sd3" else 4, 16, 8)).astype(np.float32)
-    given = [{name: torch.from_numpy(array) for name, array in branch.items()} for branch in branches]
-    cuts = [one.stage.begins for one in made[1:]]
-    with torch.no_grad():
-        units = Units(module(family), torch.from_numpy(latent), given[0], cuts)
-    reference = Reference(units, (given[0], given[1]), window.pipelining, window.taus, plan.guidance_scale)
-    sampler = Sampler(plan, placed, lambda: latent)
-    state, rows = sampler.begin(latent), []
-    expected = reference.steps(scheduler_of(family), torch.from_numpy(latent))
-    for row, (_, wanted) in zip(sampler.run(state), expected, strict=True):
-        assert np.abs(state.latents - wanted.numpy()).max() <= TOLERANCE * max(1.0, float(wanted.abs().max()))
-        rows.append(row.guidance)
-    ran = plan.having_run(rows)
-    assert [row.discrepancy for row in rows if row.guided] == pytest.approx(reference.log, rel=1e-4)
-    assert ran.taus == (reference.tau1, (reference.tau1 or 0) + 5)
-    assert [row.placement for row in rows].count("filling") == 1
-    assert {row.placement for row in rows} == {"parallel", "filling", "pipelined"} | (
-        {"held"} if stride == 2 else set()
-    )
-    assert not any(row.guided for row in rows if row.placement != "parallel")
 
 
 @pytest.fixture(scope="module")
