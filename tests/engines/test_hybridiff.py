@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tandemrt.runtime import EngineError, Output, Pipeline, RequestError, traced
+from tandemrt.runtime import EngineError, Output, Pipeline, PlanError, RequestError, traced
 from tandemrt.runtime.cli import main
 
 from .tandem import LEAST_PSNR_DB, ROWS, WINDOW, build_stages, distance_db, require_window
@@ -82,9 +82,13 @@ def test_the_timeline_names_stages_and_their_text(painted: Painted, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"num_inference_steps": 20}, Exception, r"tau_cap \+ k: the window's last step, of 20 from 0 on, got 20"),
+        (
+            {"num_inference_steps": 20, "placement_config": None},
+            PlanError,
+            r"tau_cap \+ k: the window's last step, of 20 from 0 on, got 20",
+        ),
         ({"placement_config": {**WINDOW, "model_n": 3}}, EngineError, "unet.*--stages 3"),
-        ({"placement_config": {**WINDOW, "model_n": 5}}, Exception, r"model_n: stages of a pipeline, got 5"),
+        ({"placement_config": {**WINDOW, "model_n": 5}}, PlanError, r"model_n: stages of a pipeline, got 5"),
         ({"placement_config": {"slope": 1}}, RequestError, "placement_config: unknown key, got 'slope'"),
         ({"placement_config": {"k": 1.5}}, RequestError, "placement_config: k: type, got 1.5, expected a whole number"),
         ({"placement_config": {"time_shift": 1}}, RequestError, "placement_config: time_shift: type, got 1"),
@@ -100,8 +104,6 @@ def test_what_cannot_be_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
     given = {**ASKED, "placement": "hybridiff", "placement_config": WINDOW, **arguments}
-    if "num_inference_steps" in arguments and arguments["num_inference_steps"] == 20:
-        given["placement_config"] = None
     with Pipeline.open(shapes_bundle, threads=2) as pipeline:
         with pytest.raises(error, match=words):
             pipeline.stream(**given)
