@@ -58,7 +58,7 @@ class Ran:
         self._ran.setdefault(name, {})[ran_on] = None
 
     def refuse(self, name: str, reasons: Sequence[str]) -> None:
-        """Why component `name` does not run on its step engines, where the cache has some."""
+        """Why component `name` runs on none of its step engines, where the cache has some."""
         self._refused[name] = tuple(reasons)
 
     def join(self, other: Ran) -> None:
@@ -74,10 +74,7 @@ class Ran:
     def by_component(self) -> dict[str, tuple[RanOn, ...]]:
         """What each component ran on, in the order of their first calls; several where calls differed in shape."""
         return {
-            name: tuple(
-                one if "step" in one.variant else replace(one, refused=(*self._refused.get(name, ()), *one.refused))
-                for one in ran
-            )
+            name: tuple(replace(one, refused=(*self._refused.get(name, ()), *one.refused)) for one in ran)
             for name, ran in self._ran.items()
         }
 

@@ -50,10 +50,14 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Listed:
-    """An engine of the cache, and why it is not run, in words that follow its name; None as long as it is."""
+    """An engine of the cache, and why it is not run, in words that follow its name; None as long as it is.
+
+    refused: whether that came of loading it.
+    """
 
     engine: Engine
     misfit: str | None
+    refused: bool = False
 
 
 class StepEngines:
@@ -102,12 +106,14 @@ class StepEngines:
                     try:
                         session = self._session(name, found)
                     except (EngineError, ExecutionError) as error:
-                        self._listed[name][found.folder].misfit = f"cannot be run: {error.without_remedy}"
+                        listed = self._listed[name][found.folder]
+                        listed.misfit, listed.refused = f"cannot be run: {error.without_remedy}", True
                         break
                     engines[name, guided] = StepEngine(session, found.engine.ingredients.variant)
                 else:
-                    for (name, _), found in chosen.items():
-                        ran.add(name, RanOn(found.folder.name, str(found.engine.ingredients.variant)))
+                    for (name, guided), found in chosen.items():
+                        before_it = self._refused_before(name, wanted[name, guided], found)
+                        ran.add(name, RanOn(found.folder.name, str(found.engine.ingredients.variant), before_it))
                     return engines
         return None
 
@@ -129,12 +135,22 @@ class StepEngines:
                 lacking.append(f"{name} {'with' if guided else 'without'} guidance")
             else:
                 chosen[name, guided] = best
-        for name, reasons in refused.items():
+        for name, reasons in refused.items() if lacking else ():
             own = [found.folder.name[:12] for (other, _), found in chosen.items() if other == name]
-            if lacking and own and not reasons:
+            if own and not reasons:
                 reasons.append(f"step engine {own[0]} is not run, since none does for {' and '.join(lacking)}")
             ran.refuse(name, reasons)
         return None if lacking else chosen
+
+    def _refused_before(self, name: str, wanted: Wanted, chosen: Found) -> tuple[str, ...]:
+        """Why engines that come before the chosen one do not run: those whose loading failed."""
+        listed = [(folder, one) for folder, one in self._of(name).items() if one.refused]
+        fitting = [(wanted.fitted(folder, one.engine), one.misfit) for folder, one in listed]
+        return tuple(
+            f"step engine {found.folder.name[:12]} {why}"
+            for found, why in fitting
+            if isinstance(found, Found) and found.order < chosen.order
+        )
 
     def _of(self, name: str) -> dict[Path, _Listed]:
         """A component's step engines for the target's device and precision, by their folders."""
@@ -149,8 +165,8 @@ class StepEngines:
 
     def _session(self, name: str, found: Found) -> Session:
         if found.folder not in self._sessions:
-            check_engine_files(found.folder, found.engine)
             target = engine_target(self._bundle, name, self._target)
             with span("load", f"{name} step"):
+                check_engine_files(found.folder, found.engine)
                 self._sessions[found.folder] = open_engine(found, target, threads=self._threads)
         return self._sessions[found.folder]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from tandemrt.engines.step import step_graph
 from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, engine_files, step_engines
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import engines_folder
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.ran_on import Ran
 from tandemrt.runtime.solvers import SOLVERS
@@ -330,6 +332,26 @@ def test_a_damaged_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
             (ran,) = again.timings.ran_on["unet"]
             assert ran.engine is None
             assert f"step engine {model.parent.name[:12]} cannot be run: {model}: sha256, got" in ran.refused[0]
+
+
+def test_a_damaged_engine_is_told_where_another_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unets: Tiny
+) -> None:
+    for cache, profile in ((tmp_path / "narrow", "64:guided"), (tmp_path, "64..128:guided")):
+        build(unets[0], cache, "unet", target=OPENVINO, profiles=(profile,))
+    (wide,) = engines_folder(tmp_path).iterdir()
+    (narrow,) = engines_folder(tmp_path / "narrow").iterdir()
+    narrow = narrow.rename(wide.with_name(narrow.name))
+    os.truncate(narrow / "engine.blob", 1000)
+    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
+    with Pipeline.open(unets[0], OPENVINO, threads=1) as pipe:
+        for height, told in ((64, 1), (64, 1), (128, 0)):
+            timings = pipe("red", seed=7, num_inference_steps=2, output_type="latent", height=height).timings
+            assert timings.step_engines
+            (ran,) = timings.ran_on["unet"]
+            assert ran.engine == wide.name
+            assert len(ran.refused) == told
+            assert all(why.startswith(f"step engine {narrow.name[:12]} cannot be run: {narrow}") for why in ran.refused)
 
 
 def test_openvino_runs_step_engines_within_their_profiles(
