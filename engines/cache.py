@@ -31,7 +31,7 @@ from ..runtime.engine_files import (
     engines_folder,
     read_sidecar,
 )
-from ..runtime.errors import EngineError
+from ..runtime.errors import CacheError, EngineError
 from ..runtime.manifest import FileRecord, file_sha256
 from .job import Progress
 
@@ -40,6 +40,7 @@ POLL_S = 0.05
 _CLOCK_STEP_NS = 50_000_000
 _LITTER = re.compile(r"\.([0-9a-f]{64})\.(lock|part|old)")
 _ELSEWHERE = "give another folder with --cache or $TANDEMRT_CACHE."
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -90,7 +91,8 @@ def claimed(cache: Path, key: str, progress: Progress) -> Iterator[Claim]:
     """Wait for the right to build `key`, and give it back with everything that was not published.
 
     Raises:
-        EngineError: the cache cannot be written.
+        CacheError: the cache cannot be written.
+        EngineError: the file system refuses a file that is not the cache's.
     """
     engines = engines_folder(cache)
     try:
@@ -98,7 +100,7 @@ def claimed(cache: Path, key: str, progress: Progress) -> Iterator[Claim]:
         _sweep(engines)
         lock = _locked(engines, key, progress)
     except OSError as error:
-        raise unwritable(engines, error) from error
+        raise _unwritable(engines, error) from error
     claim = Claim(engines, key, lock)
     try:
         shutil.rmtree(claim.part, ignore_errors=True)
@@ -106,7 +108,7 @@ def claimed(cache: Path, key: str, progress: Progress) -> Iterator[Claim]:
             claim.part.mkdir(mode=0o700)
             yield claim
         except OSError as error:
-            raise unwritable(engines, error) from error
+            raise _refused(engines, error) from error
     finally:
         _release(engines, key, lock, ("part",))
 
@@ -175,15 +177,23 @@ def records_of(folder: Path, names: tuple[str, ...]) -> dict[str, FileRecord]:
     return {name: FileRecord(size=(folder / name).stat().st_size, sha256=file_sha256(folder / name)) for name in names}
 
 
-def unwritable(folder: Path, error: OSError) -> EngineError:
+def _refused(engines: Path, error: OSError) -> EngineError:
+    """The error for a build that a file system refused: its ingredients lie outside the cache."""
+    named = error.filename
+    if error.errno in _FULL or not isinstance(named, str) or Path(named).is_relative_to(engines):
+        return _unwritable(engines, error)
+    return EngineError(named, f"cannot be used ({error.strerror or error})")
+
+
+def _unwritable(folder: Path, error: OSError) -> CacheError:
     """The error for a cache whose file system refused; it says what to do about it."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in _FULL
     remedy = f"Free some space, or {_ELSEWHERE}" if full else f"G{_ELSEWHERE[1:]}"
     what = f"the cache cannot be written ({error.strerror or error})"
-    return EngineError(str(error.filename or folder), what, remedy=remedy)
+    return CacheError(str(error.filename or folder), what, remedy=remedy)
 
 
-def too_full(folder: Path, needed_bytes: int) -> EngineError | None:
+def too_full(folder: Path, needed_bytes: int) -> CacheError | None:
     """The error for a cache whose file system has not that much room; None where it has, or does not tell."""
     try:
         free_bytes = shutil.disk_usage(folder).free
@@ -194,7 +204,7 @@ def too_full(folder: Path, needed_bytes: int) -> EngineError | None:
     what = (
         f"too little space: {free_bytes / 1e6:.1f} MB are free, and the build needs about {needed_bytes / 1e6:.1f} MB"
     )
-    return EngineError(str(folder), what, remedy=f"Free some space, or {_ELSEWHERE}")
+    return CacheError(str(folder), what, remedy=f"Free some space, or {_ELSEWHERE}")
 
 
 def _locked(engines: Path, key: str, progress: Progress) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.bundle import Bundle
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import cache_folder
-from ..runtime.errors import TandemError
+from ..runtime.errors import CacheError, TandemError
 from ..runtime.targets import parse_target
 from .build import ensure_engine
 from .estimate import memory_available_bytes
@@ -189,7 +189,7 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
     """Do what the plan says; the result is in JSON's types.
 
     What is asked for is checked before anything is built. A build that fails is told, and leaves the others alone;
-    where it is the only one, it is an error.
+    where it is the only one, or the cache cannot be written, it is an error.
 
     Raises:
         TandemError: see `requests_of` and `ensure_engine`.
@@ -211,7 +211,7 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
             facts = outcome_facts(ensure_engine(request, plan.cache, reporter.progress, versions))
             reporter.line(engine_line(facts))
         except TandemError as error:
-            if len(requests) == 1 or _is_of_the_cache(error, plan.cache):
+            if len(requests) == 1 or isinstance(error, CacheError):
                 raise
             facts = failure_facts(request, error)
             reporter.warn(engine_line(facts))
@@ -222,11 +222,6 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
 def status(result: Mapping[str, Any]) -> int:
     """The exit status: 1 where an engine could not be built."""
     return int(any("error" in engine for engine in result["engines"]))
-
-
-def _is_of_the_cache(error: TandemError, cache: Path) -> bool:
-    """Whether an error is one that every other build would end with, too."""
-    return Path(error.where).is_relative_to(cache)
 
 
 def _say_beforehand(request: Request, cache: Path, reporter: Reporter) -> None:

@@ -3,6 +3,7 @@
 from .errors import (
     ArgumentError,
     BundleError,
+    CacheError,
     CancelledError,
     CheckpointError,
     EngineError,
@@ -22,6 +23,7 @@ from .trace import traced
 __all__ = [
     "ArgumentError",
     "BundleError",
+    "CacheError",
     "CancelledError",
     "CheckpointError",
     "EngineError",

@@ -9,6 +9,7 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 ├── BundleError              a bundle that is damaged, foreign or newer than this runtime
 ├── TargetError              a backend, device or precision that is not available here
 ├── EngineError              an engine that cannot be built, or does not fit what it is asked for
+│   └── CacheError           the cache of engines cannot be written, whichever engine is built
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
     └── CancelledError       a generation stopped by its caller
 """
@@ -85,6 +86,10 @@ class TargetError(TandemError):
 
 class EngineError(TandemError):
     """An engine cannot be built, or none that is there fits the bundle, the machine or the request."""
+
+
+class CacheError(EngineError):
+    """The cache of engines cannot be written, or is full: no other build would end better."""
 
 
 class ExecutionError(TandemError):

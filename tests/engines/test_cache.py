@@ -14,7 +14,7 @@ import pytest
 
 from tandemrt.engines import cache as caches
 from tandemrt.engines.build import changes, ensure_engine
-from tandemrt.engines.cache import cached
+from tandemrt.engines.cache import cached, claimed
 from tandemrt.engines.job import Job
 from tandemrt.engines.plan import Request
 from tandemrt.engines.tensorrt import _Timings
@@ -23,7 +23,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import PROOF_NAME
 from tandemrt.runtime.engine_search import find_engine
-from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.errors import CacheError, EngineError
 from tandemrt.runtime.targets import Target
 
 from .conftest import Requests
@@ -207,3 +207,21 @@ def test_what_a_killed_builder_leaves_of_timings_is_swept(request_: Request, tmp
         assert there == [[]]
         assert list(claim.part.iterdir()) == []
     assert timings.read_bytes() == b"measured"
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "of_the_cache"),
+    [
+        (errno.ENOENT, "bundle/unet/model.onnx", False),
+        (errno.ENOSPC, "bundle/unet/model.onnx", True),  # a copy's error may name what is copied
+        (errno.EROFS, "engines/x", True),
+        (errno.EIO, None, True),
+    ],
+)
+def test_a_refused_file_that_is_not_the_caches_is_no_fault_of_the_cache(
+    code: int, where: str | None, of_the_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match=os.strerror(code)) as raised, claimed(Path(), "0" * 64, silent):
+        raise OSError(code, os.strerror(code), where)
+    assert isinstance(raised.value, CacheError) is of_the_cache
