@@ -105,26 +105,28 @@ def fitting_engines(
         EngineError: there is none, or none that fits, with the reason and the command that builds one.
         TargetError: the target's backend is not installed.
     """
-    misfits: list[str] = []
+    misfits: list[tuple[bool, str]] = []
     fitting: list[Found] = []
+    asked = target.of_component(bundle.component(component))
     for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
-        made_as = engine.ingredients.variant
+        made_as, answering = engine.ingredients.variant, answers(engine.ingredients, asked)
         if not made_as.serves(variant):
             if variant.lora_slots and made_as.serves(msgspec.structs.replace(variant, lora_slots=1, lora_rank=1)):
-                misfits.append(f"{folder.name[:12]} has {made_as}, which are too few or too small")
+                misfits.append((answering, f"{folder.name[:12]} has {made_as}, which are too few or too small"))
             continue
         found = None if reason else fitted(folder, engine, shapes)
         if found is None:
-            misfits.append(f"{folder.name[:12]} {reason or out_of_profile(engine, shapes or {})}")
+            misfits.append((answering, f"{folder.name[:12]} {reason or out_of_profile(engine, shapes or {})}"))
         else:
             fitting.append(found)
     if not fitting:
-        target = target.of_component(bundle.component(component))
-        command = build_command(bundle, component, target, variant, shapes, cache)
+        command = build_command(bundle, component, asked, variant, shapes, cache)
         remedy = f"Run `{command}`."
-        wanted = f"engine for {target}{'' if variant == PLAIN else f' ({variant})'}"
-        misfits += unreadable(cache)
-        why = f"no {wanted} fits: {'; '.join(misfits)}" if misfits else f"there is no {wanted}"
+        wanted = f"engine for {asked}{'' if variant == PLAIN else f' ({variant})'}"
+        # What is for another device or precision is worth a word where nothing else is there.
+        told = [why for answering, why in misfits if answering] or [why for _, why in misfits]
+        told += unreadable(cache)
+        why = f"no {wanted} fits: {'; '.join(told)}" if told else f"there is no {wanted}"
         raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
     return sorted(fitting, key=lambda found: found.order)
 
