@@ -18,6 +18,7 @@ from .lora_slots import slot_shapes
 from .manifest import Component
 from .ran_on import RanOn
 from .targets import ENGINES_ONLY, Target
+from .trace import span
 from .variant import PLAIN, Variant
 
 _Key = tuple[tuple[str, Shape], ...]
@@ -86,8 +87,9 @@ class Loader:
         """
         with self.lock:
             if found.folder not in self._loaded:
-                check_engine_files(found.folder, found.engine)
-                opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
+                with span("load", self.name):
+                    check_engine_files(found.folder, found.engine)
+                    opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
                 self._loaded[found.folder] = opened
             return self._loaded[found.folder]
 
@@ -96,7 +98,9 @@ class Loader:
         with self.lock:
             if None not in self._loaded:
                 model = self.bundle.model_path(self.name)
-                self._loaded[None] = open_session(model, self.target, threads=self._threads, streams=self._streams)
+                with span("load", self.name):
+                    opened = open_session(model, self.target, threads=self._threads, streams=self._streams)
+                self._loaded[None] = opened
             return self._loaded[None]
 
     def close(self) -> None:

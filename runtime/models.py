@@ -80,9 +80,9 @@ class Models:
         """
         target = engine_target(self._bundle, name, self._target)
         steps: tuple[Literal["guided", "unguided"] | None, ...] = (None, "guided", "unguided")
-        serving = [msgspec.structs.replace(variant, step=step) for step in steps]
+        wanted = [msgspec.structs.replace(variant, step=step) for step in steps]
         engines = (engine for _, engine, misfit in engines_of(self._bundle, name, target) if misfit is None)
-        if not any(engine.ingredients.variant.serves(one) for engine in engines for one in serving):
+        if not any(engine.ingredients.variant.serves(one) for engine in engines for one in wanted):
             # None serves, whatever the shapes: they are for the command that the error tells.
             fitting_engine(self._bundle, name, target, {"noise": shape}, variant=variant)
 
@@ -103,12 +103,11 @@ class Models:
         threads = self.threads
         if variant.stage is not None:  # all of a cut run at once
             threads = max(1, (threads or usable_cpus()) // variant.stage[1])
-        with span("load", name):
-            # Of what is wanted of engines much is served by the same ones, which are loaded once.
-            key = name, threads, streams
-            if key not in self._loaders:
-                self._loaders[key] = Loader(self._bundle, name, self._target, threads, streams)
-            session = self._loaders[key].session(variant)
+        # Of what is wanted of engines much is served by the same ones, which are loaded once.
+        key = name, threads, streams
+        if key not in self._loaders:
+            self._loaders[key] = Loader(self._bundle, name, self._target, threads, streams)
+        session = self._loaders[key].session(variant)
         if variant != PLAIN:
             return session
         try:

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
 from tandemrt.runtime.ran_on import GRAPH, RanOn
 from tandemrt.runtime.targets import Target, parse_target
+from tandemrt.runtime.trace import Trace
 
 from .conftest import Requests
 from .test_build import VERSIONS, silent
@@ -143,6 +145,14 @@ def forget(folder: Path) -> None:
     (folder / SIDECAR_NAME).write_bytes(b"{")
 
 
+def in_bfloat16(folder: Path) -> str:
+    """Let an engine be one that computes in bf16; its key then."""
+    engine = read_sidecar(folder)
+    other = msgspec.structs.replace(engine, ingredients=msgspec.structs.replace(engine.ingredients, precision="bf16"))
+    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(other))
+    return folder.rename(folder.with_name(other.ingredients.key)).name
+
+
 @pytest.mark.parametrize("target", ["openvino:cpu:fp32", "onnxruntime:cpu"])
 def test_an_engine_that_does_not_run_is_told(target: str, tiny_path: Path, requests: Requests, cache: Path) -> None:
     nothing = ran_on(tiny_path, target)
@@ -180,11 +190,7 @@ def test_a_call_that_no_profile_takes_is_told(tiny_path: Path, requests: Request
 
 def test_an_engine_in_another_precision_is_not_asked_for(tiny_path: Path, requests: Requests, cache: Path) -> None:
     (request,) = requests("openvino:cpu:fp32", components=("unet",))
-    folder = ensure_engine(request, cache, silent, VERSIONS).folder
-    engine = read_sidecar(folder)
-    other = msgspec.structs.replace(engine, ingredients=msgspec.structs.replace(engine.ingredients, precision="bf16"))
-    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(other))
-    folder.rename(folder.with_name(other.ingredients.key))
+    in_bfloat16(ensure_engine(request, cache, silent, VERSIONS).folder)
     assert ran_on(tiny_path, "openvino:cpu:fp32")["unet"] == (GRAPH,)
 
 
@@ -197,6 +203,44 @@ def test_a_damaged_engine_leaves_the_call_to_another_that_fits(
     (ran,) = ran_on(tiny_path, "openvino:cpu:fp32")["unet"]
     assert ran.engine == key
     assert f"{narrow.key}/engine.blob: size" in ran.refused[0]
+
+
+def test_one_of_another_precision_is_not_spoken_of_beside_one_that_answers(
+    tiny_path: Path, requests: Requests, cache: Path
+) -> None:
+    narrow, wide = requests("openvino:cpu:fp32", components=("unet",), profiles=("64:guided", "64..80"))
+    key = ensure_engine(narrow, cache, silent, VERSIONS).folder.name
+    other = in_bfloat16(ensure_engine(wide, cache, silent, VERSIONS).folder)
+    (graph,) = ran_on(tiny_path, "openvino:cpu:fp32", height=96, width=96)["unet"]
+    (told,) = graph.refused
+    assert f"{key[:12]} has no profile for this call" in told
+    assert other[:12] not in told
+
+
+def test_an_engines_loading_is_on_the_timeline(
+    tiny_path: Path, requests: Requests, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (request,) = requests("openvino:cpu:fp32", components=("unet",))
+    ensure_engine(request, cache, silent, VERSIONS)
+    times: list[float] = []
+
+    def timed(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            times.append(time.perf_counter() * 1e6)
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("check_engine_files", "open_engine"):
+        monkeypatch.setattr(engine_session, name, timed(getattr(engine_session, name)))
+    trace = Trace()
+    with trace.recording():
+        ran_on(tiny_path, "openvino:cpu:fp32")
+    loads = {event["name"]: event for event in trace.events if event["cat"] == "load"}
+    assert sorted(loads) == ["load text_encoder", "load unet", "load vae_decoder"]
+    began = loads["load unet"]["ts"]
+    assert len(times) == 2
+    assert began <= times[0] <= times[1] <= began + loads["load unet"]["dur"]
 
 
 def test_generate_says_what_ran(
