@@ -78,30 +78,19 @@ def relative_mae(conditional: Array, unconditional: Array, scratch: Array) -> fl
 class Discrepancy:
     """The log of a run and what follows from it. One run's; nothing is allocated after the first measurement.
 
-    log: (steps,) float64, of each step the relative mean absolute error mean|ε_c − ε_u| / mean|ε_u|, NaN where none
-        was recorded. tau1, tau2: None until they are known.
+    found: tau1 and tau2, None until they are known. steps: the window's, from the one behind that which decided to
+        tau2; none until they are known.
     """
 
     def __init__(self, taus: Taus, steps: int) -> None:
         """Raises PlanError where the window could end behind the last step."""
         taus.check_steps(steps)
         self.taus = taus
-        self.log: npt.NDArray[np.float64] = np.full(steps, np.nan)
-        self.tau1: int | None = None
-        self._first: int | None = None
+        self.found: tuple[int, int] | None = None
+        self.steps = range(0)
         self._recorded = np.zeros(steps)
         self._count = 0
         self._scratch: Array | None = None
-
-    @property
-    def tau2(self) -> int | None:
-        """The window's last step."""
-        return None if self.tau1 is None else self.tau1 + self.taus.k
-
-    @property
-    def first(self) -> int | None:
-        """The window's first step, the one behind that which decided; None until it is known."""
-        return self._first
 
     def measured(self, conditional: Array, unconditional: Array) -> float:
         """The relative mean absolute error of two predictions of one shape, over all pictures of a batch together."""
@@ -110,26 +99,30 @@ class Discrepancy:
         return relative_mae(conditional, unconditional, self._scratch)
 
     def record(self, step: int, value: float) -> None:
-        """Log a step at which both branches ran; call it in order. While tau1 is open, this may decide it.
+        """Note what a step with both branches was `measured`; call it in order. While tau1 is open, this may decide it.
 
         tau1 is the first step at which the slope (m[n−l_slope] − m[n−1]) / l_slope of the n values so far, more than
         l_slope, lies in [0, eps_slope); where there is none by the step before tau_cap, it is tau_cap.
         """
-        self.log[step] = self._recorded[self._count] = value
-        self._count += 1
-        if self.tau1 is not None:
+        if self.found is not None:
             return
+        self._recorded[self._count] = value
+        self._count += 1
         count, taus = self._count, self.taus
         if count > taus.l_slope:
             slope = (self._recorded[count - taus.l_slope] - value) / taus.l_slope
             if 0 <= slope < taus.eps_slope:
-                self.tau1, self._first = step, step + 1
+                self._open(step, step)
                 return
         if step >= taus.tau_cap - 1:
-            self.tau1, self._first = taus.tau_cap, step + 1
+            self._open(step, taus.tau_cap)
 
     def phase(self, step: int) -> Phase:
         """What a step is run as, by what is known when it begins."""
-        if self._first is None or self.tau2 is None or not self._first <= step <= self.tau2:
+        if step not in self.steps:
             return "branches"
-        return "fill" if step == self._first else "pipelined"
+        return "fill" if step == self.steps.start else "pipelined"
+
+    def _open(self, decided: int, tau1: int) -> None:
+        tau2 = tau1 + self.taus.k
+        self.found, self.steps = (tau1, tau2), range(decided + 1, tau2 + 1)

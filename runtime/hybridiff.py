@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -67,11 +67,13 @@ class Hybridiff:
         if phase == "branches":
             made = self._outside.predict(row, sample, guided=guided)
             if made.unconditional is not None:
-                self._discrepancy.record(row, self._discrepancy.measured(made.conditional, made.unconditional))
+                apart = self._discrepancy.measured(made.conditional, made.unconditional)
+                self._discrepancy.record(row, apart)
+                made = replace(made, discrepancy=apart)
             return made
         if phase == "fill":
             self._bind(sample.shape)
-            last = self._discrepancy.tau2 or row
+            last = self._discrepancy.steps[-1]
             self._work = dict(window_work(self._window.pipelining, row, last, self._plan.table.rows))
             return self._filled(row, sample)
         return self._pipelined(self._work[row], sample)
@@ -119,7 +121,7 @@ class Hybridiff:
     def _branches(self, part: _Part, began: float, placement: str) -> Branches:
         model_ms = (time.perf_counter() - began) * 1e3
         prediction = part.binding.outputs[latent_names(self._stages.inputs).prediction]
-        return Branches(prediction, None, model_ms, (), placement, _WINDOW)
+        return Branches(prediction, None, model_ms, (), placement, _WINDOW, taus=self._discrepancy.found)
 
     def _own(self, index: int) -> _Part:
         """A stage under the text that is its own in the window."""

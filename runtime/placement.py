@@ -32,6 +32,7 @@ class Branches:
 
     unconditional: None where the row ran no such branch. model_ms: the denoiser with its ControlNets, all branches.
     running: the row's ControlNets. why: where the placement decided that there is one branch.
+    discrepancy: of both branches, where the placement has measured it. taus: of a row in Hybridiff's window.
     """
 
     conditional: Float32
@@ -40,6 +41,8 @@ class Branches:
     running: Sequence[Running]
     placement: str
     why: str = ""
+    discrepancy: float | None = None
+    taus: tuple[int, int] | None = None
 
 
 class Placed(Protocol):

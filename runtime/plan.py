@@ -71,12 +71,14 @@ class RowGuidance:
 
     guided: whether both branches ran. placement: where they did, or the one that ran. why: in plain words.
     discrepancy: between the branches, see `relative_mae`; None where there was one, or a step engine kept them.
+    taus: of a row in Hybridiff's window, the rows tau1 and tau2 between which it lies.
     """
 
     guided: bool
     placement: str
     why: str
     discrepancy: float | None = None
+    taus: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Plan:
     @property
     def taus(self) -> tuple[int, int] | None:
         """Of an output's plan, the rows tau1 and tau2 between which the window lay; None where there was none."""
-        return self.window.found(row.discrepancy for row in self.ran) if self.window and self.ran else None
+        return next((row.taus for row in self.ran if row.taus is not None), None)
 
     @property
     def one_branch(self) -> tuple[bool, ...]:

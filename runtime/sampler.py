@@ -135,19 +135,20 @@ class Sampler:
         adaptive: decides whether the row runs both branches; None where the plan does.
         """
         plan, conditional, unconditional = self._plan, made.conditional, made.unconditional
-        why, discrepancy = made.why or (plan.why(row) if adaptive is None else adaptive.why), None
+        why, discrepancy = made.why or (plan.why(row) if adaptive is None else adaptive.why), made.discrepancy
         if unconditional is None:
             prediction[...] = conditional
             if adaptive is not None:
                 adaptive.guide(prediction, plan.guidance_scale, scratch)
         else:
-            discrepancy = relative_mae(conditional, unconditional, scratch)
+            if discrepancy is None:
+                discrepancy = relative_mae(conditional, unconditional, scratch)
             np.subtract(conditional, unconditional, out=prediction)
             np.multiply(prediction, plan.guidance_scale, out=prediction)
             np.add(prediction, unconditional, out=prediction)
             if adaptive is not None:
                 adaptive.saw(conditional, unconditional, discrepancy)
-        return RowGuidance(unconditional is not None, made.placement, why, discrepancy)
+        return RowGuidance(unconditional is not None, made.placement, why, discrepancy, made.taus)
 
 
 def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Sequence[Running]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from .errors import PlanError
 from .stages import MOST_STAGES
@@ -55,13 +54,12 @@ class StageWork:
     """A step of the pipeline.
 
     time_of: the step whose time step all stages are given; None where none runs. again: that of a further run of the
-    last stage on the same activations. prediction: whether it is what the last stage makes now, what it makes in that
-    further run, or what it made at the step before.
+    last stage on the same activations. The prediction is what that run makes; without one what the last stage makes, or
+    made at the step before.
     """
 
-    time_of: int | None
-    again: int | None
-    prediction: Literal["last", "again", "held"]
+    time_of: int | None = None
+    again: int | None = None
 
 
 def window_work(pipelining: Pipelining, first: int, last: int, steps: int) -> Iterator[tuple[int, StageWork]]:
@@ -69,9 +67,9 @@ def window_work(pipelining: Pipelining, first: int, last: int, steps: int) -> It
     shift = int(pipelining.time_shift)
     for step in range(first + 1, last + 1):
         if pipelining.stride == 1:
-            yield step, StageWork(step - shift, None, "last")
+            yield step, StageWork(step - shift)
         elif (step - first) % 2:
             ahead = min(step + 1, steps - 1)
-            yield step, StageWork(ahead - shift, step - shift, "again")
+            yield step, StageWork(ahead - shift, step - shift)
         else:
-            yield step, StageWork(None, None, "held")
+            yield step, StageWork()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .arguments import did_you_mean, finite_number, whole_number
-from .discrepancy import Discrepancy, Taus, default_taus
+from .discrepancy import Taus, default_taus
 from .errors import RequestError
 from .manifest import TensorSpec
 from .stage_work import Pipelining
@@ -54,15 +54,6 @@ class Window:
         window = cls(Taus(**taus), Pipelining(**pipelining))
         window.taus.check_steps(rows)
         return window
-
-    def found(self, log: Iterable[float | None]) -> tuple[int, int] | None:
-        """tau1 and tau2, as they follow from the discrepancies of a run's rows; None where no window opened."""
-        listed = list(log)
-        discrepancy = Discrepancy(self.taus, len(listed))
-        for row, value in enumerate(listed):
-            if value is not None:
-                discrepancy.record(row, value)
-        return None if discrepancy.tau1 is None or discrepancy.tau2 is None else (discrepancy.tau1, discrepancy.tau2)
 
 
 def _required(name: str, value: Any, given: object) -> Any:

@@ -10,29 +10,29 @@ from tandemrt.runtime.stage_work import Pipelining, StageWork, window_work
 
 def test_with_a_stride_of_one_every_stage_runs_at_every_step() -> None:
     work = dict(window_work(Pipelining(2), first=3, last=6, steps=10))
-    assert work == {step: StageWork(step, None, "last") for step in (4, 5, 6)}
+    assert work == {step: StageWork(step) for step in (4, 5, 6)}
 
 
 def test_time_shift_gives_the_time_step_before() -> None:
     work = dict(window_work(Pipelining(2, time_shift=True), first=3, last=5, steps=10))
-    assert work == {4: StageWork(3, None, "last"), 5: StageWork(4, None, "last")}
+    assert work == {4: StageWork(3), 5: StageWork(4)}
 
 
 def test_with_a_stride_of_two_stages_run_ahead_for_the_step_that_follows() -> None:
     work = dict(window_work(Pipelining(2, stride=2), first=3, last=7, steps=10))
     assert work == {
-        4: StageWork(5, 4, "again"),
-        5: StageWork(None, None, "held"),
-        6: StageWork(7, 6, "again"),
-        7: StageWork(None, None, "held"),
+        4: StageWork(5, 4),
+        5: StageWork(),
+        6: StageWork(7, 6),
+        7: StageWork(),
     }
     shifted = dict(window_work(Pipelining(2, stride=2, time_shift=True), first=3, last=5, steps=10))
-    assert shifted == {4: StageWork(4, 3, "again"), 5: StageWork(None, None, "held")}
+    assert shifted == {4: StageWork(4, 3), 5: StageWork()}
 
 
 def test_no_stage_runs_ahead_of_the_last_step() -> None:
     work = dict(window_work(Pipelining(2, stride=2), first=6, last=9, steps=10))
-    assert work[9] == StageWork(9, 9, "again")
+    assert work[9] == StageWork(9, 9)
 
 
 @pytest.mark.parametrize(("stages", "texts"), [(2, (False, True)), (3, (False, True, True)),
