@@ -27,13 +27,20 @@ _WHERE = "CUDA"
 class Device:
     """The first GPU: `architecture` such as `sm89`, and the scratch memory that engines on it share.
 
-    scratches: a block for each of the runs that may overlap, of which those that nobody asked for take nothing.
+    scratches: blocks for as many runs as may overlap so far; those that no run needed take nothing.
     """
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
         self.architecture = f"sm{self._attribute('Major')}{self._attribute('Minor')}"
-        self.scratches = (Scratch(self), Scratch(self))
+        self.scratches: list[Scratch] = []
+        self._lock = threading.Lock()
+
+    def blocks(self, count: int) -> tuple[Scratch, ...]:
+        """Scratch memory for so many runs that may overlap; whoever asks for as many has the same blocks."""
+        with self._lock:
+            self.scratches += [Scratch(self) for _ in range(count - len(self.scratches))]
+            return tuple(self.scratches[:count])
 
     def call(self, function: str, *arguments: Any) -> Any:
         """What a function of the CUDA runtime returns beside its status.

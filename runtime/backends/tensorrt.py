@@ -8,10 +8,9 @@ to what TensorRT sets up late, TensorRT for RTX's compilation of kernels above a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +34,8 @@ class TensorRtSession:
     def __init__(self, folder: Path, engine: Engine, streams: int = 1) -> None:
         """Load the engine in `folder`, its files proved by the caller to be those that `engine` lists.
 
-        streams: how many runs may overlap, 1 or 2: bindings take turns at as many blocks of scratch memory.
+        streams: how many runs may overlap, of this engine and of others: each takes one of so many blocks of scratch
+            memory.
 
         Raises:
             TargetError: there is no GPU, or the flavour of TensorRT is not installed.
@@ -45,7 +45,7 @@ class TensorRtSession:
         self.inputs, self.outputs = engine.inputs, engine.outputs
         require_numpy_types(self._name, (*self.inputs, *self.outputs))
         self._device = device()
-        self._scratches, self._bindings = self._device.scratches[:streams], count()
+        self._scratches = self._device.blocks(streams)
         trt = imported(engine.ingredients.backend)
         self._log = _log(trt)
         self._runtime = trt.Runtime(self._log)
@@ -67,8 +67,7 @@ class TensorRtSession:
         context = self._kernels.context(engine)
         if context is None:
             raise self.failed("an execution context cannot be made")
-        scratch = self._scratches[next(self._bindings) % len(self._scratches)]
-        return TensorRtBinding(self, context, profile, input_shapes, scratch)
+        return TensorRtBinding(self, context, profile, input_shapes, self._scratches)
 
     def refit(self, base: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
         """Compute with the base's weights and, added to those that `changes` names, what it says; with none, the base.
@@ -128,9 +127,15 @@ class TensorRtBinding:
     """An execution context with buffers on the host and the GPU; see `Binding`."""
 
     def __init__(
-        self, session: TensorRtSession, context: Any, profile: int, shapes: Mapping[str, Shape], shared: Scratch
+        self,
+        session: TensorRtSession,
+        context: Any,
+        profile: int,
+        shapes: Mapping[str, Shape],
+        blocks: Sequence[Scratch],
     ) -> None:
-        self._session, self._context, self._device, self.shared = session, context, session.device, shared
+        self._session, self._context, self._device = session, context, session.device
+        self._blocks, self._block = blocks, blocks[0]
         self._stream = Stream(self._device)
         if not context.set_optimization_profile_async(profile, self._stream.handle):
             raise session.failed(f"profile {profile} is refused")
@@ -151,8 +156,7 @@ class TensorRtBinding:
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
         self._session.live()
-        with self.shared.lock:
-            self._use_scratch()
+        with self.scratch_held():
             # Recorded once everything is set up and compiled.
             if self._graph is None and self._runs == 1:
                 self._graph = self._stream.recorded(self._queue)
@@ -182,9 +186,27 @@ class TensorRtBinding:
             raise self._session.failed(f"the buffer of {name!r} is refused")
         return _Tensor(host, memory)
 
+    @contextmanager
+    def scratch_held(self) -> Iterator[None]:
+        """Hold a block of scratch memory: that of the last run where it is free, another that is, or wait for it.
+
+        So runs that overlap part their blocks once, and keep them and what was recorded on them.
+        """
+        free = (one for one in (self._block, *self._blocks) if one.lock.acquire(blocking=False))
+        block = next(free, None)
+        if block is None:
+            block = self._block
+            block.lock.acquire()
+        self._block = block
+        try:
+            self._use_scratch()
+            yield
+        finally:
+            block.lock.release()
+
     def _use_scratch(self) -> None:
-        """Point the context at the shared scratch memory; what was recorded on another block is void."""
-        scratch = self.shared.reserved(self._scratch_bytes)
+        """Point the context at the block; what was recorded on another one is void."""
+        scratch = self._block.reserved(self._scratch_bytes)
         if self._scratch is None or self._scratch() is not scratch:
             self._context.set_device_memory(scratch.address, scratch.size)
             self._scratch, self._graph, self._runs = weakref.ref(scratch), None, 0
@@ -231,8 +253,7 @@ class Chain:
         """
         binding = self._binding
         binding._session.live()
-        with binding.shared.lock:
-            binding._use_scratch()
+        with binding.scratch_held():
             stale = self._scratch is not binding._scratch or self._generation != binding.generation
             if self._graph is None or stale:
                 self._graph, self._scratch = binding._stream.recorded(self._queue), binding._scratch

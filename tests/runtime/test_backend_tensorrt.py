@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,8 +132,8 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
         device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
     )
     contexts = [Context(10), Context(100)]
-    shared, other = session.device.scratches
-    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}, shared) for context in contexts)
+    blocks = session.device.blocks(1)
+    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}, blocks) for context in contexts)
     for _ in range(3):
         small.run()
     assert host.graphs == 1
@@ -145,10 +146,32 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
         small.run()
     assert contexts[0].scratch == contexts[1].scratch
     assert host.graphs == 2
-    beside = TensorRtBinding(session, context := Context(50), 0, {"x": (2, 3)}, other)
-    with shared.lock:  # held as by a run of another engine, which a run on another block does not wait for
-        beside.run()
-    assert context.scratch[0] not in (first, contexts[0].scratch[0])
+
+
+def test_runs_that_overlap_have_scratch_memory_of_their_own() -> None:
+    host = Host()
+    specs = [TensorSpec(name=name, dtype="float32", shape=(2, 3)) for name in ("x", "y")]
+    session: Any = SimpleNamespace(
+        device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
+    )
+    contexts = [Context(50) for _ in range(5)]
+    # Whatever order they were bound in, as by several threads.
+    blocks = session.device.blocks(5)
+    bindings = [TensorRtBinding(session, context, 0, {"x": (2, 3)}, blocks) for context in contexts]
+    for _ in range(3):
+        with ExitStack() as stack:
+            for binding in bindings:
+                stack.enter_context(binding.scratch_held())
+            assert all(block.lock.locked() for block in blocks)
+    assert len({context.scratch[0] for context in contexts}) == 5
+    moved = [context.scratch for context in contexts]
+    for _ in range(3):
+        for binding in bindings:
+            binding.run()
+    assert [context.scratch for context in contexts] == moved
+    assert host.graphs == len(contexts)
+    assert not any(block.lock.locked() for block in blocks)
+    assert session.device.blocks(2) == blocks[:2]
 
 
 def test_kernels_are_saved_while_their_engine_is_there() -> None:
