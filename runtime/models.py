@@ -18,6 +18,7 @@ from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
 from .ran_on import Ran, serving
+from .stage_engines import find_stages
 from .targets import Target, usable_cpus
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
@@ -32,7 +33,8 @@ class Models:
         self.threads = threads
         self._bundle, self._target = bundle, target
         self._lock = threading.RLock()
-        self._sessions: dict[tuple[str, Variant, int], Session] = {}
+        self._sessions: dict[tuple[str, Variant, int | None, int], Session] = {}
+        self._stages: dict[tuple[str, int, Shape], tuple[Variant, ...]] = {}
         self._loaders: dict[tuple[str, int | None, int], Loader] = {}
         self._encoders: dict[Session, tuple[PromptEncoder, Ran]] = {}
         self.closed = False
@@ -52,11 +54,13 @@ class Models:
         if self.closed:
             raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
 
-    def session(self, name: str, variant: Variant = PLAIN, *, calls: int = 1) -> Session:
+    def session(self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1) -> Session:
         """The component `name`, loaded, on engines of another variant where one is named.
 
         calls: how many run at once for one generation. Where a backend must be told, what is made for two is another
             session, with weights of its own.
+        workers: how many runs there are at once, of this model and of others beside it, among which a CPU's threads are
+            divided: each has one at least.
 
         Raises:
             BundleError: its files are no longer what the manifest says, or its tensors never were.
@@ -65,7 +69,8 @@ class Models:
         """
         with self._lock:
             self.require_open()
-            key = name, variant, streams_for(self._target, calls)
+            streams = streams_for(self._target, calls, workers)
+            key = name, variant, self._threads(workers, streams), streams
             if key not in self._sessions:
                 self._sessions[key] = self._opened(*key)
             return self._sessions[key]
@@ -86,23 +91,23 @@ class Models:
             # None serves, whatever the shapes: they are for the command that the error tells.
             fitting_engine(self._bundle, name, target, {"noise": shape}, variant=variant)
 
-    def require_stages(self, name: str, count: int) -> tuple[Variant, ...]:
-        """The engines of component `name` that are its stages, `count` of one cut, in their order; loads nothing.
+    def require_stages(self, name: str, count: int, shape: Shape) -> tuple[Variant, ...]:
+        """See `find_stages`; what was found once is not looked for again."""
+        with self._lock:
+            key = name, count, shape
+            if key not in self._stages:
+                target = engine_target(self._bundle, name, self._target)
+                self._stages[key] = find_stages(self._bundle, name, target, count, shape)
+            return self._stages[key]
 
-        Raises:
-            EngineError: one is missing.
-        """
-        target, variants = engine_target(self._bundle, name, self._target), list[Variant]()
-        for index in range(count):
-            wanted = Variant(stage=(index, count), cuts=variants[0].cuts if variants else ())
-            variants.append(fitting_engine(self._bundle, name, target, variant=wanted).engine.ingredients.variant)
-        return tuple(variants)
+    def _threads(self, workers: int, streams: int) -> int | None:
+        """How many CPU threads a session of so many streams has, where so many runs share them; None for all."""
+        if workers == 1:
+            return self.threads
+        return max(1, (self.threads or usable_cpus()) // workers) * streams
 
-    def _opened(self, name: str, variant: Variant, streams: int) -> Session:
+    def _opened(self, name: str, variant: Variant, threads: int | None, streams: int) -> Session:
         self._bundle.check_component(name)
-        threads = self.threads
-        if variant.stage is not None:  # all of a cut run at once
-            threads = max(1, (threads or usable_cpus()) // variant.stage[1])
         # Of what is wanted of engines much is served by the same ones, which are loaded once.
         key = name, threads, streams
         if key not in self._loaders:

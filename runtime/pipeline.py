@@ -165,12 +165,14 @@ class Pipeline:
         editing = checked_editing(request, manifest, plan, size)
         controls = checked_controls(request, manifest, plan, size)
         loras = self._fitted(request, plan, shape)
-        self._require_placeable(plan, controls, loras)
+        self._require_placeable(plan, controls, loras, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
         job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders)
         return self._run(job, cancelled)
 
-    def _require_placeable(self, plan: Plan, controls: tuple[Control, ...], loras: Fitted) -> None:
+    def _require_placeable(
+        self, plan: Plan, controls: tuple[Control, ...], loras: Fitted, shape: tuple[int, ...]
+    ) -> None:
         """Refuse a placement that the target, or the engines that are there, cannot do."""
         if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
             raise refused
@@ -179,7 +181,7 @@ class Pipeline:
         if controls or loras.adapters:
             what = "hybridiff with ControlNets or LoRAs, which its stages do not take"
             raise RequestError("placement", what, remedy="Ask for another placement.")
-        self._models.require_stages(plan.denoisers[0], plan.window.pipelining.stages)
+        self._models.require_stages(plan.denoisers[0], plan.window.pipelining.stages, shape)
 
     def _fitted(self, request: Request, plan: Plan, shape: tuple[int, ...]) -> Fitted:
         """The request's LoRAs by component, each of which has engines with slots for them."""

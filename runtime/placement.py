@@ -23,7 +23,6 @@ from .trace import span
 
 Float32 = npt.NDArray[np.float32]
 Sessions = Mapping[str, Session]
-MOST_AT_ONCE = 5  # four stages, and the last of them once more
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +170,7 @@ class Parallel:
 
     def __init__(self, both: Worker, alone: Worker) -> None:
         self._conditional, self._unconditional, self._alone = both, both.unconditional(), alone
-        self._crew = Crew()
+        self._crew = Crew(2)
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         if not guided:
@@ -190,17 +189,18 @@ class Parallel:
 
 
 class Crew:
-    """The caller's thread and others beside it, which start when they are first needed."""
+    """The caller's thread and others beside it, `workers` in all, which start when they are first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
         self._others: ThreadPoolExecutor | None = None
 
     def run(self, works: Sequence[Callable[[], object]]) -> None:
-        """Do works at once, each on a thread of its own.
+        """Do works at once, each on a thread of its own; no more than there are workers.
 
         At the end of all it returns, or raises what the first of them did that failed.
         """
-        self._others = self._others or ThreadPoolExecutor(MOST_AT_ONCE - 1, "tandemrt-branch")
+        self._others = self._others or ThreadPoolExecutor(self._workers - 1, "tandemrt-branch")
         begun = [self._others.submit(copy_context().run, work) for work in works[1:]]
         try:
             works[0]()

@@ -14,7 +14,7 @@ from .auto_placement import AutoPlacement
 from .backends.base import Session, Shape
 from .binding import Conditioning
 from .control import Control, Steering
-from .hybridiff import Hybridiff, Stages
+from .hybridiff import Hybridiff
 from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
@@ -22,6 +22,7 @@ from .placement import Batched, Parallel, Placed, Sequential, Worker
 from .plan import Plan
 from .ran_on import Ran
 from .sampler import SampledRow, Sampler, State
+from .stage_parts import Parts, Stages, bound_parts
 from .step_engines import StepEngines, Wanted
 from .step_sampler import Key, StepSampler, given_inputs, input_shapes
 from .window import Window
@@ -80,7 +81,7 @@ def open_loop(
     if steps is None:
 
         def place(placement: str, ran: Ran) -> Placed:
-            return _placed(replace(rows, plan=replace(plan, placement=placement), ran=ran), models, before)
+            return _placed(replace(rows, plan=replace(plan, placement=placement), ran=ran), shape, models, before)
 
         def tried(placement: str) -> Placed:
             return place(placement, Ran())
@@ -92,7 +93,7 @@ def open_loop(
     return StepSampler(plan, steps, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), True
 
 
-def _placed(rows: Rows, models: Models, before: Callable[[], None]) -> Placed:
+def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None]) -> Placed:
     """What predicts the rows, placed as the plan says."""
     plan, conditioning, controls = rows.plan, rows.conditioning, rows.controls
     every = [control.component for control in controls] + list(dict.fromkeys(plan.denoisers))
@@ -102,20 +103,21 @@ def _placed(rows: Rows, models: Models, before: Callable[[], None]) -> Placed:
         parallel = Parallel(Worker(plan, both, conditioning, controls), Worker(plan, alone, conditioning, controls))
         if plan.window is None:
             return parallel
-        return Hybridiff(plan, plan.window, parallel, _stages(rows, plan.window, models, before), conditioning)
+        return Hybridiff(plan, plan.window, parallel, _parts(rows, plan.window, shape, models, before))
     sessions = _sessions(every, rows, models, before)
     worker = Worker(plan, sessions, conditioning, controls)
     return Sequential(worker) if plan.placement == "sequential" else Batched(worker)
 
 
-def _stages(rows: Rows, window: Window, models: Models, before: Callable[[], None]) -> Stages:
-    """All stages of the denoiser that a window needs, loaded."""
+def _parts(rows: Rows, window: Window, shape: Shape, models: Models, before: Callable[[], None]) -> Parts:
+    """All stages of the denoiser that a window needs, loaded and bound."""
     (name,) = dict.fromkeys(rows.plan.denoisers)
-    sessions = []
-    for variant in models.require_stages(name, window.pipelining.stages):
-        before()
-        sessions.append(rows.ran.watched(name, models.session(name, variant)))
-    return Stages(name, models.session(name, calls=2).inputs, sessions)
+    pipelining, sessions = window.pipelining, []
+    for index, variant in enumerate(models.require_stages(name, pipelining.stages, shape)):
+        session = models.session(name, variant, calls=pipelining.calls(index), workers=pipelining.workers)
+        sessions.append(rows.ran.watched(name, session))
+    stages = Stages(name, models.session(name, calls=2).inputs, sessions)
+    return bound_parts(stages, pipelining, rows.conditioning[name], shape, before)
 
 
 def _used(rows: Rows, at: Sequence[bool]) -> list[str]:

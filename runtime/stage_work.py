@@ -44,6 +44,11 @@ class Pipelining:
         """How many run at once."""
         return self.stages + self.stride - 1
 
+    def calls(self, stage: int) -> int:
+        """How many runs of a stage may be at once: those with the unconditional text fill the pipeline under both."""
+        again = self.stride > 1 and stage == self.stages - 1
+        return 2 if again or not self.conditional(stage) else 1
+
     def conditional(self, stage: int) -> bool:
         """Whether a stage is given the conditional text: the second half of them is, the first the unconditional."""
         return stage >= self.stages // 2

@@ -7,7 +7,7 @@ more of the latent than its size, it has the latent among its inputs and does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import BundleError
 from .manifest import Frozen, TensorSpec
@@ -55,3 +55,17 @@ def check_stages(stages: Sequence[Stage], where: str) -> None:
             what = f"stage {stage.index + 1} takes {strange.name!r}"
             raise BundleError(where, what, got=made.get(strange.name), expected=str(strange), remedy=remedy)
         made |= {one.name: one for one in stage.outputs}
+
+
+def call_sizes(inputs: Iterable[TensorSpec], shapes: Mapping[str, Sequence[int]], pictures: int) -> dict[str, int]:
+    """What each symbol in these inputs' shapes stands for in a call.
+
+    shapes: of inputs by name, of which some may be left out. pictures: B; a call has a time step for each, whatever
+    the size of that input is called, as in `bind`.
+    """
+    sizes: dict[str, int] = {}
+    for spec in inputs:
+        given = shapes.get(spec.name, [pictures] * len(spec.shape) if spec.name == "timestep" else None)
+        if given is not None:
+            sizes |= {stated: size for stated, size in zip(spec.shape, given, strict=True) if isinstance(stated, str)}
+    return sizes

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 _GRAPH = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 
 
-def streams_for(target: Target, calls: int) -> int:
+def streams_for(target: Target, calls: int, workers: int = 1) -> int:
     """As how many streams a model must be opened that so many calls run on at once.
+
+    workers: how many runs of this model and of others beside it there are at once; on a GPU a block of memory for each.
 
     ONNX Runtime takes calls from several threads as it is, and shares its threads among them: a second session would
     hold the weights a second time, since every session lays them out anew.
     """
-    return calls if target.backend == "openvino" or target.backend in ENGINES_ONLY else 1
+    if target.backend in ENGINES_ONLY:
+        return max(calls, workers)
+    return calls if target.backend == "openvino" else 1
 
 
 def open_session(model: Path, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:

@@ -18,11 +18,12 @@ from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.discrepancy import Taus
-from tandemrt.runtime.hybridiff import Hybridiff, Stages
+from tandemrt.runtime.hybridiff import Hybridiff
 from tandemrt.runtime.placement import Branches, Parallel, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
+from tandemrt.runtime.stage_parts import Stages, bound_parts
 from tandemrt.runtime.stage_work import Pipelining
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.window import Window
@@ -104,8 +105,9 @@ def test_the_sampler_reaches_the_references_latents(
     worker = Worker(plan, {"unet": whole}, conditioning)
     parallel = Parallel(worker, worker)
     parts = Stages("unet", whole.inputs, opened(made, model.parent, tmp_path))
-    placed = Watched(Hybridiff(plan, window, parallel, parts, conditioning), parallel)
     latent = np.random.default_rng(9).standard_normal((1, 16 if family == "sd3" else 4, 16, 8)).astype(np.float32)
+    bound = bound_parts(parts, window.pipelining, conditioning["unet"], latent.shape, lambda: None)
+    placed = Watched(Hybridiff(plan, window, parallel, bound), parallel)
     given = [{name: torch.from_numpy(array) for name, array in branch.items()} for branch in branches]
     with torch.no_grad():
         units = Units(module(family), torch.from_numpy(latent), given[0], [one.stage.begins for one in made[1:]])
