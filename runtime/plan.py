@@ -15,7 +15,7 @@ from .manifest import Manifest, SchedulerDefaults
 from .solvers import begin_at_strength, compile_table, resolve_solver
 from .table import Table
 from .tensors import GUIDANCE_EMBEDDING, spec_of
-from .window import Window
+from .window import Window, require_window_rows
 
 MAX_STEP_DIGITS = 9
 GUIDANCES = ("fixed", "adaptive")
@@ -174,9 +174,11 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     Raises:
         PlanError: an argument is of another type than `Schedule` says; steps that sum to 0, are negative or name an
             unknown denoiser; an unknown solver or a scheduler key it does not support; a guidance interval outside
-            0..1; a strength that is not in 0..1 or leaves no step.
-        RequestError: guidance that is negative, NaN or infinite; an unknown placement, or numbers
-            of adaptive guidance or of a placement that cannot be.
+            0..1; a strength that is not in 0..1 or leaves no step; a window's number out of range, or a window that
+            could close behind the last row.
+        RequestError: guidance that is negative, NaN or infinite; an unknown placement, or one that cannot run such
+            rows; unknown numbers of adaptive guidance or of a placement, or of another type, and those of adaptive
+            guidance out of range.
     """
     _require_solver(schedule)
     timesteps = _timesteps(manifest, schedule)
@@ -343,17 +345,8 @@ def _window(manifest: Manifest, schedule: Schedule, plan: Plan) -> Window | None
             remedy = "Ask for placement='hybridiff'."
             raise RequestError("placement_config", "given without a placement that has any", remedy=remedy)
         return None
-    denoisers = tuple(dict.fromkeys(plan.denoisers))
-    if len(denoisers) > 1 or not all(plan.guided) or plan.adaptive is not None:
-        unguided = plan.table.rows - sum(plan.guided)
-        raise RequestError(
-            "placement",
-            "rows that hybridiff cannot run",
-            got=f"{unguided} unguided ones, {', '.join(denoisers)}, {schedule.guidance} guidance",
-            expected="one denoiser, guided in every row, by fixed guidance",
-            remedy="Ask for another placement, or for steps on one denoiser with guidance throughout.",
-        )
-    return Window.of(schedule.placement_config, manifest.components[denoisers[0]].inputs, plan.table.rows)
+    require_window_rows(plan.denoisers, plan.guided, schedule.guidance)
+    return Window.of(schedule.placement_config, manifest.components[plan.denoisers[0]].inputs, plan.table.rows)
 
 
 def _one_of(where: str, given: object, known: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -54,6 +54,23 @@ class Window:
         window = cls(Taus(**taus), Pipelining(**pipelining))
         window.taus.check_steps(rows)
         return window
+
+
+def require_window_rows(denoisers: Sequence[str], guided: Sequence[bool], guidance: str) -> None:
+    """Check that a window can lie in a plan's rows.
+
+    Raises:
+        RequestError: they are of several denoisers, some have no guidance, or guidance is not fixed.
+    """
+    names = tuple(dict.fromkeys(denoisers))
+    if len(names) > 1 or not all(guided) or guidance != "fixed":
+        raise RequestError(
+            "placement",
+            "rows that hybridiff cannot run",
+            got=f"{len(guided) - sum(guided)} unguided ones, {', '.join(names)}, {guidance} guidance",
+            expected="one denoiser, guided in every row, by fixed guidance",
+            remedy="Ask for another placement, or for steps on one denoiser with guidance throughout.",
+        )
 
 
 def _required(name: str, value: Any, given: object) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tandemrt.runtime import EngineError, Output, Pipeline, PlanError, RequestError, traced
+from tandemrt.runtime import CancelledError, EngineError, Output, Pipeline, PlanError, RequestError, models, traced
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.stage_engines import find_stages
 
-from .tandem import LEAST_PSNR_DB, ROWS, WINDOW, build_stages, distance_db, require_window
+from ..runtime.test_allocation import peaks_bytes
+from ..runtime.test_concurrency import at_once
+from .tandem import LEAST_PSNR_DB, PLACED, ROWS, WINDOW, build_stages, distance_db, require_window
 
 PROMPT = "a red circle left of a blue square on a white background"
 ASKED: dict[str, Any] = {"prompt": PROMPT, "seed": 7, "num_inference_steps": ROWS, "guidance_scale": 2.0}
@@ -108,6 +112,85 @@ def test_what_cannot_be_is_refused_before_the_run(
         with pytest.raises(error, match=words):
             pipeline.stream(**given)
         assert not pipeline._models._sessions
+
+
+@pytest.fixture(scope="module")
+def pipe(shapes_bundle: Path, cache: Path) -> Iterator[Pipeline]:
+    with pytest.MonkeyPatch.context() as patch, Pipeline.open(shapes_bundle, threads=2) as pipeline:
+        patch.setenv("TANDEMRT_CACHE", str(cache))
+        yield pipeline
+
+
+def in_window(**config: Any) -> dict[str, Any]:
+    return {**ASKED, "placement": "hybridiff", "placement_config": {**WINDOW, **config}, "output_type": "latent"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"num_images_per_prompt": 3}, {"height": 96}])
+def test_stages_without_a_profile_for_the_latents_are_refused_before_the_run(
+    shapes_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, int]
+) -> None:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
+    words = r"unet: no engine .*stage 1 of 2.* has no profile for this call: .* is outside .*--stages 2 --profile"
+    with Pipeline.open(shapes_bundle, "openvino:cpu", threads=2) as pipeline:
+        with pytest.raises(EngineError, match=words):
+            pipeline.stream(**in_window(), **more)
+        assert not pipeline._models._sessions
+
+
+@pytest.mark.slow
+def test_stages_share_the_threads_and_take_two_calls_where_there_are_two(
+    shapes_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
+    with Pipeline.open(shapes_bundle, "openvino:cpu", threads=2) as pipeline:
+        for stride, expected in ((1, {((0, 2), 2, 2), ((1, 2), 1, 1)}), (2, {((0, 2), 2, 2), ((1, 2), 2, 2)})):
+            pipeline._models._sessions.clear()
+            pipeline(**in_window(stride=stride))
+            opened = pipeline._models._sessions
+            assert {(made_of.stage, *rest) for _, made_of, *rest in opened if made_of.stage} == expected
+        for (_, _, streams), loader in pipeline._models._loaders.items():
+            for session in loader._loaded.values():
+                assert session._compiled.get_property("NUM_STREAMS") == streams  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_threads_of_requests_paint_what_serial_ones_paint(
+    shapes_bundle: Path, cache: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[Any, ...]] = []
+    jobs = [{**in_window(**config), "seed": seed} for config in ({}, {"stride": 2}, {"model_n": 4}) for seed in (7, 8)]
+    serial = [pipe(**job).latents for job in jobs]
+    monkeypatch.setattr(models, "find_stages", lambda *asked: (looked.append(asked[3:]), find_stages(*asked))[1])
+    with Pipeline.open(shapes_bundle, threads=2) as pipeline:
+        together = at_once([lambda job=job: pipeline(**job).latents for job in jobs * 2])
+    assert sorted(looked) == [(2, (1, 4, 8, 8)), (4, (1, 4, 8, 8))]
+    for index, made in enumerate(together):
+        np.testing.assert_array_equal(made, serial[index % len(serial)])
+    assert len({made.tobytes() for made in serial}) == len(serial)
+
+
+@pytest.mark.slow
+def test_cancelling_in_the_window_leaves_the_pipeline_usable(pipe: Pipeline) -> None:
+    asked = in_window()
+    stream, before = pipe.stream(**asked), set(threading.enumerate())
+    for event in stream:
+        if event.timing.guidance.placement == "pipelined":
+            stream.cancel()
+            break
+    with pytest.raises(CancelledError, match="after row 4 of 6"):
+        next(stream)
+    assert not set(threading.enumerate()) - before
+    np.testing.assert_array_equal(pipe(**asked).latents, pipe(**asked).latents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_row_of_the_window_allocates(pipe: Pipeline, stride: int) -> None:
+    stream = pipe.stream(**in_window(stride=stride), num_images_per_prompt=4, height=128, width=128)
+    peaks = peaks_bytes(stream)
+    assert [row.placement for row in stream.result().plan.ran] == PLACED[stride]
+    assert max(peaks) < stream.result().latents.nbytes
 
 
 @pytest.mark.slow

@@ -40,7 +40,11 @@ def test_no_stage_runs_ahead_of_the_last_step() -> None:
 def test_the_second_half_of_the_stages_sees_the_conditional_text(stages: int, texts: tuple[bool, ...]) -> None:
     pipelining = Pipelining(stages)
     assert tuple(map(pipelining.conditional, range(stages))) == texts
-    assert (pipelining.workers, Pipelining(stages, stride=2).workers) == (stages, stages + 1)
+    again = Pipelining(stages, stride=2)
+    assert (pipelining.workers, again.workers) == (stages, stages + 1)
+    twice = [1 if conditional else 2 for conditional in texts]
+    assert [pipelining.calls(stage) for stage in range(stages)] == twice
+    assert [again.calls(stage) for stage in range(stages)] == [*twice[:-1], 2]
 
 
 def test_what_is_no_pipeline_is_refused() -> None:
