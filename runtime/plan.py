@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +12,15 @@ from .adaptive import AdaptiveRule
 from .arguments import did_you_mean, finite_number, whole_number
 from .errors import PlanError, RequestError
 from .manifest import Manifest, SchedulerDefaults
+from .plan_steps import Steps, runs_of
 from .solvers import begin_at_strength, compile_table, resolve_solver
 from .table import Table
 from .tensors import GUIDANCE_EMBEDDING, spec_of
 from .window import Window, require_window_rows
 
-MAX_STEP_DIGITS = 9
 GUIDANCES = ("fixed", "adaptive")
 PLACEMENTS = ("batched", "sequential", "parallel", "auto", "hybridiff")
 _SPACING_KEYS = ("timestep_spacing", "steps_offset", "original_inference_steps")
-
-Steps: TypeAlias = int | Mapping[str, int] | Sequence[tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     """
     _require_solver(schedule)
     timesteps = _timesteps(manifest, schedule)
-    runs = _runs(manifest, schedule, timesteps)
+    runs = runs_of(manifest, schedule.steps, timesteps)
     guidance_scale = _guidance_scale(manifest, schedule)
     start, end = _guidance_interval(schedule)
     total = sum(count for _, count in runs)
@@ -209,71 +207,6 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
         placement=_one_of("placement", schedule.placement, PLACEMENTS),
     )
     return replace(plan, window=_window(manifest, schedule, plan))
-
-
-def parse_steps(text: str, denoisers: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Read `25`, Hybrid-SD's `10,15` (the bundle's denoisers in order), or `unet:10,unet_small:15`.
-
-    Raises:
-        PlanError: not of these forms, or more numbers than denoisers.
-    """
-    runs: list[tuple[str, int]] = []
-    for index, part in enumerate(text.split(",")):
-        name, _, count = part.strip().rpartition(":")
-        if not count.isascii() or not count.isdigit() or len(count) > MAX_STEP_DIGITS:
-            raise PlanError(
-                "steps", "not a number of steps", got=part, expected="such as 25, 10,15 or unet:10,unet_small:15"
-            )
-        if not name:
-            if index >= len(denoisers):
-                have = ", ".join(denoisers)
-                raise PlanError(
-                    "steps", "more numbers than denoisers", got=text, expected=f"at most one for each of {have}"
-                )
-            name = denoisers[index]
-        runs.append((name, int(count)))
-    return tuple(runs)
-
-
-def _runs(manifest: Manifest, schedule: Schedule, timesteps: tuple[int, ...] | None) -> tuple[tuple[str, int], ...]:
-    """The schedule's steps as pairs of denoiser and count, checked; denoisers with no step are dropped."""
-    denoisers = manifest.names("denoiser")
-    steps: object = schedule.steps
-    if steps is None:
-        steps = manifest.defaults.num_inference_steps if timesteps is None else len(timesteps)
-    runs = []
-    for name, given in _pairs(steps, denoisers[0]):
-        if name not in denoisers:
-            expected, remedy = f"one of {', '.join(denoisers)}", did_you_mean(name, denoisers)
-            raise PlanError("steps", "unknown denoiser", got=name, expected=expected, remedy=remedy)
-        count = whole_number(given)
-        if count is None or count < 0:
-            raise PlanError(f"steps: {name}", "number of steps", got=given, expected="a whole number, 0 or more")
-        runs.append((name, count))
-    total = sum(count for _, count in runs)
-    if total == 0:
-        raise PlanError("steps", "number of steps in all", got=0, expected="1 or more")
-    if timesteps is not None and len(timesteps) != total:
-        raise PlanError("timesteps", "how many there are", got=len(timesteps), expected=f"{total}, one a step")
-    return tuple((name, count) for name, count in runs if count)
-
-
-def _pairs(steps: object, first: str) -> tuple[tuple[str, object], ...]:
-    """What `Schedule.steps` may be as pairs of a name and a count, neither of them checked further."""
-    if whole_number(steps) is not None:
-        return ((first, steps),)
-    pairs: tuple[Any, ...]
-    if isinstance(steps, Mapping):
-        pairs = tuple(steps.items())
-    elif isinstance(steps, Sequence) and not isinstance(steps, str | bytes):
-        pairs = tuple(steps)
-    else:
-        pairs = (steps,)
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-            expected = 'a whole number, or numbers by denoiser such as {"unet": 10, "unet_small": 15}'
-            raise PlanError("steps", "not usable", got=steps, expected=expected)
-    return pairs
 
 
 def _timesteps(manifest: Manifest, schedule: Schedule) -> tuple[int, ...] | None:

@@ -15,7 +15,8 @@ from .arguments import whole_number
 from .errors import RequestError
 from .manifest import Manifest
 from .pictures_in import Pictures, Size, picture_size
-from .plan import Schedule, Steps
+from .plan import Schedule
+from .plan_steps import Steps
 from .request_checks import checked_array, checked_loras, require_count, require_pictures, side, size_pair, texts
 
 Float32 = npt.NDArray[np.float32]

@@ -18,7 +18,8 @@ from ..lora_files import read_lora
 from ..manifest import Manifest, file_sha256
 from ..output import Output
 from ..pipeline import Pipeline
-from ..plan import Plan, compile_plan, parse_steps
+from ..plan import Plan, compile_plan
+from ..plan_steps import parse_steps
 from ..ran_on import RanOn
 from ..request import Request
 from ..text import DroppedText, merged

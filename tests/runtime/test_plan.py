@@ -20,7 +20,8 @@ from tandemrt.runtime.manifest import (
     TextConditioning,
     TextEncoding,
 )
-from tandemrt.runtime.plan import Schedule, compile_plan, parse_steps
+from tandemrt.runtime.plan import Schedule, compile_plan
+from tandemrt.runtime.plan_steps import parse_steps
 from tandemrt.runtime.solvers import begin_at_strength
 
 BETAS = {
