@@ -15,7 +15,6 @@ from tandemrt.runtime.backends.onnxruntime import OnnxRuntimeBinding
 from tandemrt.runtime.models import Models
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.stream import Stream
-from tandemrt.runtime.variant import Variant
 
 from .tiny_families import write_tiny_editing
 
@@ -73,11 +72,11 @@ def test_no_model_runs_after_the_one_that_is_cancelled(bundle: Path, monkeypatch
 def test_no_model_is_loaded_after_the_one_that_is_cancelled(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, loaded = Models._opened, []
 
-    def cancelling(self: Models, name: str, variant: Variant, streams: int) -> Any:
+    def cancelling(self: Models, name: str, *made_of: Any) -> Any:
         loaded.append(name)
         if name == last:
             stream.cancel()
-        return opened(self, name, variant, streams)
+        return opened(self, name, *made_of)
 
     monkeypatch.setattr(Models, "_opened", cancelling)
     for last in ("text_encoder", "vae_encoder", "unet"):
