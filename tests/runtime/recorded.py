@@ -7,7 +7,6 @@ from typing import Any
 
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends.base import Array, Binding, Session, Shape
-from tandemrt.runtime.variant import PLAIN
 
 
 class RecordedBinding:
@@ -42,7 +41,8 @@ class Recorded:
         self.pipeline, manifest = pipeline, pipeline.bundle.manifest
         names = [name for role in ("denoiser", "controlnet", "vae_encoder") for name in manifest.names(role)]
         self.sessions = {name: RecordedSession(pipeline._models.session(name)) for name in names}
-        pipeline._models._sessions.update({(name, PLAIN, 1): session for name, session in self.sessions.items()})
+        opened = pipeline._models._sessions
+        opened.update({key: self.sessions[key[0]] for key in opened if key[0] in self.sessions})
 
     def given(self, model: str = "", **arguments: Any) -> list[dict[str, Array]]:
         """What a model, the first denoiser by default, was given in every run of a generation."""
