@@ -139,6 +139,19 @@ def test_stages_without_a_profile_for_the_latents_are_refused_before_the_run(
 
 
 @pytest.mark.slow
+def test_stages_that_turn_out_not_to_fit_are_told_before_the_first_row(
+    shapes_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the text is longer than a profile takes, which the latents do not show."""
+    monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
+    monkeypatch.setattr(models, "find_stages", lambda *asked: find_stages(*asked[:-1], (1, 4, 8, 8)))
+    with Pipeline.open(shapes_bundle, "openvino:cpu", threads=2) as pipeline:
+        stream = pipeline.stream(**in_window(), num_images_per_prompt=3)
+        with pytest.raises(EngineError, match=r"unet: no engine .*stage 1 of 2.* has no profile for this call"):
+            next(stream)
+
+
+@pytest.mark.slow
 def test_stages_share_the_threads_and_take_two_calls_where_there_are_two(
     shapes_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
