@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--true-depth",
         action="store_true",
-        help="families at the depth their authors publish: SDXL 70 transformer blocks, not 22; takes 10 minutes more",
+        help="families at the depth their authors publish, SDXL with 70 transformer blocks; takes 10 minutes more",
     )
 
 

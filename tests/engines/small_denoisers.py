@@ -50,6 +50,7 @@ def sdxl() -> nn.Module:
     """Attentions of several transformer blocks; pooled text and sizes join the time embedding."""
     return UNet2DConditionModel(
         **_UNET,
+        layers_per_block=1,
         transformer_layers_per_block=(1, 2, 3),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

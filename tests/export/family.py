@@ -6,7 +6,8 @@ in a row: torch's tracing takes its time for each. `pytest --true-depth` has the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ PSNR_DB = 45
 PROMPT = "a red cat on a mat"
 SIZE = {"height": 64, "width": 128}
 # Blocks in a row, by what configurations call their number.
-LONGEST = {"transformer_layers_per_block": 2, "num_hidden_layers": 4, "num_layers": 4}
+LONGEST = {"layers_per_block": 1, "transformer_layers_per_block": 2, "num_hidden_layers": 4, "num_layers": 4}
 Pixels = npt.NDArray[np.float32]
 
 
@@ -42,8 +43,7 @@ class Family:
 
     def __init__(self, name: str, folder: Path, added: Mapping[str, str], *, true_depth: bool = True) -> None:
         preset = msgspec.structs.replace(read_preset(name), added=dict(added))
-        architectures = models() if true_depth else {name: shortened(model) for name, model in models().items()}
-        with mock.patch.object(random_checkpoint, "models", lambda: architectures):
+        with at_depth(true_depth):
             self.folders = random_checkpoint.write_checkpoint(preset, folder, "tiny")
         further = tuple(Added(component, path) for component, path in self.folders.items())
         self.checkpoint = folder / "checkpoint"
@@ -85,10 +85,12 @@ class Family:
         return self.pipe(PROMPT, seed=7, output_type="np", **SIZE, **arguments).images[0]
 
 
-def shortened(model: Model) -> Model:
-    """The architecture with at most `LONGEST` blocks in a row."""
-    kept = {key: _at_most(most, model.config[key]) for key, most in LONGEST.items() if key in model.config}
-    return msgspec.structs.replace(model, config={**model.config, **kept})
+@contextmanager
+def at_depth(true_depth: bool) -> Iterator[None]:
+    """Write checkpoints with all their blocks, or with at most `LONGEST` in a row."""
+    architectures = models() if true_depth else {name: _shortened(model) for name, model in models().items()}
+    with mock.patch.object(random_checkpoint, "models", lambda: architectures):
+        yield
 
 
 def drawn() -> Image.Image:
@@ -100,6 +102,11 @@ def drawn() -> Image.Image:
 def require_same(actual: Pixels, expected: Pixels, least_db: float = PSNR_DB) -> None:
     assert actual.std() > 1e-2
     assert psnr_db(actual, expected) >= least_db
+
+
+def _shortened(model: Model) -> Model:
+    kept = {key: _at_most(most, model.config[key]) for key, most in LONGEST.items() if key in model.config}
+    return msgspec.structs.replace(model, config={**model.config, **kept})
 
 
 def _at_most(most: int, value: Any) -> Any:
