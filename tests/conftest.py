@@ -13,14 +13,21 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--true-depth",
+        "--deep",
         action="store_true",
-        help="families at the depth their authors publish, SDXL with 70 transformer blocks; takes 10 minutes more",
+        help="the tests marked deep too, and families with all the blocks their authors publish; takes 15 minutes more",
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that no worker comes to one when the others have nothing left to do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the deep tests out unless they are asked for, and put files with slow tests first.
+
+    Otherwise a worker could come to one of these when the others have nothing left to do.
+    """
+    if not config.getoption("--deep"):
+        deep = [item for item in items if item.get_closest_marker("deep")]
+        config.hook.pytest_deselected(items=deep)
+        items[:] = [item for item in items if item not in deep]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -165,7 +165,7 @@ def test_slots_that_fit_the_calls_shapes_serve_it(tiny_path: Path, cache: Path, 
             pipe(**arguments, loras={file: 0.5}, height=128, width=128)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_loras_paint_what_they_paint_when_fused_at_export(
     shapes_bundle: Path, cache: Path, tmp_path: Path, loras: tuple[Path, Path]
 ) -> None:

@@ -56,7 +56,7 @@ def states() -> Callable[[str], dict[str, State]]:
 
 @pytest.fixture(scope="session")
 def true_depth(pytestconfig: pytest.Config) -> bool:
-    return bool(pytestconfig.getoption("--true-depth"))
+    return bool(pytestconfig.getoption("--deep"))
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """A family at reduced width: in diffusers' own pipeline, and on the bundle exported from it.
 
 The deepest families have every kind of block in its true place, but no more than a few of those that follow each other
-in a row: torch's tracing takes its time for each. `pytest --true-depth` has them all.
+in a row: torch's tracing takes its time for each. `pytest --deep` has them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +42,8 @@ class Family:
 
     def __init__(self, name: str, folder: Path, added: Mapping[str, str], *, true_depth: bool = True) -> None:
         preset = msgspec.structs.replace(read_preset(name), added=dict(added))
-        with at_depth(true_depth):
+        architectures = models() if true_depth else {name: _shortened(model) for name, model in models().items()}
+        with mock.patch.object(random_checkpoint, "models", lambda: architectures):
             self.folders = random_checkpoint.write_checkpoint(preset, folder, "tiny")
         further = tuple(Added(component, path) for component, path in self.folders.items())
         self.checkpoint = folder / "checkpoint"
@@ -83,14 +83,6 @@ class Family:
     def actual(self, **arguments: Any) -> Pixels:
         """The runtime's picture."""
         return self.pipe(PROMPT, seed=7, output_type="np", **SIZE, **arguments).images[0]
-
-
-@contextmanager
-def at_depth(true_depth: bool) -> Iterator[None]:
-    """Write checkpoints with all their blocks, or with at most `LONGEST` in a row."""
-    architectures = models() if true_depth else {name: _shortened(model) for name, model in models().items()}
-    with mock.patch.object(random_checkpoint, "models", lambda: architectures):
-        yield
 
 
 def drawn() -> Image.Image:

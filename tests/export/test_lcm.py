@@ -14,10 +14,10 @@ from .family import Family, require_same
 from .mini import loaded
 
 
-@pytest.mark.slow
-def test_latent_consistency_models_of_two_sizes(tmp_path: Path, true_depth: bool) -> None:
+@pytest.mark.deep
+def test_latent_consistency_models_of_two_sizes(tmp_path: Path) -> None:
     added = {"unet_small": "unet-hybrid-sd-224m-lcm"}
-    family = Family("hybrid-sd-lcm", tmp_path, added, true_depth=true_depth)
+    family = Family("hybrid-sd-lcm", tmp_path, added)
     part = read_denoiser(family.folders["unet_small"], read_checkpoint(family.checkpoint)).part
     small = loaded(denoiser_graph(part)).unet
     with family.pipe:

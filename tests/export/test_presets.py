@@ -21,13 +21,12 @@ from tandemrt.runtime.errors import ArgumentError
 
 from ..engines.families import require_engines
 from ..interop.picture import psnr_db
-from .family import at_depth
 
 # Published counts are rounded to two digits at worst.
 ROUNDING = 0.03
 PROMPT = "a red cat on a mat"
 # Each kind of text encoder; the others differ by layers left out, of which SDXS, the shortest, has tests of its own.
-PAINTED = ("sd15", "sd21")
+PAINTED = ("sd15", pytest.param("sd21", marks=pytest.mark.deep))
 
 
 @pytest.mark.parametrize("name", models())
@@ -89,10 +88,9 @@ def test_further_models_lie_beside_the_checkpoint_and_fit_it(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAINTED)
-def test_a_preset_exports_and_paints_diffusers_picture(name: str, tmp_path: Path, true_depth: bool) -> None:
+def test_a_preset_exports_and_paints_diffusers_picture(name: str, tmp_path: Path) -> None:
     preset = read_preset(name)
-    with at_depth(true_depth or name == "sd15"):
-        added = write_checkpoint(preset, tmp_path, "tiny")
+    added = write_checkpoint(preset, tmp_path, "tiny")
     bundle = export_bundle(PresetPlan(name, tmp_path / "bundle", "tiny").export_plan(tmp_path / "checkpoint", added))
     reference = StableDiffusionPipeline.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
