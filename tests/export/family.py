@@ -6,7 +6,8 @@ in a row: torch's tracing takes its time for each. `pytest --deep` has them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,8 +43,7 @@ class Family:
 
     def __init__(self, name: str, folder: Path, added: Mapping[str, str], *, true_depth: bool = True) -> None:
         preset = msgspec.structs.replace(read_preset(name), added=dict(added))
-        architectures = models() if true_depth else {name: _shortened(model) for name, model in models().items()}
-        with mock.patch.object(random_checkpoint, "models", lambda: architectures):
+        with at_depth(true_depth):
             self.folders = random_checkpoint.write_checkpoint(preset, folder, "tiny")
         further = tuple(Added(component, path) for component, path in self.folders.items())
         self.checkpoint = folder / "checkpoint"
@@ -83,6 +83,14 @@ class Family:
     def actual(self, **arguments: Any) -> Pixels:
         """The runtime's picture."""
         return self.pipe(PROMPT, seed=7, output_type="np", **SIZE, **arguments).images[0]
+
+
+@contextmanager
+def at_depth(true_depth: bool) -> Iterator[None]:
+    """Write checkpoints with all their blocks, or with at most `LONGEST` in a row."""
+    architectures = models() if true_depth else {name: _shortened(model) for name, model in models().items()}
+    with mock.patch.object(random_checkpoint, "models", lambda: architectures):
+        yield
 
 
 def drawn() -> Image.Image:
