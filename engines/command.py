@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.bundle import Bundle
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import cache_folder
-from ..runtime.errors import CacheError, TandemError
+from ..runtime.errors import CacheError
 from ..runtime.targets import parse_target
 from .build import ensure_engine
 from .estimate import memory_available_bytes
@@ -31,6 +31,8 @@ from .told import (
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "status", "summary"]
 
+# What no other build would end better for: the cache, a package that is not installed, nobody who reads.
+_OF_ALL = (CacheError, ImportError, BrokenPipeError)
 DESCRIPTION = (
     "Compile a bundle's models ahead of time for what they run on. Engines go to a cache of your own, under a digest "
     "of everything they depend on: asked for again, one is there at once; when anything has changed, it is built anew. "
@@ -208,13 +210,15 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
     for request in requests:
         _say_beforehand(request, plan.cache, reporter)
         try:
-            facts = outcome_facts(ensure_engine(request, plan.cache, reporter.progress, versions))
-            reporter.line(engine_line(facts))
-        except TandemError as error:
-            if len(requests) == 1 or isinstance(error, CacheError):
+            outcome = ensure_engine(request, plan.cache, reporter.progress, versions)
+        except Exception as error:  # builders fail in any way
+            if len(requests) == 1 or isinstance(error, _OF_ALL):
                 raise
             facts = failure_facts(request, error)
             reporter.warn(engine_line(facts))
+        else:
+            facts = outcome_facts(outcome)
+            reporter.line(engine_line(facts))
         engines.append(facts)
     return {"bundle": str(plan.bundle), "cache": str(plan.cache), "engines": engines}
 

@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
+from onnx import TensorProto, checker, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from ..runtime.errors import BundleError
@@ -77,27 +77,38 @@ def _infer(
         return
     if node.op_type == "Shape":
         dims = [size.dim_value for size in known[reads[0]].tensor_type.shape.dim]
-        made = numpy_helper.from_array(np.array(dims[shape_range(node, len(dims))], np.int64))
-        values[node.output[0]] = made
-        known[node.output[0]] = helper.make_tensor_type_proto(TensorProto.INT64, tuple(made.dims))
+        sides = numpy_helper.from_array(np.array(dims[shape_range(node, len(dims))], np.int64))
+        values[node.output[0]] = sides
+        known[node.output[0]] = helper.make_tensor_type_proto(TensorProto.INT64, tuple(sides.dims))
         return
     given = {name: values[name] for name in reads if name in values}
     try:
         schema = defs.get_schema(node.op_type, opsets[node.domain], node.domain)
         imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-        known.update(
-            shape_inference.infer_node_outputs(
-                schema, node, {name: known[name] for name in reads}, given, opset_imports=imports
-            )
-        )
-    except (defs.SchemaError, shape_inference.InferenceError, KeyError):
+        # Convolutions and normalizations take bfloat16 from opset 22 on; graphs in it are float16's of an older one.
+        made_in = {name: _retyped(known[name], TensorProto.BFLOAT16, TensorProto.FLOAT16) for name in reads}
+        made = shape_inference.infer_node_outputs(schema, node, made_in, given, opset_imports=imports)
+    except (defs.SchemaError, shape_inference.InferenceError, checker.ValidationError, KeyError):
         return
+    if node.op_type != "Cast" and any(made_in[name] != known[name] for name in reads):
+        made = {name: _retyped(kind, TensorProto.FLOAT16, TensorProto.BFLOAT16) for name, kind in made.items()}
+    known.update(made)
     made_of_values = len(given) == len(set(reads))
     if made_of_values and all(known[name].tensor_type.elem_type in _OF_SHAPES for name in node.output if name):
         results = ReferenceEvaluator(node).run(None, {name: numpy_helper.to_array(one) for name, one in given.items()})
         for name, result in zip(node.output, results, strict=False):
             if np.size(result) <= _MOST_VALUES:
                 values[name] = numpy_helper.from_array(np.asarray(result))
+
+
+def _retyped(kind: onnx.TypeProto, of: int, to: int) -> onnx.TypeProto:
+    """A tensor's type with elements of type `to` where they are of type `of`."""
+    if kind.tensor_type.elem_type != of:
+        return kind
+    changed = onnx.TypeProto()
+    changed.CopyFrom(kind)
+    changed.tensor_type.elem_type = to
+    return changed
 
 
 def shape_range(node: onnx.NodeProto, rank: int) -> slice:

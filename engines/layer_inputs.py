@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..runtime.backends.base import Array, Binding, Session, Shape
 from ..runtime.bundle import Bundle
+from ..runtime.engine_files import cache_at
 from ..runtime.errors import ExecutionError
 from ..runtime.models import Models
 from ..runtime.pipeline import Pipeline
@@ -36,7 +39,8 @@ def recorded_inputs(bundle: Bundle, name: str, size: tuple[int, int]) -> dict[st
     if component.role in ("denoiser", "controlnet"):
         calls = min(_STEPS, bundle.manifest.defaults.num_inference_steps)
     pipeline = _WatchedPipeline(bundle, name, calls)
-    with pipeline:
+    # In an empty cache: step engines would run in the component's place, and engines may be what is in doubt.
+    with tempfile.TemporaryDirectory(prefix="tandemrt-") as cache, cache_at(Path(cache)), pipeline:
         try:
             pipeline(PROMPT, seed=SEED, width=size[0], height=size[1], **_request(bundle, name, size))
         except _RecordedError:

@@ -48,9 +48,12 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def failure_facts(request: Request, error: TandemError) -> dict[str, Any]:
+def failure_facts(request: Request, error: Exception) -> dict[str, Any]:
     """An engine that could not be built."""
-    return {**_named(request), "error": {"type": type(error).__name__, "message": str(error)}}
+    kind, message = type(error).__name__, str(error)
+    if not isinstance(error, TandemError):
+        message = f"failed unexpectedly ({kind}: {message}). Build it alone with --traceback to see where."
+    return {**_named(request), "error": {"type": kind, "message": message}}
 
 
 def engine_line(facts: Mapping[str, Any]) -> str:

@@ -63,11 +63,15 @@ def require_window_rows(denoisers: Sequence[str], guided: Sequence[bool], guidan
         RequestError: they are of several denoisers, some have no guidance, or guidance is not fixed.
     """
     names = tuple(dict.fromkeys(denoisers))
-    if len(names) > 1 or not all(guided) or guidance != "fixed":
+    wrong = (
+        f"denoisers {' and '.join(names)}" if len(names) > 1 else "",
+        "" if all(guided) else f"{len(guided) - sum(guided)} unguided of {len(guided)}",
+        f"{guidance} guidance" if guidance != "fixed" else "",
+    )
+    if any(wrong):
         raise RequestError(
             "placement",
-            "rows that hybridiff cannot run",
-            got=f"{len(guided) - sum(guided)} unguided ones, {', '.join(names)}, {guidance} guidance",
+            f"rows that hybridiff cannot run ({', '.join(filter(None, wrong))})",
             expected="one denoiser, guided in every row, by fixed guidance",
             remedy="Ask for another placement, or for steps on one denoiser with guidance throughout.",
         )

@@ -142,13 +142,25 @@ def test_unusable_arguments(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["unet", "engines/.part/engine.blob"])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (EngineError("unet", "cannot be built"), "unet: cannot be built."),
+        (EngineError("engines/.part/engine.blob", "cannot be built"), "engines/.part/engine.blob: cannot be built."),
+        (ValueError("of onnx"), "failed unexpectedly (ValueError: of onnx)."),
+    ],
+)
 def test_a_build_that_fails_leaves_the_others_alone(
-    where: str, tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    told: str,
+    tiny_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def failing(request: Request, *rest: Any) -> Outcome:
         if request.component == "unet":
-            raise EngineError(where, "cannot be built")
+            raise error
         return ensure_engine(request, *rest)
 
     monkeypatch.setattr(module, "ensure_engine", failing)
@@ -158,7 +170,7 @@ def test_a_build_that_fails_leaves_the_others_alone(
     assert main([*command, "--component", "unet_small", "--component", "vae_decoder"]) == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert f"unet for onnxruntime:cpu: not built: {where}: cannot be built." in err
+    assert f"unet for onnxruntime:cpu: not built: {told}" in err
     # Each is told as it ends, before the next one is spoken of.
     small, decoder = (f"{name} for onnxruntime:cpu: " for name in ("unet_small", "vae_decoder"))
     assert [line.partition("about")[0] for line in lines[1:3]] == [f"{small}to be built, ", lines[2]]
@@ -167,7 +179,7 @@ def test_a_build_that_fails_leaves_the_others_alone(
     assert re.match(r"2 engines built in \d+\.\d s, 0 in the cache before, 1 failed \(", lines[-1])
     assert len(left_in(tmp_path)) == 2
     assert main(command) == 1  # alone it is an error as any other
-    assert capsys.readouterr().err.startswith(f"tandemrt build-engine: {where}: cannot be built")
+    assert capsys.readouterr().err.startswith(f"tandemrt build-engine: {told}")
 
 
 def test_a_cache_that_cannot_be_written_ends_it_all(

@@ -97,9 +97,13 @@ def test_the_timeline_names_stages_and_their_text(painted: Painted, tmp_path: Pa
         ({"placement_config": {"k": 1.5}}, RequestError, "placement_config: k: type, got 1.5, expected a whole number"),
         ({"placement_config": {"time_shift": 1}}, RequestError, "placement_config: time_shift: type, got 1"),
         ({"placement_config": [1]}, RequestError, r"placement_config: type, got \[1\]"),
-        ({"guidance_scale": 1.0}, RequestError, "placement: rows that hybridiff cannot run, got '6 unguided ones"),
-        ({"guidance": "adaptive"}, RequestError, "placement: rows that hybridiff cannot run.*adaptive guidance"),
-        ({"steps": {"unet": 3, "unet_small": 3}, "num_inference_steps": None}, RequestError, "unet, unet_small"),
+        ({"guidance_scale": 1.0}, RequestError, r"hybridiff cannot run \(6 unguided of 6\)"),
+        ({"guidance": "adaptive"}, RequestError, r"hybridiff cannot run \(adaptive guidance\)"),
+        (
+            {"steps": {"unet": 3, "unet_small": 3}, "num_inference_steps": None},
+            RequestError,
+            r"run \(denoisers unet and unet_small\)",
+        ),
         ({"placement": "parallel"}, RequestError, "placement_config: given without a placement that has any"),
     ],
 )

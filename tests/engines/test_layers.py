@@ -191,6 +191,13 @@ def test_every_component_is_given_what_a_generation_gives_it(write: Callable[[Pa
         assert all(array.any() for key, array in given.items() if "residual" not in key and "time_ids" not in key)
 
 
+def test_a_step_engine_does_not_run_in_the_place_of_what_is_watched(tiny_path: Path, tiny: Bundle, cache: Path) -> None:
+    target = ["--target", "onnxruntime:cpu", "--component", "unet"]
+    arguments = [*target, "--step", "--profile", "64:unguided", "--cache", str(cache)]
+    assert main(["build-engine", str(tiny_path), *arguments]) == 0
+    assert recorded_inputs(tiny, "unet", SIZE).keys() == {"sample", "timestep", "encoder_hidden_states"}
+
+
 def test_neighbours_share_a_run_as_long_as_they_fit(tiny: Bundle) -> None:
     model = onnx.load(tiny.model_path("vae_decoder"))
     values = values_of(model, {"latent_sample": (1, 4, 8, 8)})

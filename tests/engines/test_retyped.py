@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tandemrt.engines import retyped as module
+from tandemrt.engines.blocks import work_by_block
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.graph_files import read_graph, weight
 from tandemrt.engines.retyped import WEIGHTS_NAME, retyped, write_retyped
@@ -140,6 +141,27 @@ def halved(model: onnx.ModelProto) -> None:
         warnings.simplefilter("ignore")  # of weights that are small
         half = convert_float_to_float16(model, keep_io_types=True, op_block_list=["Sin"])
     model.CopyFrom(half)
+
+
+def test_work_in_bfloat16_is_that_in_float16(tmp_path: Path) -> None:
+    kernel = numpy_helper.from_array(np.ones((8, 4, 3, 3), np.float16), "kernel")
+    nodes = [
+        helper.make_node("Cast", ["sample"], ["half"], name="cast_0/Cast", to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["half", "kernel"], ["convolved"], name="conv_1/Conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["convolved", "again"], ["twice"], name="conv_2/Conv"),
+        helper.make_node("Cast", ["twice"], ["prediction"], name="cast_3/Cast", to=TensorProto.FLOAT),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width, "h", "w"])
+            for name, width in (("sample", 4), ("prediction", 2))]  # fmt: skip
+    again = numpy_helper.from_array(np.ones((2, 8, 1, 1), np.float16), "again")
+    graph = helper.make_graph(nodes, "convolutions", ends[:1], ends[1:], [kernel, again])
+    opsets = [helper.make_opsetid("", 20)]  # as exports have it: no convolution of it takes bfloat16
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    brain = write_retyped(model, TensorProto.BFLOAT16, tmp_path / "brain", tmp_path)
+    assert work_by_block(brain, {"sample": (2, 4, 8, 8)}, "unet") == {
+        "conv_1": 2 * 64 * 8 * 4 * 9,
+        "conv_2": 2 * 64 * 2 * 8,
+    }
 
 
 def test_tensorrt_rtx_builds_a_float16_bundle_in_bfloat16(tiny_path: Path, requests: Requests, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -303,6 +304,14 @@ def test_an_engine_tells_its_graphs_work_by_block(target: str, requests: Request
     engine = read_sidecar(ensure_engine(request, tmp_path, silent, VERSIONS).folder)
     pixels = 2 * 16 * 8
     assert engine.multiply_adds == {"matmul_1": 2 * 8 * 8, "conv_6": pixels * 8 * 4 * 9, "conv_9": pixels * 4 * 8}
+
+
+def test_work_that_cannot_be_counted_loses_no_engine(
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandemrt.engines.blocks.work_by_block", mock.Mock(side_effect=ValueError))
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    assert read_sidecar(ensure_engine(request, tmp_path, silent, VERSIONS).folder).multiply_adds == {}
 
 
 def test_the_cache_is_left_as_it_was(tiny_path: Path, requests: Requests, cache: Path) -> None:

@@ -22,6 +22,7 @@ from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import SampledRow, Sampler
 from tandemrt.runtime.solvers import SOLVERS
 from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.window import require_window_rows
 
 from ..interop.picture import psnr_db
 from .recorded import Recorded
@@ -278,3 +279,24 @@ def test_the_command_line_places_branches(tmp_path: Path, capsys: pytest.Capture
     assert '"placement": "sequential"' in capsys.readouterr().out
     assert main([*common, "parallel", "--threads", "1", "--print-plan"]) == 2
     assert "CPU threads for two workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("denoisers", "guided", "guidance", "wrong"),
+    [
+        (["unet", "unet_small"], [True, True], "fixed", "denoisers unet and unet_small"),
+        (["unet", "unet"], [True, False], "fixed", "1 unguided of 2"),
+        (
+            ["unet", "unet_small"],
+            [False, False],
+            "adaptive",
+            "denoisers unet and unet_small, 2 unguided of 2, adaptive",
+        ),
+    ],
+)
+def test_a_window_in_rows_that_cannot_be_names_what_is_wrong_alone(
+    denoisers: list[str], guided: list[bool], guidance: str, wrong: str
+) -> None:
+    with pytest.raises(RequestError, match=rf"rows that hybridiff cannot run \({wrong}( guidance)?\), expected one"):
+        require_window_rows(denoisers, guided, guidance)
+    require_window_rows(["unet"] * 2, [True] * 2, "fixed")
