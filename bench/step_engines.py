@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from tandemrt.engines.fold import folded
-from tandemrt.engines.graph_files import MODEL_NAME, read_graph, write_graph
+from tandemrt.engines.graph_files import read_graph, write_graph
 from tandemrt.engines.slots import lora_slots
 from tandemrt.engines.step import step_graph
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
+from tandemrt.runtime.engine_files import GRAPH_NAME
 from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_widths
 from tandemrt.runtime.onnx_files import graph_tensors
 from tandemrt.runtime.placement import Batched, Worker
@@ -92,7 +93,7 @@ def schedule_case(folder: Path, rows: int) -> Case:
 
 def case_figures(case: Case, targets: Sequence[str], options: Options, scratch: Path) -> dict[str, Any]:
     """Nodes and weights of the case's graphs, and milliseconds a step on each target."""
-    whole = read_graph(case.folder / MODEL_NAME)
+    whole = read_graph(case.folder / GRAPH_NAME)
     timesteps = tuple(dict.fromkeys(case.plan.table.timesteps.tolist()))
     few = folded(whole, timesteps, case.folder)
     graphs = {
@@ -109,7 +110,7 @@ def case_figures(case: Case, targets: Sequence[str], options: Options, scratch: 
         }
         for name, graph in graphs.items()
     }
-    models = {LOOP: case.folder / MODEL_NAME}
+    models = {LOOP: case.folder / GRAPH_NAME}
     for index, name in enumerate((FUSED, FOLDED, SLOTTED)):
         models[name] = write_graph(graphs[name], scratch / str(index), case.folder)
     timings = [_timed(case, target, models, timesteps, options) for target in targets]
@@ -217,14 +218,14 @@ def _pair(
 
 
 def _latent_shape(folder: Path, side: int) -> tuple[int, int, int, int]:
-    inputs, _ = graph_tensors(folder / MODEL_NAME)
+    inputs, _ = graph_tensors(folder / GRAPH_NAME)
     latent = latent_names(inputs).sample
     (channels,) = (int(spec.shape[1]) for spec in inputs if spec.name == latent)
     return 1, channels, side, side
 
 
 def _conditioning(folder: Path) -> dict[str, Float32]:
-    inputs, _ = graph_tensors(folder / MODEL_NAME)
+    inputs, _ = graph_tensors(folder / GRAPH_NAME)
     sizes: dict[int | str, int] = {"batch": 1, "sequence": TOKENS}
     return {
         spec.name: normal(tuple(int(sizes.get(size, size)) for size in spec.shape))

@@ -21,7 +21,7 @@ import numpy as np
 
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.plan import BuildPlan, requests_of
-from tandemrt.runtime import Output, Pipeline
+from tandemrt.runtime import Output, Pipeline, Timings
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import cache_at
 from tandemrt.runtime.targets import parse_target
@@ -100,7 +100,7 @@ def way_figures(bundle: Path, target: str, options: Options) -> dict[str, Any]:
             "host_share": spread([1 - row.model_ms / row.total_ms for row in rows]),
             "host_us": spread([(row.total_ms - row.model_ms) * 1e3 for row in rows]),
             "psnr_db": min(distances),
-            "guided": spread([sum(row.guidance.guided for row in made.timings.rows) for made in outputs]),
+            "guided": spread([_guided(made.timings) for made in outputs]),
         }
     return {"bundle": bundle.name, "target": target, "rows": options.rows, "size": options.size, "ways": ways}
 
@@ -121,16 +121,17 @@ def accuracy_figures(bundle: Path, target: str, prompts: int, options: Options) 
                 large, small = map(int, plan.split("/"))
                 steps = {name: count for name, count in (("unet", large), ("unet_small", small)) if count}
                 ways = [Way(name, steps, arguments) for name, arguments in asked.items()]
-                spent: dict[str, list[float]] = {way.name: [] for way in ways}
-                guided: dict[str, list[int]] = {way.name: [] for way in ways}
+                kept: dict[str, list[Timings]] = {way.name: [] for way in ways}
                 for seed in options.seeds:
                     for way in ways:
                         made = pipe(chosen[0].caption, steps=steps, guidance_scale=2.0, seed=seed, **way.arguments)
-                        spent[way.name] += [made.timings.denoise_ms] if seed >= options.warm_up else []
-                        guided[way.name] += [sum(row.guidance.guided for row in made.timings.rows)]
+                        kept[way.name] += [made.timings] if seed >= options.warm_up else []
+                spent = {name: [timings.denoise_ms for timings in each] for name, each in kept.items()}
+                guided = {name: [_guided(timings) for timings in each] for name, each in kept.items()}
                 yield {
                     "target": target,
                     "plan": plan,
+                    "rows": len(kept[BATCHED][0].rows),
                     "prompts": prompts,
                     "scores": {name: one.facts() for name, one in score_ways(pipe, chosen, ways, batch=1).items()},
                     "ratio": {name: spread(np.divide(each, spent[BATCHED]).tolist()) for name, each in spent.items()},
@@ -184,7 +185,7 @@ def markdown(facts: dict[str, Any]) -> str:
                 f"{score['all_right']['share']:.1%} ({score['all_right']['low']:.1%}–{score['all_right']['high']:.1%})",
                 "" if score["psnr_db"] is None else f"{score['psnr_db']:.1f}",
                 _cell(one["ratio"][name], 3),
-                f"{one['guided'][name]['median']:g} of 25",
+                f"{one['guided'][name]['median']:g} of {one['rows']}",
             ]
             for one in facts["accuracy"]
             for name, score in one["scores"].items()
@@ -263,6 +264,11 @@ def _cases(given: argparse.Namespace) -> list[Case]:
 def _steps(text: str) -> tuple[int, int]:
     large, small = text.split(",")
     return int(large), int(small)
+
+
+def _guided(timings: Timings) -> int:
+    """How many rows ran both branches."""
+    return sum(row.guidance.guided for row in timings.rows)
 
 
 def _psnr_db(latents: Float32, reference: Float32) -> float:

@@ -14,10 +14,10 @@ import msgspec
 
 from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines, engines_folder
 from ..runtime.errors import EngineError
+from ..runtime.targets import ENGINES_ONLY
 from ..runtime.variant import PLAIN
 from .cache import Claim, cached, claimed, records_of, too_full
 from .estimate import estimated_size_bytes
-from .flavour import BACKENDS
 from .job import Job, Progress
 from .plan import Request
 from .process import build_apart
@@ -127,7 +127,7 @@ def timings_file(cache: Path, made_of: Ingredients) -> Path:
 def _graph(request: Request, folder: Path) -> Path:
     """The graph to build from, made in `folder` where it is not the bundle's own."""
     made_of, weights = request.ingredients, request.model.parent
-    in_bfloat16 = made_of.precision == "bf16" and made_of.backend in BACKENDS
+    in_bfloat16 = made_of.precision == "bf16" and made_of.backend in ENGINES_ONLY
     if made_of.variant == PLAIN and not in_bfloat16:
         return request.model
     from onnx import TensorProto  # noqa: PLC0415 (of the extra `engines`)

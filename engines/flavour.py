@@ -8,9 +8,7 @@ from typing import Any
 from ..runtime.backends.modules import imported
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
 from ..runtime.errors import TargetError
-from ..runtime.targets import ENGINES_ONLY, PORTABLE, has_nvidia_driver
-
-BACKENDS = ENGINES_ONLY
+from ..runtime.targets import PORTABLE, has_nvidia_driver
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..runtime.engine_files import GRAPH_NAME
 from ..runtime.errors import BundleError
 from ..runtime.manifest import Dtype, TensorSpec
 from ..runtime.onnx_files import external_files
 
-MODEL_NAME = "model.onnx"
 LOWEST_OPSET = 13  # Split, Squeeze and Unsqueeze take sizes and axes as inputs from here on
 
 _DTYPES: dict[int, Dtype] = {
@@ -52,7 +52,7 @@ def write_graph(model: onnx.ModelProto, folder: Path, weights_from: Path) -> Pat
         OSError: the folder cannot be written or is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MODEL_NAME
+    path = folder / GRAPH_NAME
     path.write_bytes(model.SerializeToString())
     for name in sorted(external_files(path)):
         source, copy = _inside(weights_from, name), folder / name

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..runtime.bundle import Bundle
 from ..runtime.engine_files import RECIPES, Ingredients, InputRange, architecture_of, origin_of, weights_of
 from ..runtime.errors import TargetError
-from ..runtime.targets import Target, installed_version
+from ..runtime.targets import ENGINES_ONLY, Target, installed_version
 from . import flavour, onnxruntime, openvino
 
 _QUANTIZED = ("int8", "fp8")
@@ -16,7 +16,7 @@ _QUANTIZED = ("int8", "fp8")
 
 def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_OPTIONS) -> None:
     """Raise TargetError when engines for a target cannot be built here."""
-    if target.backend in flavour.BACKENDS:
+    if target.backend in ENGINES_ONLY:
         flavour.require_buildable(target.backend, target.device, options)
     elif target.backend == "openvino":
         openvino.require_buildable(target.device, target.precision or "fp32")
@@ -58,7 +58,7 @@ def grouped(
     for named, one in ranges:
         if one not in [other for _, other in distinct]:
             distinct.append((named, one))
-    if target.backend in flavour.BACKENDS:
+    if target.backend in ENGINES_ONLY:
         return [distinct]
     if target.backend == "openvino":  # has no profiles: an engine for each
         return [[one] for one in distinct]
@@ -97,4 +97,4 @@ def ingredients_of(
 def _flags(target: Target, precision: str, options: flavour.Options) -> dict[str, str | int | bool]:
     if target.backend == "openvino":
         return openvino.configuration(target.device, precision)
-    return options.flags(target.backend, target.device) if target.backend in flavour.BACKENDS else {}
+    return options.flags(target.backend, target.device) if target.backend in ENGINES_ONLY else {}

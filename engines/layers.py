@@ -15,13 +15,13 @@ from onnx import TensorProto
 from ..runtime.backends import target_here
 from ..runtime.backends.base import Array
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import Shape
+from ..runtime.engine_files import GRAPH_NAME, Shape
 from ..runtime.engine_search import Found, find_engine
 from ..runtime.engine_session import Loader
 from ..runtime.errors import EngineError
 from ..runtime.manifest import Frozen
 from ..runtime.targets import ENGINES_ONLY, Target, check_installed, check_runnable
-from .graph_files import MODEL_NAME, read_graph
+from .graph_files import read_graph
 from .job import Progress
 from .layer_graphs import Value, batches, giving, values_of
 from .layer_inputs import recorded_inputs
@@ -215,7 +215,7 @@ def _moved(model: Path, to: int | None, folder: Path) -> onnx.ModelProto:
 
 
 def _written(model: onnx.ModelProto, folder: Path) -> Path:
-    path = folder / MODEL_NAME
+    path = folder / GRAPH_NAME
     path.write_bytes(model.SerializeToString())
     return path
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.backends.modules import imported
-from ..runtime.engine_files import Layer
+from ..runtime.engine_files import GRAPH_NAME, Layer
 from ..runtime.errors import EngineError, TargetError
 from .job import Built, Job, Progress
 
-MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx_data"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _WEIGHTS_OUTSIDE_FROM_BYTES = 1024
@@ -26,7 +25,7 @@ def build(job: Job, progress: Progress) -> Built:
     """
     ort = imported("onnxruntime")
     progress(f"{job.component}: optimize", 0, 2)
-    path = Path(job.folder, MODEL_NAME)
+    path = Path(job.folder, GRAPH_NAME)
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -47,7 +46,7 @@ def build(job: Job, progress: Progress) -> Built:
     if session.get_providers()[0] != provider:
         raise TargetError(job.component, "execution providers granted", got=session.get_providers(), expected=provider)
     progress(f"{job.component}: inspect", 1, 2)
-    files = (MODEL_NAME, WEIGHTS_NAME) if Path(job.folder, WEIGHTS_NAME).exists() else (MODEL_NAME,)
+    files = (GRAPH_NAME, WEIGHTS_NAME) if Path(job.folder, WEIGHTS_NAME).exists() else (GRAPH_NAME,)
     return Built(files=files, layers=tuple(_layers(path)), versions={"onnxruntime": ort.__version__})
 
 

@@ -14,7 +14,7 @@ from ..runtime.errors import ArgumentError, PlanError
 from ..runtime.manifest import Component, Manifest
 from ..runtime.plan import Schedule, compile_plan
 from ..runtime.stages import MOST_STAGES
-from ..runtime.targets import Target
+from ..runtime.targets import ENGINES_ONLY, Target
 from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
 from . import flavour
 from .ingredients import exact_target, grouped, ingredients_of, require_buildable
@@ -63,9 +63,9 @@ class BuildPlan:
             )
         if bool(self.lora_slots) != bool(self.lora_rank):
             raise ArgumentError("--lora-slots, --lora-rank", "one without the other", remedy="Give both.")
-        others = [str(target) for target in self.targets if target.backend not in flavour.BACKENDS]
+        others = [str(target) for target in self.targets if target.backend not in ENGINES_ONLY]
         if self.options.words and others:
-            expected = f"targets of {' or '.join(sorted(flavour.BACKENDS))} alone"
+            expected = f"targets of {' or '.join(sorted(ENGINES_ONLY))} alone"
             raise ArgumentError(self.options.words, "not for this target", got=others[0], expected=expected)
         if self.options.refit and any(target.precision == "bf16" for target in self.targets):
             remedy = "Ask for fp16; the weights of a bundle are never in bfloat16."

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .graph_files import MODEL_NAME, external_bytes
+from ..runtime.engine_files import GRAPH_NAME
+from .graph_files import external_bytes
 
 WEIGHTS_NAME = "model.onnx_data"
 # Attributes that name an element type; others, such as LayerNormalization's `stash_type`, name the one it computes in.
@@ -58,7 +59,7 @@ def write_retyped(model: onnx.ModelProto, to: int | None, folder: Path, weights_
                     chunk if become == tensor.data_type else _converted(np.frombuffer(chunk, np.float16), become)
                 )
             tensors.append(_outside(tensor, become, offset, weights.tell() - offset))
-    path = folder / MODEL_NAME
+    path = folder / GRAPH_NAME
     path.write_bytes(_with_initializers(changed, tensors).SerializeToString())
     return path
 

@@ -31,7 +31,7 @@ from .variant import PLAIN, Variant
 FORMAT = 2
 SIDECAR_NAME = "engine.json"
 LAYERS_NAME = "layers.json"
-GRAPH_NAME = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
+GRAPH_NAME = "model.onnx"  # any graph's file, and what an engine of ONNX Runtime consists of; weights beside it
 PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
 

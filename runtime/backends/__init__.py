@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import thread_count
+from ..engine_files import GRAPH_NAME
 from ..errors import TargetError
 from ..targets import ENGINES_ONLY, PORTABLE, Target, check_runnable
 from .base import Session
 
 if TYPE_CHECKING:
     from ..engine_search import Found
-
-_GRAPH = "model.onnx"  # what an engine of ONNX Runtime consists of, weights beside it
 
 
 def streams_for(target: Target, calls: int, workers: int = 1) -> int:
@@ -72,7 +71,7 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None, str
         return openvino.OpenVinoSession.of_engine(found, target, thread_count("threads", threads), streams)
     from . import onnxruntime  # noqa: PLC0415
 
-    model, count = found.folder / _GRAPH, thread_count("threads", threads)
+    model, count = found.folder / GRAPH_NAME, thread_count("threads", threads)
     return onnxruntime.OnnxRuntimeSession(model, target, count, engine_of=found.engine.component)
 
 

@@ -21,6 +21,8 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.targets import Target, probe_backends
 
+from ..interop.picture import psnr_db
+
 TARGETS = (Target("onnxruntime", "cpu"), Target("openvino", "cpu"), Target("tensorrt-rtx", "portable"))
 Arrays = dict[str, np.ndarray[Any, Any]]
 MAX_RELATIVE_ERROR = 1e-3
@@ -62,11 +64,6 @@ def require_pictures(bundle: Bundle) -> None:
     for target, minimum_db in MINIMUM_PSNR_DB.items():
         if target in here:
             assert psnr_db(painted(bundle, target), expected) >= minimum_db, target
-
-
-def psnr_db(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """The peak signal-to-noise ratio of pictures in 0..1, 200 at most."""
-    return float(-10 * np.log10(max(np.mean(np.square(found - expected)), 1e-20)))
 
 
 def painted(bundle: Bundle, target: str) -> np.ndarray[Any, Any]:

@@ -22,9 +22,10 @@ from tandemrt.runtime.engine_session import EngineSession, Loader
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.targets import Target
 
+from ..interop.picture import psnr_db
 from ..runtime.test_backend_openvino import HAS_BF16
 from ..runtime.tiny_bundle import resign
-from .families import painted, psnr_db, random_inputs, require_engines
+from .families import painted, random_inputs, require_engines
 
 PAINTING = ("text_encoder", "unet", "vae_decoder")
 HALF_TARGETS = (
