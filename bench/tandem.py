@@ -23,7 +23,6 @@ from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.runtime import Output, Pipeline, Timings
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import cache_at
 from tandemrt.runtime.targets import parse_target
 
 from .figures import markdown_table, spread, write_json, write_text
@@ -111,12 +110,12 @@ def accuracy_figures(bundle: Path, target: str, prompts: int, options: Options) 
     guided: rows that ran both branches.
     """
     chosen = scenes(SHAPES_SEED, prompts, "held_out")
-    with TemporaryDirectory() as cache, cache_at(Path(cache)):
+    with TemporaryDirectory() as cache:
         for request in requests_of(
             BuildPlan(bundle, (parse_target(target),), Path(cache), ("unet",), stages=STAGES), Bundle.open(bundle)
         ):
             ensure_engine(request, Path(cache), lambda label, done, total: None, {})
-        with Pipeline.open(bundle, target, threads=options.threads) as pipe:
+        with Pipeline.open(bundle, target, threads=options.threads, cache=cache) as pipe:
             for plan, asked in SHAPES_WAYS.items():
                 large, small = map(int, plan.split("/"))
                 steps = {name: count for name, count in (("unet", large), ("unet_small", small)) if count}

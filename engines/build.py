@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines, engines_folder
+from ..runtime.cache import engines_folder
+from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines
 from ..runtime.errors import EngineError
 from ..runtime.targets import ENGINES_ONLY
 from ..runtime.variant import PLAIN

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..runtime.cache import engines_folder
 from ..runtime.engine_files import (
     LAYERS_NAME,
     PROOF_NAME,
@@ -28,7 +29,6 @@ from ..runtime.engine_files import (
     Engine,
     Layer,
     check_engine_files,
-    engines_folder,
     read_sidecar,
 )
 from ..runtime.errors import CacheError, EngineError

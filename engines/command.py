@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle
+from ..runtime.cache import cache_folder
 from ..runtime.cli.reporter import Reporter
-from ..runtime.engine_files import cache_folder
 from ..runtime.errors import CacheError
 from ..runtime.targets import parse_target
 from .build import ensure_engine

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..runtime.backends.base import Array, Binding, Session, Shape
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import cache_at
 from ..runtime.errors import ExecutionError
 from ..runtime.models import Models
 from ..runtime.pipeline import Pipeline
@@ -38,16 +37,17 @@ def recorded_inputs(bundle: Bundle, name: str, size: tuple[int, int]) -> dict[st
     calls = 1
     if component.role in ("denoiser", "controlnet"):
         calls = min(_STEPS, bundle.manifest.defaults.num_inference_steps)
-    pipeline = _WatchedPipeline(bundle, name, calls)
     # In an empty cache: step engines would run in the component's place, and engines may be what is in doubt.
-    with tempfile.TemporaryDirectory(prefix="tandemrt-") as cache, cache_at(Path(cache)), pipeline:
-        try:
-            pipeline(PROMPT, seed=SEED, width=size[0], height=size[1], **_request(bundle, name, size))
-        except _RecordedError:
-            pass
-        except ExecutionError:
-            if not pipeline.given:  # what failed is the component itself, as it may
-                raise
+    with tempfile.TemporaryDirectory(prefix="tandemrt-") as cache:
+        pipeline = _WatchedPipeline(bundle, name, calls, Path(cache))
+        with pipeline:
+            try:
+                pipeline(PROMPT, seed=SEED, width=size[0], height=size[1], **_request(bundle, name, size))
+            except _RecordedError:
+                pass
+            except ExecutionError:
+                if not pipeline.given:  # what failed is the component itself, as it may
+                    raise
     if not pipeline.given:
         raise ExecutionError(name, "a generation does not run it", remedy="Check the bundle with `tandemrt verify`.")
     return pipeline.given
@@ -93,9 +93,9 @@ class _RecordedError(Exception):
 class _WatchedPipeline(Pipeline):
     """A pipeline that ends with `_RecordedError` before a component's call of that number; `given` is what it got."""
 
-    def __init__(self, bundle: Bundle, name: str, calls: int) -> None:
-        super().__init__(bundle, _HERE, None)
-        self._models = _WatchedModels(bundle, name, self)
+    def __init__(self, bundle: Bundle, name: str, calls: int, cache: Path) -> None:
+        super().__init__(bundle, _HERE, None, cache)
+        self._models = _WatchedModels(bundle, name, self, cache)
         self.given: dict[str, Array] = {}
         self._left = calls
 
@@ -107,8 +107,8 @@ class _WatchedPipeline(Pipeline):
 
 
 class _WatchedModels(Models):
-    def __init__(self, bundle: Bundle, watched: str, pipeline: _WatchedPipeline) -> None:
-        super().__init__(bundle, _HERE, None)
+    def __init__(self, bundle: Bundle, watched: str, pipeline: _WatchedPipeline, cache: Path) -> None:
+        super().__init__(bundle, _HERE, None, cache)
         self._watched, self._pipeline = watched, pipeline
 
     def session(self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1) -> Session:

@@ -16,7 +16,6 @@ import numpy as np
 from .architecture import cpu_architecture
 from .backends.base import Shape
 from .bundle import Bundle
-from .engine_files import cache_folder
 from .files import write_whole
 from .manifest import Frozen
 from .placement import Placed, refusal
@@ -66,8 +65,8 @@ class Measurement(Frozen, frozen=True, kw_only=True):
 class AutoPlacement:
     """Chooses placements for a bundle on a target; safe to share between threads, of which one measures at a time."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
-        self._bundle, self._target, self._threads = bundle, target, threads
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
+        self._bundle, self._target, self._threads, self._cache = bundle, target, threads, cache
         self._lock = threading.Lock()
         self._chosen: dict[str, str] = {}
 
@@ -89,7 +88,7 @@ class AutoPlacement:
         ground = self._ground(plan, shape, controls)
         with self._lock:
             if ground.key not in self._chosen:
-                path = cache_folder() / "placements" / f"{ground.key}.json"
+                path = self._cache / "placements" / f"{ground.key}.json"
                 measurement = _remembered(path, ground)
                 if measurement is None:
                     measurement = Measurement(ground=ground, ms=self._measured(plan, shape, place, before))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from .backends.base import Shape
 from .bundle import Bundle
+from .cache import cache_folder, default_cache
 from .targets import Target
 from .variant import Variant
 
@@ -22,18 +22,18 @@ def build_command(
     target: Target,
     variant: Variant,
     shapes: Mapping[str, Shape] | None = None,
-    cache: str | Path | None = None,
+    cache: Path | None = None,
 ) -> str:
     """The command that builds component `name` in a variant for a target; shapes as of `call_profile`.
 
-    It names the cache where that is not the default one: `--cache` of the command that needs the engine may say which.
+    cache: as of `cache_folder`; it is named where it is not the default one.
     """
-    cache = cache or os.environ.get("TANDEMRT_CACHE")
+    place = cache_folder(cache)
     profile = None if shapes is None else call_profile(bundle, name, variant, shapes)
     return (
         f"tandemrt build-engine {shlex.quote(str(bundle.path))} --target {target} --component {name}{variant.options}"
         + (f" --profile {profile}" if profile else "")
-        + (f" --cache {shlex.quote(str(cache))}" if cache else "")
+        + (f" --cache {shlex.quote(str(place))}" if place != default_cache() else "")
     )
 
 

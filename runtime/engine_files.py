@@ -15,13 +15,14 @@ import posixpath
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from .architecture import cpu_architecture, system_architecture
 from .bundle import Bundle
+from .cache import check_ownership, engines_folder
 from .errors import EngineError
 from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
 from .onnx_files import external_files
@@ -144,37 +145,6 @@ class _FormatOnly(msgspec.Struct):
     format: int
 
 
-def cache_folder(given: str | Path | None = None) -> Path:
-    """The cache: `given`, else `$TANDEMRT_CACHE`, else `$XDG_CACHE_HOME/tandemrt`, else `~/.cache/tandemrt`."""
-    if given is not None:
-        return Path(given)
-    own, general = os.environ.get("TANDEMRT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own)
-    return Path(general) / "tandemrt" if general else Path.home() / ".cache" / "tandemrt"
-
-
-@contextmanager
-def cache_at(folder: Path | None) -> Iterator[None]:
-    """Let `folder` be the cache of this process meanwhile, in $TANDEMRT_CACHE's place; None changes nothing."""
-    before = os.environ.get("TANDEMRT_CACHE")
-    if folder is None:
-        yield
-        return
-    os.environ["TANDEMRT_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["TANDEMRT_CACHE"]
-        if before is not None:
-            os.environ["TANDEMRT_CACHE"] = before
-
-
-def engines_folder(cache: Path) -> Path:
-    """Where in a cache the engines lie."""
-    return cache / "engines"
-
-
 def origin_of(bundle: Bundle, name: str) -> str:
     """The sha256 of the ONNX file of component `name`, as the manifest lists it."""
     return bundle.manifest.files[bundle.component(name).model].sha256
@@ -295,37 +265,11 @@ def cached_engines(cache: Path) -> Iterator[tuple[Path, Engine | EngineError]]:
     folder = engines_folder(cache)
     if not os.path.lexists(folder):
         return
-    _check_ownership(folder)
+    check_ownership(folder)
     for entry in sorted(folder.iterdir()):
         if _KEY.fullmatch(entry.name):
             try:
-                _check_ownership(entry)
+                check_ownership(entry)
                 yield entry, read_sidecar(entry)
             except EngineError as error:
                 yield entry, error
-
-
-def _check_ownership(folder: Path) -> None:
-    """Engines are native code: a folder that others could have put them into is not read.
-
-    The user's own primary group is let write: it is often the user's alone, with a umask of 002 for it.
-    """
-    try:
-        status = folder.stat()
-    except OSError as error:
-        raise EngineError(
-            str(folder), f"cannot be read ({error.strerror or error})", remedy="Check the path."
-        ) from error
-    if not stat.S_ISDIR(status.st_mode):
-        raise EngineError(str(folder), "not a folder", remedy="Give another cache.")
-    if not hasattr(os, "geteuid"):
-        return
-    if status.st_uid != os.geteuid():
-        what = "belongs to another user, and engines are code that would run as you"
-        remedy = "Give a cache of your own, in $TANDEMRT_CACHE or with --cache where a command takes it."
-        raise EngineError(str(folder), what, remedy=remedy)
-    by_group = status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()
-    if by_group or status.st_mode & stat.S_IWOTH:
-        whom, change = ("everybody", "o-w") if status.st_mode & stat.S_IWOTH else ("a group that is not yours", "g-w")
-        what = f"can be written by {whom}, and engines are code that would run as you"
-        raise EngineError(str(folder), what, remedy=f"Check what is in it, then `chmod {change} {folder}`.")

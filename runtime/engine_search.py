@@ -13,6 +13,7 @@ import msgspec
 
 from .build_commands import build_command
 from .bundle import Bundle
+from .cache import cache_folder, engines_folder
 from .engine_files import (
     RECIPES,
     REFIT,
@@ -21,10 +22,8 @@ from .engine_files import (
     Ingredients,
     Shape,
     architecture_of,
-    cache_folder,
     cached_engines,
     check_engine_files,
-    engines_folder,
     origin_of,
     weights_of,
 )

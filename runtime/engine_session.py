@@ -11,6 +11,7 @@ from .backends.base import Binding, Session, Shape
 from .backends.buffers import symbol_sizes
 from .build_commands import build_command
 from .bundle import Bundle
+from .cache import cache_folder
 from .engine_files import Engine, check_engine_files
 from .engine_search import Found, fitting_engine, fitting_engines, has_engine
 from .errors import EngineError, ExecutionError
@@ -37,16 +38,24 @@ def engine_target(bundle: Bundle, name: str, target: Target) -> Target:
 class Loader:
     """The models of one component on a target, each loaded once for all sessions of it; safe to share."""
 
-    def __init__(self, bundle: Bundle, name: str, target: Target, threads: int | None = None, streams: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: str,
+        target: Target,
+        threads: int | None = None,
+        streams: int = 1,
+        cache: Path | None = None,
+    ) -> None:
         """Nothing is loaded yet.
 
-        threads, streams: as of `open_session`.
+        threads, streams: as of `open_session`. cache: as of `cache_folder`.
 
         Raises:
             TargetError: the target runs engines alone, and cannot here.
         """
         self.bundle, self.name, self.target = bundle, name, engine_target(bundle, name, target)
-        self.lock = threading.RLock()
+        self.cache, self.lock = cache_folder(cache), threading.RLock()
         self.closed = False
         self._threads, self._streams = threads, streams
         self._loaded: dict[Path | None, Session] = {}
@@ -62,7 +71,9 @@ class Loader:
             ExecutionError: the backend cannot load the graph.
             EngineError: the cache of engines is not the user's own, or there is no engine of the variant.
         """
-        choosing = self.engines_only or variant != PLAIN or has_engine(self.bundle, self.name, self.target)
+        choosing = (
+            self.engines_only or variant != PLAIN or has_engine(self.bundle, self.name, self.target, cache=self.cache)
+        )
         return EngineSession(self, variant) if choosing else self.graph()
 
     def granted(self, variant: Variant) -> EngineSession:
@@ -132,9 +143,10 @@ class EngineSession:
         bundle, name, target = loader.bundle, loader.name, loader.target
         described: Component | Engine = bundle.component(name)
         self._loader, self._bundle, self._name, self._target = loader, bundle, name, target
+        self._cache = loader.cache
         self._wanted, self._has_graph = variant, variant == PLAIN and not loader.engines_only
         if variant != PLAIN:
-            described = fitting_engine(bundle, name, target, variant=variant).engine
+            described = fitting_engine(bundle, name, target, cache=loader.cache, variant=variant).engine
             variant = described.ingredients.variant
         self.inputs, self.outputs, self.variant = described.inputs, described.outputs, variant
         self._by_shapes: dict[_Key, tuple[Session, RanOn]] = {}
@@ -166,7 +178,9 @@ class EngineSession:
         key = _key(shapes)
         with self._loader.lock:
             if key not in self._serving:
-                found = fitting_engine(self._bundle, self._name, self._target, shapes, variant=self._wanted)
+                found = fitting_engine(
+                    self._bundle, self._name, self._target, shapes, cache=self._cache, variant=self._wanted
+                )
                 self._serving[key] = self._loader.granted(found.engine.ingredients.variant)
             return self._serving[key]
 
@@ -188,7 +202,9 @@ class EngineSession:
     def _opened(self, shapes: Mapping[str, Shape]) -> tuple[Session, RanOn]:
         refused: list[str] = []
         try:
-            fitting = fitting_engines(self._bundle, self._name, self._target, shapes, variant=self.variant)
+            fitting = fitting_engines(
+                self._bundle, self._name, self._target, shapes, cache=self._cache, variant=self.variant
+            )
         except EngineError as error:
             if not self._has_graph:
                 raise
@@ -204,7 +220,7 @@ class EngineSession:
                 continue
             return session, RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused))
         if not self._has_graph:
-            command = build_command(self._bundle, self._name, self._target, self.variant, shapes)
+            command = build_command(self._bundle, self._name, self._target, self.variant, shapes, self._cache)
             raise EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=f"Run `{command}`.")
         return self._loader.graph(), RanOn(refused=tuple(refused))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -29,9 +30,9 @@ from .variant import PLAIN, Variant
 class Models:
     """The models of a bundle; safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
         self.threads = threads
-        self._bundle, self._target = bundle, target
+        self._bundle, self._target, self._cache = bundle, target, cache
         self._lock = threading.RLock()
         self._sessions: dict[tuple[str, Variant, int | None, int], Session] = {}
         self._stages: dict[tuple[str, int, Shape], tuple[Variant, ...]] = {}
@@ -86,10 +87,11 @@ class Models:
         target = engine_target(self._bundle, name, self._target)
         steps: tuple[Literal["guided", "unguided"] | None, ...] = (None, "guided", "unguided")
         wanted = [msgspec.structs.replace(variant, step=step) for step in steps]
-        engines = (engine for _, engine, misfit in engines_of(self._bundle, name, target) if misfit is None)
+        listed = engines_of(self._bundle, name, target, cache=self._cache)
+        engines = (engine for _, engine, misfit in listed if misfit is None)
         if not any(engine.ingredients.variant.serves(one) for engine in engines for one in wanted):
             # None serves, whatever the shapes: they are for the command that the error tells.
-            fitting_engine(self._bundle, name, target, {"noise": shape}, variant=variant)
+            fitting_engine(self._bundle, name, target, {"noise": shape}, cache=self._cache, variant=variant)
 
     def require_stages(self, name: str, count: int, shape: Shape) -> tuple[Variant, ...]:
         """See `find_stages`; what was found once is not looked for again."""
@@ -97,7 +99,7 @@ class Models:
             key = name, count, shape
             if key not in self._stages:
                 target = engine_target(self._bundle, name, self._target)
-                self._stages[key] = find_stages(self._bundle, name, target, count, shape)
+                self._stages[key] = find_stages(self._bundle, name, target, count, shape, cache=self._cache)
             return self._stages[key]
 
     def _threads(self, workers: int, streams: int) -> int | None:
@@ -111,7 +113,7 @@ class Models:
         # Of what is wanted of engines much is served by the same ones, which are loaded once.
         key = name, threads, streams
         if key not in self._loaders:
-            self._loaders[key] = Loader(self._bundle, name, self._target, threads, streams)
+            self._loaders[key] = Loader(self._bundle, name, self._target, threads, streams, self._cache)
         session = self._loaders[key].session(variant)
         if variant != PLAIN:
             return session

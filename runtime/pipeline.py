@@ -16,6 +16,7 @@ from PIL import Image
 from .arguments import did_you_mean, thread_count
 from .auto_placement import AutoPlacement
 from .bundle import Bundle
+from .cache import cache_folder
 from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
 from .editing import Editing, begin, checked_editing
@@ -78,18 +79,21 @@ class _Job:
 class Pipeline:
     """A bundle on a target. Models load when they are first needed; one pipeline may be used by many threads."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
         self.bundle, self.target = bundle, target
-        self._models, self._steps = Models(bundle, target, threads), StepEngines(bundle, target, threads)
-        self._auto = AutoPlacement(bundle, target, threads)
+        self._models, self._steps = Models(bundle, target, threads, cache), StepEngines(bundle, target, threads, cache)
+        self._auto = AutoPlacement(bundle, target, threads, cache)
         self._loras = Loras(bundle)
 
     @classmethod
-    def open(cls, bundle: str | Path, target: str = "auto", *, threads: int | None = None) -> Pipeline:
+    def open(
+        cls, bundle: str | Path, target: str = "auto", *, threads: int | None = None, cache: str | Path | None = None
+    ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
 
         target: `auto`, or backend, device and precision such as `onnxruntime:cpu:fp32`.
         threads: how many CPU threads a model may use; the backend's choice otherwise.
+        cache: where engines and measurements are; `$TANDEMRT_CACHE` otherwise, or the user's own folder for caches.
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
@@ -103,7 +107,7 @@ class Pipeline:
         opened = Bundle.open(bundle)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
-        return cls(opened, wanted, count)
+        return cls(opened, wanted, count, cache_folder(cache))
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.bundle.path} on {self.target}, {'closed' if self._models.closed else 'open'}>"

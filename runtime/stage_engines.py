@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from .backends.base import Shape
 from .bundle import Bundle
@@ -15,11 +16,13 @@ from .tensors import latent_names
 from .variant import Variant
 
 
-def find_stages(bundle: Bundle, name: str, target: Target, count: int, shape: Shape) -> tuple[Variant, ...]:
+def find_stages(
+    bundle: Bundle, name: str, target: Target, count: int, shape: Shape, *, cache: Path | None = None
+) -> tuple[Variant, ...]:
     """What the engines are that are component `name`'s stages, `count` of one cut, in their order; loads nothing.
 
-    target: as of `fitting_engine`. shape: the latents', (B, C, h, w); an engine's profile must take what follows from
-    it. What does not, the text's length, is not looked at.
+    target, cache: as of `fitting_engine`. shape: the latents', (B, C, h, w); an engine's profile must take what follows
+    from it. What does not, the text's length, is not looked at.
 
     Raises:
         EngineError: one is missing, or has no profile for such latents, with the command that builds it.
@@ -27,11 +30,11 @@ def find_stages(bundle: Bundle, name: str, target: Target, count: int, shape: Sh
     variants = list[Variant]()
     for index in range(count):
         wanted = Variant(stage=(index, count), cuts=variants[0].cuts if variants else ())
-        built = [found.engine for found in fitting_engines(bundle, name, target, variant=wanted)]
+        built = [found.engine for found in fitting_engines(bundle, name, target, cache=cache, variant=wanted)]
         shapes = _known_shapes(bundle, name, built[0], shape)
         fitting = next((engine for engine in built if _takes(engine, shapes)), None)
         if fitting is None:  # what none takes of the call, none takes: this tells why
-            fitting = fitting_engine(bundle, name, target, shapes, variant=wanted).engine
+            fitting = fitting_engine(bundle, name, target, shapes, cache=cache, variant=wanted).engine
         variants.append(fitting.ingredients.variant)
     return tuple(variants)
 

@@ -67,8 +67,8 @@ class StepEngines:
     those who open the bundle anew. An engine is loaded once, when it is first needed.
     """
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None) -> None:
-        self._bundle, self._target, self._threads = bundle, target, threads
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
+        self._bundle, self._target, self._threads, self._cache = bundle, target, threads, cache
         self._lock = threading.RLock()
         self._listed: dict[str, dict[Path, _Listed]] = {}
         self._sessions: dict[Path, Session] = {}
@@ -158,7 +158,7 @@ class StepEngines:
             target = engine_target(self._bundle, name, self._target)
             self._listed[name] = {
                 folder: _Listed(engine, misfit)
-                for folder, engine, misfit in engines_of(self._bundle, name, target)
+                for folder, engine, misfit in engines_of(self._bundle, name, target, cache=self._cache)
                 if engine.ingredients.variant.step and answers(engine.ingredients, target)
             }
         return self._listed[name]

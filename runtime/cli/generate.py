@@ -13,7 +13,6 @@ from typing import Any, cast
 from PIL import Image
 
 from ..bundle import Bundle
-from ..engine_files import cache_at
 from ..lora_files import read_lora
 from ..manifest import Manifest, file_sha256
 from ..output import Output
@@ -41,7 +40,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
     Raises:
         TandemError: the bundle, an argument or the target cannot be used, or the folder cannot be written.
     """
-    with cache_at(plan.cache), Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
+    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
         checked = _checked(plan, pipe, _seed(plan))
         seeded = plan.seed is not None
         files = [names.picture(seed) for request, names in checked.named for seed in request["seed"]]
@@ -77,7 +76,7 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
 def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     seed = _seed(plan)
-    with cache_at(plan.cache), Pipeline.open(plan.bundle, plan.target, threads=plan.threads) as pipe:
+    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
         checked = _checked(plan, pipe, seed)
         facts = {
             "plan": checked.compiled.facts(),

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..bundle import Bundle
-from ..engine_files import cache_folder
+from ..cache import cache_folder
 from ..errors import ArgumentError
 from ..manifest import Component, Evidence, Manifest
 from ..solvers.config import KEYS

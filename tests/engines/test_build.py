@@ -28,14 +28,8 @@ from tandemrt.engines import plan as plans
 from tandemrt.engines.build import changes, ensure_engine
 from tandemrt.engines.tensorrt import layer_of
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_files import (
-    PROOF_NAME,
-    Layer,
-    check_engine_files,
-    engines_folder,
-    read_layers,
-    read_sidecar,
-)
+from tandemrt.runtime.cache import engines_folder
+from tandemrt.runtime.engine_files import PROOF_NAME, Layer, check_engine_files, read_layers, read_sidecar
 from tandemrt.runtime.errors import EngineError, TargetError
 
 from .conftest import Requests

@@ -20,6 +20,7 @@ from tandemrt.engines.plan import Request
 from tandemrt.engines.tensorrt import _Timings
 from tandemrt.runtime import engine_files
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import PROOF_NAME
 from tandemrt.runtime.engine_search import find_engine
@@ -175,11 +176,11 @@ def test_a_lock_that_cannot_be_removed_is_let_go(
         lock = claim.lock
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(lock)
-    caches._sweep(engine_files.engines_folder(tmp_path))
+    caches._sweep(engines_folder(tmp_path))
     assert len([*Path("/proc/self/fd").iterdir()]) == opened
     monkeypatch.undo()
-    caches._sweep(engine_files.engines_folder(tmp_path))
-    assert list(engine_files.engines_folder(tmp_path).iterdir()) == []
+    caches._sweep(engines_folder(tmp_path))
+    assert list(engines_folder(tmp_path).iterdir()) == []
 
 
 def test_what_a_killed_builder_leaves_of_timings_is_swept(request_: Request, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,8 +20,8 @@ from tandemrt.engines.build import Outcome, ensure_engine
 from tandemrt.engines.plan import Request
 from tandemrt.runtime.build_commands import build_command
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import cache_at, engines_folder
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import PLAIN
@@ -212,9 +211,7 @@ def test_generate_runs_on_the_engines_of_the_cache_that_it_is_given(
         assert main(["generate", str(tiny_path), *target, *settings, *given]) == 0
         (image,) = json.loads(capsys.readouterr().out)["images"]
         assert image["step_engines"] is bool(given)
-    assert os.environ["TANDEMRT_CACHE"] == str(tmp_path / "none")
-    with cache_at(cache):
-        command = build_command(Bundle.open(tiny_path), "unet", parse_target("openvino:cpu"), PLAIN)
+    command = build_command(Bundle.open(tiny_path), "unet", parse_target("openvino:cpu"), PLAIN, cache=cache)
     assert command.endswith(f"--component unet --cache '{cache}'")
 
 

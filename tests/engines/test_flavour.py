@@ -28,8 +28,9 @@ from tandemrt.runtime import engine_search, targets
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.refit import Refit
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import SIDECAR_NAME, engines_folder, read_sidecar
+from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
 from tandemrt.runtime.engine_search import find_engine
 from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, RequestError, TargetError
 from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_inputs

@@ -21,16 +21,19 @@ from tandemrt.runtime import ExecutionError, Pipeline, engine_session
 from tandemrt.runtime.backends import onnxruntime as ort_backend
 from tandemrt.runtime.backends import openvino as openvino_backend
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import SIDECAR_NAME, engines_folder, read_sidecar
+from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
 from tandemrt.runtime.engine_search import has_engine, profile_for
 from tandemrt.runtime.engine_session import EngineSession, Loader
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
+from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.ran_on import GRAPH, RanOn
 from tandemrt.runtime.targets import Target, parse_target
 from tandemrt.runtime.trace import Trace
 
+from ..runtime.lora_writing import write_lora
 from .conftest import Requests
 from .test_build import VERSIONS, silent
 
@@ -172,6 +175,25 @@ def test_an_engine_that_does_not_run_is_told(target: str, tiny_path: Path, reque
         ((graph,),) = {ran["unet"]}
         assert (graph.engine, len(graph.refused)) == (None, 1)
         assert re.search(told, graph.refused[0])
+
+
+def test_each_pipeline_has_the_cache_it_was_opened_with(
+    tiny_path: Path, requests: Requests, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, arguments = "openvino:cpu:fp32", {"seed": 7, "num_inference_steps": 1}
+    (request,) = requests(target, components=("unet",), profiles=("64:guided",))
+    key = ensure_engine(request, cache / "own", silent, VERSIONS).folder.name
+    with (
+        Pipeline.open(tiny_path, target, threads=1, cache=cache / "own") as own,
+        Pipeline.open(tiny_path, target, threads=1) as other,
+    ):
+        monkeypatch.setenv("TANDEMRT_CACHE", str(cache / "own"))
+        assert own("red blue", **arguments).timings.ran_on["unet"] == (RanOn(key, "plain"),)
+        assert other("red blue", placement="auto", **arguments).timings.ran_on["unet"] == (GRAPH,)
+        lora = write_lora(cache / "lora.safetensors", {"unet": projections(tiny_path / "unet" / "model.onnx")}, rank=1)
+        with pytest.raises(EngineError, match=rf"--cache {cache}`\.$"):
+            other("red blue", loras={lora: 1.0}, **arguments)
+    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == ["own", "placements"]
 
 
 def test_a_call_that_no_profile_takes_is_told(tiny_path: Path, requests: Requests, cache: Path) -> None:

@@ -22,8 +22,8 @@ from tandemrt.engines.profiles import parse_profile
 from tandemrt.engines.step import step_graph
 from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, engine_files, step_engines
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import engines_folder
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.ran_on import Ran
 from tandemrt.runtime.solvers import SOLVERS

@@ -12,6 +12,7 @@ import pytest
 
 from tandemrt.runtime import CancelledError, Pipeline
 from tandemrt.runtime.auto_placement import AutoPlacement
+from tandemrt.runtime.cache import cache_folder
 from tandemrt.runtime.placement import Branches
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.targets import parse_target
@@ -49,7 +50,8 @@ Open = Callable[..., Pipeline]
 def chosen(pipe: Pipeline, ms: dict[str, float], compiled: Plan | None = None, **more: Any) -> tuple[str, list[str]]:
     """The choice of a newly opened pipeline where rows take these times, and the rows that were tried."""
     rows: list[str] = []
-    auto = AutoPlacement(pipe.bundle, parse_target(more.get("target", "onnxruntime:cpu")), more.get("threads", 2))
+    target = parse_target(more.get("target", "onnxruntime:cpu"))
+    auto = AutoPlacement(pipe.bundle, target, more.get("threads", 2), cache_folder())
     placement = auto.choose(
         compiled or plan(4),
         more.get("shape", SHAPE),

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import (
     FORMAT,
@@ -19,7 +20,6 @@ from tandemrt.runtime.engine_files import (
     Ingredients,
     InputRange,
     Layer,
-    engines_folder,
     origin_of,
     weights_of,
 )

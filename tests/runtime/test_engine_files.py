@@ -14,15 +14,14 @@ import pytest
 from tandemrt.runtime import engine_search
 from tandemrt.runtime.build_commands import build_command, call_profile
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import cache_folder, engines_folder
 from tandemrt.runtime.engine_files import (
     FORMAT,
     SIDECAR_NAME,
     Engine,
     Ingredients,
     InputRange,
-    cache_folder,
     cached_engines,
-    engines_folder,
     origin_of,
     read_sidecar,
     weights_of,
