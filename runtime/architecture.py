@@ -1,7 +1,8 @@
-"""What compiled code depends on besides its device: the operating system, and the processor's instruction sets."""
+"""The machine as compiled code meets it: the system, the processor's instruction sets, how many CPUs there are."""
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -40,3 +41,8 @@ def cpu_architecture() -> str:
         model, flags = None, frozenset()
     known = [name for names in INSTRUCTION_SETS.values() for name in names if name in flags]
     return " ".join([system_architecture(), model or platform.processor() or "unknown", *known])
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

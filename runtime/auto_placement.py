@@ -13,14 +13,14 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-from .architecture import cpu_architecture
+from .architecture import cpu_architecture, usable_cpus
 from .backends.base import Shape
 from .bundle import Bundle
 from .files import write_whole
 from .manifest import Frozen
 from .placement import Placed, refusal
 from .plan import Plan
-from .targets import Target, installed_version, nvidia_gpus, usable_cpus
+from .targets import Target, installed_version, nvidia_gpus
 
 FORMAT = 1
 MAX_BYTES = 1 << 16

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from .architecture import usable_cpus
 from .backends import streams_for
 from .backends.base import Array, Session, Shape
 from .bundle import Bundle
@@ -20,7 +21,7 @@ from .images import Float32, pixels_from_decoded
 from .loras import Fitted
 from .ran_on import Ran, serving
 from .stage_engines import find_stages
-from .targets import Target, usable_cpus
+from .targets import Target
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
 from .trace import span

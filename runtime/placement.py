@@ -12,12 +12,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .architecture import usable_cpus
 from .backends.base import Array, Session, Shape
 from .binding import Bound, Conditioning, bind
 from .control import Control, Running, Steering, steer
 from .errors import RequestError, TandemError, TargetError
 from .plan import Plan
-from .targets import ENGINES_ONLY, Target, usable_cpus
+from .targets import ENGINES_ONLY, Target
 from .tensors import latent_names
 from .trace import span
 

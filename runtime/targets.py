@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -297,8 +296,3 @@ def nvidia_gpus() -> tuple[str, ...]:
         found = re.search(r"^Model:\s*(.+)$", information.read_text("utf-8", "replace"), re.MULTILINE)
         models.append(found[1] if found else information.parent.name)
     return tuple(models)
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

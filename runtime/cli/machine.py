@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..architecture import INSTRUCTION_SETS, parse_cpuinfo
-from ..targets import usable_cpus
+from ..architecture import INSTRUCTION_SETS, parse_cpuinfo, usable_cpus
 
 NVIDIA_FIELDS = ("name", "compute_cap", "driver_version", "memory.total")
 NVIDIA_SMI_TIMEOUT_S = 10.0
