@@ -148,7 +148,7 @@ def test_stages_that_turn_out_not_to_fit_are_told_before_the_first_row(
 ) -> None:
     """As where the text is longer than a profile takes, which the latents do not show."""
     monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
-    monkeypatch.setattr(models, "find_stages", lambda *asked: find_stages(*asked[:-1], (1, 4, 8, 8)))
+    monkeypatch.setattr(models, "find_stages", lambda *asked, **at: find_stages(*asked[:-1], (1, 4, 8, 8), **at))
     with Pipeline.open(shapes_bundle, "openvino:cpu", threads=2) as pipeline:
         stream = pipeline.stream(**in_window(), num_images_per_prompt=3)
         with pytest.raises(EngineError, match=r"unet: no engine .*stage 1 of 2.* has no profile for this call"):
@@ -178,7 +178,9 @@ def test_threads_of_requests_paint_what_serial_ones_paint(
     looked: list[tuple[Any, ...]] = []
     jobs = [{**in_window(**config), "seed": seed} for config in ({}, {"stride": 2}, {"model_n": 4}) for seed in (7, 8)]
     serial = [pipe(**job).latents for job in jobs]
-    monkeypatch.setattr(models, "find_stages", lambda *asked: (looked.append(asked[3:]), find_stages(*asked))[1])
+    monkeypatch.setattr(
+        models, "find_stages", lambda *asked, **at: looked.append(asked[3:]) or find_stages(*asked, **at)
+    )
     with Pipeline.open(shapes_bundle, threads=2) as pipeline:
         together = at_once([lambda job=job: pipeline(**job).latents for job in jobs * 2])
     assert sorted(looked) == [(2, (1, 4, 8, 8)), (4, (1, 4, 8, 8))]
