@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle
 from ..runtime.cache import cache_folder
 from ..runtime.cli.reporter import Reporter
-from ..runtime.errors import CacheError
-from ..runtime.targets import parse_target
+from ..runtime.errors import ArgumentError, CacheError
+from ..runtime.targets import Target, parse_target
 from .build import ensure_engine
 from .estimate import memory_available_bytes
 from .flavour import Options
+from .ingredients import require_buildable
 from .plan import BuildPlan, Request, requests_of
 from .profiles import parse_profile
 from .together import for_each
@@ -160,9 +161,10 @@ def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
     Raises:
         ArgumentError: a value that cannot be used.
     """
+    options = Options(refit=args.refit, version_compatible=args.version_compatible)
     return BuildPlan(
         bundle=args.bundle,
-        targets=for_each(args.target, parse_target, "--target"),
+        targets=_targets(args.target, options),
         cache=cache_folder(args.cache),
         components=tuple(args.component),
         profiles=for_each(args.profile, parse_profile, "--profile"),
@@ -171,9 +173,23 @@ def plan_from_arguments(args: argparse.Namespace) -> BuildPlan:
         lora_rank=args.lora_rank,
         step=args.step,
         fold_steps=args.fold_steps,
-        options=Options(refit=args.refit, version_compatible=args.version_compatible),
+        options=options,
         stages=args.stages,
     )
+
+
+def _targets(texts: Sequence[str], options: Options) -> tuple[Target, ...]:
+    """The targets of these names; where one is none, what keeps the others from being built for is told with it."""
+
+    def buildable(text: str) -> Target:
+        target = parse_target(text)
+        require_buildable(target, options)
+        return target
+
+    try:
+        return for_each(texts, parse_target, "--target")
+    except ArgumentError:
+        return for_each(texts, buildable, "--target")
 
 
 def plan_facts(plan: BuildPlan) -> dict[str, Any]:

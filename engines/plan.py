@@ -62,7 +62,9 @@ class BuildPlan:
                 "--fold-steps", "given without --step", remedy="Time steps are built into step engines."
             )
         if bool(self.lora_slots) != bool(self.lora_rank):
-            raise ArgumentError("--lora-slots, --lora-rank", "one without the other", remedy="Give both.")
+            expected = "both from 1 on, or neither"
+            got = self.lora_slots, self.lora_rank
+            raise ArgumentError("--lora-slots, --lora-rank", "one without the other", got=got, expected=expected)
         others = [str(target) for target in self.targets if target.backend not in ENGINES_ONLY]
         if self.options.words and others:
             expected = f"targets of {' or '.join(sorted(ENGINES_ONLY))} alone"

@@ -28,5 +28,6 @@ def for_each(values: Sequence[Value], make: Callable[[Value], Made], option: str
         raise refused[0]
     if refused:
         numbered = " ".join(f"({number}) {error}" for number, error in enumerate(refused, start=1))
-        raise type(refused[0])(option, f"{len(refused)} of {len(values)} cannot be used: {numbered}")
+        what = f"{len(refused)} of {len(values)} cannot be used: {numbered.removesuffix('.')}"
+        raise type(refused[0])(option, what)
     return tuple(made)

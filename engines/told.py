@@ -89,7 +89,8 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         "estimated_build_s": sum(one["estimated_build_s"] for one in engines),
         "estimated_size_bytes": sum(one["estimated_size_bytes"] for one in engines),
     }
-    what = f"{_counted(len(engines))} to be built one after the other, about {_needs(together)}"
+    after_another = " one after the other" if len(engines) > 1 else ""
+    what = f"{_counted(len(engines))} to be built{after_another}, about {_needs(together)}"
     yield f"{what if engines else 'nothing to be built'}; {there} in the cache ({facts['cache']})"
 
 

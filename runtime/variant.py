@@ -55,7 +55,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
         parts = (
             f"{self.lora_slots} LoRA slots of rank {self.lora_rank}" if self.lora_slots else "",
             f"{self.step} step" if self.step else "",
-            f"{len(self.timesteps)} time steps built in" if self.timesteps else "",
+            f"{len(self.timesteps)} time step{'s' * (len(self.timesteps) > 1)} built in" if self.timesteps else "",
             f"stage {self.stage[0] + 1} of {self.stage[1]}" if self.stage else "",
         )
         return ", ".join(filter(None, parts)) or "plain"

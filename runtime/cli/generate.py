@@ -19,7 +19,6 @@ from ..output import Output
 from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan
 from ..plan_steps import parse_steps
-from ..ran_on import RanOn
 from ..request import Request
 from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
@@ -92,6 +91,7 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
         images = [image for request, names in checked.named for image in job.paint(request, names, count)]
     return {
         **facts,
+        "plan": {**checked.compiled.facts(), "placement": images[0]["placement"]},  # that ran, where it was `auto`
         "seed": seed,
         "images": images,
         "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
@@ -140,16 +140,21 @@ class _Job:
                 texts = {**self._texts(request, seed), "row": str(event.row + 1)}
                 write_picture(image, names.preview(seed, event.row), texts, force=self.plan.force)
         output = stream.result()
-        self._tell(output.timings.ran_on)
+        self._tell(output)
         yield from self._written(output, request, names)
 
-    def _tell(self, ran_on: Mapping[str, Sequence[RanOn]]) -> None:
-        """Say what the models ran on and, of engines that were there and did not run, why: where it is news."""
+    def _tell(self, output: Output) -> None:
+        """Say what the models ran on, why engines that were there did not run, and what became of guidance, if new."""
+        ran_on = output.timings.ran_on
         ran = "; ".join(f"{name} on {' and '.join(dict.fromkeys(map(str, ones)))}" for name, ones in ran_on.items())
         refused = [
             f"{name} ran on {one}: {why}" for name, ones in ran_on.items() for one in ones for why in one.refused
         ]
-        for told, tell in ((f"ran {ran}", self.reporter.note), *((why, self.reporter.warn) for why in refused)):
+        notes = [f"ran {ran}"]
+        if self.plan.guidance == "adaptive" or self.plan.placement in ("auto", "hybridiff"):
+            notes.append(_guidance_line(output.plan))
+        tellings = [*((note, self.reporter.note) for note in notes), *((why, self.reporter.warn) for why in refused)]
+        for told, tell in tellings:
             if told not in self.told:
                 self.told.add(told)
                 tell(told)
@@ -178,6 +183,13 @@ class _Job:
 
     def _texts(self, request: Mapping[str, Any], seed: int) -> dict[str, str]:
         return png_facts(request, seed, self.facts)
+
+
+def _guidance_line(plan: Plan) -> str:
+    """What became of guidance in the rows of an output's plan."""
+    both = sum(row.guided for row in plan.ran)
+    window = f", tau1 {plan.taus[0]}, tau2 {plan.taus[1]}" if plan.taus else ""
+    return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{window}"
 
 
 def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:

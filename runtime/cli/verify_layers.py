@@ -96,7 +96,8 @@ def run(plan: LayersPlan, bundle: Bundle, reporter: Reporter) -> dict[str, Any]:
         for target in plan.targets
         for name in names
     )
-    compared = [{**msgspec.to_builtins(report), "diverges": report.diverges} for report in reports]
+    extract = None if plan.extract is None else str(plan.extract)
+    compared = [{**msgspec.to_builtins(report), "diverges": report.diverges, "extract": extract} for report in reports]
     return {"path": str(bundle.path), "digest": bundle.digest, "layers": compared}
 
 
@@ -117,6 +118,8 @@ def _lines(one: Mapping[str, Any]) -> Iterator[str]:
     elif one["diverges"]:
         yield "  no value in between is over it: read one by one, none is fused, so look at what the target fuses"
     part = one["part"]
+    if first is None and one["extract"] is not None:
+        yield f"  {one['extract']} was not written: there is no value in between that is over it"
     if part is not None:
         nodes = "1 node" if part["nodes"] == 1 else f"{part['nodes']} nodes"
         yield f"  by itself {nodes} that make it, given the reference's values, are off by {_error(part)}:"

@@ -119,6 +119,17 @@ def test_one_bundle_in_fp16_serves_tensorrt_rtx_in_fp16_and_openvino_in_bf16(
             "one of cpu. (2) target tensorrt-rtx: GPU architecture, got 'sm99'",
         ),
         (
+            ["--target", "openvino:gpu", "--target", "directml", "--target", "onnxruntime:cpu"],
+            1,
+            "one of cpu. (2) target: backend, got 'directml', expected auto or one of onnxruntime, openvino, "
+            "tensorrt-rtx, tensorrt.\n",
+        ),
+        (
+            ["--target", "onnxruntime:cpu", "--lora-slots", "0", "--lora-rank", "4"],
+            2,
+            "--lora-slots, --lora-rank: one without the other, got (0, 4), expected both from 1 on, or neither.",
+        ),
+        (
             ["--target", "onnxruntime:cpu", "--step", "--fold-steps", "0"],
             2,
             "--fold-steps: not a number of steps from 1",

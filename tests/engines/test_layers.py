@@ -191,6 +191,13 @@ def test_every_component_is_given_what_a_generation_gives_it(write: Callable[[Pa
         assert all(array.any() for key, array in given.items() if "residual" not in key and "time_ids" not in key)
 
 
+def test_that_nothing_is_cut_out_is_said(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "part.onnx"
+    assert main(["verify", str(tiny_path), *ONE, "--extract", str(path)]) == 0
+    assert f"  {path} was not written: there is no value" in capsys.readouterr().out
+    assert not path.exists()
+
+
 def test_a_step_engine_does_not_run_in_the_place_of_what_is_watched(tiny_path: Path, tiny: Bundle, cache: Path) -> None:
     target = ["--target", "onnxruntime:cpu", "--component", "unet"]
     arguments = [*target, "--step", "--profile", "64:unguided", "--cache", str(cache)]

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from PIL import Image
 
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.cli.generate import _guidance_line
 from tandemrt.runtime.cli.pictures import slug
 from tandemrt.runtime.cli.prompts import prompts_from_file
 from tandemrt.runtime.cli.values import parse_settings, parse_size
 from tandemrt.runtime.errors import ArgumentError, RequestError
 from tandemrt.runtime.pipeline import Pipeline
+from tandemrt.runtime.plan import RowGuidance
 from tandemrt.runtime.solvers import SOLVERS
 
 from .tiny_bundle import write_tiny_bundle
@@ -115,6 +118,26 @@ def test_json_describes_the_run(bundle: Path, tmp_path: Path, capsys: pytest.Cap
     assert {image["seed"] for image in result["images"]} == {result["seed"]}
     assert [Path(image["path"]).name for image in result["images"]] == names(tmp_path)
     assert "1/2 red: 4/4" in stderr
+
+
+@pytest.mark.parametrize("asked", [["--placement", "auto"], ["--guidance", "adaptive"]])
+def test_what_became_of_guidance_is_told(
+    asked: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path / "cache"))
+    assert generate(bundle, tmp_path / "out", "--prompt", "red", "--prompt", "blue", "--json", *STEPS, *asked) == 0
+    stdout, stderr = capsys.readouterr()
+    result = json.loads(stdout)
+    image = result["images"][0]
+    assert result["plan"]["placement"] == image["placement"] == image["guidance"][0]["placement"] != "auto"
+    both = sum(row["guided"] for row in image["guidance"])
+    assert f"guidance: both branches in {both} of 4 rows, {image['placement']}\n" in stderr
+
+
+def test_hybridiffs_window_is_told() -> None:
+    ran = [RowGuidance(True, "parallel", "guided"), RowGuidance(False, "pipelined", "in the window", taus=(1, 2))]
+    plan = Mock(ran=ran, taus=(1, 2), placement="hybridiff")
+    assert _guidance_line(plan) == "guidance: both branches in 1 of 2 rows, hybridiff, tau1 1, tau2 2"
 
 
 def test_a_random_seed_is_another_one_each_time(bundle: Path, tmp_path: Path) -> None:
