@@ -23,8 +23,8 @@ from .job import Job, Progress
 from .plan import Request
 from .process import build_apart
 
-# What two engines have in common of which one takes the other's place.
-_KIND = ("backend", "device", "precision", "variant")
+# What two engines have in common of which one takes the other's place, beside component and backend.
+_KIND = ("device", "precision", "variant")
 # A file system with less than this has no room for anything.
 _NEXT_TO_NOTHING_BYTES = 64 << 10
 
@@ -144,9 +144,9 @@ def _graph(request: Request, folder: Path) -> Path:
 
 
 def changes(request: Request, cache: Path) -> tuple[str, ...] | None:
-    """What differs from the nearest engine of the kind in the cache; none where that is the one asked for.
+    """What differs from the nearest engine in the cache; none where that is the one asked for.
 
-    Of the kind are those of the component, on the same device, in the same precision and variant.
+    Near are those of the component for the backend, nearer those on the same device, in the same precision and variant.
     None where the cache has no such engine.
 
     Raises:
@@ -159,13 +159,13 @@ def changes(request: Request, cache: Path) -> tuple[str, ...] | None:
         return (f"the engine in {place} is damaged",)
     wanted = request.ingredients
     alike = [
-        tuple(_differences(engine, request))
+        (sum(getattr(engine.ingredients, name) != getattr(wanted, name) for name in _KIND), found)
         for _, engine in cached_engines(cache)
         if not isinstance(engine, EngineError)
-        and engine.component == request.component
-        and all(getattr(engine.ingredients, name) == getattr(wanted, name) for name in _KIND)
+        and (engine.component, engine.ingredients.backend) == (request.component, wanted.backend)
+        for found in (tuple(_differences(engine, request)),)
     ]
-    return min(alike, key=len, default=None)
+    return min(alike, key=lambda one: (one[0], len(one[1])), default=(0, None))[1]
 
 
 def _differences(there: Engine, request: Request) -> Iterator[str]:
@@ -174,17 +174,37 @@ def _differences(there: Engine, request: Request) -> Iterator[str]:
     for name in before:
         if before[name] == after[name] or name == "origin":
             continue
+        if name == "graph" and before["variant"] != after["variant"] and before["origin"] == after["origin"]:
+            continue  # it is another since something else was made of the bundle's
         if name == "weights":
             yield "the weights changed"
         elif name == "graph":
             yield f"the graph changed (sha256 {before[name][:12]} there, {after[name][:12]} now)"
         elif name == "profiles":
-            yield f"the profiles changed ({_named(there.profile_names)} there, {_named(request.profile_names)} now)"
+            yield from _other_profiles(there, request)
         elif name == "flags":
             keys = [key for key in {**before[name], **after[name]} if before[name].get(key) != after[name].get(key)]
             yield f"options of the builder changed ({', '.join(sorted(keys))})"
+        elif str(before[name]) == str(after[name]):
+            yield f"what was made of the graph changed ({after[name]}: others)"
         else:
             yield f"the {name.replace('_', ' ')} changed ({before[name]} there, {after[name]} now)"
+
+
+def _other_profiles(there: Engine, request: Request) -> Iterator[str]:
+    """How the profiles differ: by their names or, where these are the same, by the shapes of inputs that both have."""
+    if there.profile_names != request.profile_names:
+        yield f"the profiles changed ({_named(there.profile_names)} there, {_named(request.profile_names)} now)"
+        return
+    pairs = zip(there.ingredients.profiles, request.ingredients.profiles, strict=False)
+    shapes = [
+        f"{name} {before[name]} there, {after[name]} now"
+        for before, after in pairs
+        for name in sorted(before.keys() & after.keys())
+        if before[name] != after[name]
+    ]
+    if shapes:
+        yield f"the profiles' shapes changed ({', '.join(shapes)})"
 
 
 def _named(profiles: Sequence[str]) -> str:

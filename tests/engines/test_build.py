@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,9 @@ from tandemrt.engines.build import changes, ensure_engine
 from tandemrt.engines.tensorrt import layer_of
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import engines_folder
-from tandemrt.runtime.engine_files import PROOF_NAME, Layer, check_engine_files, read_layers, read_sidecar
+from tandemrt.runtime.engine_files import PROOF_NAME, InputRange, Layer, check_engine_files, read_layers, read_sidecar
 from tandemrt.runtime.errors import EngineError, TargetError
+from tandemrt.runtime.variant import Variant
 
 from .conftest import Requests
 
@@ -167,6 +169,27 @@ def test_other_profiles_are_told_by_their_names(requests: Requests, tmp_path: Pa
     ensure_engine(request, tmp_path, silent, VERSIONS)
     (wider,) = requests("openvino:cpu", components=("unet",), profiles=("wide=96x64",))
     assert changes(wider, tmp_path) == ("the profiles changed (64 there, wide now)",)
+
+
+def test_the_nearest_engine_is_what_is_compared_with(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("onnxruntime:cpu", components=("unet",))
+    ensure_engine(request, tmp_path, silent, VERSIONS)
+    slots = Variant(lora_slots=2, lora_rank=4)
+    made_of = msgspec.structs.replace(request.ingredients, variant=slots, graph="0" * 64)
+    with_slots = replace(request, ingredients=made_of)
+    assert changes(with_slots, tmp_path) == ("the variant changed (plain there, 2 LoRA slots of rank 4 now)",)
+    elsewhere = replace(request, ingredients=msgspec.structs.replace(request.ingredients, device="cuda"))
+    assert changes(elsewhere, tmp_path) == ("the device changed (cpu there, cuda now)",)
+
+
+def test_another_text_length_is_told(requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",), profiles=("64:guided",))
+    ensure_engine(request, tmp_path, silent, VERSIONS)
+    (ranges,) = request.ingredients.profiles
+    longer = InputRange(min=(2, 24, 8), opt=(2, 24, 8), max=(2, 24, 8))
+    made_of = msgspec.structs.replace(request.ingredients, profiles=({**ranges, "encoder_hidden_states": longer},))
+    told = "the profiles' shapes changed (encoder_hidden_states (2, 12, 8) there, (2, 24, 8) now)"
+    assert changes(replace(request, ingredients=made_of), tmp_path) == (told,)
 
 
 def test_a_damaged_engine_is_built_anew(requests: Requests, tmp_path: Path) -> None:
