@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.plan import BuildPlan, requests_of
@@ -36,12 +35,11 @@ def build_stages(bundle: Path, cache: Path, component: str, count: int, target: 
         ensure_engine(request, cache, lambda label, done, total: None, {})
 
 
-def require_tandem(pipe: Pipeline, cache: Path, component: str, **arguments: Any) -> None:
+def require_tandem(bundle: Path, cache: Path, component: str, **arguments: Any) -> None:
     """Every placement paints one picture, and the window's pictures are others, of stages built into `cache`."""
-    build_stages(pipe.bundle.path, cache, component, 2)
+    build_stages(bundle, cache, component, 2)
     given = {"seed": 7, "num_inference_steps": ROWS, "output_type": "np", **arguments}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TANDEMRT_CACHE", str(cache))
+    with Pipeline.open(bundle, cache=cache) as pipe:
         expected = pipe(**given)
         assert expected.images[0].std() > 0.01
         for placement in ("sequential", "parallel", "auto"):

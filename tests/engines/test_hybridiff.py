@@ -120,8 +120,7 @@ def test_what_cannot_be_is_refused_before_the_run(
 
 @pytest.fixture(scope="module")
 def pipe(shapes_bundle: Path, cache: Path) -> Iterator[Pipeline]:
-    with pytest.MonkeyPatch.context() as patch, Pipeline.open(shapes_bundle, threads=2) as pipeline:
-        patch.setenv("TANDEMRT_CACHE", str(cache))
+    with Pipeline.open(shapes_bundle, threads=2, cache=cache) as pipeline:
         yield pipeline
 
 

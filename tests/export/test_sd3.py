@@ -67,7 +67,7 @@ def test_sd3_builds_on_every_backend(sd3: Family, tmp_path: Path) -> None:
 
 
 def test_sd3_in_tandem(sd3: Family, tmp_path: Path) -> None:
-    require_tandem(sd3.pipe, tmp_path, "transformer", prompt=PROMPT, guidance_scale=7.0, **SIZE)
+    require_tandem(sd3.pipe.bundle.path, tmp_path, "transformer", prompt=PROMPT, guidance_scale=7.0, **SIZE)
 
 
 def mask() -> Image.Image:

@@ -106,4 +106,4 @@ def test_sdxl_builds_on_every_backend(sdxl: Family, tmp_path: Path) -> None:
 
 
 def test_sdxl_in_tandem(sdxl: Family, tmp_path: Path) -> None:
-    require_tandem(sdxl.pipe, tmp_path, "unet", prompt=PROMPT, guidance_scale=5.0, **SIZE)
+    require_tandem(sdxl.pipe.bundle.path, tmp_path, "unet", prompt=PROMPT, guidance_scale=5.0, **SIZE)
