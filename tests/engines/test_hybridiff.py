@@ -180,7 +180,7 @@ def test_threads_of_requests_paint_what_serial_ones_paint(
     monkeypatch.setattr(
         models, "find_stages", lambda *asked, **at: looked.append(asked[3:]) or find_stages(*asked, **at)
     )
-    with Pipeline.open(shapes_bundle, threads=2) as pipeline:
+    with Pipeline.open(shapes_bundle, threads=2, cache=cache) as pipeline:
         together = at_once([lambda job=job: pipeline(**job).latents for job in jobs * 2])
     assert sorted(looked) == [(2, (1, 4, 8, 8)), (4, (1, 4, 8, 8))]
     for index, made in enumerate(together):
