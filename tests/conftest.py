@@ -22,14 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the deep tests out unless they are asked for, and put files with slow tests first.
 
-    Otherwise a worker could come to one of these when the others have nothing left to do.
+    Otherwise a worker could come to one of these when the others have nothing left to do. The first file of those that
+    need the shapes family starts, and the rest of them come last: workers wait while one of them exports it.
     """
     if not config.getoption("--deep"):
         deep = [item for item in items if item.get_closest_marker("deep")]
         config.hook.pytest_deselected(items=deep)
         items[:] = [item for item in items if item not in deep]
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    slow = dict.fromkeys(item.path for item in items if item.get_closest_marker("slow"))
+    shapes = {item.path for item in items if "shapes_bundle" in getattr(item, "fixturenames", ())}
+    first = next((path for path in slow if path in shapes), None)
+    ranks = {path: 2 if path in shapes else 1 for path in slow} | {first: 0}
+    items.sort(key=lambda item: ranks.get(item.path, 3))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from .family import Family, drawn, require_same
 
 
 @pytest.mark.slow
-def test_a_sketch_in_one_step_and_its_engines(tmp_path: Path) -> None:
-    family = Family("sdxs-512-sketch", tmp_path, {"controlnet_sketch": "controlnet-sdxs-sketch"})
+def test_a_sketch_in_one_step_and_its_engines(tmp_path: Path, true_depth: bool) -> None:
+    added = {"controlnet_sketch": "controlnet-sdxs-sketch"}
+    family = Family("sdxs-512-sketch", tmp_path, added, true_depth=true_depth)
     controlnet = ControlNetModel.from_pretrained(family.folders["controlnet_sketch"], dtype=torch.float32)
     sketch, same = drawn(), {"num_inference_steps": 1, "guidance_scale": 0.0, "controlnet_conditioning_scale": 0.8}
     parts = {"controlnet": controlnet, "requires_safety_checker": False}
