@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deep",
         action="store_true",
-        help="the tests marked deep too, and families with all the blocks their authors publish; takes 15 minutes more",
+        help="the tests marked deep too, and families with all the blocks their authors publish",
     )
 
 

@@ -1,8 +1,7 @@
 """Graphs as OpenVINO is to compile them: the angles of sinusoidal embeddings stay in fp32 whatever the rest is in.
 
 Told to compute in bf16, OpenVINO rounds time steps, and their products with the frequencies, to eight bits: 999 becomes
-1000, and a sine's argument is off by up to two radians. Reduced SDXL and SD3 denoisers with random weights came out 15%
-off at time step 999, and 1% with their angles kept (OpenVINO 2026.4).
+1000, and a sine's argument is off by up to two radians. `docs/engines.md` has what that does to a denoiser.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def states() -> Callable[[str], dict[str, State]]:
 
 @pytest.fixture(scope="session")
 def true_depth(pytestconfig: pytest.Config) -> bool:
+    """Whether families are to have all their blocks; see `family.at_depth`."""
     return bool(pytestconfig.getoption("--deep"))
 
 
