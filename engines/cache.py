@@ -117,7 +117,7 @@ def cached(cache: Path, key: str) -> tuple[Path, Engine] | None:
     """The engine of `key` if it is there and whole; a damaged one counts as none, since it is built anew.
 
     Files are hashed once: what came of it is kept beside them and holds as long as none is touched. What is loaded is
-    hashed each time nevertheless; see `find_engine`.
+    hashed each time nevertheless; see `check_engine_files`.
     """
     place = engines_folder(cache) / key
     if not os.path.lexists(place):

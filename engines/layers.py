@@ -15,8 +15,8 @@ from onnx import TensorProto
 from ..runtime.backends import target_here
 from ..runtime.backends.base import Array
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import GRAPH_NAME, Shape
-from ..runtime.engine_search import Found, find_engine
+from ..runtime.engine_files import GRAPH_NAME, Shape, check_engine_files
+from ..runtime.engine_search import Found, fitting_engines
 from ..runtime.engine_session import Loader
 from ..runtime.errors import EngineError
 from ..runtime.manifest import Frozen
@@ -223,9 +223,11 @@ def _written(model: onnx.ModelProto, folder: Path) -> Path:
 def _engine(bundle: Bundle, name: str, target: Target, shapes: Mapping[str, Shape]) -> Found | None:
     """The compiled engine in the cache that a pipeline would run, if there is one."""
     try:
-        return find_engine(bundle, name, target, shapes)
+        found = fitting_engines(bundle, name, target, shapes)[0]
+        check_engine_files(found.folder, found.engine)
     except EngineError:
         return None
+    return found
 
 
 def _ran(runner: Any, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -23,7 +23,6 @@ from .engine_files import (
     Shape,
     architecture_of,
     cached_engines,
-    check_engine_files,
     origin_of,
     weights_of,
 )
@@ -51,39 +50,6 @@ class Found:
         return self.width, made_of.variant.cost, REFIT in made_of.flags, self.folder.name
 
 
-def find_engine(
-    bundle: Bundle,
-    component: str,
-    target: Target,
-    shapes: Mapping[str, Shape] | None = None,
-    *,
-    cache: Path | None = None,
-    variant: Variant = PLAIN,
-) -> Found:
-    """The engine in the cache that runs a component on a target, its files proved to be those that were built.
-
-    Raises:
-        EngineError: as `fitting_engine`, or the files are others.
-        TargetError: the target's backend is not installed.
-    """
-    found = fitting_engine(bundle, component, target, shapes, cache=cache, variant=variant)
-    check_engine_files(found.folder, found.engine)
-    return found
-
-
-def fitting_engine(
-    bundle: Bundle,
-    component: str,
-    target: Target,
-    shapes: Mapping[str, Shape] | None = None,
-    *,
-    cache: Path | None = None,
-    variant: Variant = PLAIN,
-) -> Found:
-    """The best of `fitting_engines`."""
-    return fitting_engines(bundle, component, target, shapes, cache=cache, variant=variant)[0]
-
-
 def fitting_engines(
     bundle: Bundle,
     component: str,
@@ -94,6 +60,8 @@ def fitting_engines(
     variant: Variant = PLAIN,
 ) -> list[Found]:
     """The engines in the cache that run a component on a target, by what their sidecars say, the best first.
+
+    Their files are looked at when one is loaded; see `check_engine_files`.
 
     target: for TensorRT with the one architecture that is here, such as `tensorrt-rtx:sm89`.
     shapes: of the call's inputs, those of LoRA slots may be left out; None for engines of any profile. Of several that
@@ -136,7 +104,7 @@ def engines_of(
     """Every engine in the cache that was built from a component for a target's backend, in any variant.
 
     With each comes why it does not run here, in words that follow its name; None where it does. target, cache: as of
-    `fitting_engine`.
+    `fitting_engines`.
 
     Raises:
         EngineError: as of `cached_engines`.

@@ -13,7 +13,7 @@ from .build_commands import build_command
 from .bundle import Bundle
 from .cache import cache_folder
 from .engine_files import Engine, check_engine_files
-from .engine_search import Found, fitting_engine, fitting_engines, has_engine
+from .engine_search import Found, fitting_engines, has_engine
 from .errors import EngineError, ExecutionError
 from .lora_slots import slot_shapes
 from .manifest import Component
@@ -146,7 +146,7 @@ class EngineSession:
         self._cache = loader.cache
         self._wanted, self._has_graph = variant, variant == PLAIN and not loader.engines_only
         if variant != PLAIN:
-            described = fitting_engine(bundle, name, target, cache=loader.cache, variant=variant).engine
+            described = fitting_engines(bundle, name, target, cache=loader.cache, variant=variant)[0].engine
             variant = described.ingredients.variant
         self.inputs, self.outputs, self.variant = described.inputs, described.outputs, variant
         self._by_shapes: dict[_Key, tuple[Session, RanOn]] = {}
@@ -178,9 +178,9 @@ class EngineSession:
         key = _key(shapes)
         with self._loader.lock:
             if key not in self._serving:
-                found = fitting_engine(
+                found = fitting_engines(
                     self._bundle, self._name, self._target, shapes, cache=self._cache, variant=self._wanted
-                )
+                )[0]
                 self._serving[key] = self._loader.granted(found.engine.ingredients.variant)
             return self._serving[key]
 

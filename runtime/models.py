@@ -14,7 +14,7 @@ from .architecture import usable_cpus
 from .backends import streams_for
 from .backends.base import Array, Session, Shape
 from .bundle import Bundle
-from .engine_search import engines_of, fitting_engine
+from .engine_search import engines_of, fitting_engines
 from .engine_session import Loader, engine_target
 from .errors import BundleError, ExecutionError
 from .images import Float32, pixels_from_decoded
@@ -92,7 +92,7 @@ class Models:
         engines = (engine for _, engine, misfit in listed if misfit is None)
         if not any(engine.ingredients.variant.serves(one) for engine in engines for one in wanted):
             # None serves, whatever the shapes: they are for the command that the error tells.
-            fitting_engine(self._bundle, name, target, {"noise": shape}, cache=self._cache, variant=variant)
+            fitting_engines(self._bundle, name, target, {"noise": shape}, cache=self._cache, variant=variant)
 
     def require_stages(self, name: str, count: int, shape: Shape) -> tuple[Variant, ...]:
         """See `find_stages`; what was found once is not looked for again."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from .backends.base import Shape
 from .bundle import Bundle
 from .engine_files import Engine
-from .engine_search import fitting_engine, fitting_engines
+from .engine_search import fitting_engines
 from .shapes import evaluated
 from .stages import call_sizes
 from .targets import Target
@@ -21,8 +21,8 @@ def find_stages(
 ) -> tuple[Variant, ...]:
     """What the engines are that are component `name`'s stages, `count` of one cut, in their order; loads nothing.
 
-    target, cache: as of `fitting_engine`. shape: the latents', (B, C, h, w); an engine's profile must take what follows
-    from it. What does not, the text's length, is not looked at.
+    target, cache: as of `fitting_engines`. shape: the latents', (B, C, h, w); an engine's profile must take what
+    follows from it. What does not, the text's length, is not looked at.
 
     Raises:
         EngineError: one is missing, or has no profile for such latents, with the command that builds it.
@@ -34,7 +34,7 @@ def find_stages(
         shapes = _known_shapes(bundle, name, built[0], shape)
         fitting = next((engine for engine in built if _takes(engine, shapes)), None)
         if fitting is None:  # what none takes of the call, none takes: this tells why
-            fitting = fitting_engine(bundle, name, target, shapes, cache=cache, variant=wanted).engine
+            fitting = fitting_engines(bundle, name, target, shapes, cache=cache, variant=wanted)[0].engine
         variants.append(fitting.ingredients.variant)
     return tuple(variants)
 

@@ -52,7 +52,7 @@ def open_session(model: Path, target: Target, *, threads: int | None = None, str
 
 
 def open_engine(found: Found, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:
-    """Load a compiled engine, whose files `find_engine` has proved.
+    """Load a compiled engine, whose files `check_engine_files` has proved.
 
     threads, streams: as of `open_session`; an engine on a GPU has no threads.
 

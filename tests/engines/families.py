@@ -18,7 +18,7 @@ from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import default_profile, input_ranges
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.targets import Target, probe_backends
 
 from ..interop.picture import psnr_db
@@ -38,9 +38,9 @@ def require_engines(bundle: Bundle, cache: Path, components: tuple[str, ...] = (
         feeds = random_inputs(request, bundle)
         shapes = {name: array.shape for name, array in feeds.items()}
         outcome = ensure_engine(request, cache, lambda label, done, total: None, {})
-        found = find_engine(
+        found = fitting_engines(
             bundle, request.component, Target(request.target.backend, here(request)), shapes, cache=cache
-        )
+        )[0]
         assert found.folder == outcome.folder
         if request.component not in expected:
             expected[request.component] = ran_by_onnxruntime(request.model, feeds)

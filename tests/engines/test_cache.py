@@ -22,8 +22,9 @@ from tandemrt.runtime import engine_files
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.engine_files import PROOF_NAME
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_files import PROOF_NAME, check_engine_files, read_sidecar
+from tandemrt.runtime.engine_search import fitting_engines
+from tandemrt.runtime.engine_session import Loader
 from tandemrt.runtime.errors import CacheError, EngineError
 from tandemrt.runtime.targets import Target
 
@@ -139,7 +140,7 @@ def test_what_was_touched_a_moment_ago_is_hashed_again(
 
 
 def test_damage_that_loading_finds_is_repaired_by_the_next_build(
-    tiny: Bundle, request_: Request, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_: Request, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a disk may rot: the content is another, and nothing else tells."""
     flip(folder / FILE)
@@ -148,15 +149,16 @@ def test_damage_that_loading_finds_is_repaired_by_the_next_build(
     caches._write_proof(folder, whole)
     assert not ensure_engine(request_, tmp_path, silent, VERSIONS).built
     with pytest.raises(EngineError, match=r"sha256, got .*Build the engine again\."):
-        find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+        check_engine_files(folder, read_sidecar(folder))
     assert ensure_engine(request_, tmp_path, silent, VERSIONS).built
-    find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+    check_engine_files(folder, read_sidecar(folder))
 
 
 def test_a_whole_engine_is_hashed_when_it_is_loaded(
     tiny: Bundle, folder: Path, hashed: list[str], tmp_path: Path
 ) -> None:
-    find_engine(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+    (found,) = fitting_engines(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path)
+    Loader(tiny, "unet", Target("onnxruntime", "cpu"), cache=tmp_path).engine(found)
     assert hashed == [FILE, WEIGHTS]
 
 

@@ -19,7 +19,7 @@ from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import PROOF_NAME
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import ArgumentError, EngineError
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import Variant
@@ -59,11 +59,11 @@ def test_what_was_composed_is_built_and_found(
     assert there - {PROOF_NAME} == {"engine.json", "layers.json", *outcome.engine.files}
     feeds = feeds_of(request, batch=1 if variant.step else 2)
     shapes = {name: array.shape for name, array in feeds.items()}
-    found = find_engine(tiny, "unet", parse_target(target), shapes, cache=tmp_path, variant=variant)
+    found = fitting_engines(tiny, "unet", parse_target(target), shapes, cache=tmp_path, variant=variant)[0]
     assert found.folder == outcome.folder
     assert not ensure_engine(request, tmp_path, lambda label, done, total: None, {}).built
     with pytest.raises(EngineError, match="there is no engine"):
-        find_engine(tiny, "unet", parse_target(target), cache=tmp_path)
+        fitting_engines(tiny, "unet", parse_target(target), cache=tmp_path)
     model = tiny.model_path("unet")
     written = write_graph(composed(model, variant, "unet"), tmp_path / "graph", model.parent)
     expected = onnxruntime.InferenceSession(written).run(None, feeds)

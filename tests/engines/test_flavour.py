@@ -31,7 +31,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, RequestError, TargetError
 from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_inputs
 from tandemrt.runtime.targets import Target, parse_target
@@ -186,17 +186,17 @@ def test_engines_for_newer_versions_and_for_refits_are_found(
 
     target = Target("tensorrt-rtx", "sm89")
     resigned(flags={"refit": True})
-    assert find_engine(tiny, "vae_decoder_tiny", target, cache=tmp_path).folder == plain.folder
+    assert fitting_engines(tiny, "vae_decoder_tiny", target, cache=tmp_path)[0].folder == plain.folder
     own = request.ingredients.backend_version
     major = int(own.split(".")[0])
     compatible = resigned(flags={"version_compatible": True})
     for version, found in ((f"{major}.999.0", True), (f"{major + 1}.0", False), (f"{major}.0.1", False)):
         monkeypatch.setattr(engine_search, "installed_version", lambda backend, version=version: version)
         if found:
-            assert find_engine(tiny, "vae_decoder_tiny", target, cache=tmp_path).folder.name == compatible
+            assert fitting_engines(tiny, "vae_decoder_tiny", target, cache=tmp_path)[0].folder.name == compatible
         else:
             with pytest.raises(EngineError, match=f"is of tensorrt-rtx {own}, here is {version}"):
-                find_engine(tiny, "vae_decoder_tiny", target, cache=tmp_path)
+                fitting_engines(tiny, "vae_decoder_tiny", target, cache=tmp_path)
 
 
 class Refitter:

@@ -17,7 +17,7 @@ from tandemrt.engines.build import ensure_engine
 from tandemrt.runtime.backends import open_engine
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import Layer, read_layers
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 
 from ..runtime.tiny_bundle import resign
 from .conftest import Requests
@@ -78,7 +78,7 @@ def test_a_graph_that_quantizes_is_built_as_it_is(
     if request.target.backend == "tensorrt-rtx":
         return  # which runs on a GPU alone
     shapes = {name: array.shape for name, array in FEEDS.items()}
-    found = find_engine(quantized, "unet", request.target, shapes, cache=tmp_path)
+    found = fitting_engines(quantized, "unet", request.target, shapes, cache=tmp_path)[0]
     session = open_engine(found, request.target, threads=1)
     binding = session.bind(shapes)
     for name, array in FEEDS.items():

@@ -14,7 +14,7 @@ from tandemrt.engines.profiles import parse_profile
 from tandemrt.engines.stages import stage_graphs
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.engine_session import Loader
 from tandemrt.runtime.errors import ArgumentError, EngineError
 from tandemrt.runtime.shapes import evaluated
@@ -64,9 +64,9 @@ def test_stages_built_together_are_the_whole_denoiser(
     difference = np.abs(values["out_sample"] - values["whole"]).max()
     assert difference <= (1e-5 if target == "onnxruntime:cpu" else 1e-3) * np.abs(values["whole"]).max()
     with pytest.raises(EngineError, match=r"there is no engine for .* \(stage 1 of 3\).*build-engine .* --stages 3"):
-        find_engine(bundle, "unet", asked, cache=tmp_path, variant=Variant(stage=(0, 3)))
+        fitting_engines(bundle, "unet", asked, cache=tmp_path, variant=Variant(stage=(0, 3)))
     with pytest.raises(EngineError, match="there is no engine"):
-        find_engine(bundle, "unet", asked, cache=tmp_path)
+        fitting_engines(bundle, "unet", asked, cache=tmp_path)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_stages_build_for_gpus(shapes_bundle: Path, tmp_path: Path) -> None:
     for index, request in enumerate(wanted):
         shapes = {one.name: evaluated(one.shape, SIZES) for one in request.facts.inputs}
         variant = Variant(stage=(index, 2))
-        found = find_engine(bundle, "unet", target, shapes, cache=tmp_path, variant=variant)
+        found = fitting_engines(bundle, "unet", target, shapes, cache=tmp_path, variant=variant)[0]
         assert found.engine.inputs == request.facts.inputs
 
 

@@ -14,7 +14,7 @@ from tandemrt.engines.graph_files import write_graph
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.variant import Variant
 
@@ -54,7 +54,7 @@ def test_a_row_equals_that_of_onnxruntime(
     monkeypatch.setattr("tandemrt.engines.plan._timesteps", lambda *_: timesteps)
     bundle = build(shapes_bundle, name, "unet_small", profiles=("64:guided",), step=True)
     variant = Variant(step="guided", timesteps=timesteps)
-    found = find_engine(bundle, "unet_small", Target(name, cuda.device().architecture), variant=variant)
+    found = fitting_engines(bundle, "unet_small", Target(name, cuda.device().architecture), variant=variant)[0]
     session = TensorRtSession(found.folder, found.engine)
     shapes = {
         spec.name: tuple(SIZES[size] if isinstance(size, str) else size for size in spec.shape)

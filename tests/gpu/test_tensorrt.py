@@ -18,7 +18,7 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import EngineError, ExecutionError
 from tandemrt.runtime.lora_slots import Adapter, LowRank, module_of
 from tandemrt.runtime.targets import Target
@@ -32,7 +32,7 @@ SHAPES = {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2,
 
 
 def opened(bundle: Bundle, name: str, component: str) -> TensorRtSession:
-    found = find_engine(bundle, component, Target(name, cuda.device().architecture))
+    found = fitting_engines(bundle, component, Target(name, cuda.device().architecture))[0]
     return TensorRtSession(found.folder, found.engine)
 
 

@@ -22,11 +22,12 @@ from tandemrt.runtime.engine_files import (
     Ingredients,
     InputRange,
     cached_engines,
+    check_engine_files,
     origin_of,
     read_sidecar,
     weights_of,
 )
-from tandemrt.runtime.engine_search import find_engine
+from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
 from tandemrt.runtime.targets import Target
@@ -106,16 +107,19 @@ def add(bundle: Bundle, tmp_path: Path) -> Add:
 def test_the_narrowest_profile_that_serves_the_call_is_taken(bundle: Bundle, add: Add, tmp_path: Path) -> None:
     wide = add(ranges(4, 32))
     both = add(ranges(4, 16), ranges(8, 8))
-    found = find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+    found = fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)[0]
     assert (found.folder, found.profile) == (both, 1)
-    assert find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 9, 9)}, cache=tmp_path).profile == 0
-    assert find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 32, 32)}, cache=tmp_path).folder == wide
+    assert fitting_engines(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 9, 9)}, cache=tmp_path)[0].profile == 0
+    assert (
+        fitting_engines(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 32, 32)}, cache=tmp_path)[0].folder
+        == wide
+    )
 
 
 def test_without_an_engine_the_command_is_said(bundle: Bundle, tmp_path: Path) -> None:
     expected = rf"there is no engine for openvino:cpu:fp32 .*Run `tandemrt build-engine {bundle.path} --target openv"
     with pytest.raises(EngineError, match=expected):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_an_engine_that_does_not_fit_is_diagnosed(
 ) -> None:
     folder = add(**facts)
     with pytest.raises(EngineError, match=rf"no engine for openvino:cpu:fp32 fits: {folder.name[:12]} {reason}"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
 def test_a_call_outside_every_profile_is_diagnosed(bundle: Bundle, add: Add, tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_a_call_outside_every_profile_is_diagnosed(bundle: Bundle, add: Add, tmp
     outside = r"sample \(2, 4, 32, 32\) is outside \(1\.\.2, 4, 8\.\.16, 8\.\.16\).*"
     outside += r"--component unet --profile 256x256:b1 --cache"
     with pytest.raises(EngineError, match=outside):
-        find_engine(bundle, "unet", OPENVINO, {**SHAPES, "sample": (2, 4, 32, 32)}, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, {**SHAPES, "sample": (2, 4, 32, 32)}, cache=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +175,8 @@ def test_engines_of_other_graphs_and_backends_are_passed_over(bundle: Bundle, ad
     add(backend="tensorrt-rtx")
     add(variant=Variant(step="guided"))
     with pytest.raises(EngineError, match="there is no engine"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
-    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=Variant(step="guided"))
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+    assert fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=Variant(step="guided"))[0]
 
 
 STEP = Variant(step="guided", timesteps=(999.0,))
@@ -202,7 +206,7 @@ def test_of_variants_that_serve_the_cheapest_is_taken(bundle: Bundle, add: Add, 
     add(variant=Variant(lora_slots=2, lora_rank=16))
     cheapest = add(variant=Variant(lora_slots=1, lora_rank=16))
     add(variant=Variant(lora_slots=4, lora_rank=16))
-    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS).folder == cheapest
+    assert fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)[0].folder == cheapest
 
 
 def test_slots_that_are_too_small_are_told(bundle: Bundle, add: Add, tmp_path: Path) -> None:
@@ -210,12 +214,12 @@ def test_slots_that_are_too_small_are_told(bundle: Bundle, add: Add, tmp_path: P
     folder = add(variant=Variant(lora_slots=2, lora_rank=4))
     told = f"fits: {folder.name[:12]} has 2 LoRA slots of rank 4, which are too few or too small"
     with pytest.raises(EngineError, match=told):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
 
 
 def test_a_variant_that_is_not_there_comes_with_its_command(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"\(1 LoRA slots of rank 8\).* --lora-rank 8"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
 
 
 @pytest.mark.parametrize(
@@ -231,25 +235,26 @@ def test_an_engine_runs_on_the_architectures_it_was_built_for(
     add(backend="tensorrt-rtx", device=built_for)
     target = Target("tensorrt-rtx", here)
     if fits:
-        assert find_engine(bundle, "unet", target, SHAPES, cache=tmp_path)
+        assert fitting_engines(bundle, "unet", target, SHAPES, cache=tmp_path)[0]
     else:
         with pytest.raises(EngineError, match=f"is for {built_for}, not {here}".replace("+", r"\+")):
-            find_engine(bundle, "unet", target, SHAPES, cache=tmp_path)
+            fitting_engines(bundle, "unet", target, SHAPES, cache=tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"compile", b"compilee"])
 def test_a_damaged_file_is_found_before_it_is_loaded(content: bytes, bundle: Bundle, add: Add, tmp_path: Path) -> None:
     (add() / "engine.blob").write_bytes(content)
+    (found,) = fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
     with pytest.raises(EngineError, match=r"engine\.blob: (size|sha256), got .*Build the engine again"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        check_engine_files(found.folder, found.engine)
 
 
-def test_a_linked_file_is_refused(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+def test_a_linked_file_is_refused(add: Add, tmp_path: Path) -> None:
     folder = add()
     (folder / "engine.blob").rename(tmp_path / "elsewhere")
     (folder / "engine.blob").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(EngineError, match="not a regular file"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        check_engine_files(folder, read_sidecar(folder))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +290,7 @@ def test_a_cache_that_everybody_may_write_to_is_not_read(bundle: Bundle, add: Ad
     add()
     engines_folder(tmp_path).chmod(0o777)
     with pytest.raises(EngineError, match=r"can be written by everybody.*chmod o-w"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
 def test_a_cache_of_another_user_is_not_read(
@@ -294,7 +299,7 @@ def test_a_cache_of_another_user_is_not_read(
     add()
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(EngineError, match=r"belongs to another user.*\$TANDEMRT_CACHE"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
 def test_a_cache_that_another_group_may_write_to_is_not_read(
@@ -302,17 +307,17 @@ def test_a_cache_that_another_group_may_write_to_is_not_read(
 ) -> None:
     add()
     engines_folder(tmp_path).chmod(0o775)
-    assert find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+    assert fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)[0]
     monkeypatch.setattr(os, "getegid", lambda: 12345)
     with pytest.raises(EngineError, match=r"can be written by a group that is not yours.*chmod g-w"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
 def test_an_engine_that_others_may_write_to_is_not_run(bundle: Bundle, add: Add, tmp_path: Path) -> None:
     folder = add()
     folder.chmod(0o777)
     with pytest.raises(EngineError, match=rf"no engine .* fits: {folder}: can be written by everybody"):
-        find_engine(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
 def test_an_engine_of_another_user_is_not_run(
