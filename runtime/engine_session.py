@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .backends import open_engine, open_session, target_here
@@ -59,7 +59,7 @@ class Loader:
         self.closed = False
         self._threads, self._streams = threads, streams
         self._loaded: dict[Path | None, Session] = {}
-        self._granted: dict[Variant, EngineSession] = {}
+        self._granted: dict[tuple[Variant, tuple[str, ...]], EngineSession] = {}
 
     def session(self, variant: Variant = PLAIN) -> Session:
         """The component on engines that were built for it, else on the bundle's own graph where that can run.
@@ -76,12 +76,15 @@ class Loader:
         )
         return EngineSession(self, variant) if choosing else self.graph()
 
-    def granted(self, variant: Variant) -> EngineSession:
-        """The session on engines of just this variant, the same one for all that are served by them."""
+    def granted(self, variant: Variant, refused: tuple[str, ...]) -> EngineSession:
+        """The session on engines of just this variant, the same one for all that are served by them.
+
+        refused: as of `EngineSession`.
+        """
         with self.lock:
-            if variant not in self._granted:
-                self._granted[variant] = EngineSession(self, variant)
-            return self._granted[variant]
+            if (variant, refused) not in self._granted:
+                self._granted[variant, refused] = EngineSession(self, variant, refused)
+            return self._granted[variant, refused]
 
     @property
     def engines_only(self) -> bool:
@@ -132,10 +135,11 @@ class EngineSession:
     variant: what the engines are that its inputs are of: the cheapest of those asked for. See `serving`.
     """
 
-    def __init__(self, loader: Loader, variant: Variant = PLAIN) -> None:
+    def __init__(self, loader: Loader, variant: Variant = PLAIN, refused: tuple[str, ...] = ()) -> None:
         """Nothing is loaded yet.
 
         variant: as of `Loader.session`. The graph serves `PLAIN` alone, and no target of engines alone.
+        refused: why engines of other variants that come before cannot be run.
 
         Raises:
             EngineError: there is no engine of a variant other than `PLAIN`.
@@ -143,7 +147,7 @@ class EngineSession:
         bundle, name, target = loader.bundle, loader.name, loader.target
         described: Component | Engine = bundle.component(name)
         self._loader, self._bundle, self._name, self._target = loader, bundle, name, target
-        self._cache = loader.cache
+        self._cache, self._refused = loader.cache, refused
         self._wanted, self._has_graph = variant, variant == PLAIN and not loader.engines_only
         if variant != PLAIN:
             described = fitting_engines(bundle, name, target, cache=loader.cache, variant=variant)[0].engine
@@ -167,21 +171,24 @@ class EngineSession:
     def serving(self, shapes: Mapping[str, Shape]) -> Session:
         """The session for a call of these shapes, those of LoRA slots left out.
 
-        Where the cheapest variant has no profile for them and another has one, that is a session of the other's
-        inputs.
+        Where the cheapest variant has no engine for them that can be run, and another has one, that is a session of
+        the other's inputs.
 
         Raises:
-            EngineError: there is no engine for them, with the command that builds one.
+            EngineError: there is no engine for them that can be run, with the command that builds one.
+            ExecutionError: the model is closed.
         """
         if self._wanted == PLAIN:
             return self
         key = _key(shapes)
         with self._loader.lock:
+            self._require_open()
             if key not in self._serving:
-                found = fitting_engines(
-                    self._bundle, self._name, self._target, shapes, cache=self._cache, variant=self._wanted
-                )[0]
-                self._serving[key] = self._loader.granted(found.engine.ingredients.variant)
+                refused: list[str] = []
+                loaded = self._loaded(self._fitting(shapes, self._wanted), refused)
+                if loaded is None:
+                    raise self._none_runs(shapes, self._wanted, refused)
+                self._serving[key] = self._loader.granted(loaded[0].engine.ingredients.variant, tuple(refused))
             return self._serving[key]
 
     def close(self) -> None:
@@ -193,36 +200,50 @@ class EngineSession:
         symbol_sizes(self._name, self.inputs, shapes)
         key = _key(shapes)
         with self._loader.lock:
-            if self._loader.closed:
-                raise ExecutionError(self._name, "the model is closed", remedy="Open it again.")
+            self._require_open()
             if key not in self._by_shapes:
                 self._by_shapes[key] = self._opened(shapes)
             return self._by_shapes[key]
 
     def _opened(self, shapes: Mapping[str, Shape]) -> tuple[Session, RanOn]:
-        refused: list[str] = []
+        refused = list(self._refused)
         try:
-            fitting = fitting_engines(
-                self._bundle, self._name, self._target, shapes, cache=self._cache, variant=self.variant
-            )
+            fitting = self._fitting(shapes, self.variant)
         except EngineError as error:
             if not self._has_graph:
                 raise
             fitting, refused = [], [error.what]
         slots = slot_shapes(self.inputs)
+        loaded = self._loaded((found for found in fitting if slot_shapes(found.engine.inputs) == slots), refused)
+        if loaded is not None:
+            found, session = loaded
+            return session, RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused))
+        if not self._has_graph:
+            raise self._none_runs(shapes, self.variant, refused)
+        return self._loader.graph(), RanOn(refused=tuple(refused))
+
+    def _fitting(self, shapes: Mapping[str, Shape], variant: Variant) -> list[Found]:
+        return fitting_engines(self._bundle, self._name, self._target, shapes, cache=self._cache, variant=variant)
+
+    def _loaded(self, fitting: Iterable[Found], refused: list[str]) -> tuple[Found, Session] | None:
+        """The first engine that can be run; why those before it cannot is added to what was refused."""
         for found in fitting:
-            if slot_shapes(found.engine.inputs) != slots:
-                continue
             try:
                 session = self._loader.engine(found)
             except (EngineError, ExecutionError) as error:
-                refused.append(error.without_remedy)
+                if error.without_remedy not in refused:
+                    refused.append(error.without_remedy)
                 continue
-            return session, RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused))
-        if not self._has_graph:
-            command = build_command(self._bundle, self._name, self._target, self.variant, shapes, self._cache)
-            raise EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=f"Run `{command}`.")
-        return self._loader.graph(), RanOn(refused=tuple(refused))
+            return found, session
+        return None
+
+    def _none_runs(self, shapes: Mapping[str, Shape], variant: Variant, refused: Sequence[str]) -> EngineError:
+        command = build_command(self._bundle, self._name, self._target, variant, shapes, self._cache)
+        return EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=f"Run `{command}`.")
+
+    def _require_open(self) -> None:
+        if self._loader.closed:
+            raise ExecutionError(self._name, "the model is closed", remedy="Open it again.")
 
 
 def _key(shapes: Mapping[str, Shape]) -> _Key:

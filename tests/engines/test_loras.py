@@ -20,7 +20,9 @@ from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import read_sidecar
 from tandemrt.runtime.errors import EngineError
 from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.output import Output
@@ -163,6 +165,24 @@ def test_slots_that_fit_the_calls_shapes_serve_it(tiny_path: Path, cache: Path, 
         command = r"no profile for this call: .* --lora-slots 1 --lora-rank 1 --profile 128x128:b1 --cache .*`"
         with pytest.raises(EngineError, match=command):
             pipe(**arguments, loras={file: 0.5}, height=128, width=128)
+
+
+def test_slots_that_are_damaged_leave_the_call_to_others(tiny_path: Path, cache: Path, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "x.safetensors", {"unet": projections(tiny_path / "unet" / "model.onnx")}, rank=1)
+    for slots in (1, 2):
+        build(tiny_path, cache, "openvino:cpu", ["unet"], lora_slots=slots, lora_rank=1)
+    listed = engines_folder(cache).iterdir()
+    folders = {read_sidecar(folder).ingredients.variant.lora_slots: folder for folder in listed}
+    (folders[1] / "engine.blob").write_bytes(b"")
+    request = {**REQUEST, "loras": {file: 0.5}, "height": 64, "width": 64}
+    with Pipeline.open(tiny_path, "openvino:cpu") as pipe:
+        (ran,) = pipe(**request).timings.ran_on["unet"]
+    assert ran.engine == folders[2].name
+    assert [f"{folders[1]}/engine.blob: size" in why for why in ran.refused] == [True]
+    (folders[2] / "engine.blob").write_bytes(b"")
+    command = r"no engine can be run: .*; .*--lora-slots 1 --lora-rank 1"
+    with Pipeline.open(tiny_path, "openvino:cpu") as pipe, pytest.raises(EngineError, match=command):
+        pipe(**request)
 
 
 @pytest.mark.deep

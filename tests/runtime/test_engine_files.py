@@ -109,11 +109,9 @@ def test_the_narrowest_profile_that_serves_the_call_is_taken(bundle: Bundle, add
     both = add(ranges(4, 16), ranges(8, 8))
     found = fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)[0]
     assert (found.folder, found.profile) == (both, 1)
-    assert fitting_engines(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 9, 9)}, cache=tmp_path)[0].profile == 0
-    assert (
-        fitting_engines(bundle, "unet", OPENVINO, {**SHAPES, "sample": (1, 4, 32, 32)}, cache=tmp_path)[0].folder
-        == wide
-    )
+    odd, large = ({**SHAPES, "sample": (1, 4, side, side)} for side in (9, 32))
+    assert fitting_engines(bundle, "unet", OPENVINO, odd, cache=tmp_path)[0].profile == 0
+    assert fitting_engines(bundle, "unet", OPENVINO, large, cache=tmp_path)[0].folder == wide
 
 
 def test_without_an_engine_the_command_is_said(bundle: Bundle, tmp_path: Path) -> None:
