@@ -29,6 +29,7 @@ from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_widths
 from tandemrt.runtime.onnx_files import graph_tensors
 from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
+from tandemrt.runtime.rows import Rows
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
 from tandemrt.runtime.step_sampler import StepEngine, StepSampler
@@ -203,7 +204,7 @@ def _pair(
         Sampler(
             case.plan, Batched(Worker(case.plan, {_UNET: loop}, {_UNET: Conditioning(branch, branch)})), begun.copy
         ),
-        StepSampler(case.plan, {key: StepEngine(way, variant)}, {_UNET: _with_lora(branch, way)}, begun.copy),
+        StepSampler(Rows(case.plan, {_UNET: _with_lora(branch, way)}, begun.copy), {key: StepEngine(way, variant)}),
     )
     steps: tuple[list[float], list[float]] = ([], [])
     for round_ in range(options.warm_up + options.repeats):

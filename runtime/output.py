@@ -18,12 +18,16 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class RowTiming:
-    """One row: its denoiser, how long that took in all branches, the whole row with it, what became of guidance."""
+    """One row: its denoiser, how long that took in all branches, the whole row with it, what became of guidance.
+
+    together: how many rows ran as one CUDA graph, of which it is one; they share their time equally.
+    """
 
     denoiser: str
     model_ms: float
     total_ms: float
     guidance: RowGuidance
+    together: int = 1
 
 
 @dataclass(frozen=True, slots=True)

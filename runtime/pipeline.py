@@ -29,10 +29,12 @@ from .output import Output, RowTiming, StepEvent, Timings
 from .overlap import overlapped
 from .placement import refusal
 from .plan import Plan, compile_plan
+from .pool import Lease, Pool
 from .ran_on import Ran
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
-from .sampling import Rows, open_loop
+from .rows import Rows
+from .sampling import open_loop
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
@@ -74,6 +76,7 @@ class _Job:
     loras: Fitted
     decoder: str
     preview_decoder: str
+    at_once: bool
 
 
 class Pipeline:
@@ -83,7 +86,7 @@ class Pipeline:
         self.bundle, self.target = bundle, target
         self._models, self._steps = Models(bundle, target, threads, cache), StepEngines(bundle, target, threads, cache)
         self._auto = AutoPlacement(bundle, target, threads, cache)
-        self._loras = Loras(bundle)
+        self._loras, self._pool = Loras(bundle), Pool()
 
     @classmethod
     def open(
@@ -125,6 +128,7 @@ class Pipeline:
         """
         self._models.close()
         self._steps.close()
+        self._pool.close()
 
     @_takes_request(Request)
     def __call__(self, request: Request) -> Output:
@@ -138,7 +142,7 @@ class Pipeline:
                 that is needed is missing.
             ExecutionError: a model failed, or returned NaN or Inf.
         """
-        return Stream(functools.partial(self._generate, request)).result()
+        return Stream(functools.partial(self._generate, request, at_once=True)).result()
 
     @_takes_request(Request)
     def stream(self, request: Request) -> Stream:
@@ -154,10 +158,13 @@ class Pipeline:
         Raises:
             TandemError: as a call, in the request's turn; it ends the iterator, and the requests after it.
         """
-        return overlapped(functools.partial(self._generate, _request(given)) for given in requests)
+        return overlapped(functools.partial(self._generate, _request(given), at_once=True) for given in requests)
 
-    def _generate(self, request: Request, cancelled: threading.Event) -> Events:
-        """Check the request now; what is returned runs it, one event a row."""
+    def _generate(self, request: Request, cancelled: threading.Event, *, at_once: bool = False) -> Events:
+        """Check the request now; what is returned runs it, one event a row.
+
+        at_once: whether nobody looks at it between its rows.
+        """
         self._models.require_open()
         manifest = self.bundle.manifest
         plan = compile_plan(manifest, request.schedule)
@@ -171,7 +178,8 @@ class Pipeline:
         loras = self._fitted(request, plan, shape)
         self._require_placeable(plan, controls, loras, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
-        job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders)
+        at_once = at_once and not request.previews
+        job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders, at_once)
         return self._run(job, cancelled)
 
     def _require_placeable(
@@ -200,16 +208,17 @@ class Pipeline:
     def _run(self, job: _Job, cancelled: threading.Event) -> Events:
         """Run a job; closing the pipeline cancels it, wherever it is."""
         try:
-            return (yield from self._painted(job, cancelled))
+            with self._pool.lease() as lease:
+                return (yield from self._painted(job, cancelled, lease))
         except ExecutionError as error:
             if isinstance(error, CancelledError) or not self._models.closed:
                 raise
             raise CancelledError("generation", "the pipeline was closed while it ran") from error
 
-    def _painted(self, job: _Job, cancelled: threading.Event) -> Events:
+    def _painted(self, job: _Job, cancelled: threading.Event, lease: Lease) -> Events:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
         timings: list[RowTiming] = []
-        ran = Ran()
+        ran = Ran(lease)
 
         def stop() -> None:
             models.require_open()
@@ -231,14 +240,15 @@ class Pipeline:
         image_ms = _since(encoding)
         yield Stage.ENCODED
         conditioning = job.loras.beside(beginning.behind(conditioning))
-        rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras, ran)
+        rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras, ran, job.at_once)
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
         state = loop.begin(beginning.latents)
         for done in loop.run(state):
-            timings.append(RowTiming(plan.denoisers[done.row], done.model_ms, done.total_ms, done.guidance))
+            name, together = plan.denoisers[done.row], done.together
+            timings.append(RowTiming(name, done.model_ms, done.total_ms, done.guidance, together))
             preview: tuple[Image.Image, ...] = ()
-            if request.previews and (done.row + 1) % request.previews == 0:
+            if request.previews and (done.row + 1) % request.previews == 0 and done.denoised is not None:
                 with span("preview", done.row):
                     preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop, ran=ran))
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from .backends.base import Binding, Session, Shape
+from .pool import Lease, Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,13 @@ def serving(session: Session, shapes: Mapping[str, Shape]) -> Session:
 
 
 class Ran:
-    """What the models of one generation ran on, by component; used by one thread at a time."""
+    """What the models of one generation ran on, by component; used by one thread at a time.
 
-    def __init__(self) -> None:
+    lease: has the bindings of its sessions, by default none that outlive it.
+    """
+
+    def __init__(self, lease: Lease | None = None) -> None:
+        self.lease = lease or Pool().lease()
         self._ran: dict[str, dict[RanOn, None]] = {}
         self._refused: dict[str, tuple[str, ...]] = {}
 
@@ -93,7 +98,7 @@ class _Watched:
         return self._session.ran_on(shapes) if isinstance(self._session, Choosing) else GRAPH
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> Binding:
-        binding = self._session.bind(input_shapes)
+        binding = self._ran.lease.bind(self._session, input_shapes)
         self._ran.add(self._name, self.ran_on(input_shapes))
         return binding
 

@@ -45,14 +45,16 @@ class SampledRow:
     """A finished row of the plan: which one, and how long the model (with its ControlNets) and all of it took.
 
     `denoised()` is the estimate of the clean latent at this row, (B, C, h, w) float32; ask before the next row runs.
-    guidance: what became of it.
+    guidance: what became of it. together: how many rows ran as one, of which it is one: they share their time equally,
+        and `denoised` is None where that is more than one.
     """
 
     row: int
     model_ms: float
     total_ms: float
-    denoised: Callable[[], Float32]
+    denoised: Callable[[], Float32] | None
     guidance: RowGuidance
+    together: int = 1
 
 
 class Sampler:
@@ -156,7 +158,7 @@ def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Se
 
     running: the row's ControlNets.
     """
-    if _finite(values):
+    if finite(values):
         return
     for one in running:
         if not one.finite:
@@ -184,7 +186,8 @@ def denoised_estimate(table: Table, row: int, vectors: Float32) -> Callable[[], 
     return _Denoised(_denoised_terms(table, row), vectors)
 
 
-def _finite(values: Float32) -> bool:
+def finite(values: Float32) -> bool:
+    """Whether all values are."""
     # A finite sum proves all values finite at a fraction of the cost of looking at each.
     return math.isfinite(float(values.sum())) or bool(np.isfinite(values).all())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -12,19 +12,18 @@ import numpy.typing as npt
 
 from .auto_placement import AutoPlacement
 from .backends.base import Session, Shape
-from .binding import Conditioning
-from .control import Control, Steering
+from .control import Steering
 from .hybridiff import Hybridiff
-from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
 from .placement import Batched, Parallel, Placed, Sequential, Worker
-from .plan import Plan
 from .ran_on import Ran
+from .rows import Rows
 from .sampler import SampledRow, Sampler, State
 from .stage_parts import Parts, Stages, bound_parts
 from .step_engines import StepEngines, Wanted
-from .step_sampler import Key, StepSampler, given_inputs, input_shapes
+from .step_inputs import given_inputs, input_shapes
+from .step_sampler import Key, StepSampler
 from .window import Window
 
 Float32 = npt.NDArray[np.float32]
@@ -38,24 +37,6 @@ class Loop(Protocol):
 
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
         """Advance `state` in place, row by row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What a generation's rows are given.
-
-    conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
-    loras: by component, which engines must have slots for them; they are in `conditioning` too.
-    ran: told what the models run on.
-    """
-
-    plan: Plan
-    conditioning: Mapping[str, Conditioning]
-    draw_noise: Callable[[], Float32]
-    keep: Callable[[int, Float32], None] | None = None
-    controls: tuple[Control, ...] = ()
-    loras: Fitted = field(default_factory=Fitted)
-    ran: Ran = field(default_factory=Ran)
 
 
 def open_loop(
@@ -90,7 +71,7 @@ def open_loop(
         return Sampler(plan, place(chosen, rows.ran), rows.draw_noise, keep=rows.keep), False
     sessions = _sessions(controls, rows, models, before)
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
-    return StepSampler(plan, steps, conditioning, rows.draw_noise, keep=rows.keep, steering=steering), True
+    return StepSampler(rows, steps, steering), True
 
 
 def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None]) -> Placed:

@@ -18,7 +18,8 @@ from .engine_session import engine_target
 from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec
 from .ran_on import Ran, RanOn
-from .step_sampler import Key, StepEngine, history_of
+from .step_inputs import history_of
+from .step_sampler import Key, StepEngine
 from .targets import Target
 from .trace import span
 from .variant import Variant

@@ -1,25 +1,25 @@
-"""The hot loop on step engines: walk a plan's rows, one call each."""
+"""The hot loop on step engines: walk a plan's rows, one call each, or all of them as one where the backend can."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from . import step_row as names
-from .backends.base import Array, Binding, Session, Shape
-from .binding import Bound, Conditioning
+from .backends.base import Array, Binding, Chaining, Session, Shape
+from .binding import Bound
 from .control import Running, Steering, steer
-from .errors import BundleError, ExecutionError, PlanError
+from .errors import PlanError
 from .lora_slots import slot_inputs
-from .manifest import TensorSpec
 from .plan import Plan, RowGuidance
-from .sampler import SampledRow, State, denoised_estimate, model_input, require_finite
-from .shapes import evaluated
-from .tensors import TAKEN, spec_of
+from .rows import Rows
+from .sampler import SampledRow, State, denoised_estimate, finite, model_input, require_finite
+from .step_inputs import given_inputs, history_of, input_shapes
+from .tensors import TAKEN
 from .trace import record, span
 from .variant import Variant
 
@@ -38,20 +38,13 @@ class StepEngine:
 class StepSampler:
     """Carries a state through a plan on step engines, as `Sampler` does on denoisers; used by one thread at a time.
 
+    rows: where nobody looks between them they run as one, if the backend launches many runs as one and nothing is to be
+        done between them; they compute the same numbers.
     engines: by denoiser and whether both branches run, those the plan's rows want.
-    conditioning, draw_noise, keep, steering: as of `Sampler`.
+    steering: runs the ControlNets.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        engines: Mapping[Key, StepEngine],
-        conditioning: Mapping[str, Conditioning],
-        draw_noise: Callable[[], Float32],
-        *,
-        keep: Callable[[int, Float32], None] | None = None,
-        steering: Steering | None = None,
-    ) -> None:
+    def __init__(self, rows: Rows, engines: Mapping[Key, StepEngine], steering: Steering | None = None) -> None:
         """Nothing is allocated yet.
 
         Raises:
@@ -59,8 +52,10 @@ class StepSampler:
             PlanError: the plan carries more history than an engine's state holds, or has a time step that is not among
                 those built into an engine.
         """
-        self._plan, self._engines, self._conditioning = plan, engines, conditioning
-        self._draw_noise, self._keep, self._steering = draw_noise, keep, steering
+        plan = rows.plan
+        self._plan, self._engines, self._conditioning = plan, engines, rows.conditioning
+        self._draw_noise, self._keep, self._steering = rows.draw_noise, rows.keep, steering
+        self._lease, self._at_once = rows.ran.lease, rows.at_once and rows.keep is None and steering is None
         self._step_indices = _step_indices(plan, engines)
         self._bound: dict[Key, _BoundEngine] = {}
         self._coefficients = {
@@ -85,29 +80,23 @@ class StepSampler:
         """
         end = self._plan.table.rows if until is None else until
         vectors = np.zeros((len(state.arrays) + 1, *state.latents.shape), np.float32)
+        if self._at_once and end - state.row > 1:
+            yield from self._run_as_one(state, end)
         while state.row < end:
             row, began = state.row, time.perf_counter()
             # What overflows is raised as an error that names the row, without numpy's warning before it.
             with span("row", row), np.errstate(over="ignore", invalid="ignore"):
                 model_ms = self._advance(state, vectors)
-            total_ms = (time.perf_counter() - began) * 1e3
-            guidance = RowGuidance(self._plan.guided[row], "batched", self._plan.why(row))
-            yield SampledRow(row, model_ms, total_ms, denoised_estimate(self._plan.table, row, vectors), guidance)
+            denoised = denoised_estimate(self._plan.table, row, vectors)
+            yield SampledRow(row, model_ms, _since(began), denoised, self._guidance(row))
 
     def _advance(self, state: State, vectors: Float32) -> float:
         """Run the state's row; returns the milliseconds its engine took, with its ControlNets."""
         row, plan, entries = state.row, self._plan, len(state.arrays)
-        key = plan.denoisers[row], plan.guided[row]
-        bound = self._bound.get(key) or self._bind(key, state.latents.shape)
+        bound = self._engine(row, state.latents.shape)
         inputs, outputs = bound.binding.inputs, bound.binding.outputs
         inputs[names.STATE][:entries] = vectors[:-1] = state.arrays
-        inputs[names.MODEL_INPUT][...], inputs[names.UPDATE][...] = self._coefficients[bound.history][row]
-        if "timestep" in inputs:
-            inputs["timestep"].fill(plan.table.timesteps[row])
-        if names.STEP_INDEX in inputs:
-            inputs[names.STEP_INDEX].fill(self._step_indices[row])
-        if plan.table.draws_noise[row]:
-            inputs[names.NOISE][...] = self._draw_noise()
+        self._give(row, bound.history, inputs)
         called = time.perf_counter()
         running = self._steer(bound, row, vectors)
         with span("model", bound.denoiser.label):
@@ -122,6 +111,60 @@ class StepSampler:
         record("update", row, returned)
         state.row += 1
         return (returned - called) * 1e3
+
+    def _run_as_one(self, state: State, end: int) -> Iterator[SampledRow]:
+        """Run all rows before `end` as one; none where the backend cannot, or where what comes of it is not finite."""
+        began, rows, entries = time.perf_counter(), range(state.row, end), len(state.arrays)
+        bound = [self._engine(row, state.latents.shape) for row in rows]
+        first, last = bound[0].binding, bound[-1].binding
+        if not isinstance(first, Chaining) or len({one.history for one in bound}) > 1:
+            return
+        runs = [(one.binding, self._given_anew(row, one.binding)) for row, one in zip(rows, bound, strict=True)]
+        carried = {names.STATE: names.NEXT_STATE}
+        # A chain holds its bindings, so that what is kept under their identities is of no others.
+        key = "chain", tuple((id(binding), given) for binding, given in runs)
+        chain = self._lease.take(key, lambda: first.chain(runs, carried))
+        first.inputs[names.STATE][:entries] = state.arrays
+        for row, one, inputs in zip(rows, bound, chain.rows, strict=True):
+            self._give(row, one.history, inputs)
+        called = time.perf_counter()
+        with span("model", f"rows {rows[0]} to {rows[-1]}"):
+            chain.run()
+        model_ms, arrays = _since(called) / len(rows), last.outputs[names.NEXT_STATE][:entries]
+        with np.errstate(over="ignore", invalid="ignore"):
+            sound = finite(arrays)
+        if not sound:
+            # One after another tells the row; from the same noise.
+            drawn = iter([inputs[names.NOISE].copy() for inputs in chain.rows if names.NOISE in inputs])
+            self._draw_noise = drawn.__next__
+            return
+        state.arrays[...], state.row = arrays, end
+        total_ms = _since(began) / len(rows)
+        for row in rows:
+            yield SampledRow(row, model_ms, total_ms, None, self._guidance(row), len(rows))
+
+    def _engine(self, row: int, shape: Shape) -> _BoundEngine:
+        """The engine of a row, bound for latents of this shape."""
+        key = self._plan.denoisers[row], self._plan.guided[row]
+        return self._bound.get(key) or self._bind(key, shape)
+
+    def _given_anew(self, row: int, binding: Binding) -> frozenset[str]:
+        """The inputs of a row that differ from other rows', its state apart."""
+        given = {names.MODEL_INPUT, names.UPDATE, *({"timestep", names.STEP_INDEX} & binding.inputs.keys())}
+        return frozenset({*given, names.NOISE} if self._plan.table.draws_noise[row] else given)
+
+    def _give(self, row: int, history: int, inputs: Mapping[str, Array]) -> None:
+        """Write those inputs."""
+        inputs[names.MODEL_INPUT][...], inputs[names.UPDATE][...] = self._coefficients[history][row]
+        if "timestep" in inputs:
+            inputs["timestep"].fill(self._plan.table.timesteps[row])
+        if names.STEP_INDEX in inputs:
+            inputs[names.STEP_INDEX].fill(self._step_indices[row])
+        if self._plan.table.draws_noise[row]:
+            inputs[names.NOISE][...] = self._draw_noise()
+
+    def _guidance(self, row: int) -> RowGuidance:
+        return RowGuidance(self._plan.guided[row], "batched", self._plan.why(row))
 
     def _steer(self, bound: _BoundEngine, row: int, vectors: Float32) -> Sequence[Running]:
         """Run the row's ControlNets on what the engine makes within itself: m · S, for one or both branches."""
@@ -145,7 +188,7 @@ class StepSampler:
         given = given_inputs(name, self._plan, conditioning, guided=guided)
         given.update(slot_inputs(session.inputs, conditioning.adapters))
         with span("bind", name):
-            binding = session.bind(input_shapes(name, session.inputs, given, shape, guided=guided))
+            binding = self._lease.bind(session, input_shapes(name, session.inputs, given, shape, guided=guided))
         for one, values in given.items():
             binding.inputs[one][...] = values
         residuals = TAKEN.names(binding.inputs) if TAKEN.mid in binding.inputs else ()
@@ -169,62 +212,6 @@ class _BoundEngine:
     denoiser: Bound
 
 
-def history_of(inputs: Sequence[TensorSpec]) -> int:
-    """How many earlier predictions the state of a step engine with these inputs holds.
-
-    Raises:
-        BundleError: they are no step engine's.
-    """
-    state = spec_of(inputs, names.STATE)
-    if state is None or not isinstance(state.shape[0], int):
-        listed = ", ".join(spec.name for spec in inputs)
-        expected = f"{names.STATE} of a fixed first size among them"
-        raise BundleError("step engine", "inputs", got=listed, expected=expected)
-    return state.shape[0] - 1
-
-
-def given_inputs(name: str, plan: Plan, conditioning: Conditioning, *, guided: bool) -> dict[str, Array]:
-    """What no row of a plan changes among a step engine's inputs.
-
-    Raises:
-        ExecutionError: a guided row without an unconditional branch.
-    """
-    given: dict[str, Array] = dict(conditioning.conditional)
-    if guided:
-        other = conditioning.unconditional
-        if other is None:
-            raise ExecutionError(name, "a guided row without an unconditional branch")
-        given = {one: np.concatenate([other[one], values]) for one, values in given.items()}
-        given[names.GUIDANCE_SCALE] = np.array([plan.guidance_scale], np.float32)
-    given.update(conditioning.whole)
-    if conditioning.channels is not None:
-        given[names.CHANNELS] = conditioning.channels
-    return given
-
-
-def input_shapes(
-    name: str, inputs: Sequence[TensorSpec], given: Mapping[str, Array], shape: Shape, *, guided: bool
-) -> dict[str, Shape]:
-    """The shape of each of a step engine's inputs, for what it is given and latents of this shape.
-
-    Raises:
-        BundleError: one does not follow from the latent's.
-    """
-    noise = spec_of(inputs, names.NOISE)
-    sizes = {} if noise is None else {str(stated): size for stated, size in zip(noise.shape, shape, strict=True)}
-    shapes: dict[str, Shape] = {}
-    for spec in inputs:
-        stated = evaluated(spec.shape, sizes)
-        if spec.name in given:
-            stated = given[spec.name].shape
-        elif spec.name == "timestep" and stated is None:
-            stated = (shape[0] * (1 + guided),)
-        if stated is None:
-            raise BundleError(name, f"shape of {spec.name}", got=spec.shape, expected=f"formulas of {', '.join(sizes)}")
-        shapes[spec.name] = stated
-    return shapes
-
-
 def _step_indices(plan: Plan, engines: Mapping[Key, StepEngine]) -> dict[int, int]:
     """For each row whose engine has time steps built in, which of them it is."""
     indices = {}
@@ -242,3 +229,7 @@ def _step_indices(plan: Plan, engines: Mapping[Key, StepEngine]) -> dict[int, in
         if built_in:
             indices[row] = built_in.index(timestep)
     return indices
+
+
+def _since(began: float) -> float:
+    return (time.perf_counter() - began) * 1e3

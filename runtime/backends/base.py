@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -28,6 +28,35 @@ class Binding(Protocol):
 
         Raises:
             ExecutionError: the backend failed.
+        """
+
+
+class Chain(Protocol):
+    """Runs of bindings, one after another, that are launched as one.
+
+    `rows` holds for each run the host arrays of the inputs that it alone is given: write them, and the inputs of the
+    bindings that all their runs share, call `run`, and read the outputs of the last run's binding.
+    """
+
+    rows: Sequence[Mapping[str, Array]]
+
+    def run(self) -> None:
+        """Do all runs.
+
+        Raises:
+            ExecutionError: the backend failed, in whichever of them.
+        """
+
+
+@runtime_checkable
+class Chaining(Binding, Protocol):
+    """A binding of a backend that launches many runs as one."""
+
+    def chain(self, runs: Sequence[tuple[Binding, Collection[str]]], carried: Mapping[str, str]) -> Chain:
+        """The runs as one, the first of this binding, the others of bindings of the same backend.
+
+        runs: for each its binding, and the inputs that are given anew. carried: by input the output, of the same shape
+            and dtype, of the run before that takes its place; the first run reads its binding's input.
         """
 
 

@@ -1,18 +1,10 @@
-"""TensorRT and TensorRT for RTX, which share their interface: engines run on own buffers, as CUDA graphs.
-
-A run copies the inputs from pinned host arrays, runs the engine and copies the outputs back, all on one stream. What it
-queues is recorded as a CUDA graph in the binding's second run and launched as one from then on: the first run is left
-to what TensorRT sets up late, TensorRT for RTX's compilation of kernels above all.
-"""
+"""TensorRT and TensorRT for RTX, which share their interface: engines are loaded, refitted, and bound to buffers."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ..engine_files import REFIT, VERSION_COMPATIBLE, Engine
@@ -21,9 +13,10 @@ from ..errors import EngineError, ExecutionError
 from ..files import write_whole
 from .base import Array, Shape
 from .buffers import one_line, require_numpy_types, symbol_sizes
-from .cuda import Device, Graph, Memory, Scratch, Stream, device, pinned
+from .cuda import Device, device
 from .modules import imported
 from .refit import Refit
+from .tensorrt_binding import TensorRtBinding
 
 _KEPT_MESSAGES = 4
 
@@ -113,167 +106,6 @@ class TensorRtSession:
     @property
     def device(self) -> Device:
         return self._device
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor of a binding: its pinned host array and its place on the GPU."""
-
-    host: Array
-    memory: Memory
-
-
-class TensorRtBinding:
-    """An execution context with buffers on the host and the GPU; see `Binding`."""
-
-    def __init__(
-        self,
-        session: TensorRtSession,
-        context: Any,
-        profile: int,
-        shapes: Mapping[str, Shape],
-        blocks: Sequence[Scratch],
-    ) -> None:
-        self._session, self._context, self._device = session, context, session.device
-        self._blocks, self._block = blocks, blocks[0]
-        self._stream = Stream(self._device)
-        if not context.set_optimization_profile_async(profile, self._stream.handle):
-            raise session.failed(f"profile {profile} is refused")
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise session.failed(f"shape {shape} of input {name!r} is refused")
-        self._given = {spec.name: self._tensor(spec.name, spec.dtype) for spec in session.inputs}
-        self._made = {spec.name: self._tensor(spec.name, spec.dtype) for spec in session.outputs}
-        self.inputs: Mapping[str, Array] = MappingProxyType({name: one.host for name, one in self._given.items()})
-        self.outputs: Mapping[str, Array] = MappingProxyType({name: one.host for name, one in self._made.items()})
-        self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
-        # Held weakly: a block that is too small for another engine is freed as soon as that one grows it.
-        self._scratch: weakref.ref[Memory] | None = None
-        self._runs = 0
-        self._graph: Graph | None = None
-        self.generation = session.generation
-
-    def run(self) -> None:
-        """Run the model once; see `Binding.run`."""
-        self._session.live()
-        with self.scratch_held():
-            # Recorded once everything is set up and compiled.
-            if self._graph is None and self._runs == 1:
-                self._graph = self._stream.recorded(self._queue)
-            if self._graph is None:
-                self._queue()
-            else:
-                self._graph.launch(self._stream)
-            self._stream.wait()
-            self._runs += 1
-
-    def chain(self, rows: Sequence[Mapping[str, Array]], carried: Mapping[str, str]) -> Chain:
-        """Runs one after another, recorded as one graph: `rows` are the inputs that each is given anew.
-
-        carried: by input, the output of the run before that takes its place; the first reads `inputs`, as every input
-            does that no row gives. Run the binding at least once before.
-        """
-        self._session.live()
-        return Chain(self, rows, carried)
-
-    def _tensor(self, name: str, dtype: str) -> _Tensor:
-        shape = tuple(self._context.get_tensor_shape(name))
-        if min(shape, default=1) < 0:
-            raise self._session.failed(f"the shape of {name!r} does not follow from the inputs'")
-        host = pinned(self._device, shape, dtype)
-        memory = Memory(self._device, host.nbytes)
-        if not self._context.set_tensor_address(name, memory.address):
-            raise self._session.failed(f"the buffer of {name!r} is refused")
-        return _Tensor(host, memory)
-
-    @contextmanager
-    def scratch_held(self) -> Iterator[None]:
-        """Hold a block of scratch memory: that of the last run where it is free, another that is, or wait for it.
-
-        So runs that overlap part their blocks once, and keep them and what was recorded on them.
-        """
-        free = (one for one in (self._block, *self._blocks) if one.lock.acquire(blocking=False))
-        block = next(free, None)
-        if block is None:
-            block = self._block
-            block.lock.acquire()
-        self._block = block
-        try:
-            self._use_scratch()
-            yield
-        finally:
-            block.lock.release()
-
-    def _use_scratch(self) -> None:
-        """Point the context at the block; what was recorded on another one is void."""
-        scratch = self._block.reserved(self._scratch_bytes)
-        if self._scratch is None or self._scratch() is not scratch:
-            self._context.set_device_memory(scratch.address, scratch.size)
-            self._scratch, self._graph, self._runs = weakref.ref(scratch), None, 0
-        if self.generation != self._session.generation:  # refitted: what was recorded may hold the weights before
-            self.generation, self._graph, self._runs = self._session.generation, None, 0
-
-    def _queue(self) -> None:
-        for one in self._given.values():
-            self._stream.upload(one.host, one.memory.address)
-        self._enqueue()
-        for one in self._made.values():
-            self._stream.download(one.memory.address, one.host)
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise self._session.failed("the run cannot be queued")
-
-
-class Chain:
-    """Runs of a binding recorded as one CUDA graph, such as all rows of a plan on a step engine."""
-
-    def __init__(
-        self, binding: TensorRtBinding, rows: Sequence[Mapping[str, Array]], carried: Mapping[str, str]
-    ) -> None:
-        self._binding, self._rows, self._carried = binding, rows, carried
-        self._given = [
-            {name: pinned(binding._device, values.shape, values.dtype) for name, values in row.items()} for row in rows
-        ]
-        for row, arrays in zip(rows, self._given, strict=True):
-            for name, values in row.items():
-                if values.shape != binding.inputs[name].shape:
-                    expected = str(binding.inputs[name].shape)
-                    raise ExecutionError("chain", f"shape of {name!r}", got=values.shape, expected=expected)
-                arrays[name][...] = values
-        self._scratch: weakref.ref[Memory] | None = None
-        self._graph: Graph | None = None
-        self._generation = binding.generation
-
-    def run(self) -> None:
-        """Run all rows; the binding's `outputs` are then the last one's.
-
-        Raises:
-            ExecutionError: CUDA or TensorRT failed, or the session is closed.
-        """
-        binding = self._binding
-        binding._session.live()
-        with binding.scratch_held():
-            stale = self._scratch is not binding._scratch or self._generation != binding.generation
-            if self._graph is None or stale:
-                self._graph, self._scratch = binding._stream.recorded(self._queue), binding._scratch
-                self._generation = binding.generation
-            self._graph.launch(binding._stream)
-            binding._stream.wait()
-
-    def _queue(self) -> None:
-        binding, stream = self._binding, self._binding._stream
-        for tensor in binding._given.values():
-            stream.upload(tensor.host, tensor.memory.address)
-        for index, arrays in enumerate(self._given):
-            for name, values in arrays.items():
-                stream.upload(values, binding._given[name].memory.address)
-            for name, output in self._carried.items() if index else ():
-                target, source = binding._given[name].memory, binding._made[output].memory
-                stream.move(source.address, target.address, target.size)
-            binding._enqueue()
-        for tensor in binding._made.values():
-            stream.download(tensor.memory.address, tensor.host)
 
 
 class _Kernels:

@@ -18,6 +18,7 @@ from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
+from tandemrt.runtime.rows import Rows
 from tandemrt.runtime.sampler import Sampler, State
 from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
@@ -80,7 +81,7 @@ class Walk:
         return Sampler(self.plan, Batched(Worker(self.plan, denoisers, self._given)), self._noise)
 
     def fused(self, steps: Mapping[tuple[str, bool], StepEngine]) -> StepSampler:
-        return StepSampler(self.plan, steps, self._given, self._noise)
+        return StepSampler(Rows(self.plan, self._given, self._noise), steps)
 
     def end(self, *samplers: Sampler | StepSampler) -> tuple[State, list[npt.NDArray[np.float32]]]:
         """The final state and each row's denoised estimate; several samplers share the rows evenly."""

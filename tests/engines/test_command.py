@@ -229,11 +229,13 @@ def test_generate_runs_on_the_engines_of_the_cache_that_it_is_given(
 def test_ctrl_c_ends_a_build_and_leaves_nothing(shapes_bundle: Path, tmp_path: Path) -> None:
     arguments = ["--target", "tensorrt-rtx:sm86+sm89+sm120", "--component", "unet", "--cache", str(tmp_path)]
     with subprocess.Popen(
-        [sys.executable, "-m", "tandemrt.runtime.cli", "build-engine", str(shapes_bundle), *arguments],
+        # Tests that run in a shell's background have Ctrl-C ignored, and so would what they start.
+        ["env", "--default-signal=INT", sys.executable, "-m", "tandemrt.runtime.cli", "build-engine",
+         str(shapes_bundle), *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    ) as process:
+    ) as process:  # fmt: skip
         assert process.stderr is not None
         assert process.stderr.readline().startswith("unet: ")  # a phase of the builder's
         (builder,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii").split()

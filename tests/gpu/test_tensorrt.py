@@ -95,7 +95,10 @@ def test_a_chain_of_runs_equals_one_after_another(shapes_bundle: Path, name: str
         if index:
             one.inputs["sample"][...] = one.outputs["out_sample"]
         one.run()
-    chain = chained.chain(rows, {"sample": "out_sample"})
+    fill(chained, 0)
+    chain = chained.chain([(chained, row.keys()) for row in rows], {"sample": "out_sample"})
+    for given, row in zip(chain.rows, rows, strict=True):
+        given["timestep"][...] = row["timestep"]
     for _ in range(2):
         chain.run()
         np.testing.assert_array_equal(chained.outputs["out_sample"], one.outputs["out_sample"])
@@ -113,7 +116,7 @@ def test_engines_share_their_scratch_memory(shapes_bundle: Path, name: str, buil
         for binding, expected in zip(bindings, alone, strict=True):
             binding.run()
             np.testing.assert_array_equal(binding.outputs["out_sample"], expected)
-    shared = [binding._scratch() for binding in bindings if binding._scratch is not None]
+    shared = [binding.scratch() for binding in bindings if binding.scratch is not None]
     assert shared == [cuda.device().scratches[0].reserved(0)] * 2
 
 

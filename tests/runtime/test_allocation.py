@@ -67,11 +67,15 @@ def test_rows_after_the_first_allocate_nothing(pipe: Pipeline, way: str) -> None
     assert max(peaks) < OBJECTS_BYTES
 
 
-def test_adaptive_guidance_allocates_where_its_first_row_runs_one_branch(pipe: Pipeline) -> None:
-    stream = streamed(pipe, guidance="adaptive", guidance_config={"threshold": 9.0, "steady": 99.0})
-    second, third, *others = peaks_bytes(stream)
-    assert [row.guided for row in stream.result().plan.ran] == [True] * 2 + [False] * 3 + [True]
-    assert max(second, *others) < OBJECTS_BYTES < third
+def test_adaptive_guidance_allocates_where_its_first_row_runs_one_branch(control_bundle: Path, pipe: Pipeline) -> None:
+    """In a pipeline's first generation: the next one has the buffers of that."""
+    way: dict[str, Any] = {"guidance": "adaptive", "guidance_config": {"threshold": 9.0, "steady": 99.0}}
+    with Pipeline.open(control_bundle, str(pipe.target), threads=2) as fresh:
+        stream = streamed(fresh, **way)
+        second, third, *others = peaks_bytes(stream)
+        assert [row.guided for row in stream.result().plan.ran] == [True] * 2 + [False] * 3 + [True]
+        assert max(second, *others) < OBJECTS_BYTES < third
+        assert max(peaks_bytes(streamed(fresh, **way))) < OBJECTS_BYTES
 
 
 def test_an_allocation_would_be_seen(pipe: Pipeline) -> None:

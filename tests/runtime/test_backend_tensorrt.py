@@ -15,7 +15,8 @@ import pytest
 from tandemrt.runtime import Pipeline, TargetError, targets
 from tandemrt.runtime.backends import cuda, target_here
 from tandemrt.runtime.backends.modules import imported
-from tandemrt.runtime.backends.tensorrt import TensorRtBinding, TensorRtSession
+from tandemrt.runtime.backends.tensorrt import TensorRtSession
+from tandemrt.runtime.backends.tensorrt_binding import TensorRtBinding, scratch_held
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.targets import parse_target
@@ -161,7 +162,7 @@ def test_runs_that_overlap_have_scratch_memory_of_their_own() -> None:
     for _ in range(3):
         with ExitStack() as stack:
             for binding in bindings:
-                stack.enter_context(binding.scratch_held())
+                stack.enter_context(scratch_held([binding]))
             assert all(block.lock.locked() for block in blocks)
     assert len({context.scratch[0] for context in contexts}) == 5
     moved = [context.scratch for context in contexts]

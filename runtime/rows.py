@@ -1,0 +1,36 @@
+"""What a generation's rows are given, whatever they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .binding import Conditioning
+from .control import Control
+from .loras import Fitted
+from .plan import Plan
+from .ran_on import Ran
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a generation's rows are given.
+
+    conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
+    loras: by component, which engines must have slots for them; they are in `conditioning` too.
+    ran: told what the models run on. at_once: whether nobody looks between the rows.
+    """
+
+    plan: Plan
+    conditioning: Mapping[str, Conditioning]
+    draw_noise: Callable[[], Float32]
+    keep: Callable[[int, Float32], None] | None = None
+    controls: tuple[Control, ...] = ()
+    loras: Fitted = field(default_factory=Fitted)
+    ran: Ran = field(default_factory=Ran)
+    at_once: bool = False

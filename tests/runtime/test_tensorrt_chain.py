@@ -1,0 +1,209 @@
+"""Runs of TensorRT bindings as one CUDA graph, on a stand-in for CUDA that copies, records and launches on the host."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandemrt.runtime import ExecutionError
+from tandemrt.runtime.backends import cuda
+from tandemrt.runtime.backends.base import Chaining
+from tandemrt.runtime.backends.tensorrt_binding import TensorRtBinding
+from tandemrt.runtime.manifest import TensorSpec
+
+SHAPE = (2, 3)
+SPECS = {name: TensorSpec(name=name, dtype="float32", shape=SHAPE) for name in ("state", "row", "whole", "next")}
+
+
+class Gpu:
+    """CUDA's runtime on the host: what is queued runs at once, or is recorded while a stream is captured."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Any] = {}
+        self._capturing: list[Callable[[], None]] | None = None
+        self._graphs: dict[int, list[Callable[[], None]]] = {}
+        self.copied: list[str] = []
+        self.launched = 0
+
+    def queue(self, work: Callable[[], None]) -> None:
+        if self._capturing is None:
+            work()
+        else:
+            self._capturing.append(work)
+
+    def _allocate(self, size: int) -> tuple[int, int]:
+        block = (ctypes.c_byte * size)()
+        self._blocks[ctypes.addressof(block)] = block
+        return 0, ctypes.addressof(block)
+
+    def _copy(self, to: int, source: int, size: int, kind: str, _: int) -> tuple[int]:
+        def copy() -> None:
+            self.copied.append(kind.removeprefix("cudaMemcpy"))
+            ctypes.memmove(to, source, size)
+
+        self.queue(copy)
+        return (0,)
+
+    def _begin(self, *_: Any) -> tuple[int]:
+        self._capturing = []
+        return (0,)
+
+    def _end(self, _: int) -> tuple[int, int]:
+        assert self._capturing is not None
+        self._graphs[len(self._graphs) + 1], self._capturing = self._capturing, None
+        return 0, len(self._graphs)
+
+    def _launch(self, graph: int, _: int) -> tuple[int]:
+        self.launched += 1
+        for work in self._graphs[graph]:
+            work()
+        return (0,)
+
+    @property
+    def recorded(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def runtime(self) -> Any:
+        silent = ("StreamSynchronize", "StreamDestroy", "Free", "FreeHost", "GraphDestroy", "GraphExecDestroy")
+        functions = {
+            **dict.fromkeys(silent, lambda *_: (0,)),
+            **dict.fromkeys(("StreamCreateWithFlags", "DeviceGetAttribute"), lambda *_: (0, 8)),
+            **dict.fromkeys(("Malloc", "MallocHost"), self._allocate),
+            "GraphInstantiate": lambda graph, _: (0, graph),
+            "MemcpyAsync": self._copy,
+            "StreamBeginCapture": self._begin,
+            "StreamEndCapture": self._end,
+            "GraphLaunch": self._launch,
+        }
+        kinds = {
+            "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
+            "MemcpyKind": ("MemcpyHostToDevice", "MemcpyDeviceToHost", "MemcpyDeviceToDevice"),
+            "StreamCaptureMode": ("StreamCaptureModeThreadLocal",),
+        }
+        named = {
+            kind: SimpleNamespace(**{f"cuda{name}": f"cuda{name}" for name in names}) for kind, names in kinds.items()
+        }
+        both = {**functions, **named, "StreamNonBlocking": 1}
+        return SimpleNamespace(**{f"cuda{name}": value for name, value in both.items()})
+
+
+class Context:
+    """Stands for an execution context: next = factor · state + row + whole."""
+
+    def __init__(self, gpu: Gpu, factor: float, wants: int) -> None:
+        self._gpu, self._factor, self._wants = gpu, factor, wants
+        self._arrays: dict[str, Any] = {}
+
+    def get_tensor_shape(self, _: str) -> tuple[int, ...]:
+        return SHAPE
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self._wants
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        block = (ctypes.c_float * 6).from_address(address)
+        self._arrays[name] = np.frombuffer(block, np.float32).reshape(SHAPE)
+        return True
+
+    def execute_async_v3(self, _: int) -> bool:
+        self._gpu.queue(self._run)
+        return True
+
+    def _run(self) -> None:
+        arrays = self._arrays
+        arrays["next"][...] = self._factor * arrays["state"] + arrays["row"] + arrays["whole"]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: True
+
+
+class Bindings:
+    """Two engines' bindings on a GPU, of whose session all but the weights' generation is silent."""
+
+    def __init__(self) -> None:
+        self.gpu = Gpu()
+        specs = tuple(SPECS.values())
+        self.session: Any = SimpleNamespace(
+            device=cuda.Device(self.gpu.runtime), inputs=specs[:3], outputs=specs[3:], generation=0, live=lambda: None
+        )
+        blocks = self.session.device.blocks(1)
+        shapes = dict.fromkeys(("state", "row", "whole"), SHAPE)
+        self.large, self.small = (
+            TensorRtBinding(self.session, Context(self.gpu, factor, wants), 0, shapes, blocks)
+            for factor, wants in ((2.0, 10), (-3.0, 100))
+        )
+
+    def chain(self) -> Any:
+        """Two rows on the large engine, one on the small one; what is carried is the state."""
+        runs = [(self.large, {"row"}), (self.large, {"row"}), (self.small, {"row"})]
+        return self.large.chain(runs, {"state": "next"})
+
+    def ran(self, chain: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a chain makes of random inputs, and what is to be expected."""
+        random = np.random.default_rng(seed)
+        for binding in (self.large, self.small):
+            binding.inputs["whole"][...] = random.standard_normal(SHAPE)
+        state = self.large.inputs["state"]
+        state[...] = random.standard_normal(SHAPE)
+        for row in chain.rows:
+            row["row"][...] = random.standard_normal(SHAPE)
+        expected = np.array(state)
+        for factor, binding, row in zip(
+            (2.0, 2.0, -3.0), (self.large, self.large, self.small), chain.rows, strict=True
+        ):
+            expected = np.float32(factor) * expected + row["row"] + binding.inputs["whole"]
+        chain.run()
+        return np.array(self.small.outputs["next"]), expected
+
+
+def test_rows_carry_their_state_from_engine_to_engine_without_leaving_the_gpu() -> None:
+    two = Bindings()
+    assert isinstance(two.large, Chaining)
+    chain = two.chain()
+    for seed in range(4):
+        two.gpu.copied.clear()
+        np.testing.assert_array_equal(*two.ran(chain, seed))
+        # Every input once, what each row is given, the state from row to row, the result.
+        inputs, rows = ["HostToDevice"] * 6, ["HostToDevice"] + ["HostToDevice", "DeviceToDevice"] * 2
+        assert two.gpu.copied == [*inputs, *rows, "DeviceToHost"]
+    assert (two.gpu.recorded, two.gpu.launched) == (1, 3)  # the first run is not recorded
+
+
+@pytest.mark.parametrize("change", ["scratch", "weights"])
+def test_what_was_recorded_on_other_memory_or_weights_is_recorded_anew(change: str) -> None:
+    two = Bindings()
+    chain = two.chain()
+    for seed in range(2):
+        two.ran(chain, seed)
+    assert two.gpu.recorded == 1
+    if change == "scratch":
+        two.session.device.blocks(1)[0].reserved(1000)
+    else:
+        two.session.generation += 1
+    for seed in range(3):
+        np.testing.assert_array_equal(*two.ran(chain, seed))
+    assert two.gpu.recorded == 2
+
+
+def test_a_binding_runs_by_itself_beside_a_chain_of_it() -> None:
+    two = Bindings()
+    chain = two.chain()
+    for seed in range(3):
+        np.testing.assert_array_equal(*two.ran(chain, seed))
+        alone = two.small
+        alone.run()
+        expected = np.float32(-3) * alone.inputs["state"] + alone.inputs["row"] + alone.inputs["whole"]
+        np.testing.assert_array_equal(alone.outputs["next"], expected)
+
+
+def test_runs_of_another_backend_are_refused() -> None:
+    two = Bindings()
+    other: Any = SimpleNamespace(inputs={}, outputs={}, run=lambda: None)
+    with pytest.raises(ExecutionError, match="runs of several backends"):
+        two.large.chain([(two.large, {"row"}), (other, {"row"})], {})
