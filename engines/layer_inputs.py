@@ -111,8 +111,10 @@ class _WatchedModels(Models):
         super().__init__(bundle, _HERE, None, cache)
         self._watched, self._pipeline = watched, pipeline
 
-    def session(self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1) -> Session:
-        session = super().session(name, variant, calls=calls, workers=workers)
+    def session(
+        self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1, device: int = 0
+    ) -> Session:
+        session = super().session(name, variant, calls=calls, workers=workers, device=device)
         return _WatchedSession(session, self._pipeline) if name == self._watched else session
 
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from .architecture import cpu_architecture, usable_cpus
+from .backends import gpu_names
 from .backends.base import Shape
 from .bundle import Bundle
 from .files import write_whole
@@ -42,6 +43,7 @@ class Ground(Frozen, frozen=True, kw_only=True):
     denoisers: tuple[str, ...]
     controls: tuple[str, ...]
     shape: tuple[int, ...]
+    devices: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -108,6 +110,7 @@ class AutoPlacement:
             denoisers=tuple(dict.fromkeys(guided)),
             controls=controls,
             shape=tuple(shape),
+            devices=gpu_names(self._target),
         )
 
     def _measured(

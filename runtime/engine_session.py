@@ -17,7 +17,7 @@ from .engine_search import Found, fitting_engines, has_engine
 from .errors import EngineError, ExecutionError
 from .lora_slots import slot_shapes
 from .manifest import Component
-from .ran_on import RanOn
+from .ran_on import RanOn, engine_run
 from .targets import ENGINES_ONLY, Target
 from .trace import span
 from .variant import PLAIN, Variant
@@ -217,7 +217,7 @@ class EngineSession:
         loaded = self._loaded((found for found in fitting if slot_shapes(found.engine.inputs) == slots), refused)
         if loaded is not None:
             found, session = loaded
-            return session, RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused))
+            return session, engine_run(found, self._target, refused)
         if not self._has_graph:
             raise self._none_runs(shapes, self.variant, refused)
         return self._loader.graph(), RanOn(refused=tuple(refused))

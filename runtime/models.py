@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from .backends.base import Array, Session, Shape
 from .bundle import Bundle
 from .engine_search import engines_of, fitting_engines
 from .engine_session import Loader, engine_target
-from .errors import BundleError, ExecutionError
+from .errors import BundleError, EngineError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
 from .ran_on import Ran, serving
@@ -35,9 +36,11 @@ class Models:
         self.threads = threads
         self._bundle, self._target, self._cache = bundle, target, cache
         self._lock = threading.RLock()
-        self._sessions: dict[tuple[str, Variant, int | None, int], Session] = {}
-        self._stages: dict[tuple[str, int, Shape], tuple[Variant, ...]] = {}
-        self._loaders: dict[tuple[str, int | None, int], Loader] = {}
+        # On a GPU each, the first for all that is not told otherwise.
+        self._targets = tuple(replace(target, gpus=(gpu,)) for gpu in target.gpus)
+        self._sessions: dict[tuple[str, Variant, int | None, int, int], Session] = {}
+        self._stages: dict[tuple[str, tuple[int, ...], Shape], tuple[Variant, ...]] = {}
+        self._loaders: dict[tuple[str, int | None, int, int], Loader] = {}
         self._encoders: dict[Session, tuple[PromptEncoder, Ran]] = {}
         self.closed = False
 
@@ -56,13 +59,21 @@ class Models:
         if self.closed:
             raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
 
-    def session(self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1) -> Session:
+    @property
+    def devices(self) -> int:
+        """How many devices there are to run on."""
+        return len(self._targets)
+
+    def session(
+        self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1, device: int = 0
+    ) -> Session:
         """The component `name`, loaded, on engines of another variant where one is named.
 
         calls: how many run at once for one generation. Where a backend must be told, what is made for two is another
             session, with weights of its own.
         workers: how many runs there are at once, of this model and of others beside it, among which a CPU's threads are
             divided: each has one at least.
+        device: which of the devices; on each a model has weights of its own.
 
         Raises:
             BundleError: its files are no longer what the manifest says, or its tensors never were.
@@ -72,7 +83,7 @@ class Models:
         with self._lock:
             self.require_open()
             streams = streams_for(self._target, calls, workers)
-            key = name, variant, self._threads(workers, streams), streams
+            key = name, variant, self._threads(workers, streams), streams, device
             if key not in self._sessions:
                 self._sessions[key] = self._opened(*key)
             return self._sessions[key]
@@ -94,13 +105,31 @@ class Models:
             # None serves, whatever the shapes: they are for the command that the error tells.
             fitting_engines(self._bundle, name, target, {"noise": shape}, cache=self._cache, variant=variant)
 
-    def require_stages(self, name: str, count: int, shape: Shape) -> tuple[Variant, ...]:
-        """See `find_stages`; what was found once is not looked for again."""
+    def require_second(self, name: str, variant: Variant) -> None:
+        """Check that a second GPU, of another architecture than the first, has an engine of a variant of its own.
+
+        Raises:
+            EngineError: there is none, whatever the shapes.
+        """
+        first, *others = (engine_target(self._bundle, name, target) for target in self._targets)
+        for target in others:
+            if target.device == first.device:
+                continue
+            try:
+                fitting_engines(self._bundle, name, target, cache=self._cache, variant=variant)
+            except EngineError as error:
+                raise EngineError(f"{name} on GPU {target.gpus[0]}", error.what, remedy=error.remedy) from error
+
+    def require_stages(self, name: str, devices: tuple[int, ...], shape: Shape) -> tuple[Variant, ...]:
+        """See `find_stages`; what was found once is not looked for again.
+
+        devices: of each stage, as of `session`.
+        """
         with self._lock:
-            key = name, count, shape
+            key = name, devices, shape
             if key not in self._stages:
-                target = engine_target(self._bundle, name, self._target)
-                self._stages[key] = find_stages(self._bundle, name, target, count, shape, cache=self._cache)
+                targets = [engine_target(self._bundle, name, self._targets[device]) for device in devices]
+                self._stages[key] = find_stages(self._bundle, name, targets, shape, cache=self._cache)
             return self._stages[key]
 
     def _threads(self, workers: int, streams: int) -> int | None:
@@ -109,12 +138,12 @@ class Models:
             return self.threads
         return max(1, (self.threads or usable_cpus()) // workers) * streams
 
-    def _opened(self, name: str, variant: Variant, threads: int | None, streams: int) -> Session:
+    def _opened(self, name: str, variant: Variant, threads: int | None, streams: int, device: int) -> Session:
         self._bundle.check_component(name)
         # Of what is wanted of engines much is served by the same ones, which are loaded once.
-        key = name, threads, streams
+        key = name, threads, streams, device
         if key not in self._loaders:
-            self._loaders[key] = Loader(self._bundle, name, self._target, threads, streams, self._cache)
+            self._loaders[key] = Loader(self._bundle, name, self._targets[device], threads, streams, self._cache)
         session = self._loaders[key].session(variant)
         if variant != PLAIN:
             return session

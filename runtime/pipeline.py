@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from .bundle import Bundle
 from .cache import cache_folder
 from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
+from .devices import on_devices, require_devices
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, ExecutionError, RequestError
 from .images import Float32, image_from_pixels
@@ -34,7 +35,7 @@ from .ran_on import Ran
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
 from .rows import Rows
-from .sampling import open_loop
+from .sampling import models_of, open_loop
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
@@ -90,7 +91,13 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, bundle: str | Path, target: str = "auto", *, threads: int | None = None, cache: str | Path | None = None
+        cls,
+        bundle: str | Path,
+        target: str = "auto",
+        *,
+        threads: int | None = None,
+        cache: str | Path | None = None,
+        devices: Sequence[int] | None = None,
     ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
 
@@ -98,14 +105,21 @@ class Pipeline:
         threads: how many CPU threads a model may use; the backend's choice otherwise.
         cache: where engines and measurements are; `$TANDEMRT_CACHE` otherwise, or the user's own folder for caches.
 
+        devices: the GPUs that TensorRT's flavours run on, by CUDA's index, the first one otherwise. On the second of
+            two run the branch without the prompt and half of a window's stages, in the placements that run both
+            branches at once (parallel, hybridiff, auto); everything else runs on the first.
+
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
-            ArgumentError: there is no such target, or `threads` is no whole number in 1..1024.
-            TargetError: the target is not available here, or names another precision than the bundle has.
+            ArgumentError: there is no such target, `threads` is no whole number in 1..1024, or `devices` are not one or
+                two different indices.
+            TargetError: the target or a device is not available here, or names another precision than the bundle has.
         """
-        wanted = parse_target(target)
+        wanted = on_devices(parse_target(target), devices)
         check_runnable(wanted)
         check_installed(wanted)
+        if devices is not None:
+            require_devices(wanted)
         count = thread_count("threads", threads)
         opened = Bundle.open(bundle)
         for name, component in opened.manifest.components.items():
@@ -188,12 +202,16 @@ class Pipeline:
         """Refuse a placement that the target, or the engines that are there, cannot do."""
         if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
             raise refused
+        if plan.placement in ("parallel", "hybridiff"):
+            for name in models_of(plan, controls, plan.guided):
+                self._models.require_second(name, loras.variant(name))
         if plan.window is None:
             return
         if controls or loras.adapters:
             what = "hybridiff with ControlNets or LoRAs, which its stages do not take"
             raise RequestError("placement", what, remedy="Ask for another placement.")
-        self._models.require_stages(plan.denoisers[0], plan.window.pipelining.stages, shape)
+        devices = plan.window.pipelining.devices(self._models.devices)
+        self._models.require_stages(plan.denoisers[0], devices, shape)
 
     def _fitted(self, request: Request, plan: Plan, shape: tuple[int, ...]) -> Fitted:
         """The request's LoRAs by component, each of which has engines with slots for them."""

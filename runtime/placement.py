@@ -166,11 +166,12 @@ class Parallel:
     """A call of B rows for each branch, both at once; see `Placed`.
 
     both: of the rows with two, on sessions that take two calls at once.
-    alone: of the rows with one, for which such a session has less to give.
+    alone: of the rows with one, for which such a session has less to give. other: what the unconditional branch of rows
+    with two runs on where it has a device to itself.
     """
 
-    def __init__(self, both: Worker, alone: Worker) -> None:
-        self._conditional, self._unconditional, self._alone = both, both.unconditional(), alone
+    def __init__(self, both: Worker, alone: Worker, other: Worker | None = None) -> None:
+        self._conditional, self._unconditional, self._alone = both, (other or both).unconditional(), alone
         self._crew = Crew(2)
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from .backends.base import Binding, Session, Shape
+from .engine_search import Found
 from .pool import Lease, Pool
+from .targets import ENGINES_ONLY, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,16 +18,25 @@ class RanOn:
 
     engine: the engine's key in the cache, None for the bundle's own graph. variant: what the engine was made as.
     refused: why not on an engine, or not on the one that comes first, where the cache had one; otherwise empty.
+    gpu: of an engine of TensorRT's the GPU, by CUDA's index.
     """
 
     engine: str | None = None
     variant: str = ""
     refused: tuple[str, ...] = ()
+    gpu: int | None = None
 
     def __str__(self) -> str:
         if self.engine is None:
             return "graph"
-        return f"engine {self.engine[:12]}" + ("" if self.variant == "plain" else f" ({self.variant})")
+        variant = "" if self.variant == "plain" else f" ({self.variant})"
+        return f"engine {self.engine[:12]}{variant}" + ("" if self.gpu is None else f" on GPU {self.gpu}")
+
+
+def engine_run(found: Found, target: Target, refused: Sequence[str]) -> RanOn:
+    """An engine of the cache on the first device of a target; see `RanOn`."""
+    gpu = target.gpus[0] if target.backend in ENGINES_ONLY else None
+    return RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused), gpu)
 
 
 GRAPH = RanOn()

@@ -12,15 +12,16 @@ import numpy.typing as npt
 
 from .auto_placement import AutoPlacement
 from .backends.base import Session, Shape
-from .control import Steering
+from .control import Control, Steering
 from .hybridiff import Hybridiff
 from .manifest import TensorSpec
 from .models import Models
 from .placement import Batched, Parallel, Placed, Sequential, Worker
+from .plan import Plan
 from .ran_on import Ran
 from .rows import Rows
 from .sampler import SampledRow, Sampler, State
-from .stage_parts import Parts, Stages, bound_parts
+from .stage_parts import Stages, bound_parts
 from .step_engines import StepEngines, Wanted
 from .step_inputs import given_inputs, input_shapes
 from .step_sampler import Key, StepSampler
@@ -79,42 +80,49 @@ def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None]
     plan, conditioning, controls = rows.plan, rows.conditioning, rows.controls
     every = [control.component for control in controls] + list(dict.fromkeys(plan.denoisers))
     if plan.placement in ("parallel", "hybridiff"):
-        both = _sessions(_used(rows, plan.guided), rows, models, before, calls=2)
-        alone = _sessions(_used(rows, plan.one_branch), rows, models, before)
-        parallel = Parallel(Worker(plan, both, conditioning, controls), Worker(plan, alone, conditioning, controls))
+        guided, apart = models_of(plan, controls, plan.guided), models.devices > 1
+        both = _sessions(guided, rows, models, before, calls=1 if apart else 2)
+        placed = [both, _sessions(models_of(plan, controls, plan.one_branch), rows, models, before)]
+        if apart:
+            placed.append(_sessions(guided, rows, models, before, device=1))
+        parallel = Parallel(*(Worker(plan, sessions, conditioning, controls) for sessions in placed))
         if plan.window is None:
             return parallel
-        return Hybridiff(plan, plan.window, parallel, _parts(rows, plan.window, shape, models, before))
+        stages = _stages(rows, plan.window, both[plan.denoisers[0]].inputs, shape, models)
+        bound = bound_parts(stages, plan.window.pipelining, conditioning[stages.name], shape, before)
+        return Hybridiff(plan, plan.window, parallel, bound)
     sessions = _sessions(every, rows, models, before)
     worker = Worker(plan, sessions, conditioning, controls)
     return Sequential(worker) if plan.placement == "sequential" else Batched(worker)
 
 
-def _parts(rows: Rows, window: Window, shape: Shape, models: Models, before: Callable[[], None]) -> Parts:
-    """All stages of the denoiser that a window needs, loaded and bound."""
+def _stages(rows: Rows, window: Window, inputs: tuple[TensorSpec, ...], shape: Shape, models: Models) -> Stages:
+    """All stages of the denoiser that a window needs; inputs: of the whole."""
     (name,) = dict.fromkeys(rows.plan.denoisers)
     pipelining, sessions = window.pipelining, []
-    for index, variant in enumerate(models.require_stages(name, pipelining.stages, shape)):
-        session = models.session(name, variant, calls=pipelining.calls(index), workers=pipelining.workers)
+    devices = pipelining.devices(models.devices)
+    for index, variant in enumerate(models.require_stages(name, devices, shape)):
+        calls, workers = pipelining.calls(index), pipelining.workers
+        session = models.session(name, variant, calls=calls, workers=workers, device=devices[index])
         sessions.append(rows.ran.watched(name, session))
-    stages = Stages(name, models.session(name, calls=2).inputs, sessions)
-    return bound_parts(stages, pipelining, rows.conditioning[name], shape, before)
+    return Stages(name, inputs, sessions)
 
 
-def _used(rows: Rows, at: Sequence[bool]) -> list[str]:
+def models_of(plan: Plan, controls: Sequence[Control], at: Sequence[bool]) -> list[str]:
     """The ControlNets and denoisers of the rows marked."""
     marked = [row for row, used in enumerate(at) if used]
-    controls = [control.component for control in rows.controls if any(control.rows[row] for row in marked)]
-    return controls + list(dict.fromkeys(rows.plan.denoisers[row] for row in marked))
+    steering = [control.component for control in controls if any(control.rows[row] for row in marked)]
+    return steering + list(dict.fromkeys(plan.denoisers[row] for row in marked))
 
 
 def _sessions(
-    names: Iterable[str], rows: Rows, models: Models, before: Callable[[], None], *, calls: int = 1
+    names: Iterable[str], rows: Rows, models: Models, before: Callable[[], None], *, calls: int = 1, device: int = 0
 ) -> dict[str, Session]:
     sessions = {}
     for name in names:
         before()
-        sessions[name] = rows.ran.watched(name, models.session(name, rows.loras.variant(name), calls=calls))
+        session = models.session(name, rows.loras.variant(name), calls=calls, device=device)
+        sessions[name] = rows.ran.watched(name, session)
     return sessions
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .backends.base import Shape
@@ -17,19 +17,19 @@ from .variant import Variant
 
 
 def find_stages(
-    bundle: Bundle, name: str, target: Target, count: int, shape: Shape, *, cache: Path | None = None
+    bundle: Bundle, name: str, targets: Sequence[Target], shape: Shape, *, cache: Path | None = None
 ) -> tuple[Variant, ...]:
-    """What the engines are that are component `name`'s stages, `count` of one cut, in their order; loads nothing.
+    """What the engines are that are component `name`'s stages, all of one cut, in their order; loads nothing.
 
-    target, cache: as of `fitting_engines`. shape: the latents', (B, C, h, w); an engine's profile must take what
-    follows from it. What does not, the text's length, is not looked at.
+    targets: of each stage; they and cache as of `fitting_engines`. shape: the latents', (B, C, h, w); an engine's
+    profile must take what follows from it. What does not, the text's length, is not looked at.
 
     Raises:
         EngineError: one is missing, or has no profile for such latents, with the command that builds it.
     """
     variants = list[Variant]()
-    for index in range(count):
-        wanted = Variant(stage=(index, count), cuts=variants[0].cuts if variants else ())
+    for index, target in enumerate(targets):
+        wanted = Variant(stage=(index, len(targets)), cuts=variants[0].cuts if variants else ())
         built = [found.engine for found in fitting_engines(bundle, name, target, cache=cache, variant=wanted)]
         shapes = _known_shapes(bundle, name, built[0], shape)
         fitting = next((engine for engine in built if _takes(engine, shapes)), None)

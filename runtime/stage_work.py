@@ -53,6 +53,10 @@ class Pipelining:
         """Whether a stage is given the conditional text: the second half of them is, the first the unconditional."""
         return stage >= self.stages // 2
 
+    def devices(self, count: int) -> tuple[int, ...]:
+        """On which of so many devices each stage runs: where outside the window the branch of its text does."""
+        return tuple(0 if count == 1 or self.conditional(stage) else 1 for stage in range(self.stages))
+
 
 @dataclass(frozen=True, slots=True)
 class StageWork:

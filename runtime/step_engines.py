@@ -17,7 +17,7 @@ from .engine_search import Found, answers, engines_of, fitted, out_of_profile
 from .engine_session import engine_target
 from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec
-from .ran_on import Ran, RanOn
+from .ran_on import Ran, engine_run
 from .step_inputs import history_of
 from .step_sampler import Key, StepEngine
 from .targets import Target
@@ -114,7 +114,7 @@ class StepEngines:
                 else:
                     for (name, guided), found in chosen.items():
                         before_it = self._refused_before(name, wanted[name, guided], found)
-                        ran.add(name, RanOn(found.folder.name, str(found.engine.ingredients.variant), before_it))
+                        ran.add(name, engine_run(found, self._target, before_it))
                     return engines
         return None
 

@@ -25,6 +25,9 @@ _EXPORTED_IN = {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("fp32", "fp16")}
 class Target:
     """Where a model runs: `backend:device:precision`. `reason` says why `auto` chose it.
 
+    gpus: for TensorRT's flavours which of the GPUs here, by CUDA's index; on a second one the second branch of guidance
+        may run, everything else is on the first.
+
     precision: that of the arithmetic, or None to take the bundle as it is. It lives in the graph: fp32 and fp16 ask for
         a bundle exported so, bf16 for one in either (TensorRT's flavours: fp16), int8 and fp8 for denoisers that are
         quantized.
@@ -34,6 +37,7 @@ class Target:
     device: str
     precision: str | None = None
     reason: str = field(default="", compare=False)
+    gpus: tuple[int, ...] = (0,)
 
     def __str__(self) -> str:
         return ":".join(part for part in (self.backend, self.device, self.precision) if part)
@@ -131,7 +135,7 @@ def parse_target(text: str) -> Target:
         raise ArgumentError("target", "device", got=text[:80], expected=f"{name}:DEVICE with DEVICE one of {devices}")
     if len(rest) == 2 and rest[1] not in backend.precisions:
         raise ArgumentError("target", "precision", got=text[:80], expected=f"one of {', '.join(backend.precisions)}")
-    return Target(name, *rest)
+    return Target(name, rest[0], precision=rest[1] if len(rest) == 2 else None)
 
 
 def _automatic() -> Target:
@@ -253,9 +257,12 @@ def _probed_openvino() -> tuple[tuple[str, ...], tuple[Target, ...]]:
 
 
 def _probed_tensorrt(name: str) -> tuple[tuple[str, ...], tuple[Target, ...]]:
-    from .backends.cuda import device  # noqa: PLC0415 (it imports this module)
+    from .backends.cuda import devices  # noqa: PLC0415 (it imports this module)
 
-    return nvidia_gpus(), (Target(name, device().architecture),)
+    here = devices()
+    architectures = dict.fromkeys(device.architecture for device in here)
+    named = tuple(f"GPU {device.index}: {device.name} ({device.architecture})" for device in here)
+    return named, tuple(Target(name, architecture) for architecture in architectures)
 
 
 _PROBES: Mapping[str, Callable[[], tuple[tuple[str, ...], tuple[Target, ...]]]] = {

@@ -64,7 +64,7 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None, str
     if target.backend in ENGINES_ONLY:
         from . import tensorrt  # noqa: PLC0415
 
-        return tensorrt.TensorRtSession(found.folder, found.engine, streams)
+        return tensorrt.TensorRtSession(found.folder, found.engine, streams, target.gpus[0])
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415
 
@@ -76,16 +76,31 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None, str
 
 
 def target_here(target: Target) -> Target:
-    """A target of engines alone with the architecture of the GPU that is here.
+    """A target of engines alone with the architecture of its first GPU.
 
     Raises:
-        TargetError: there is none, or the target is for others.
+        TargetError: there is no such GPU, or the target is for others.
     """
     from . import cuda  # noqa: PLC0415
 
-    here = cuda.device().architecture
+    here = cuda.device(target.gpus[0]).architecture
     named = target.device.split("+")
     if target.device != PORTABLE and here not in named:
-        remedy = f"Ask for {target.backend}:{here}, and build its engines."
-        raise TargetError(f"target {target}", "the GPU here", got=here, expected=" or ".join(named), remedy=remedy)
+        every = dict.fromkeys(cuda.device(gpu).architecture for gpu in sorted(target.gpus))
+        remedy = f"Ask for {target.backend}:{'+'.join(every)}, and build its engines."
+        what, expected = f"architecture of GPU {target.gpus[0]}", " or ".join(named)
+        raise TargetError(f"target {target}", what, got=here, expected=expected, remedy=remedy)
     return replace(target, device=here)
+
+
+def gpu_names(target: Target) -> tuple[str, ...]:
+    """What the GPUs of a target of engines alone are called, with CUDA's index; of other targets nothing.
+
+    Raises:
+        TargetError: there is no such GPU.
+    """
+    if target.backend not in ENGINES_ONLY:
+        return ()
+    from . import cuda  # noqa: PLC0415
+
+    return tuple(f"{gpu}: {cuda.device(gpu).name}" for gpu in target.gpus)

@@ -1,6 +1,6 @@
-"""NVIDIA's CUDA runtime through cuda-bindings: memory, streams and graphs of the first GPU, errors as ours.
+"""NVIDIA's CUDA runtime through cuda-bindings: the GPUs here, their memory, streams and graphs, errors as ours.
 
-Nothing here is called where no driver runs: `device()` says so first.
+Nothing here is called where no driver runs: `devices()` says so first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
@@ -22,19 +23,27 @@ from .base import Array, Shape
 from .buffers import one_line
 
 _WHERE = "CUDA"
+_SHOWN = "`tandemrt doctor` lists them; CUDA_VISIBLE_DEVICES limits which there are."
 
 
 class Device:
-    """The first GPU: `architecture` such as `sm89`, and the scratch memory that engines on it share.
+    """A GPU: `architecture` such as `sm89`, and the scratch memory that engines on it share.
 
-    scratches: blocks for as many runs as may overlap so far; those that no run needed take nothing.
+    index: CUDA's, which counts the GPUs that the process is shown. driver: CUDA's lower interface, needed where there
+    are other GPUs. scratches: blocks for as many runs as may overlap so far; those that no run needed take nothing.
     """
 
-    def __init__(self, runtime: Any) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Any, index: int = 0, driver: Any = None) -> None:
+        self.runtime, self.index, self._driver = runtime, index, driver
         self.architecture = f"sm{self._attribute('Major')}{self._attribute('Minor')}"
         self.scratches: list[Scratch] = []
         self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """What NVIDIA calls it."""
+        name = _called(self.runtime, "cudaGetDeviceProperties", self.index).name
+        return name.decode() if isinstance(name, bytes) else str(name)
 
     def blocks(self, count: int) -> tuple[Scratch, ...]:
         """Scratch memory for so many runs that may overlap; whoever asks for as many has the same blocks."""
@@ -42,33 +51,61 @@ class Device:
             self.scratches += [Scratch(self) for _ in range(count - len(self.scratches))]
             return tuple(self.scratches[:count])
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this the calling thread's device for a while, as all that CUDA or TensorRT does for it needs.
+
+        Every thread has one, CUDA's first until another is chosen, and gets it back: it is the caller's. But not where
+        nothing of this process runs on it yet: `cudaSetDevice` would set it up, which takes some 100 MiB of its memory.
+
+        Raises:
+            ExecutionError: CUDA failed.
+        """
+        before = int(_called(self.runtime, "cudaGetDevice"))
+        if before == self.index:
+            yield
+            return
+        _called(self.runtime, "cudaSetDevice", self.index)
+        try:
+            yield
+        finally:
+            if self._is_set_up(before):
+                _called(self.runtime, "cudaSetDevice", before)
+
     def call(self, function: str, *arguments: Any) -> Any:
-        """What a function of the CUDA runtime returns beside its status.
+        """What a function of the CUDA runtime returns beside its status, called with this device current.
 
         Raises:
             ExecutionError: it failed; the error and its description are named.
         """
-        status, *results = getattr(self.runtime, function)(*arguments)
-        if int(status) != 0:
-            described = self.runtime.cudaGetErrorString(status)[1]
-            text = described.decode() if isinstance(described, bytes) else str(described)
-            out_of_memory = status == self.runtime.cudaError_t.cudaErrorMemoryAllocation
-            remedy = "Ask for a smaller size or batch, or close other pipelines." if out_of_memory else ""
-            raise ExecutionError(_WHERE, f"{function} failed ({text})", remedy=remedy)
-        return results[0] if len(results) == 1 else results or None
+        with self.current():
+            return _called(self.runtime, function, *arguments)
+
+    def release(self, function: str, handle: Any) -> None:
+        """Free something of this device's, on whatever thread it is let go of.
+
+        A failure is passed over: there is nothing to be done about it, and at the end of the process CUDA may be gone.
+        """
+        with suppress(ExecutionError):
+            self.call(function, handle)
+
+    def _is_set_up(self, index: int) -> bool:
+        """Whether anything of this process runs on a GPU; to ask sets nothing up."""
+        status, _, active = self._driver.cuDevicePrimaryCtxGetState(index)
+        return int(status) == 0 and bool(active)
 
     def _attribute(self, which: str) -> int:
         kind = getattr(self.runtime.cudaDeviceAttr, f"cudaDevAttrComputeCapability{which}")
-        return int(self.call("cudaDeviceGetAttribute", kind, 0))
+        return int(_called(self.runtime, "cudaDeviceGetAttribute", kind, self.index))
 
 
 class Memory:
-    """`size` bytes on the GPU at `address`, freed with the object."""
+    """`size` bytes of a GPU's at `address`, freed with the object."""
 
     def __init__(self, device: Device, size: int) -> None:
         self.size = size
         self.address = int(device.call("cudaMalloc", max(size, 1)))
-        weakref.finalize(self, device.runtime.cudaFree, self.address)
+        weakref.finalize(self, device.release, "cudaFree", self.address)
 
 
 class Scratch:
@@ -91,12 +128,12 @@ class Scratch:
 
 
 class Stream:
-    """A queue of work on the GPU, destroyed with the object."""
+    """A queue of work on a GPU, destroyed with the object."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self.handle = int(device.call("cudaStreamCreateWithFlags", device.runtime.cudaStreamNonBlocking))
-        weakref.finalize(self, device.runtime.cudaStreamDestroy, self.handle)
+        weakref.finalize(self, device.release, "cudaStreamDestroy", self.handle)
 
     def upload(self, array: Array, address: int) -> None:
         """Copy a pinned array to the GPU, in the stream's order."""
@@ -117,15 +154,16 @@ class Stream:
     def recorded(self, work: Callable[[], None]) -> Graph:
         """What `work` queues on this stream, as a graph that can be launched; nothing of it runs now."""
         device, relaxed = self._device, self._device.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        device.call("cudaStreamBeginCapture", self.handle, relaxed)
-        try:
-            work()
-        except BaseException:
-            # A failed capture leaves no graph, and its own error would hide the first.
-            device.runtime.cudaStreamEndCapture(self.handle)
-            device.runtime.cudaGetLastError()
-            raise
-        return Graph(device, device.call("cudaStreamEndCapture", self.handle))
+        with device.current():
+            device.call("cudaStreamBeginCapture", self.handle, relaxed)
+            try:
+                work()
+            except BaseException:
+                # A failed capture leaves no graph, and its own error would hide the first.
+                device.runtime.cudaStreamEndCapture(self.handle)
+                device.runtime.cudaGetLastError()
+                raise
+            return Graph(device, device.call("cudaStreamEndCapture", self.handle))
 
     def _copy(self, destination: int, source: int, size: int, direction: str) -> None:
         kind = getattr(self._device.runtime.cudaMemcpyKind, f"cudaMemcpy{direction}")
@@ -140,8 +178,8 @@ class Graph:
         try:
             self._executable = device.call("cudaGraphInstantiate", recorded, 0)
         finally:
-            device.runtime.cudaGraphDestroy(recorded)
-        weakref.finalize(self, device.runtime.cudaGraphExecDestroy, self._executable)
+            device.release("cudaGraphDestroy", recorded)
+        weakref.finalize(self, device.release, "cudaGraphExecDestroy", self._executable)
 
     def launch(self, stream: Stream) -> None:
         self._device.call("cudaGraphLaunch", self._executable, stream.handle)
@@ -152,15 +190,29 @@ def pinned(device: Device, shape: Shape, dtype: npt.DTypeLike) -> Array:
     size = prod(shape) * np.dtype(dtype).itemsize
     address = int(device.call("cudaMallocHost", max(size, 1)))
     block = (ctypes.c_byte * size).from_address(address)
-    weakref.finalize(block, device.runtime.cudaFreeHost, address)
+    weakref.finalize(block, device.release, "cudaFreeHost", address)
     array: Array = np.frombuffer(memoryview(block), dtype).reshape(shape)
     array.fill(0)
     return array
 
 
+def device(index: int = 0) -> Device:
+    """The GPU of this index, in CUDA's count; the same object at every call.
+
+    Raises:
+        TargetError: as of `devices`, or there are not so many.
+    """
+    here = devices()
+    if not 0 <= index < len(here):
+        one = len(here) == 1
+        expected = "0: there is 1 GPU here" if one else f"0..{len(here) - 1}: there are {len(here)} GPUs here"
+        raise TargetError(_WHERE, "index of a GPU", got=index, expected=expected, remedy=_SHOWN)
+    return here[index]
+
+
 @functools.cache
-def device() -> Device:
-    """The first GPU.
+def devices() -> tuple[Device, ...]:
+    """The GPUs that CUDA shows this process; nothing is set up on them.
 
     Raises:
         TargetError: there is no driver or no GPU, or cuda-bindings is not installed.
@@ -169,14 +221,31 @@ def device() -> Device:
     if not has_nvidia_driver():
         raise TargetError(_WHERE, "no NVIDIA driver is running here", remedy=remedy)
     try:
-        from cuda.bindings import runtime  # noqa: PLC0415 (of an extra)
+        from cuda.bindings import driver, runtime  # noqa: PLC0415 (of an extra)
 
         status, count = runtime.cudaGetDeviceCount()
     except Exception as error:  # a damaged installation fails in any way
         what = f"cuda-bindings cannot be used ({one_line(error)})"
         raise TargetError(_WHERE, what, remedy="Run `pip install cuda-bindings`.") from error
     if int(status) != 0 or not count:
-        said = runtime.cudaGetErrorString(status)[1]
-        text = said.decode() if isinstance(said, bytes) else str(said)
-        raise TargetError(_WHERE, f"no GPU can be used ({text})", remedy=remedy)
-    return Device(runtime)
+        raise TargetError(_WHERE, f"no GPU can be used ({_described(runtime, status)})", remedy=remedy)
+    return tuple(Device(runtime, index, driver) for index in range(count))
+
+
+def _called(runtime: Any, function: str, *arguments: Any) -> Any:
+    """What a function of the CUDA runtime returns beside its status, on whatever device the thread has.
+
+    Raises:
+        ExecutionError: it failed; the error and its description are named.
+    """
+    status, *results = getattr(runtime, function)(*arguments)
+    if int(status) != 0:
+        out_of_memory = status == runtime.cudaError_t.cudaErrorMemoryAllocation
+        remedy = "Ask for a smaller size or batch, or close other pipelines." if out_of_memory else ""
+        raise ExecutionError(_WHERE, f"{function} failed ({_described(runtime, status)})", remedy=remedy)
+    return results[0] if len(results) == 1 else results or None
+
+
+def _described(runtime: Any, status: Any) -> str:
+    said = runtime.cudaGetErrorString(status)[1]
+    return said.decode() if isinstance(said, bytes) else str(said)

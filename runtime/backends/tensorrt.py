@@ -22,28 +22,30 @@ _KEPT_MESSAGES = 4
 
 
 class TensorRtSession:
-    """An engine on the first GPU; see `Session`. Every binding has an execution context, which serves one thread."""
+    """An engine on a GPU; see `Session`. Every binding has an execution context, which serves one thread."""
 
-    def __init__(self, folder: Path, engine: Engine, streams: int = 1) -> None:
+    def __init__(self, folder: Path, engine: Engine, streams: int = 1, gpu: int = 0) -> None:
         """Load the engine in `folder`, its files proved by the caller to be those that `engine` lists.
 
         streams: how many runs may overlap, of this engine and of others: each takes one of so many blocks of scratch
             memory.
+        gpu: on which, by CUDA's index.
 
         Raises:
-            TargetError: there is no GPU, or the flavour of TensorRT is not installed.
+            TargetError: there is no such GPU, or the flavour of TensorRT is not installed.
             EngineError: TensorRT refuses the engine.
         """
         self._name, self._engine = engine.component, engine
         self.inputs, self.outputs = engine.inputs, engine.outputs
         require_numpy_types(self._name, (*self.inputs, *self.outputs))
-        self._device = device()
+        self._device = device(gpu)
         self._scratches = self._device.blocks(streams)
         trt = imported(engine.ingredients.backend)
         self._log = _log(trt)
-        self._runtime = trt.Runtime(self._log)
-        self._loaded: Any = _deserialized(self._runtime, folder, engine, self._log)
-        self._kernels = _Kernels(trt, self._loaded, folder / f"kernels-{self._device.architecture}.bin")
+        with self._device.current():  # an engine is of the device that is current when it is loaded
+            self._runtime = trt.Runtime(self._log)
+            self._loaded: Any = _deserialized(self._runtime, folder, engine, self._log)
+            self._kernels = _Kernels(trt, self._loaded, folder / f"kernels-{self._device.architecture}.bin")
         self._refit = Refit(trt, self._log, self._name)
         self.generation = 0  # of the weights
 
@@ -57,10 +59,11 @@ class TensorRtSession:
                 self._name, "no profile of the engine takes these shapes", got=dict(input_shapes),
                 remedy="Build an engine with a --profile for this size and number of pictures."
             )  # fmt: skip
-        context = self._kernels.context(engine)
-        if context is None:
-            raise self.failed("an execution context cannot be made")
-        return TensorRtBinding(self, context, profile, input_shapes, self._scratches)
+        with self._device.current():
+            context = self._kernels.context(engine)
+            if context is None:
+                raise self.failed("an execution context cannot be made")
+            return TensorRtBinding(self, context, profile, input_shapes, self._scratches)
 
     def refit(self, base: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
         """Compute with the base's weights and, added to those that `changes` names, what it says; with none, the base.
@@ -78,7 +81,7 @@ class TensorRtSession:
         engine = self.live()
         if REFIT not in self._engine.ingredients.flags:
             raise EngineError(self._name, "cannot be refitted", remedy="Build it with `tandemrt build-engine --refit`.")
-        with ExitStack() as stack:
+        with ExitStack() as stack, self._device.current():
             for scratch in self._scratches:
                 stack.enter_context(scratch.lock)
             self.generation += 1
@@ -88,8 +91,9 @@ class TensorRtSession:
         """Free the engine; a second call does nothing. The kernels it compiled are kept for the next time."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
-            self._kernels.save()
-            del loaded  # the kernels are the engine's, which goes after they are saved
+            with self._device.current():
+                self._kernels.save()
+                del loaded  # the kernels are the engine's, which goes after they are saved
 
     def live(self) -> Any:
         """TensorRT's engine; raises ExecutionError when the session is closed."""

@@ -77,7 +77,7 @@ class TensorRtBinding:
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
         self.require_open()
-        with scratch_held([self]):
+        with self.device.current(), scratch_held([self]):
             if self._graph is None and self.ready:
                 self._graph = self.stream.recorded(self._queue)
             if self._graph is None:
@@ -157,7 +157,7 @@ class TensorRtChain:
         for binding in self._bindings:
             binding.require_open()
         stream = self._runs[0].stream
-        with scratch_held(self._bindings):
+        with self._runs[0].device.current(), scratch_held(self._bindings):
             on = [(binding.scratch, binding.generation) for binding in self._bindings]
             if on != self._recorded_on:
                 self._graph = None

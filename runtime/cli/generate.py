@@ -39,13 +39,14 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
     Raises:
         TandemError: the bundle, an argument or the target cannot be used, or the folder cannot be written.
     """
-    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
+    with _opened(plan) as pipe:
         checked = _checked(plan, pipe, _seed(plan))
         seeded = plan.seed is not None
         files = [names.picture(seed) for request, names in checked.named for seed in request["seed"]]
         return {
             "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
             "target": {"name": str(pipe.target), "reason": pipe.target.reason or "asked for"},
+            "devices": plan.devices,
             "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
@@ -75,7 +76,7 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
 def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     began = time.perf_counter()
     seed = _seed(plan)
-    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
+    with _opened(plan) as pipe:
         checked = _checked(plan, pipe, seed)
         facts = {
             "plan": checked.compiled.facts(),
@@ -107,6 +108,10 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     for path, components in result["images"][0]["loras"].items():
         yield f"{path} changed {', '.join(components) if scales[path] else 'nothing: its scale is 0'}"
     yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
+
+
+def _opened(plan: GeneratePlan) -> Pipeline:
+    return Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache, devices=plan.devices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,16 @@ from ..errors import RequestError
 from ..request_checks import require_pictures
 from .generate_options import FURTHER_PROMPTS, add_groups
 from .prompts import gathered_prompts, require_text
-from .values import parse_interval, parse_lora, parse_named, parse_number, parse_settings, parse_size, parse_timesteps
+from .values import (
+    parse_devices,
+    parse_interval,
+    parse_lora,
+    parse_named,
+    parse_number,
+    parse_settings,
+    parse_size,
+    parse_timesteps,
+)
 
 EPILOG = """\
 example:
@@ -66,6 +75,7 @@ class GeneratePlan:
     decoder: str | None
     target: str
     threads: int | None
+    devices: tuple[int, ...] | None
     cache: Path | None
     output_dir: Path
     previews: int
@@ -124,6 +134,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
             name: parse_interval("--control-interval", value)
             for name, value in parse_named("--control-interval", namespace.control_interval).items()
         },
+        "devices": None if namespace.devices is None else parse_devices("--devices", namespace.devices),
         "width": width,
         "height": height,
     }

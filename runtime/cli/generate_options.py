@@ -195,6 +195,12 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads a model may use")
     group.add_argument(
+        "--devices",
+        metavar="N,N",
+        help="GPUs for a flavour of TensorRT, as `tandemrt doctor` counts them (default 0); on the second of two the "
+        "branch without the prompt runs, with --placement parallel, hybridiff or auto",
+    )
+    group.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",

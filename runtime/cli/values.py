@@ -43,6 +43,15 @@ def parse_interval(option: str, text: str) -> tuple[float, float]:
     return start, end
 
 
+def parse_devices(option: str, text: str) -> tuple[int, ...]:
+    """`0,1` as indices; which there may be is for the pipeline to say. RequestError where one is no whole number."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        expected = "CUDA's indices of one or two GPUs such as 0,1"
+        raise RequestError(option, "not a list of GPUs", got=text, expected=expected) from error
+
+
 def parse_number(option: str, text: str) -> float:
     """A number; raises RequestError, in which `option` names it, for anything else."""
     try:

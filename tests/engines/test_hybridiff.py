@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
+from tandemrt.engines.composed import composed, composed_stages
 from tandemrt.runtime import CancelledError, EngineError, Output, Pipeline, PlanError, RequestError, models, traced
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.stage_engines import find_stages
+from tandemrt.runtime.variant import PLAIN
 
+from ..runtime.stand_in_gpus import stand_in, write_engine, write_engines
 from ..runtime.test_allocation import peaks_bytes
 from ..runtime.test_concurrency import at_once
 from .tandem import LEAST_PSNR_DB, PLACED, ROWS, WINDOW, build_stages, distance_db, require_window
@@ -164,10 +169,30 @@ def test_stages_share_the_threads_and_take_two_calls_where_there_are_two(
             pipeline._models._sessions.clear()
             pipeline(**in_window(stride=stride))
             opened = pipeline._models._sessions
-            assert {(made_of.stage, *rest) for _, made_of, *rest in opened if made_of.stage} == expected
-        for (_, _, streams), loader in pipeline._models._loaders.items():
+            assert {(made_of.stage, *rest) for _, made_of, *rest, _ in opened if made_of.stage} == expected
+        for (_, _, streams, _), loader in pipeline._models._loaders.items():
             for session in loader._loaded.values():
                 assert session._compiled.get_property("NUM_STREAMS") == streams  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_stages_have_the_gpu_of_their_text(
+    shapes_bundle: Path, painted: Painted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stand-ins for two GPUs, to which a window of stages is the same picture as on the CPU."""
+    gpus, bundle, asked = stand_in(monkeypatch, "sm89", "sm89"), Bundle.open(shapes_bundle), in_window(stride=2)
+    write_engines(tmp_path, shapes_bundle, "sm89", "text_encoder", "unet")
+    for variant in composed_stages(bundle, "unet", PLAIN, 2):
+        model = composed(bundle.model_path("unet"), variant, "unet")
+        onnx.load_external_data_for_model(model, str(bundle.model_path("unet").parent))
+        write_engine(tmp_path, bundle, "unet", "sm89", model, variant)
+    with Pipeline.open(shapes_bundle, "tensorrt-rtx:sm89", cache=tmp_path, devices=(0, 1)) as pipeline:
+        out = pipeline(**asked)
+    assert [row.placement for row in out.plan.ran] == PLACED[2]
+    np.testing.assert_allclose(out.latents, painted(**asked).latents, atol=1e-4)
+    ran = {one.variant: one.gpu for one in out.timings.ran_on["unet"] if "stage" in one.variant}
+    assert [ran[name] for name in sorted(ran)] == [1, 0]
+    assert gpus.wrong == []
 
 
 @pytest.mark.slow
@@ -178,11 +203,11 @@ def test_threads_of_requests_paint_what_serial_ones_paint(
     jobs = [{**in_window(**config), "seed": seed} for config in ({}, {"stride": 2}, {"model_n": 4}) for seed in (7, 8)]
     serial = [pipe(**job).latents for job in jobs]
     monkeypatch.setattr(
-        models, "find_stages", lambda *asked, **at: looked.append(asked[3:]) or find_stages(*asked, **at)
+        models, "find_stages", lambda *asked, **at: looked.append(asked[2:]) or find_stages(*asked, **at)
     )
     with Pipeline.open(shapes_bundle, threads=2, cache=cache) as pipeline:
         together = at_once([lambda job=job: pipeline(**job).latents for job in jobs * 2])
-    assert sorted(looked) == [(2, (1, 4, 8, 8)), (4, (1, 4, 8, 8))]
+    assert sorted((len(targets), shape) for targets, shape in looked) == [(2, (1, 4, 8, 8)), (4, (1, 4, 8, 8))]
     for index, made in enumerate(together):
         np.testing.assert_array_equal(made, serial[index % len(serial)])
     assert len({made.tobytes() for made in serial}) == len(serial)

@@ -30,9 +30,9 @@ Build = Callable[..., Bundle]
 def painted() -> Painted:
     """The pictures a bundle paints on a target, (N, H, W, 3) float32 in [0, 1]."""
 
-    def paint(bundle: Path, target: str, **arguments: Any) -> np.ndarray:
+    def paint(bundle: Path, target: str, devices: tuple[int, ...] | None = None, **arguments: Any) -> np.ndarray:
         defaults = {"prompt": PROMPT, "num_inference_steps": 8, "guidance_scale": 2.0, "seed": 7}
-        with Pipeline.open(bundle, target=target) as pipeline:
+        with Pipeline.open(bundle, target=target, devices=devices) as pipeline:
             return np.stack(pipeline(**{**defaults, **arguments}, output_type="np").images)
 
     return paint

@@ -96,6 +96,7 @@ class Host:
             **dict.fromkeys(("Malloc", "MallocHost"), self.allocated),
             "Free": lambda address: (self.freed.append(address), (0,))[1],
             "StreamEndCapture": self.recorded,
+            "GetDevice": lambda: (0, 0),
         }
         kinds = {
             "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
@@ -182,7 +183,7 @@ def test_kernels_are_saved_while_their_engine_is_there() -> None:
     engine = Freed()
     alive, saved = weakref.ref(engine), list[bool]()
     session = TensorRtSession.__new__(TensorRtSession)
-    session._loaded = engine
+    session._loaded, session._device = engine, cuda.Device(Host().runtime)
     session._kernels = SimpleNamespace(save=lambda: saved.append(alive() is not None))  # type: ignore[assignment]
     del engine
     session.close()

@@ -80,6 +80,7 @@ class Gpu:
             "StreamBeginCapture": self._begin,
             "StreamEndCapture": self._end,
             "GraphLaunch": self._launch,
+            "GetDevice": lambda: (0, 0),
         }
         kinds = {
             "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),

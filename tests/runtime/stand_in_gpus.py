@@ -1,0 +1,334 @@
+"""GPUs in the host's memory: a CUDA runtime and a TensorRT that compute, and note whatever is done on the wrong one.
+
+An engine of theirs is an ONNX graph, which ONNX Runtime runs on the buffers the context was given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from tandemrt.engines.graph_files import spec
+from tandemrt.runtime import targets
+from tandemrt.runtime.architecture import system_architecture
+from tandemrt.runtime.backends import cuda, tensorrt
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cache import engines_folder
+from tandemrt.runtime.engine_files import (
+    FORMAT,
+    RECIPES,
+    SIDECAR_NAME,
+    Engine,
+    Ingredients,
+    origin_of,
+    weights_of,
+)
+from tandemrt.runtime.manifest import FileRecord
+from tandemrt.runtime.targets import installed_version
+from tandemrt.runtime.variant import PLAIN, Variant
+
+BACKEND = "tensorrt-rtx"
+SCRATCH_BYTES = 16
+
+
+@dataclass(eq=False)
+class Ran:
+    """A call of an engine: on which GPU, by the names of its outputs, and what it was given."""
+
+    gpu: int
+    outputs: tuple[str, ...]
+    given: Mapping[str, np.ndarray]
+
+
+@dataclass
+class Gpus:
+    """GPUs of these architectures.
+
+    wrong: what was done on another GPU than it belongs to. ran: the calls of engines. set_up: the GPUs that anything
+    was made on, or that a thread was moved to. loaded: the GPU of each engine that was loaded.
+    """
+
+    architectures: Sequence[str]
+    wrong: list[str] = field(default_factory=list)
+    ran: list[Ran] = field(default_factory=list)
+    set_up: set[int] = field(default_factory=set)
+    loaded: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thread, self._names = threading.local(), count(1)
+        self._owners: dict[int, int] = {}
+        self._blocks: dict[int, Any] = {}
+        self._recorded: dict[int, list[Callable[[], None]]] = {}
+        self._recording: dict[int, list[Callable[[], None]]] = {}
+
+    @property
+    def current(self) -> int:
+        """The calling thread's."""
+        return int(getattr(self._thread, "gpu", 0))
+
+    @current.setter
+    def current(self, gpu: int) -> None:
+        self._thread.gpu = gpu
+        self.set_up.add(gpu)
+
+    def state(self, gpu: int) -> tuple[int, int, bool]:
+        """What the driver says of a GPU: whether it is set up, last."""
+        return 0, 0, gpu in self.set_up
+
+    def owned(self) -> dict[int, int]:
+        """The sizes of what is still allocated, each with how many there are; 0 for streams and graphs."""
+        return dict(Counter(len(self._blocks.get(thing, ())) for thing in self._owners))
+
+    def check(self, what: str, *things: int) -> None:
+        """Note where a thing, by its address or handle, is another GPU's than the thread's."""
+        for thing in things:
+            if self._owners.get(thing, self.current) != self.current:
+                self.wrong.append(f"{what} of GPU {self._owners[thing]} with GPU {self.current} current")
+
+    def made(self, thing: int) -> tuple[int, int]:
+        self.set_up.add(self.current)
+        self._owners[thing] = self.current
+        return 0, thing
+
+    def queue(self, what: str, stream: int, work: Callable[[], None]) -> None:
+        self.check(what, stream)
+        if stream in self._recording:
+            self._recording[stream].append(work)
+        else:
+            work()
+
+    def _allocated(self, size: int) -> tuple[int, int]:
+        block = (ctypes.c_byte * size)()
+        self._blocks[ctypes.addressof(block)] = block
+        return self.made(ctypes.addressof(block))
+
+    def _copied(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
+        ends = {"DeviceToHost": (source,), "HostToDevice": (target,)}.get(kind, (source, target))
+        self.check(kind, *ends)
+        self.queue(kind, stream, lambda: ctypes.memmove(target, source, size) and None)
+        return (0,)
+
+    def _freed(self, what: str) -> Callable[[int], tuple[int]]:
+        def free(thing: int) -> tuple[int]:
+            self.check(what, thing)
+            del self._owners[thing]
+            return (0,)
+
+        return free
+
+    def _begun(self, stream: int, _: object) -> tuple[int]:
+        self.check("StreamBeginCapture", stream)
+        self._recording[stream] = []
+        return (0,)
+
+    def _ended(self, stream: int) -> tuple[int, int]:
+        self.check("StreamEndCapture", stream)
+        graph = next(self._names)
+        self._recorded[graph] = self._recording.pop(stream)
+        return self.made(graph)
+
+    def _instantiated(self, graph: int, _: int) -> tuple[int, int]:
+        self.check("GraphInstantiate", graph)
+        made = next(self._names)
+        self._recorded[made] = self._recorded[graph]
+        return self.made(made)
+
+    def _launched(self, graph: int, stream: int) -> tuple[int]:
+        self.check("GraphLaunch", graph, stream)
+        for work in self._recorded[graph]:
+            work()
+        return (0,)
+
+    def _attribute(self, which: str, gpu: int) -> tuple[int, int]:
+        digits = self.architectures[gpu].removeprefix("sm")
+        return 0, int(digits[:-1] if which == "Major" else digits[-1])
+
+    def _set(self, gpu: int) -> tuple[int]:
+        self.current = gpu
+        return (0,)
+
+    @property
+    def runtime(self) -> Any:
+        """What stands for CUDA's runtime."""
+        functions: dict[str, Callable[..., Any]] = {
+            "GetDevice": lambda: (0, self.current),
+            "SetDevice": self._set,
+            "GetDeviceProperties": lambda gpu: (0, SimpleNamespace(name=f"Stand-in {gpu}".encode())),
+            "DeviceGetAttribute": self._attribute,
+            "Malloc": self._allocated,
+            "MallocHost": self._allocated,
+            "StreamCreateWithFlags": lambda _: self.made(next(self._names)),
+            "StreamSynchronize": lambda stream: (self.check("StreamSynchronize", stream), (0,))[1],
+            "StreamBeginCapture": self._begun,
+            "StreamEndCapture": self._ended,
+            "MemcpyAsync": self._copied,
+            "GraphInstantiate": self._instantiated,
+            "GraphLaunch": self._launched,
+        }
+        for name in ("Free", "FreeHost", "StreamDestroy", "GraphDestroy", "GraphExecDestroy"):
+            functions[name] = self._freed(name)
+        directions = ("HostToDevice", "DeviceToHost", "DeviceToDevice")
+        kinds = {
+            "DeviceAttr": {f"cudaDevAttrComputeCapability{name}": name for name in ("Major", "Minor")},
+            "MemcpyKind": {f"cudaMemcpy{name}": name for name in directions},
+            "StreamCaptureMode": {"cudaStreamCaptureModeThreadLocal": 1},
+        }
+        named = {name: SimpleNamespace(**values) for name, values in kinds.items()}
+        everything = {**functions, **named, "StreamNonBlocking": 1}
+        return SimpleNamespace(**{f"cuda{name}": value for name, value in everything.items()})
+
+    @property
+    def flavour(self) -> Any:
+        """What stands for TensorRT."""
+        strategy = SimpleNamespace(USER_MANAGED=2)
+        runtime = SimpleNamespace(deserialize_cuda_engine=lambda graph: _Engine(self, graph))
+        logger = type("ILogger", (), {"ERROR": 1})
+        return SimpleNamespace(
+            ILogger=logger, Runtime=lambda _: runtime, Refitter=None, ExecutionContextAllocationStrategy=strategy
+        )
+
+
+class _Engine:
+    def __init__(self, gpus: Gpus, graph: bytes) -> None:
+        self.gpus, self.gpu = gpus, gpus.current
+        gpus.set_up.add(self.gpu)
+        gpus.loaded.append(self.gpu)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.types = {one.name: one.type for one in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.num_io_tensors = len(self.types)
+
+    def get_tensor_name(self, index: int) -> str:
+        return tuple(self.types)[index]
+
+    def create_execution_context(self, _: object) -> _Context:
+        return _Context(self)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self._engine, self._gpus = engine, engine.gpus
+        self._inputs: dict[str, np.ndarray] = {}
+        self._outputs: dict[str, np.ndarray] = {}
+        self._addresses: dict[str, int] = {}
+        self._check("create_execution_context")
+
+    def _check(self, what: str, *things: int) -> bool:
+        if self._engine.gpu != self._gpus.current:
+            self._gpus.wrong.append(f"{what} of GPU {self._engine.gpu} with GPU {self._gpus.current} current")
+        self._gpus.check(what, *things)
+        return True
+
+    def set_optimization_profile_async(self, _: int, stream: int) -> bool:
+        return self._check("set_optimization_profile_async", stream)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        dtype = {"tensor(int64)": np.int64}.get(self._engine.types[name], np.float32)
+        self._inputs[name] = np.zeros(shape, dtype)
+        return self._check("set_input_shape")
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._inputs:
+            return self._inputs[name].shape
+        if not self._outputs:
+            self._outputs = self._computed()
+        return self._outputs[name].shape
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return SCRATCH_BYTES
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= SCRATCH_BYTES
+        self._check("set_device_memory", address)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return self._check("set_tensor_address", address)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._check("execute_async_v3", stream)
+        self._gpus.queue("execute_async_v3", stream, self._run)
+        return True
+
+    def _run(self) -> None:
+        for name, array in self._inputs.items():
+            ctypes.memmove(array.ctypes.data, self._addresses[name], array.nbytes)
+        made = self._computed()
+        for name, array in made.items():
+            ctypes.memmove(self._addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        given = {name: array.copy() for name, array in self._inputs.items()}
+        self._gpus.ran.append(Ran(self._engine.gpu, tuple(made), given))
+
+    def _computed(self) -> dict[str, np.ndarray]:
+        names = [one.name for one in self._engine.session.get_outputs()]
+        return dict(zip(names, self._engine.session.run(names, self._inputs), strict=True))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, *architectures: str) -> Gpus:
+    """GPUs of these architectures, which all that runs on GPUs finds until the test ends."""
+    gpus = Gpus(architectures)
+    runtime, driver = gpus.runtime, SimpleNamespace(cuDevicePrimaryCtxGetState=gpus.state)
+    here = tuple(cuda.Device(runtime, index, driver) for index in range(len(architectures)))
+    monkeypatch.setattr(targets, "_NVIDIA_DEVICES", (Path("/"),))
+    monkeypatch.setattr(cuda, "devices", lambda: here)
+    monkeypatch.setattr(tensorrt, "imported", lambda _: gpus.flavour)
+    return gpus
+
+
+def write_engines(cache: Path, bundle: Path, device: str, *names: str) -> None:
+    """Engines for the stand-ins of a bundle's components, all of them or those named."""
+    opened = Bundle.open(bundle)
+    for name in names or tuple(opened.manifest.components):
+        write_engine(cache, opened, name, device, onnx.load(opened.model_path(name)))
+
+
+def write_engine(
+    cache: Path, bundle: Bundle, name: str, device: str, model: onnx.ModelProto, variant: Variant = PLAIN
+) -> None:
+    """One engine for the stand-ins: a graph, with its weights."""
+    graph = model.SerializeToString()
+    ingredients = Ingredients(
+        graph=hashlib.sha256(graph).hexdigest(),
+        weights=weights_of(bundle, name),
+        origin=origin_of(bundle, name),
+        variant=variant,
+        profiles=(),
+        backend=BACKEND,
+        backend_version=installed_version(BACKEND),
+        device=device,
+        architecture=system_architecture(),
+        precision=bundle.component(name).precision,
+        flags={},
+        recipe=RECIPES[BACKEND],
+    )
+    engine = Engine(
+        format=FORMAT,
+        component=name,
+        ingredients=ingredients,
+        files={"model.engine": FileRecord(size=len(graph), sha256=ingredients.graph)},
+        inputs=tuple(spec(value, name) for value in model.graph.input),
+        outputs=tuple(spec(value, name) for value in model.graph.output),
+        profile_names=(),
+        build_s=0.0,
+        peak_memory_bytes=0,
+        versions={},
+    )
+    folder = engines_folder(cache) / ingredients.key
+    folder.mkdir(parents=True)
+    (folder / "model.engine").write_bytes(graph)
+    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(engine))
