@@ -118,8 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refit",
         action="store_true",
-        help="TensorRT engines that take other weights without being built again; for TensorRT-RTX on a machine with "
-        "a GPU alone",
+        help="TensorRT engines of denoisers and text encoders that take LoRAs into their weights without being built "
+        "again, one set at a time; for TensorRT-RTX on a machine with a GPU alone",
     )
     parser.add_argument(
         "--version-compatible",

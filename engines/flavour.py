@@ -15,8 +15,9 @@ from ..runtime.targets import PORTABLE, has_nvidia_driver
 class Options:
     """What else the engines of a flavour are to be able to do.
 
-    refit: to take other weights without being built again. version_compatible: to run on newer versions of the same
-    major, which an engine does on the lean runtime that it then carries, as code.
+    refit: of components that LoRAs change, to hold these in their weights without being built again.
+    version_compatible: to run on newer versions of the same major, which an engine does on the lean runtime that it
+        then carries, as code.
     """
 
     refit: bool = False

@@ -112,9 +112,16 @@ class _WatchedModels(Models):
         self._watched, self._pipeline = watched, pipeline
 
     def session(
-        self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1, device: int = 0
+        self,
+        name: str,
+        variant: Variant = PLAIN,
+        *,
+        refit: bool = False,
+        calls: int = 1,
+        workers: int = 1,
+        device: int = 0,
     ) -> Session:
-        session = super().session(name, variant, calls=calls, workers=workers, device=device)
+        session = super().session(name, variant, refit=refit, calls=calls, workers=workers, device=device)
         return _WatchedSession(session, self._pipeline) if name == self._watched else session
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.engine_files import Ingredients, InputRange, Shape, origin_of
 from ..runtime.errors import ArgumentError, PlanError
 from ..runtime.manifest import Component, Manifest
+from ..runtime.onnx_files import own_projections
 from ..runtime.plan import Schedule, compile_plan
 from ..runtime.stages import MOST_STAGES
 from ..runtime.targets import ENGINES_ONLY, Target
@@ -69,9 +70,8 @@ class BuildPlan:
         if self.options.words and others:
             expected = f"targets of {' or '.join(sorted(ENGINES_ONLY))} alone"
             raise ArgumentError(self.options.words, "not for this target", got=others[0], expected=expected)
-        if self.options.refit and any(target.precision == "bf16" for target in self.targets):
-            remedy = "Ask for fp16; the weights of a bundle are never in bfloat16."
-            raise ArgumentError("--refit", "not for precision bf16", remedy=remedy)
+        if self.options.refit:
+            self._require_refittable()
         if self.stages and self.step:
             remedy = "Guidance and the solver's update need the whole prediction; build stages without them."
             raise ArgumentError("--stages", "given together with --step", remedy=remedy)
@@ -81,6 +81,20 @@ class BuildPlan:
         for option, value, most in limits:
             if not 0 <= value <= most:
                 raise ArgumentError(option, "out of range", got=value, expected=f"a number in 1..{most}")
+
+    def _require_refittable(self) -> None:
+        """Raise ArgumentError when engines would have other weights than the bundle's, to which LoRAs are added."""
+        others = next((one.precision for one in self.targets if one.precision not in (None, "fp32", "fp16")), None)
+        if others is not None:
+            remedy = "Ask for fp16; a bundle's LoRAs are added to weights in fp32 or fp16."
+            raise ArgumentError("--refit", f"not for precision {others}", remedy=remedy)
+        for option, given, why in (
+            ("--lora-slots", self.lora_slots, "Slots take LoRAs with each request"),
+            ("--fold-steps", self.fold_steps is not None, "Weights that LoRAs change are folded away with time steps"),
+            ("--stages", self.stages, "Stages take no LoRAs"),
+        ):
+            if given:
+                raise ArgumentError("--refit", f"given together with {option}", remedy=f"{why}; build without one.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +131,7 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     """The engines of a plan, in the order of its targets and of the bundle's components.
 
     Raises:
-        BundleError: the bundle has no such component.
+        BundleError: the bundle has no such component, or one whose weights LoRAs cannot be added to for --refit.
         ArgumentError: a profile is outside the models, or nothing of the kind can be made of them.
         TargetError: targets cannot be built for here, or ask for a precision that a component is not in.
     """
@@ -128,9 +142,12 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)
     for_each(plan.targets, lambda target: _require_target(target, plan, bundle, names), "--target")
+    for name in names if plan.options.refit else ():
+        if bundle.component(name).role in _TAKE_LORAS:
+            own_projections(bundle.model_path(name))
     graphs = [graph for name in names for graph in _graphs(plan, bundle, name, profiles)]
     pairs = ((graph, target) for target in plan.targets for graph in graphs)
-    return tuple(request for graph, target in pairs for request in _requests(bundle, graph, target, plan.options))
+    return tuple(request for graph, target in pairs for request in _requests(plan, bundle, graph, target))
 
 
 def _require_target(target: Target, plan: BuildPlan, bundle: Bundle, names: Sequence[str]) -> None:
@@ -145,6 +162,7 @@ def _require_takers(plan: BuildPlan, roles: set[str]) -> None:
         ("--step", plan.step, ("denoiser",)),
         ("--stages", plan.stages, ("denoiser",)),
         ("--lora-slots", plan.lora_slots, _TAKE_LORAS),
+        ("--refit", plan.options.refit, _TAKE_LORAS),
     ):
         if given and roles.isdisjoint(takers):
             expected = f"a {' or '.join(takers)} among the components"
@@ -229,7 +247,10 @@ def _timesteps(manifest: Manifest, steps: int | None) -> tuple[float, ...]:
     return tuple(dict.fromkeys(table.timesteps.tolist()))
 
 
-def _requests(bundle: Bundle, graph: _Graph, target: Target, options: flavour.Options) -> Iterator[Request]:
+def _requests(plan: BuildPlan, bundle: Bundle, graph: _Graph, target: Target) -> Iterator[Request]:
+    options = plan.options
+    if bundle.component(graph.name).role not in _TAKE_LORAS:
+        options = replace(options, refit=False)
     for group in grouped(target, graph.ranges):
         made_of = msgspec.structs.replace(
             ingredients_of(bundle, graph.name, target, tuple(one for _, one in group), options),

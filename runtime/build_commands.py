@@ -13,7 +13,7 @@ from .targets import Target
 from .variant import Variant
 
 # The input whose last two axes are the picture's, height and width; of step engines the last.
-_SEEN = ("sample", "hidden_states", "latent_sample", "noise")
+SEEN = ("sample", "hidden_states", "latent_sample", "noise")
 
 
 def build_command(
@@ -45,7 +45,7 @@ def call_profile(bundle: Bundle, name: str, variant: Variant, shapes: Mapping[st
     shapes: of the component's inputs in a call, or of the latents (B, C, h, w) as `noise` alone.
     """
     role = bundle.component(name).role
-    seen = next((one for one in _SEEN if one in shapes), None)
+    seen = next((one for one in SEEN if one in shapes), None)
     if seen is None or role == "text_encoder":
         return None
     pictures, _, height, width = shapes[seen]

@@ -97,6 +97,12 @@ class Ingredients(Frozen, frozen=True, kw_only=True):
     recipe: int
 
     @property
+    def refittable(self) -> bool:
+        """Whether LoRAs can be put into its weights: built to be refitted, of a graph that has all of the bundle's."""
+        whole = not (self.variant.lora_slots or self.variant.timesteps or self.variant.stage)
+        return bool(self.flags.get(REFIT)) and whole
+
+    @property
     def key(self) -> str:
         """The digest over everything, 64 hexadecimal digits."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .backends import open_engine, open_session, target_here
@@ -57,14 +57,16 @@ class Loader:
         self.bundle, self.name, self.target = bundle, name, engine_target(bundle, name, target)
         self.cache, self.lock = cache_folder(cache), threading.RLock()
         self.closed = False
+        self.opened: Callable[[str, Found, Session], None] = lambda *_: None  # told of every engine, before it runs
         self._threads, self._streams = threads, streams
         self._loaded: dict[Path | None, Session] = {}
         self._granted: dict[tuple[Variant, tuple[str, ...]], EngineSession] = {}
 
-    def session(self, variant: Variant = PLAIN) -> Session:
+    def session(self, variant: Variant = PLAIN, *, refit: bool = False) -> Session:
         """The component on engines that were built for it, else on the bundle's own graph where that can run.
 
         variant: what engines must be, or more; of anything but `PLAIN` there are engines alone.
+        refit: whether they must be such as can be refitted, of which there are engines alone too.
 
         Raises:
             TargetError: the target cannot run here.
@@ -72,9 +74,12 @@ class Loader:
             EngineError: the cache of engines is not the user's own, or there is no engine of the variant.
         """
         choosing = (
-            self.engines_only or variant != PLAIN or has_engine(self.bundle, self.name, self.target, cache=self.cache)
+            self.engines_only
+            or variant != PLAIN
+            or refit
+            or has_engine(self.bundle, self.name, self.target, cache=self.cache)
         )
-        return EngineSession(self, variant) if choosing else self.graph()
+        return EngineSession(self, variant, refit=refit) if choosing else self.graph()
 
     def granted(self, variant: Variant, refused: tuple[str, ...]) -> EngineSession:
         """The session on engines of just this variant, the same one for all that are served by them.
@@ -96,7 +101,7 @@ class Loader:
 
         Raises:
             EngineError: they are not, or the backend refuses the engine.
-            ExecutionError: the backend refuses the engine.
+            ExecutionError: the backend refuses the engine, or to refit it.
             TargetError: the target is not installed or was not granted.
         """
         with self.lock:
@@ -104,6 +109,7 @@ class Loader:
                 with span("load", self.name):
                     check_engine_files(found.folder, found.engine)
                     opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
+                self.opened(self.name, found, opened)
                 self._loaded[found.folder] = opened
             return self._loaded[found.folder]
 
@@ -135,10 +141,12 @@ class EngineSession:
     variant: what the engines are that its inputs are of: the cheapest of those asked for. See `serving`.
     """
 
-    def __init__(self, loader: Loader, variant: Variant = PLAIN, refused: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, loader: Loader, variant: Variant = PLAIN, refused: tuple[str, ...] = (), *, refit: bool = False
+    ) -> None:
         """Nothing is loaded yet.
 
-        variant: as of `Loader.session`. The graph serves `PLAIN` alone, and no target of engines alone.
+        variant, refit: as of `Loader.session`. The graph serves `PLAIN` alone, and no target of engines alone.
         refused: why engines of other variants that come before cannot be run.
 
         Raises:
@@ -148,7 +156,8 @@ class EngineSession:
         described: Component | Engine = bundle.component(name)
         self._loader, self._bundle, self._name, self._target = loader, bundle, name, target
         self._cache, self._refused = loader.cache, refused
-        self._wanted, self._has_graph = variant, variant == PLAIN and not loader.engines_only
+        self._wanted, self._refit = variant, refit
+        self._has_graph = variant == PLAIN and not loader.engines_only and not refit
         if variant != PLAIN:
             described = fitting_engines(bundle, name, target, cache=loader.cache, variant=variant)[0].engine
             variant = described.ingredients.variant
@@ -217,13 +226,23 @@ class EngineSession:
         loaded = self._loaded((found for found in fitting if slot_shapes(found.engine.inputs) == slots), refused)
         if loaded is not None:
             found, session = loaded
-            return session, engine_run(found, self._target, refused)
+            return session, engine_run(found, self._target, refused, refitted=self._refit)
         if not self._has_graph:
             raise self._none_runs(shapes, self.variant, refused)
         return self._loader.graph(), RanOn(refused=tuple(refused))
 
     def _fitting(self, shapes: Mapping[str, Shape], variant: Variant) -> list[Found]:
-        return fitting_engines(self._bundle, self._name, self._target, shapes, cache=self._cache, variant=variant)
+        """The engines that fit, the best first; raises EngineError where there is none."""
+        try:
+            found = fitting_engines(self._bundle, self._name, self._target, shapes, cache=self._cache, variant=variant)
+        except EngineError as error:
+            if not self._refit:
+                raise
+            raise EngineError(self._name, error.what, remedy=self._remedy(shapes, variant)) from error
+        if self._refit and not (found := [one for one in found if one.engine.ingredients.refittable]):
+            what = "no engine that fits this call can be refitted, which its LoRAs need"
+            raise EngineError(self._name, what, remedy=self._remedy(shapes, variant))
+        return found
 
     def _loaded(self, fitting: Iterable[Found], refused: list[str]) -> tuple[Found, Session] | None:
         """The first engine that can be run; why those before it cannot is added to what was refused."""
@@ -238,8 +257,12 @@ class EngineSession:
         return None
 
     def _none_runs(self, shapes: Mapping[str, Shape], variant: Variant, refused: Sequence[str]) -> EngineError:
+        remedy = self._remedy(shapes, variant)
+        return EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=remedy)
+
+    def _remedy(self, shapes: Mapping[str, Shape], variant: Variant) -> str:
         command = build_command(self._bundle, self._name, self._target, variant, shapes, self._cache)
-        return EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=f"Run `{command}`.")
+        return f"Run `{command}{' --refit' if self._refit else ''}`."
 
     def _require_open(self) -> None:
         if self._loader.closed:

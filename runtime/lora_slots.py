@@ -80,16 +80,21 @@ def slot_inputs(inputs: Sequence[TensorSpec], adapters: Sequence[Adapter]) -> di
         raise RequestError("loras", "ranks of all together", got=needed, expected=f"at most {columns}", remedy=remedy)
     begin = 0
     for adapter in adapters:
-        number = finite_number(adapter.scale)
-        if number is None or abs(number) > float(np.finfo(np.float32).max):
-            raise RequestError(f"loras: {adapter.name}", "scale", got=adapter.scale, expected="a finite float32 number")
-        arrays[LORA_SCALE][begin : begin + adapter.rank] = number
+        arrays[LORA_SCALE][begin : begin + adapter.rank] = float32_scale(adapter)
         for module, change in adapter.changes.items():
             down, up = _by_rank(arrays, f"loras: {adapter.name}: {module}", module, change)
             end = begin + len(change.down)
             down[begin:end], up[begin:end] = change.down.reshape(-1, *down.shape[1:]), change.up.T
         begin += adapter.rank
     return arrays
+
+
+def float32_scale(adapter: Adapter) -> float:
+    """How strongly an adapter is wanted; raises RequestError where that is no finite float32 number."""
+    number = finite_number(adapter.scale)
+    if number is None or abs(number) > float(np.finfo(np.float32).max):
+        raise RequestError(f"loras: {adapter.name}", "scale", got=adapter.scale, expected="a finite float32 number")
+    return float(np.float32(number))
 
 
 def slot_shapes(inputs: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:

@@ -30,22 +30,31 @@ Wanted = Mapping[Path, float]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A request's LoRAs by the components that they change; components without any are not listed."""
+    """A request's LoRAs by the components that they change, in its order; components without any are not listed.
+
+    in_weights: the components whose engines are to hold them in their weights, for want of some with slots.
+    """
 
     adapters: Mapping[str, tuple[Adapter, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    in_weights: frozenset[str] = frozenset()
 
-    def of(self, component: str) -> tuple[Adapter, ...]:
-        """The LoRAs of a component, in the request's order."""
-        return self.adapters.get(component, ())
+    def in_slots(self, component: str) -> tuple[Adapter, ...]:
+        """The LoRAs of a component that its engine's slots take."""
+        return () if component in self.in_weights else self.adapters.get(component, ())
+
+    @property
+    def weights(self) -> dict[str, tuple[Adapter, ...]]:
+        """The LoRAs that engines are to hold in their weights, by component."""
+        return {name: own for name, own in self.adapters.items() if name in self.in_weights}
 
     def variant(self, component: str) -> Variant:
-        """The engines that a component needs: as many slots as it has LoRAs, of the largest rank among them."""
-        own = self.of(component)
+        """The engines that a component needs: as many slots as these take LoRAs, of the largest rank among them."""
+        own = self.in_slots(component)
         return Variant(lora_slots=len(own), lora_rank=max(one.rank for one in own)) if own else PLAIN
 
     def beside(self, conditioning: Mapping[str, Conditioning]) -> dict[str, Conditioning]:
-        """The conditioning of each denoiser with its LoRAs."""
-        return {name: replace(given, adapters=self.of(name)) for name, given in conditioning.items()}
+        """The conditioning of each denoiser with the LoRAs in its slots."""
+        return {name: replace(given, adapters=self.in_slots(name)) for name, given in conditioning.items()}
 
     @property
     def applied(self) -> dict[str, tuple[str, ...]]:

@@ -6,21 +6,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-import msgspec
 import numpy as np
 
 from .architecture import usable_cpus
 from .backends import streams_for
 from .backends.base import Array, Session, Shape
 from .bundle import Bundle
-from .engine_search import engines_of, fitting_engines
+from .engine_search import fitting_engines
 from .engine_session import Loader, engine_target
 from .errors import BundleError, EngineError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
 from .ran_on import Ran, serving
+from .refits import Refits
 from .stage_engines import find_stages
 from .targets import Target
 from .tensors import ENCODED
@@ -38,10 +37,11 @@ class Models:
         self._lock = threading.RLock()
         # On a GPU each, the first for all that is not told otherwise.
         self._targets = tuple(replace(target, gpus=(gpu,)) for gpu in target.gpus)
-        self._sessions: dict[tuple[str, Variant, int | None, int, int], Session] = {}
+        self._sessions: dict[tuple[str, Variant, bool, int | None, int, int], Session] = {}
         self._stages: dict[tuple[str, tuple[int, ...], Shape], tuple[Variant, ...]] = {}
         self._loaders: dict[tuple[str, int | None, int, int], Loader] = {}
         self._encoders: dict[Session, tuple[PromptEncoder, Ran]] = {}
+        self.refits = Refits(bundle)
         self.closed = False
 
     def close(self) -> None:
@@ -50,6 +50,7 @@ class Models:
             self.closed = True
             for loader in self._loaders.values():
                 loader.close()
+            self.refits.close()
             self._loaders.clear()
             self._sessions.clear()
             self._encoders.clear()
@@ -65,10 +66,18 @@ class Models:
         return len(self._targets)
 
     def session(
-        self, name: str, variant: Variant = PLAIN, *, calls: int = 1, workers: int = 1, device: int = 0
+        self,
+        name: str,
+        variant: Variant = PLAIN,
+        *,
+        refit: bool = False,
+        calls: int = 1,
+        workers: int = 1,
+        device: int = 0,
     ) -> Session:
         """The component `name`, loaded, on engines of another variant where one is named.
 
+        refit: on such as can be refitted alone, in a generation that has its turn; see `Refits`.
         calls: how many run at once for one generation. Where a backend must be told, what is made for two is another
             session, with weights of its own.
         workers: how many runs there are at once, of this model and of others beside it, among which a CPU's threads are
@@ -83,27 +92,10 @@ class Models:
         with self._lock:
             self.require_open()
             streams = streams_for(self._target, calls, workers)
-            key = name, variant, self._threads(workers, streams), streams, device
+            key = name, variant, refit, self._threads(workers, streams), streams, device
             if key not in self._sessions:
                 self._sessions[key] = self._opened(*key)
             return self._sessions[key]
-
-    def require_slots(self, name: str, variant: Variant, shape: Shape) -> None:
-        """Check that an engine of component `name`, plain or a step engine, has the slots of `variant`; loads nothing.
-
-        shape: the latents', (B, C, h, w).
-
-        Raises:
-            EngineError: there is none.
-        """
-        target = engine_target(self._bundle, name, self._target)
-        steps: tuple[Literal["guided", "unguided"] | None, ...] = (None, "guided", "unguided")
-        wanted = [msgspec.structs.replace(variant, step=step) for step in steps]
-        listed = engines_of(self._bundle, name, target, cache=self._cache)
-        engines = (engine for _, engine, misfit in listed if misfit is None)
-        if not any(engine.ingredients.variant.serves(one) for engine in engines for one in wanted):
-            # None serves, whatever the shapes: they are for the command that the error tells.
-            fitting_engines(self._bundle, name, target, {"noise": shape}, cache=self._cache, variant=variant)
 
     def require_second(self, name: str, variant: Variant) -> None:
         """Check that a second GPU, of another architecture than the first, has an engine of a variant of its own.
@@ -138,13 +130,16 @@ class Models:
             return self.threads
         return max(1, (self.threads or usable_cpus()) // workers) * streams
 
-    def _opened(self, name: str, variant: Variant, threads: int | None, streams: int, device: int) -> Session:
+    def _opened(
+        self, name: str, variant: Variant, refit: bool, threads: int | None, streams: int, device: int
+    ) -> Session:
         self._bundle.check_component(name)
         # Of what is wanted of engines much is served by the same ones, which are loaded once.
         key = name, threads, streams, device
         if key not in self._loaders:
             self._loaders[key] = Loader(self._bundle, name, self._targets[device], threads, streams, self._cache)
-        session = self._loaders[key].session(variant)
+            self._loaders[key].opened = self.refits.opened
+        session = self._loaders[key].session(variant, refit=refit)
         if variant != PLAIN:
             return session
         try:
@@ -165,20 +160,24 @@ class Models:
         text = self._bundle.manifest.text
         parts: list[Embeddings] = []
         dropped: list[tuple[str, DroppedText]] = []
+        held = loras.weights
         for name, texts in zip(text.encoders, prompts, strict=False):
             before()
-            encoder, on = self._text_encoder(name, loras.variant(name))
-            part, cut = encoder.encode(texts, loras.of(name), strict=strict, before=before)
+            encoder, on = self._text_encoder(name, loras)
+            part, cut = encoder.encode(
+                texts, loras.in_slots(name), held=held.get(name, ()), strict=strict, before=before
+            )
             ran.join(on)
             parts.append(part)
             dropped += [(name, one) for one in cut]
         return joined(text, parts), merged(dropped)
 
-    def _text_encoder(self, name: str, variant: Variant) -> tuple[PromptEncoder, Ran]:
+    def _text_encoder(self, name: str, loras: Fitted) -> tuple[PromptEncoder, Ran]:
         """A text encoder, which binds its session once, and what that runs on."""
         with self._lock:
             tokens = self._bundle.manifest.text.encoders[name].max_length
-            session = serving(self.session(name, variant), {"input_ids": (1, tokens)})
+            session = self.session(name, loras.variant(name), refit=name in loras.in_weights)
+            session = serving(session, {"input_ids": (1, tokens)})
             if session not in self._encoders:
                 ran = Ran()
                 self._encoders[session] = PromptEncoder(self._bundle, name, ran.watched(name, session)), ran

@@ -1,5 +1,5 @@
 """What an ONNX model says of itself, read without a protobuf library or a model parser: the files it refers to, the
-tensors it takes and gives, and its projections.
+tensors it takes and gives, its projections, and where its weights lie.
 
 Field numbers are those of onnx.proto3 (onnx 1.23). Only the messages on the way to what is sought are entered;
 everything else, raw weights above all, is stepped over by its length.
@@ -8,7 +8,10 @@ everything else, raw weights above all, is stepped over by its length.
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,11 +36,35 @@ _ENTERED: dict[str, dict[int, str]] = {
 _GRAPH_OF_MODEL = 7
 # Of TensorProto.DataType, what a tensor of a model may be.
 _DTYPES: dict[int, Dtype] = {1: "float32", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
+_ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Buffer = mmap.mmap | bytes
 Span = tuple[int, int]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A node that multiplies by a stored weight.
+
+    shape: the weight's, as PyTorch has it. turned: whether it is stored with its axes the other way round.
+    """
+
+    module: str
+    weight: str
+    shape: tuple[int, ...]
+    turned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a weight's bytes lie: in a file of the model's folder, or in the model's own where `file` is empty."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+    file: str
+    offset: int
 
 
 class _MalformedError(ValueError):
@@ -81,7 +108,32 @@ def projections(model: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         BundleError: as `external_files` does.
     """
-    return _read(model, lambda walk: dict(walk.projections()))
+    return {one.module: one.shape for one in _read(model, lambda walk: tuple(walk.projections()))}
+
+
+def own_projections(model: Path) -> dict[str, Projection]:
+    """A graph's projections by module, where each is the only one to read its weight.
+
+    Raises:
+        BundleError: as `external_files` does; or two are of one name, or something else reads a projection's weight.
+    """
+    found, reads = _read(model, lambda walk: (tuple(walk.projections()), Counter(walk.reads())))
+    named = Counter(one.module for one in found)
+    twice = [one.module for one in found if named[one.module] > 1 or reads[one.weight] > 1]
+    if twice:
+        expected = "projections with names and weights of their own"
+        remedy = "Other weights cannot be given to it; build its engines with --lora-slots."
+        raise BundleError(str(model), "projections that share", got=twice[:5], expected=expected, remedy=remedy)
+    return {one.module: one for one in found}
+
+
+def stored_weights(model: Path) -> dict[str, Stored]:
+    """Where the weights of a graph lie by name; those that are not stored as plain bytes are left out.
+
+    Raises:
+        BundleError: as `external_files` does; or a weight has more or fewer bytes than its shape says.
+    """
+    return _read(model, lambda walk: dict(walk.stored()))
 
 
 def _read(model: Path, read: Callable[[_Walk], T]) -> T:
@@ -119,13 +171,53 @@ class _Walk:
     def nodes(self) -> int:
         return sum(number == 1 for graph in self._graphs() for number, _ in self._fields(graph))
 
-    def projections(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def projections(self) -> Iterator[Projection]:
         for graph in self._graphs():
             fields = list(self._fields(graph))
             weights = dict(self._weight(span) for number, span in fields if number == 5)
             for number, span in fields:
                 if number == 1:
                     yield from self._projection(span, weights)
+
+    def reads(self) -> Iterator[str]:
+        """What nodes read, also in the bodies of branches and loops; as often as they do."""
+        for graph in self._graphs():
+            yield from self._reads("Graph", graph, MAX_DEPTH)
+
+    def stored(self) -> Iterator[tuple[str, Stored]]:
+        for graph in self._graphs():
+            for number, tensor in self._fields(graph):
+                if number == 5:
+                    name, shape = self._weight(tensor)
+                    found = self._stored(tensor, shape)
+                    if found is not None:
+                        yield name, found
+
+    def _reads(self, message: str, span: Span, depth: int) -> Iterator[str]:
+        if depth == 0:
+            raise _MalformedError(f"nested deeper than {MAX_DEPTH}")
+        for number, inner in self._fields(span):
+            kind = _ENTERED[message].get(number)
+            if message == "Node" and number == 1:
+                yield self._text(inner)
+            elif kind in ("Node", "Attribute", "Graph"):
+                yield from self._reads(kind, inner, depth - 1)
+
+    def _stored(self, tensor: Span, shape: tuple[int, ...]) -> Stored | None:
+        numbers, spans = self._numbers(tensor), dict(self._fields(tensor))
+        dtype = _DTYPES.get(numbers.get(2, 0))
+        if dtype is None:
+            return None
+        if numbers.get(14, 0):  # in another file
+            entries = dict(self._entry(span) for number, span in self._fields(tensor) if number == 13)
+            return Stored(shape, dtype, entries.get("location", ""), int(entries.get("offset", "0")))
+        # Raw, or float_data, which is packed as it is in memory.
+        span = spans.get(9) or (spans.get(4) if dtype == "float32" else None)
+        if span is None:
+            return None
+        if span[1] - span[0] != prod(shape) * _ITEM_BYTES[dtype]:
+            raise _MalformedError(f"weight {self._text(spans.get(8, (0, 0)))!r} of shape {shape} in other bytes")
+        return Stored(shape, dtype, "", span[0])
 
     def _weight(self, tensor: Span) -> tuple[str, tuple[int, ...]]:
         """A stored tensor's name and shape."""
@@ -143,8 +235,7 @@ class _Walk:
             value, at = self._varint(at, end)
             yield value
 
-    def _projection(self, node: Span, weights: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The module and the weight's shape of a node that is a projection."""
+    def _projection(self, node: Span, weights: Mapping[str, tuple[int, ...]]) -> Iterator[Projection]:
         inputs, texts, attributes = list[str](), dict[int, str](), dict[str, int]()
         for number, span in self._fields(node):
             if number == 1:
@@ -159,7 +250,8 @@ class _Walk:
         linear = len(dims) == 2 and (kind == "MatMul" or (kind == "Gemm" and not attributes.get("transA")))
         convolution = len(dims) == 4 and kind == "Conv" and attributes.get("group", 1) == 1
         if (linear or convolution) and inputs[0] not in weights:
-            yield module_of(texts.get(3, "")), dims[::-1] if transposed else dims
+            shape = dims[::-1] if transposed else dims
+            yield Projection(module_of(texts.get(3, "")), inputs[1], shape, transposed)
 
     def _graphs(self) -> list[Span]:
         graphs = [span for number, span in self._fields((0, len(self._data))) if number == _GRAPH_OF_MODEL]
@@ -199,14 +291,14 @@ class _Walk:
                 yield from self._inside(kind, inner, depth - 1)
 
     def _location(self, entry: Span) -> Iterator[str]:
-        key, value = b"", b""
-        for number, (start, end) in self._fields(entry):
-            if number == 1:
-                key = self._data[start:end]
-            elif number == 2:
-                value = self._data[start:end]
-        if key == b"location":
-            yield value.decode("utf-8", "backslashreplace")
+        key, value = self._entry(entry)
+        if key == "location":
+            yield value
+
+    def _entry(self, entry: Span) -> tuple[str, str]:
+        """A key and its value."""
+        fields = dict(self._fields(entry))
+        return self._text(fields.get(1, (0, 0))), self._text(fields.get(2, (0, 0)))
 
     def _fields(self, span: Span) -> Iterator[tuple[int, Span]]:
         """The length-delimited fields of a message: number, and where the content lies."""

@@ -35,7 +35,8 @@ class Timings:
     """Where a generation's time went, in milliseconds.
 
     image_ms: making an image to start from and those of ControlNets ready. A model's first row has its binding in
-    total_ms. What all of it took, `total_ms`, also holds the loading of models.
+    total_ms. What all of it took, `total_ms`, also holds the loading of models, and waiting for generations with other
+    LoRAs where engines are refitted.
     step_engines: whether the rows ran on step engines of the user's cache, one call each, or on the denoisers.
     ran_on: what each component ran on, by what its calls differed in; an engine that was there and not used is told.
     """

@@ -23,6 +23,7 @@ from .devices import on_devices, require_devices
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, ExecutionError, RequestError
 from .images import Float32, image_from_pixels
+from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
 from .models import Models
 from .noise import Noise
@@ -35,7 +36,7 @@ from .ran_on import Ran
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
 from .rows import Rows
-from .sampling import models_of, open_loop
+from .sampling import models_of, open_loop, takes_step_engines
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
@@ -85,7 +86,9 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
         self.bundle, self.target = bundle, target
-        self._models, self._steps = Models(bundle, target, threads, cache), StepEngines(bundle, target, threads, cache)
+        self._models = Models(bundle, target, threads, cache)
+        self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
+        self._lora_engines = LoraEngines(bundle, target, cache)
         self._auto = AutoPlacement(bundle, target, threads, cache)
         self._loras, self._pool = Loras(bundle), Pool()
 
@@ -152,7 +155,7 @@ class Pipeline:
             RequestError, PlanError: an argument cannot be used; nothing has run.
             TargetError: the target cannot place the branches of guidance as asked; nothing has run.
             CheckpointError: a LoRA's file is damaged, or of a kind that is not supported; nothing has run.
-            EngineError: no engine has slots for the LoRAs, or is a stage that is needed, and nothing has run; or one
+            EngineError: no engine takes the LoRAs, or is a stage that is needed, and nothing has run; or one
                 that is needed is missing.
             ExecutionError: a model failed, or returned NaN or Inf.
         """
@@ -214,26 +217,32 @@ class Pipeline:
         self._models.require_stages(plan.denoisers[0], devices, shape)
 
     def _fitted(self, request: Request, plan: Plan, shape: tuple[int, ...]) -> Fitted:
-        """The request's LoRAs by component, each of which has engines with slots for them."""
+        """The request's LoRAs by component, each of which has engines that take them."""
         if not request.loras:
             return Fitted()
         encodes = bool(request.prompts) or (any(plan.guided) and bool(request.negative_prompts))
         fitted = self._loras.fitted(checked_loras(request.loras), plan.denoisers, encodes=encodes)
-        for name in fitted.adapters:
-            self._models.require_slots(name, fitted.variant(name), shape)
-        return fitted
+        return self._lora_engines.chosen(fitted, shape, steps=takes_step_engines(plan))
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Events:
-        """Run a job; closing the pipeline cancels it, wherever it is."""
+        """Run a job when it is its turn; closing the pipeline cancels it, wherever it is."""
+
+        def stop() -> None:
+            self._models.require_open()
+            if cancelled.is_set():
+                raise CancelledError("generation", "cancelled while it waited for those with other LoRAs")
+
+        asked = time.perf_counter()
         try:
             with self._pool.lease() as lease:
-                return (yield from self._painted(job, cancelled, lease))
+                painted = self._painted(job, cancelled, lease, asked)
+                return (yield from self._models.refits.in_turn(job.loras.weights, painted, stop))
         except ExecutionError as error:
             if isinstance(error, CancelledError) or not self._models.closed:
                 raise
             raise CancelledError("generation", "the pipeline was closed while it ran") from error
 
-    def _painted(self, job: _Job, cancelled: threading.Event, lease: Lease) -> Events:
+    def _painted(self, job: _Job, cancelled: threading.Event, lease: Lease, asked: float) -> Events:
         request, plan, noise, models = job.request, job.plan, job.noise, self._models
         timings: list[RowTiming] = []
         ran = Ran(lease)
@@ -278,7 +287,7 @@ class Pipeline:
         with span("decode"):
             pixels = tuple(models.decode(job.decoder, state.latents, before=stop, ran=ran)) if wants_pixels else ()
         on = ran.by_component()
-        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(began), fused, on)
+        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused, on)
         images = _images(pixels) if request.output_type == "pil" else pixels
         plan = plan.having_run([row.guidance for row in timings])
         return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)

@@ -33,10 +33,11 @@ class RanOn:
         return f"engine {self.engine[:12]}{variant}" + ("" if self.gpu is None else f" on GPU {self.gpu}")
 
 
-def engine_run(found: Found, target: Target, refused: Sequence[str]) -> RanOn:
-    """An engine of the cache on the first device of a target; see `RanOn`."""
+def engine_run(found: Found, target: Target, refused: Sequence[str], *, refitted: bool) -> RanOn:
+    """An engine of the cache on the first device of a target, perhaps with LoRAs in its weights; see `RanOn`."""
     gpu = target.gpus[0] if target.backend in ENGINES_ONLY else None
-    return RanOn(found.folder.name, str(found.engine.ingredients.variant), tuple(refused), gpu)
+    variant = found.engine.ingredients.variant.told(refitted=refitted)
+    return RanOn(found.folder.name, variant, tuple(refused), gpu)
 
 
 GRAPH = RanOn()

@@ -22,7 +22,7 @@ class Rows:
     """What a generation's rows are given.
 
     conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
-    loras: by component, which engines must have slots for them; they are in `conditioning` too.
+    loras: by component, which engines must take them; those for slots are in `conditioning` too.
     ran: told what the models run on. at_once: whether nobody looks between the rows.
     """
 

@@ -40,6 +40,11 @@ class Loop(Protocol):
         """Advance `state` in place, row by row."""
 
 
+def takes_step_engines(plan: Plan) -> bool:
+    """Whether a plan may run on step engines, which have both branches of guidance in one call, and show neither."""
+    return plan.placement in ("batched", "auto") and plan.adaptive is None
+
+
 def open_loop(
     rows: Rows, shape: Shape, models: Models, engines: StepEngines, auto: AutoPlacement, *, before: Callable[[], None]
 ) -> tuple[Loop, bool]:
@@ -56,9 +61,7 @@ def open_loop(
         EngineError: the target runs engines alone, and one is missing; or the cache is not the user's own.
     """
     plan, conditioning = rows.plan, rows.conditioning
-    # A step engine has both branches of guidance in one call, and shows neither.
-    fused = plan.placement in ("batched", "auto") and plan.adaptive is None
-    steps = engines.load(_wanted(rows, shape), before=before, ran=rows.ran) if fused else None
+    steps = engines.load(_wanted(rows, shape), before=before, ran=rows.ran) if takes_step_engines(plan) else None
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
 
@@ -121,7 +124,8 @@ def _sessions(
     sessions = {}
     for name in names:
         before()
-        session = models.session(name, rows.loras.variant(name), calls=calls, device=device)
+        refit = name in rows.loras.in_weights
+        session = models.session(name, rows.loras.variant(name), refit=refit, calls=calls, device=device)
         sessions[name] = rows.ran.watched(name, session)
     return sessions
 
@@ -137,7 +141,8 @@ def _wanted(rows: Rows, shape: Shape) -> dict[Key, Wanted]:
         variant = msgspec.structs.replace(
             rows.loras.variant(name), step="guided" if guided else "unguided", timesteps=tuple(dict.fromkeys(taken))
         )
-        wanted[name, guided] = Wanted(variant, plan.table.history, _Shapes(rows, shape, name, guided))
+        shapes, refit = _Shapes(rows, shape, name, guided), name in rows.loras.in_weights
+        wanted[name, guided] = Wanted(variant, plan.table.history, shapes, refit)
     return wanted
 
 

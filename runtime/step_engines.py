@@ -18,6 +18,7 @@ from .engine_session import engine_target
 from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec
 from .ran_on import Ran, engine_run
+from .refits import Refits
 from .step_inputs import history_of
 from .step_sampler import Key, StepEngine
 from .targets import Target
@@ -30,11 +31,13 @@ class Wanted:
     """What a step engine must be for the rows that it is to run.
 
     history: how many earlier predictions the plan carries. shapes: of an engine's inputs, by what inputs it has.
+    refit: whether LoRAs are to be in its weights.
     """
 
     variant: Variant
     history: int
     shapes: Callable[[Sequence[TensorSpec]], Mapping[str, Shape]]
+    refit: bool = False
 
     def fitted(self, folder: Path, engine: Engine) -> Found | str | None:
         """The engine with the profile to run it in; why it does not do, or None where it is something else."""
@@ -43,6 +46,8 @@ class Wanted:
             return None
         if not made_as.serves(self.variant):
             return "has other time steps built in"
+        if self.refit and not engine.ingredients.refittable:
+            return "cannot be refitted, which the LoRAs need"
         if history_of(engine.inputs) < self.history:
             return f"holds {history_of(engine.inputs)} earlier predictions, and the solver carries {self.history}"
         shapes = self.shapes(engine.inputs)
@@ -68,7 +73,8 @@ class StepEngines:
     those who open the bundle anew. An engine is loaded once, when it is first needed.
     """
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
+    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path, refits: Refits) -> None:
+        self._refits = refits
         self._bundle, self._target, self._threads, self._cache = bundle, target, threads, cache
         self._lock = threading.RLock()
         self._listed: dict[str, dict[Path, _Listed]] = {}
@@ -114,7 +120,8 @@ class StepEngines:
                 else:
                     for (name, guided), found in chosen.items():
                         before_it = self._refused_before(name, wanted[name, guided], found)
-                        ran.add(name, engine_run(found, self._target, before_it))
+                        refitted = wanted[name, guided].refit
+                        ran.add(name, engine_run(found, self._target, before_it, refitted=refitted))
                     return engines
         return None
 
@@ -169,5 +176,7 @@ class StepEngines:
             target = engine_target(self._bundle, name, self._target)
             with span("load", f"{name} step"):
                 check_engine_files(found.folder, found.engine)
-                self._sessions[found.folder] = open_engine(found, target, threads=self._threads)
+                session = open_engine(found, target, threads=self._threads)
+                self._refits.opened(name, found, session)
+                self._sessions[found.folder] = session
         return self._sessions[found.folder]

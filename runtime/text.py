@@ -67,12 +67,13 @@ class PromptEncoder:
         prompts: Sequence[str],
         adapters: Sequence[Adapter] = (),
         *,
+        held: Sequence[Adapter] = (),
         strict: bool = False,
         before: Callable[[], None] = lambda: None,
     ) -> tuple[Embeddings, tuple[DroppedText, ...]]:
         """What the encoder makes of prompts, of its own width, and the text that was dropped.
 
-        adapters: LoRAs, where the session has slots for them.
+        adapters: LoRAs, where the session has slots for them. held: LoRAs that its weights hold meanwhile.
         before: called before each prompt; what it raises ends the encoding.
 
         Raises:
@@ -84,13 +85,15 @@ class PromptEncoder:
         embeddings = []
         for ids in tokens.ids:
             before()
-            embeddings.append(self._embedding(ids, adapters))
+            embeddings.append(self._embedding(ids, adapters, held))
         pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]
         hidden = np.stack([embedding.hidden for embedding in embeddings])
         return Embeddings(hidden, np.stack(pooled) if pooled else None), tokens.dropped
 
-    def _embedding(self, ids: npt.NDArray[np.int64], adapters: Sequence[Adapter]) -> Embeddings:
-        key = (ids.tobytes(), *(adapter.key for adapter in adapters))
+    def _embedding(
+        self, ids: npt.NDArray[np.int64], adapters: Sequence[Adapter], held: Sequence[Adapter]
+    ) -> Embeddings:
+        key = (ids.tobytes(), tuple(adapter.key for adapter in adapters), tuple(adapter.key for adapter in held))
         with self._lock:
             embedding = self._cache.pop(key, None)
             if embedding is None:

@@ -51,6 +51,11 @@ class Variant(Frozen, frozen=True, kw_only=True):
         stages = f" --stages {self.stage[1]}" if self.stage else ""
         return slots + (" --step" if self.step else "") + stages
 
+    def told(self, *, refitted: bool) -> str:
+        """It as what ran, perhaps with LoRAs in its weights."""
+        parts = () if refitted and self == PLAIN else (str(self),)
+        return ", ".join((*parts, "refitted") if refitted else parts)
+
     def __str__(self) -> str:
         parts = (
             f"{self.lora_slots} LoRA slots of rank {self.lora_rank}" if self.lora_slots else "",

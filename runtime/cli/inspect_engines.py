@@ -11,6 +11,7 @@ import msgspec
 
 from ..bundle import Bundle
 from ..engine_files import (
+    REFIT,
     Engine,
     Layer,
     cached_engines,
@@ -103,7 +104,7 @@ def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         engine["component"],
         f"{made_of['backend']}:{made_of['device']}:{made_of['precision']}",
-        str(msgspec.convert(made_of["variant"], Variant)),
+        f"{msgspec.convert(made_of['variant'], Variant)}{', refittable' * (REFIT in made_of['flags'])}",
         " ".join(engine["profile_names"]) or "every shape",
         f"{made_of['backend']} {made_of['backend_version']}",
         f"{engine['size_bytes'] / 1e6:.1f} MB",

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
-from onnx import numpy_helper
 
 from tandemrt.engines import flavour
 from tandemrt.engines import tensorrt as builders
 from tandemrt.engines.build import ensure_engine, timings_file
 from tandemrt.engines.flavour import Options
-from tandemrt.engines.graph_files import spec
 from tandemrt.engines.job import Job
 from tandemrt.engines.plan import BuildPlan, requests_of
-from tandemrt.engines.refit import BaseWeights, weight_changes
-from tandemrt.engines.slots import lora_slots
 from tandemrt.runtime import engine_search, targets
 from tandemrt.runtime.backends import cuda
-from tandemrt.runtime.backends.refit import Refit
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
 from tandemrt.runtime.engine_search import fitting_engines
-from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, RequestError, TargetError
-from tandemrt.runtime.lora_slots import Adapter, LowRank, slot_inputs
+from tandemrt.runtime.errors import ArgumentError, EngineError, TargetError
 from tandemrt.runtime.targets import Target, parse_target
 
 from .conftest import Requests
-from .test_build import FEEDS, VERSIONS, left_in, silent
+from .test_build import VERSIONS, left_in, silent
 
 
 @pytest.fixture(autouse=True)
@@ -197,78 +187,3 @@ def test_engines_for_newer_versions_and_for_refits_are_found(
         else:
             with pytest.raises(EngineError, match=f"is of tensorrt-rtx {own}, here is {version}"):
                 fitting_engines(tiny, "vae_decoder_tiny", target, cache=tmp_path)
-
-
-class Refitter:
-    """Stands for TensorRT's: `engine` is a dictionary of weights, of which `fused` are refitted together."""
-
-    def __init__(self, engine: dict[str, Any], log: Any) -> None:
-        self.engine, self.new = engine, dict[str, Any]()
-
-    def get_all_weights(self) -> list[str]:
-        return list(self.engine)
-
-    def get_missing_weights(self) -> list[str]:
-        return ["b"] if "a" in self.new and "b" not in self.new else []
-
-    def set_named_weights(self, name: str, weights: Any) -> bool:
-        self.new[name] = weights.copy()
-        return bool(weights.shape == self.engine[name].shape)
-
-    def refit_cuda_engine(self) -> bool:
-        self.engine.update(self.new)
-        return True
-
-
-def test_weights_are_always_made_from_the_base() -> None:
-    random = np.random.default_rng(0)
-    base: Mapping[str, Any] = {name: random.standard_normal((3, 4)).astype(np.float16) for name in "abc"}
-    engine = {name: array.copy() for name, array in base.items()}
-    trt = SimpleNamespace(Refitter=Refitter, Weights=lambda array: array)
-    refit = Refit(trt, SimpleNamespace(messages=["too large"]), "unet")
-    change = random.standard_normal((3, 4)).astype(np.float32)
-    for changes in ({"a": change}, {"c": change}, {"a": 2 * change, "c": -change}, {}, {"b": change}, {}):
-        refit.apply(engine, base, changes)
-        for name, array in base.items():
-            added = changes.get(name, np.float32(0))
-            np.testing.assert_array_equal(engine[name], (array.astype(np.float32) + added).astype(np.float16))
-    with pytest.raises(EngineError, match=r"unet: weights to refit, got \['z'\]"):
-        refit.apply(engine, base, {"z": change})
-    with pytest.raises(ExecutionError, match=r"shape of the change of weight 'a', got \(4, 3\)"):
-        refit.apply(engine, base, {"a": change.T})
-    with pytest.raises(ExecutionError, match=r"weight 'c' of shape \(3, 4\) is refused \(too large\)"):
-        refit.apply({**engine, "c": np.zeros(1)}, base, {"c": change})
-
-
-def test_what_loras_add_equals_their_slots(tiny: Bundle, tmp_path: Path) -> None:
-    path = tiny.model_path("unet")
-    base, random = BaseWeights(path), np.random.default_rng(5)
-
-    def adapter(name: str, scale: float, *modules: tuple[str, int, int]) -> Adapter:
-        changes = {
-            module: LowRank(
-                random.standard_normal((2, read)).astype(np.float32),
-                random.standard_normal((made, 2)).astype(np.float32),
-            )
-            for module, read, made in modules
-        }
-        return Adapter(name, changes, scale)
-
-    adapters = (adapter("one", 0.5, ("matmul_1", 8, 8), ("conv_6", 36, 8)), adapter("two", -1.0, ("conv_6", 36, 8)))
-    added = weight_changes(base, adapters)
-    assert len(added) == 2
-    model = onnx.load(path)
-    for tensor in model.graph.initializer:
-        if tensor.name in added:
-            values = numpy_helper.to_array(tensor) + added[tensor.name]
-            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
-    changed = onnxruntime.InferenceSession(model.SerializeToString()).run(None, FEEDS)[0]
-    slotted = lora_slots(onnx.load(path), slots=2, rank=2)
-    session = onnxruntime.InferenceSession(slotted.SerializeToString())
-    given = slot_inputs([spec(value, "unet") for value in slotted.graph.input], adapters)
-    np.testing.assert_allclose(session.run(None, {**FEEDS, **given})[0], changed, atol=1e-4)
-    assert np.abs(onnxruntime.InferenceSession(path).run(None, FEEDS)[0] - changed).max() > 1e-2
-    with pytest.raises(RequestError, match="three: no such projection, got 'other'"):
-        weight_changes(base, (adapter("three", 1.0, ("other", 8, 8)),))
-    with pytest.raises(RequestError, match=r"three: shape of matmul_1, got \(8, 4\), expected that of \(8, 8\)"):
-        weight_changes(base, (adapter("three", 1.0, ("matmul_1", 4, 8)),))

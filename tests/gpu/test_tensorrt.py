@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,18 +14,22 @@ from onnx import numpy_helper
 
 from tandemrt.bench.shapes.bundle import export_plan
 from tandemrt.engines.flavour import Options
-from tandemrt.engines.refit import BaseWeights, weight_changes
 from tandemrt.export.bundle import export_bundle
+from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
+from tandemrt.runtime.base_weights import BaseWeights, Changes
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import EngineError, ExecutionError
-from tandemrt.runtime.lora_slots import Adapter, LowRank, module_of
+from tandemrt.runtime.lora_slots import Adapter, LowRank
+from tandemrt.runtime.onnx_files import projections
+from tandemrt.runtime.output import Output
 from tandemrt.runtime.targets import Target
 
 from ..interop.picture import psnr_db
-from .conftest import FLAVOURS, Build, Painted, device_of
+from ..runtime.lora_writing import write_lora
+from .conftest import FLAVOURS, PROMPT, Build, Painted, device_of
 
 pytestmark = pytest.mark.gpu
 
@@ -129,7 +134,7 @@ def test_loras_come_and_go_by_refitting(shapes_bundle: Path, name: str, build: B
     loras = [lora(base, seed) for seed in (1, 2)]
 
     def ran(*adapters: Adapter) -> np.ndarray:
-        session.refit(base, weight_changes(base, adapters))
+        session.refit(base, Changes(base, adapters))
         for _ in range(3):  # the second run is recorded, the third launched
             binding.run()
         return np.array(binding.outputs["out_sample"])
@@ -142,6 +147,39 @@ def test_loras_come_and_go_by_refitting(shapes_bundle: Path, name: str, build: B
     np.testing.assert_array_equal(ran(), plain)
 
 
+@pytest.mark.parametrize("step", [False, True])
+def test_a_pipelines_loras_come_and_go_by_refitting(
+    shapes_bundle: Path, name: str, build: Build, tmp_path: Path, step: bool
+) -> None:
+    """From the base to A, to B, to both, and back: what slots paint, on engines that have none."""
+    parts = {part: projections(shapes_bundle / part / "model.onnx") for part in ("unet", "text_encoder")}
+    a = write_lora(tmp_path / "a.safetensors", parts, rank=4, seed=1)
+    b = write_lora(tmp_path / "b.safetensors", {"unet": parts["unet"]}, rank=3, seed=2, layout="diffusers")
+    walk: list[dict[Path, float]] = [{}, {a: 0.8}, {b: 0.5}, {a: 0.8, b: 0.5}, {}]
+    request: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "seed": 7, "output_type": "latent"}
+    target = f"{name}:{device_of(name)}:fp32"
+
+    def painted() -> list[Output]:
+        with Pipeline.open(shapes_bundle, target) as pipe:
+            return [pipe(**request, placement="batched", loras=wanted) for wanted in walk]
+
+    build(shapes_bundle, name, options=Options(refit=True))
+    if step:
+        build(shapes_bundle, name, "unet", options=Options(refit=True), step=True)
+    refitted = painted()
+    assert all("refitted" in one.variant for made in refitted[1:4] for one in made.timings.ran_on["unet"])
+    assert all(made.timings.step_engines == step for made in refitted)
+    np.testing.assert_array_equal(refitted[-1].latents, refitted[0].latents)
+    for part in parts:
+        build(shapes_bundle, name, part, lora_slots=2, lora_rank=4)
+    slotted = painted()
+    assert all("slots" in one.variant for made in slotted[1:4] for one in made.timings.ran_on["unet"])
+    for ours, theirs in zip(refitted, slotted, strict=True):
+        assert np.abs(ours.latents - theirs.latents).max() <= 5e-3 * np.abs(theirs.latents).max()
+    for index in (1, 2, 3):
+        assert np.abs(refitted[index].latents - refitted[0].latents).max() > 0.01
+
+
 def test_an_engine_without_refit_says_so(shapes_bundle: Path, name: str, build: Build) -> None:
     session = opened(build(shapes_bundle, name, "unet"), name, "unet")
     with pytest.raises(EngineError, match=r"unet: cannot be refitted.*--refit"):
@@ -151,12 +189,12 @@ def test_an_engine_without_refit_says_so(shapes_bundle: Path, name: str, build: 
 def lora(base: BaseWeights, seed: int) -> Adapter:
     """A LoRA of rank 4 on every projection to queries."""
     random = np.random.default_rng(seed)
-    nodes = [one for one in base.graph.node if one.op_type == "MatMul" and one.name.endswith("to_q/MatMul")]
     changes = {}
-    for node in nodes:
-        read, made = base.shape(node.input[1])
-        down, up = (random.normal(0, 1 / 8, shape).astype(np.float32) for shape in ((4, read), (made, 4)))
-        changes[module_of(node.name)] = LowRank(down, up)
+    for module, one in base.projections.items():
+        if module.endswith("to_q"):
+            made, read = one.shape
+            down, up = (random.normal(0, 1 / 8, shape).astype(np.float32) for shape in ((4, read), (made, 4)))
+            changes[module] = LowRank(down, up)
     return Adapter(f"lora {seed}", changes, 0.7)
 
 
@@ -164,7 +202,7 @@ def of_onnxruntime(
     model: Path, base: BaseWeights, adapters: tuple[Adapter, ...], feeds: dict[str, np.ndarray]
 ) -> np.ndarray:
     """The output with the changes in the graph's weights."""
-    loaded, added = onnx.load(model), weight_changes(base, adapters)
+    loaded, added = onnx.load(model), Changes(base, adapters)
     for tensor in loaded.graph.initializer:
         if tensor.name in added:
             values = numpy_helper.to_array(tensor) + added[tensor.name]

@@ -74,7 +74,7 @@ def test_modules_may_be_named_within_their_model(
     )
     for layout in ("kohya", "diffusers"):
         file = write_lora(tmp_path / f"{layout}.safetensors", {"unet": shapes["unet"]}, layout=layout)
-        (adapter,) = fit(fitting, {file: 1.0}).of("unet")
+        (adapter,) = fit(fitting, {file: 1.0}).in_slots("unet")
         assert set(adapter.changes) == {f"unet.{name}" for name in shapes["unet"]}
 
 
@@ -82,7 +82,7 @@ def test_what_a_change_adds_up_to_is_what_its_file_says(
     fitting: Loras, shapes: dict[str, Shapes], tmp_path: Path
 ) -> None:
     file = write_lora(tmp_path / "x.safetensors", {"unet": shapes["unet"]}, rank=2)
-    (adapter,) = fit(fitting, {file: 0.5}).of("unet")
+    (adapter,) = fit(fitting, {file: 0.5}).in_slots("unet")
     tensors, change = read_lora(file).tensors, adapter.changes["conv_6"]
     down, up, alpha = (
         tensors.array(f"lora_unet_conv_6.{end}") for end in ("lora_down.weight", "lora_up.weight", "alpha")
@@ -102,12 +102,12 @@ def test_a_file_is_read_once_until_it_changes(
 
     monkeypatch.setattr(loras, "read_lora", counted)
     file = write_lora(tmp_path / "x.safetensors", {"unet": shapes["unet"]}, seed=1)
-    first, second = (fit(fitting, {file: scale}).of("unet")[0] for scale in (1.0, 0.5))
+    first, second = (fit(fitting, {file: scale}).in_slots("unet")[0] for scale in (1.0, 0.5))
     assert read == [file]
     assert first.changes is second.changes
     assert first.key != second.key
     write_lora(tmp_path / "x.safetensors", {"unet": shapes["unet"]}, seed=2, rank=1)
-    (third,) = fit(fitting, {file: 1.0}).of("unet")
+    (third,) = fit(fitting, {file: 1.0}).in_slots("unet")
     assert len(read) == 2
     assert third.rank == 1
     assert third.key != first.key
