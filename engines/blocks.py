@@ -13,9 +13,9 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from ..runtime.errors import ArgumentError
+from ..runtime.errors import ArgumentError, BundleError
 from .graph_files import read_graph, reads_of
-from .inferred import DENSE, Inferred, Shape, inferred, multiply_adds
+from .inferred import DENSE, Inferred, Shape, inferred_at, multiply_adds
 
 # diffusers' modules, as exporters write them: down_blocks.0.attentions.1/Add or /down_blocks.0/attentions.1/Add.
 _UNET = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
@@ -53,23 +53,18 @@ def block_of(node: onnx.NodeProto) -> str | None:
 def work_by_block(graph: Path, shapes: Mapping[str, Shape], where: str) -> dict[str, int]:
     """The multiply-adds of a call by block, in the graph's order, where its inputs have these shapes.
 
-    Empty where the shape of a factor is not known.
-
     Raises:
-        BundleError: the file cannot be read, or an input's shape is not given.
+        BundleError: the file cannot be read, an input's shape is not given, or that of a factor cannot be told.
     """
     model = read_graph(graph)
-    for value in model.graph.input:
-        for side, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
-            side.dim_value = size
-    known = inferred(model, {}, where).shapes
+    known = inferred_at(model, shapes, where).shapes
     work: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type in DENSE:
-            added = multiply_adds(node, known)
-            if not added:
-                return {}
-            work[_part_of(node)] += added
+            untold = next((name for name in (*node.input[:2], node.output[0]) if name not in known), None)
+            if untold is not None:
+                raise BundleError(where, f"the shape of {untold!r}, of {node.op_type} {node.name!r}, cannot be told")
+            work[_part_of(node)] += multiply_adds(node, known)
     return dict(work)
 
 

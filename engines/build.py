@@ -14,7 +14,7 @@ import msgspec
 
 from ..runtime.cache import engines_folder
 from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines
-from ..runtime.errors import EngineError
+from ..runtime.errors import BundleError, EngineError
 from ..runtime.targets import ENGINES_ONLY
 from ..runtime.variant import PLAIN
 from .cache import Claim, cached, claimed, records_of, too_full
@@ -90,7 +90,7 @@ def _built(
             raise full from error
         raise
     taken_s = time.monotonic() - began
-    work = _work(request, Path(job.model))
+    work, work_error = _work(request, Path(job.model))
     shutil.rmtree(graph, ignore_errors=True)
     engine = Engine(
         format=FORMAT,
@@ -103,6 +103,7 @@ def _built(
         profile_memory_bytes=built.profile_memory_bytes,
         layer_count=len(built.layers),
         multiply_adds=work,
+        multiply_adds_error=work_error,
         build_s=round(taken_s, 3),
         peak_memory_bytes=built.peak_memory_bytes,
         versions={**versions, **built.versions},
@@ -110,14 +111,14 @@ def _built(
     return engine, built.layers
 
 
-def _work(request: Request, graph: Path) -> dict[str, int]:
-    """The graph's multiply-adds by block; none where they cannot be counted."""
+def _work(request: Request, graph: Path) -> tuple[dict[str, int], str]:
+    """The graph's multiply-adds by block or, where they cannot be counted, none and why."""
     from .blocks import work_by_block  # noqa: PLC0415 (onnx, of the extra `engines`)
 
     try:
-        return work_by_block(graph, request.shapes, request.component)
-    except Exception:  # onnx raises at will; the engine is built, and serves without
-        return {}
+        return work_by_block(graph, request.shapes, request.component), ""
+    except BundleError as error:  # the engine is built, and serves without
+        return {}, error.without_remedy
 
 
 def timings_file(cache: Path, made_of: Ingredients) -> Path:

@@ -31,7 +31,7 @@ from ..runtime.engine_files import (
     check_engine_files,
     read_sidecar,
 )
-from ..runtime.errors import CacheError, EngineError
+from ..runtime.errors import CacheError, CacheFullError, EngineError
 from ..runtime.manifest import FileRecord, file_sha256
 from .job import Progress
 
@@ -190,10 +190,11 @@ def _unwritable(folder: Path, error: OSError) -> CacheError:
     full = error.errno in _FULL
     remedy = f"Free some space, or {_ELSEWHERE}" if full else f"G{_ELSEWHERE[1:]}"
     what = f"the cache cannot be written ({error.strerror or error})"
-    return CacheError(str(error.filename or folder), what, remedy=remedy)
+    kind = CacheFullError if full else CacheError
+    return kind(str(error.filename or folder), what, remedy=remedy)
 
 
-def too_full(folder: Path, needed_bytes: int) -> CacheError | None:
+def too_full(folder: Path, needed_bytes: int) -> CacheFullError | None:
     """The error for a cache whose file system has not that much room; None where it has, or does not tell."""
     try:
         free_bytes = shutil.disk_usage(folder).free
@@ -204,7 +205,7 @@ def too_full(folder: Path, needed_bytes: int) -> CacheError | None:
     what = (
         f"too little space: {free_bytes / 1e6:.1f} MB are free, and the build needs about {needed_bytes / 1e6:.1f} MB"
     )
-    return CacheError(str(folder), what, remedy=f"Free some space, or {_ELSEWHERE}")
+    return CacheFullError(str(folder), what, remedy=f"Free some space, or {_ELSEWHERE}")
 
 
 def _locked(engines: Path, key: str, progress: Progress) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 from ..runtime.bundle import Bundle
 from ..runtime.cache import cache_folder
 from ..runtime.cli.reporter import Reporter
-from ..runtime.errors import ArgumentError, CacheError
+from ..runtime.errors import ArgumentError, CacheError, CacheFullError
 from ..runtime.targets import Target, parse_target
 from .build import ensure_engine
-from .estimate import memory_available_bytes
+from .estimate import memory_bytes
 from .flavour import Options
 from .ingredients import require_buildable
 from .plan import BuildPlan, Request, requests_of
@@ -228,7 +228,8 @@ def run(plan: BuildPlan, reporter: Reporter) -> dict[str, Any]:
         try:
             outcome = ensure_engine(request, plan.cache, reporter.progress, versions)
         except Exception as error:  # builders fail in any way
-            if len(requests) == 1 or isinstance(error, _OF_ALL):
+            smaller_may_fit = isinstance(error, CacheFullError)
+            if len(requests) == 1 or (isinstance(error, _OF_ALL) and not smaller_may_fit):
                 raise
             facts = failure_facts(request, error)
             reporter.warn(engine_line(facts))
@@ -249,8 +250,14 @@ def _say_beforehand(request: Request, cache: Path, reporter: Reporter) -> None:
     if facts["cached"]:
         return
     reporter.line(request_line(facts))
-    available, needed = memory_available_bytes(), facts["estimated_memory_bytes"]
+    available, needed = memory_bytes("MemAvailable"), facts["estimated_memory_bytes"]
     if available is not None and available < needed:
         reporter.warn(
             f"{request.title}: only {available / 1e9:.1f} GB of memory are available; the build may be killed"
+        )
+    too_large = [call["profile"] for call in facts["calls"] if call["exceeds_memory"]]
+    if too_large:
+        reporter.warn(
+            f"{request.title}: by estimate, the largest call at {' and '.join(too_large)} takes more memory than this "
+            "machine has"
         )

@@ -1,4 +1,8 @@
-"""What a build will take, before it starts: memory, time and size, from the weights and the target.
+"""What a build will take, before it starts, and what the largest calls of its engine will.
+
+A build's memory, time and size are from the weights, the graph and the target. They do not depend on the profile where
+nothing is measured on a GPU: the same at two sizes by TensorRT for RTX and OpenVINO, see `bench/evidence`. A call's
+memory and work do, and follow from the graph's shapes.
 
 Planes through what builds took of the shapes family and, in fp16 at true size, of the components of Hybrid-SD, SDXS and
 SDXL (bench/evidence/engine_builds*.json; two cores, other work beside). Time is the roughest: other work doubles it.
@@ -6,14 +10,18 @@ SDXL (bench/evidence/engine_builds*.json; two cores, other work beside). Time is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from ..runtime.engine_files import Ingredients
 from ..runtime.onnx_files import node_count
+from ..runtime.targets import ENGINES_ONLY
 from .plan import Request
 
 _MEMINFO = Path("/proc/meminfo")
+_LARGEST_KEPT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,19 @@ class Estimate:
     memory_bytes: int
     build_s: float
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LargestCall:
+    """The largest call of a profile: memory beside the weights, by the graph, and multiply-adds.
+
+    exceeds_memory: whether that and the weights are more than this machine has, where it is to run here.
+    """
+
+    profile: str
+    estimated_memory_bytes: int
+    multiply_adds: int
+    exceeds_memory: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +90,37 @@ def estimated(request: Request) -> Estimate:
     )
 
 
+def largest_calls(request: Request) -> Iterator[LargestCall]:
+    """The largest call of each profile; none where the graph leaves open what it takes. See `call_of`.
+
+    Raises:
+        BundleError: the graph cannot be read.
+    """
+    from .calls import call_of  # noqa: PLC0415 (onnx, of the extra `engines`)
+    from .composed import composed  # noqa: PLC0415
+    from .onnxruntime import fuses_attention  # noqa: PLC0415
+
+    made_of = request.ingredients
+    graph = composed(request.model, made_of.variant, request.component)
+    for tensor in graph.graph.initializer:  # what weights a graph has inside would be copied with it
+        if tensor.ByteSize() > _LARGEST_KEPT_BYTES:
+            tensor.ClearField("raw_data")
+    keeps_scores = made_of.backend == "onnxruntime" and not fuses_attention(made_of.device, made_of.precision)
+    there = memory_bytes("MemTotal") if made_of.device == "cpu" else None
+    for profile, shapes in request.largest.items():
+        call = call_of(graph, shapes, request.component, float_bytes=_float_bytes(made_of), keeps_scores=keeps_scores)
+        if call is not None:
+            exceeds = there is not None and call.memory_bytes + _held_bytes(request) > there
+            yield LargestCall(profile, call.memory_bytes, call.multiply_adds, exceeds)
+
+
+def _float_bytes(made_of: Ingredients) -> int | None:
+    """The bytes of a number while it is computed with, where it is not of the type that the graph states."""
+    if made_of.backend in ENGINES_ONLY or made_of.device != "cpu":
+        return None
+    return 2 if made_of.precision == "bf16" else 4
+
+
 def estimated_size_bytes(request: Request) -> int:
     """The size of one engine by the estimate, which reads none of the graph."""
     return round(_RATES[request.ingredients.backend].size_bytes + _held_bytes(request))
@@ -93,10 +145,10 @@ def weights_bytes(request: Request) -> int:
     return sum(path.stat().st_size for path in (request.model, *beside))
 
 
-def memory_available_bytes() -> int | None:
-    """The memory that this machine has left, None where the system does not tell."""
+def memory_bytes(kind: Literal["MemTotal", "MemAvailable"]) -> int | None:
+    """The memory that this machine has, or has left; None where the system does not tell."""
     try:
         lines: Iterable[str] = _MEMINFO.read_text("ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), None)

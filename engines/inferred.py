@@ -17,6 +17,8 @@ from ..runtime.shapes import evaluated
 # What shapes are computed of; larger tensors are weights.
 _MOST_VALUES = 64
 _OF_SHAPES = frozenset({TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT, TensorProto.BOOL})
+# What ONNX's reference of an operator, in Python, raises where it does not take the values.
+_NOT_EVALUATED = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 # What has multiply-adds.
 DENSE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 
@@ -65,6 +67,18 @@ def inferred(model: onnx.ModelProto, sizes: Mapping[str, int], where: str) -> In
     return found
 
 
+def inferred_at(model: onnx.ModelProto, shapes: Mapping[str, Shape], where: str) -> Inferred:
+    """Types and shapes of a graph's values where its inputs have these shapes, which it is given.
+
+    Raises:
+        BundleError: an input's shape is not given.
+    """
+    for value in model.graph.input:
+        for side, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+            side.dim_value = size
+    return inferred(model, {}, where)
+
+
 def _infer(
     node: onnx.NodeProto,
     known: dict[str, onnx.TypeProto],
@@ -95,7 +109,11 @@ def _infer(
     known.update(made)
     made_of_values = len(given) == len(set(reads))
     if made_of_values and all(known[name].tensor_type.elem_type in _OF_SHAPES for name in node.output if name):
-        results = ReferenceEvaluator(node).run(None, {name: numpy_helper.to_array(one) for name, one in given.items()})
+        feeds = {name: numpy_helper.to_array(one) for name, one in given.items()}
+        try:
+            results = ReferenceEvaluator(node).run(None, feeds)
+        except _NOT_EVALUATED:
+            return
         for name, result in zip(node.output, results, strict=False):
             if np.size(result) <= _MOST_VALUES:
                 values[name] = numpy_helper.from_array(np.asarray(result))

@@ -12,6 +12,8 @@ from ..runtime.targets import ENGINES_ONLY, Target, installed_version
 from . import flavour, onnxruntime, openvino
 
 _QUANTIZED = ("int8", "fp8")
+# A profile's name, and the shapes of a component's inputs in it.
+Named = tuple[str, dict[str, InputRange]]
 
 
 def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_OPTIONS) -> None:
@@ -24,6 +26,11 @@ def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_O
         onnxruntime.require_buildable(target.device)
 
 
+def quantizes(target: Target) -> bool:
+    """Whether a target computes in what a graph's QuantizeLinear nodes say."""
+    return target.precision in _QUANTIZED
+
+
 def exact_target(target: Target, name: str, bundle: Bundle) -> Target:
     """The target as it is for component `name`, with the precision it computes in.
 
@@ -32,7 +39,7 @@ def exact_target(target: Target, name: str, bundle: Bundle) -> Target:
     """
     component = bundle.component(name)
     target = target.of_component(component)
-    if target.precision in _QUANTIZED and not _is_quantized(bundle.model_path(name)):
+    if quantizes(target) and not _is_quantized(bundle.model_path(name)):
         raise TargetError(
             name,
             f"its graph quantizes nothing, and {target} computes in what the graph states",
@@ -50,14 +57,21 @@ def _is_quantized(model: Path) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
 
 
-def grouped(
-    target: Target, ranges: Sequence[tuple[str, dict[str, InputRange]]]
-) -> list[list[tuple[str, dict[str, InputRange]]]]:
-    """Which profiles, by name, go into one engine of a target; those that come to the same shapes are one."""
-    distinct: list[tuple[str, dict[str, InputRange]]] = []
-    for named, one in ranges:
-        if one not in [other for _, other in distinct]:
-            distinct.append((named, one))
+def merged(ranges: Sequence[Named]) -> list[Named]:
+    """Profiles with those that come to the same shapes as one, under all their names."""
+    distinct: list[Named] = []
+    for label, one in ranges:
+        place = next((place for place, (_, other) in enumerate(distinct) if other == one), None)
+        if place is None:
+            distinct.append((label, one))
+        else:
+            distinct[place] = f"{distinct[place][0]}, {label}", one
+    return distinct
+
+
+def grouped(target: Target, ranges: Sequence[Named]) -> list[list[Named]]:
+    """Which profiles go into one engine of a target; see `merged`."""
+    distinct = merged(ranges)
     if target.backend in ENGINES_ONLY:
         return [distinct]
     if target.backend == "openvino":  # has no profiles: an engine for each

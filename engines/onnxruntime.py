@@ -52,8 +52,8 @@ def build(job: Job, progress: Progress) -> Built:
 
 def _source(job: Job, options: Any) -> str | bytes:
     """The graph's path or, where it has attention to be one node, the graph that has, its weights still beside it."""
-    if job.device == "cpu" and job.precision != "fp32":
-        return job.model  # the CPU provider has the node in float32 alone
+    if not fuses_attention(job.device, job.precision):
+        return job.model
     from .attention import fused_attention  # noqa: PLC0415 (onnx, what plans alone do without)
     from .graph_files import read_graph  # noqa: PLC0415
 
@@ -64,6 +64,11 @@ def _source(job: Job, options: Any) -> str | bytes:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     serialized: bytes = graph.SerializeToString()
     return serialized
+
+
+def fuses_attention(device: str, precision: str) -> bool:
+    """Whether attention becomes one node; the CPU provider has that in float32 alone."""
+    return device != "cpu" or precision == "fp32"
 
 
 def require_buildable(device: str) -> None:

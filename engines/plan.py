@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from ..runtime.bundle import Bundle
-from ..runtime.engine_files import Ingredients, InputRange, Shape, origin_of
-from ..runtime.errors import ArgumentError, PlanError
+from ..runtime.engine_files import Ingredients, Shape, origin_of
+from ..runtime.errors import ArgumentError, PlanError, TargetError
 from ..runtime.manifest import Component, Manifest
 from ..runtime.onnx_files import own_projections
 from ..runtime.plan import Schedule, compile_plan
@@ -18,7 +18,7 @@ from ..runtime.stages import MOST_STAGES
 from ..runtime.targets import ENGINES_ONLY, Target
 from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
 from . import flavour
-from .ingredients import exact_target, grouped, ingredients_of, require_buildable
+from .ingredients import Named, exact_target, grouped, ingredients_of, merged, quantizes, require_buildable
 from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
 from .together import for_each
 
@@ -102,7 +102,8 @@ class Request:
     """One engine that is wanted: of what, for which target, and all that it depends on.
 
     model: the bundle's own graph, which the variant in `ingredients` is made of. facts: of what is made.
-    shapes: of the inputs of the call that is tuned for, of the first profile.
+    shapes: of the inputs of the call that is tuned for, of the first profile. largest: of those of the largest call of
+        each profile that was asked for, by its name, also where the engine takes every shape.
     """
 
     component: str
@@ -112,6 +113,7 @@ class Request:
     ingredients: Ingredients
     profile_names: tuple[str, ...]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    largest: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -133,7 +135,8 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     Raises:
         BundleError: the bundle has no such component, or one whose weights LoRAs cannot be added to for --refit.
         ArgumentError: a profile is outside the models, or nothing of the kind can be made of them.
-        TargetError: targets cannot be built for here, or ask for a precision that a component is not in.
+        TargetError: targets cannot be built for here, or ask for a precision that a component is not in; one of int8
+            or fp8 where a component was named that is no denoiser.
     """
     names = plan.components or tuple(bundle.manifest.components)
     for name in names:
@@ -153,7 +156,13 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
 def _require_target(target: Target, plan: BuildPlan, bundle: Bundle, names: Sequence[str]) -> None:
     require_buildable(target, plan.options)
     for name in names:
-        exact_target(target, name, bundle)
+        exact = exact_target(target, name, bundle)
+        if name in plan.components and quantizes(target) and not quantizes(exact):
+            raise TargetError(
+                name,
+                f"denoisers alone are quantized, and {target} was asked for",
+                remedy=f"Ask for {exact}, which runs beside denoisers in {target.precision}.",
+            )
 
 
 def _require_takers(plan: BuildPlan, roles: set[str]) -> None:
@@ -177,7 +186,7 @@ class _Graph:
     variant: Variant
     sha256: str
     facts: Component
-    ranges: tuple[tuple[str, dict[str, InputRange]], ...]
+    ranges: tuple[Named, ...]
 
 
 def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profile]) -> Iterator[_Graph]:
@@ -258,5 +267,8 @@ def _requests(plan: BuildPlan, bundle: Bundle, graph: _Graph, target: Target) ->
             variant=graph.variant,
         )
         model = bundle.model_path(graph.name)
-        tuned = {name: one.opt for name, one in (group or graph.ranges)[0][1].items()}
-        yield Request(graph.name, target, model, graph.facts, made_of, tuple(named for named, _ in group), tuned)
+        named = group or merged(graph.ranges)
+        tuned = {name: one.opt for name, one in named[0][1].items()}
+        largest = {label: {name: one.max for name, one in ranges.items()} for label, ranges in named}
+        labels = tuple(label for label, _ in group)
+        yield Request(graph.name, target, model, graph.facts, made_of, labels, tuned, largest)

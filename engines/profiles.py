@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..runtime.engine_files import InputRange, Shape
@@ -156,12 +156,19 @@ def check_profiles(profiles: Sequence[Profile], manifest: Manifest, components: 
     """Check names and sizes against those models of a bundle.
 
     Raises:
-        ArgumentError: two profiles of one name, or a side that is no multiple of what the models take.
+        ArgumentError: two profiles of one name or of the same calls, or a side that is no multiple of what the models
+            take.
     """
     names = [profile.name for profile in profiles]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ArgumentError("--profile", "a name given twice", got=twice, expected="every name once")
+    by_calls: dict[Profile, str] = {}
+    for profile in profiles:
+        first = by_calls.setdefault(replace(profile, name=""), profile.name)
+        if first != profile.name:
+            raise ArgumentError(f"--profile {profile.name}", f"the same calls as --profile {first}", got=str(profile),
+                                expected="every profile once")  # fmt: skip
     multiple = _side_multiple(manifest, components)
     for profile in profiles:
         for axis, span in (("width", profile.width), ("height", profile.height)):

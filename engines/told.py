@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import TandemError
+from ..runtime.errors import CacheFullError, TandemError
 from ..runtime.targets import Target
 from ..runtime.variant import PLAIN
 from .build import Outcome, changes, described
-from .estimate import estimated
+from .estimate import estimated, largest_calls
 from .plan import Request
 
 
@@ -22,10 +23,13 @@ def target_facts(target: Target) -> dict[str, str]:
 def request_facts(request: Request, cache: Path) -> dict[str, Any]:
     """An engine that is wanted: whether it is there, what has changed, what building it takes."""
     changed, needs = changes(request, cache), estimated(request)
+    cached = changed == ()
     return {
         **_named(request),
         "shapes": list(map(described, request.ingredients.profiles)),
-        "cached": changed == (),
+        # Of what is there, the sidecar tells what was measured.
+        "calls": [] if cached else list(map(asdict, largest_calls(request))),
+        "cached": cached,
         "changes": None if changed is None else list(changed),
         "estimated_memory_bytes": needs.memory_bytes,
         "estimated_build_s": needs.build_s,
@@ -79,9 +83,7 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"target {target['target']}: {target['reason']}"
     for engine in facts["engines"]:
         yield request_line(engine)
-        yield from (
-            f"  {profile}: {shapes}" for profile, shapes in zip(engine["profiles"], engine["shapes"], strict=True)
-        )
+        yield from _profile_lines(engine)
     engines = [engine for engine in facts["engines"] if not engine["cached"]]
     there = len(facts["engines"]) - len(engines)
     together = {
@@ -103,9 +105,11 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     if len(engines) < 2:
         return
     built = [engine for engine in engines if engine.get("built")]
-    failed = sum("error" in engine for engine in engines)
+    kinds = [engine["error"]["type"] for engine in engines if "error" in engine]
+    unroomed = kinds.count(CacheFullError.__name__)
+    failed = f"{len(kinds)} failed" + (f" ({unroomed} for want of space)" if unroomed else "")
     told = [f"{_counted(len(built))} built in {sum(engine['build_s'] for engine in built):.1f} s"]
-    told += [f"{len(engines) - len(built) - failed} in the cache before", *([f"{failed} failed"] if failed else [])]
+    told += [f"{len(engines) - len(built) - len(kinds)} in the cache before", *([failed] if kinds else [])]
     yield f"{', '.join(told)} ({result['cache']})"
 
 
@@ -114,6 +118,7 @@ def _named(request: Request) -> dict[str, Any]:
         "component": request.component,
         "variant": str(request.ingredients.variant),
         "target": str(request.target),
+        "precision": request.ingredients.precision,
         "profiles": list(request.profile_names),
         "key": request.key,
     }
@@ -122,7 +127,13 @@ def _named(request: Request) -> dict[str, Any]:
 def _title(facts: Mapping[str, Any]) -> str:
     made = [f"({facts['variant']})"] if facts["variant"] != str(PLAIN) else []
     profiles = f", {'; '.join(facts['profiles'])}" if facts["profiles"] else ""
-    return " ".join([facts["component"], *made, "for", facts["target"]]) + profiles
+    asked = facts["target"].split(":")[2:]
+    plain = (
+        [f"in {facts['precision']}, since denoisers alone are quantized"]
+        if asked not in ([], [facts["precision"]])
+        else []
+    )
+    return " ".join([facts["component"], *made, "for", facts["target"], *plain]) + profiles
 
 
 def _needs(facts: Mapping[str, Any]) -> str:
@@ -130,6 +141,27 @@ def _needs(facts: Mapping[str, Any]) -> str:
         f"{facts['estimated_memory_bytes'] / 1e9:.1f} GB of memory, {facts['estimated_build_s']:.0f} s, "
         f"{facts['estimated_size_bytes'] / 1e6:.0f} MB on disk"
     )
+
+
+def _profile_lines(engine: Mapping[str, Any]) -> Iterator[str]:
+    """The shapes of each profile, and what its largest call takes."""
+    shapes = dict(zip(engine["profiles"], engine["shapes"], strict=True))
+    calls = {call["profile"]: call for call in engine["calls"]}
+    for profile in {**shapes, **calls}:
+        told = [shapes[profile]] if profile in shapes else []
+        if profile in calls:
+            call = calls[profile]
+            told.append(
+                f"{'its largest' if profile in shapes else 'a'} call takes about "
+                f"{_memory(call['estimated_memory_bytes'])} beside the weights, "
+                f"{call['multiply_adds'] / 1e9:,.1f} G multiply-adds"
+                f"{'; more memory than this machine has' if call['exceeds_memory'] else ''}"
+            )
+        yield f"  {profile}: {'; '.join(told)}"
+
+
+def _memory(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def _explained(facts: Mapping[str, Any]) -> str:

@@ -123,7 +123,8 @@ class Engine(Frozen, frozen=True, kw_only=True):
     component: what it was called in the bundle it was built for. profile_names: as the profiles in `ingredients`.
     profile_memory_bytes: scratch memory of a call in each profile, where the builder tells.
     layer_count: how many layers the compiled graph has, 0 where the backend does not tell; see `read_layers`.
-    multiply_adds: of a call as the first profile is tuned for, by block of the graph; none where they are not known.
+    multiply_adds: of a call as the first profile is tuned for, by block of the graph; none where they are not known,
+        and then multiply_adds_error says why.
     build_s: how long the build took; peak_memory_bytes: how much memory it took at most.
     """
 
@@ -137,6 +138,7 @@ class Engine(Frozen, frozen=True, kw_only=True):
     profile_memory_bytes: tuple[int, ...] = ()
     layer_count: int = 0
     multiply_adds: dict[str, int] = msgspec.field(default_factory=dict)
+    multiply_adds_error: str = ""
     build_s: float
     peak_memory_bytes: int
     versions: dict[str, str]

@@ -10,6 +10,7 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 ├── TargetError              a backend, device or precision that is not available here
 ├── EngineError              an engine that cannot be built, or does not fit what it is asked for
 │   └── CacheError           the cache of engines cannot be written, whichever engine is built
+│       └── CacheFullError   the cache of engines has no room for one
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
     └── CancelledError       a generation stopped by its caller
 """
@@ -89,7 +90,11 @@ class EngineError(TandemError):
 
 
 class CacheError(EngineError):
-    """The cache of engines cannot be written, or is full: no other build would end better."""
+    """The cache of engines cannot be written: no other build would end better."""
+
+
+class CacheFullError(CacheError):
+    """The file system of the cache has no room for an engine; a smaller one may fit."""
 
 
 class ExecutionError(TandemError):

@@ -137,6 +137,8 @@ def _details(engine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "fusions", f"{engine['fused_nodes']} nodes in {engine['fused_layers']} layers"
     if engine["multiply_adds"]:
         yield "work", _work(engine["multiply_adds"])
+    elif engine["multiply_adds_error"]:
+        yield "work", f"not counted: {engine['multiply_adds_error']}"
     yield "built with", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import openvino
 import pytest
 
+from tandemrt.engines import build as builds
 from tandemrt.engines import command as module
+from tandemrt.engines import estimate
 from tandemrt.engines.build import Outcome, ensure_engine
 from tandemrt.engines.plan import Request
 from tandemrt.runtime.build_commands import build_command
@@ -63,7 +67,9 @@ def test_the_plan_is_shown(tiny_path: Path, tmp_path: Path, capsys: pytest.Captu
         r"unet for tensorrt-rtx:sm89, fast; 64..128:b1-b2: to be built, about 0.\d GB of memory, \d+ s, \d+ MB on disk",
         first,
     )
-    assert fast == "  fast: sample (2, 4, 8, 8), timestep (1), encoder_hidden_states (2, 12, 8)"
+    shapes, call = fast.split("; ")
+    assert shapes == "  fast: sample (2, 4, 8, 8), timestep (1), encoder_hidden_states (2, 12, 8)"
+    assert call == "its largest call takes about 0.0 MB beside the weights, 0.0 G multiply-adds"
     assert wide.startswith("  64..128:b1-b2: sample (1..4, 4, 8..16, 8..16), ")
     assert re.fullmatch(
         rf"3 engines to be built one after the other, about .*; 0 in the cache \({re.escape(str(tmp_path))}\)", together
@@ -190,6 +196,33 @@ def test_a_build_that_fails_leaves_the_others_alone(
     assert len(left_in(tmp_path)) == 2
     assert main(command) == 1  # alone it is an error as any other
     assert capsys.readouterr().err.startswith(f"tandemrt build-engine: {told}")
+
+
+def test_where_one_engine_has_no_room_a_smaller_one_may(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000_000))
+    sizes = {"unet": 10**9}
+    monkeypatch.setattr(builds, "estimated_size_bytes", lambda request: sizes.get(request.component, 0))
+    command = ["build-engine", str(tiny_path), "--target", "onnxruntime:cpu", "--cache", str(tmp_path)]
+    components = ["--component", "unet", "--component", "unet_small"]
+    assert main([*command, *components]) == 1
+    out, err = capsys.readouterr()
+    assert "unet for onnxruntime:cpu: not built: " in err
+    assert "too little space: 100.0 MB are free, and the build needs about 1000.0 MB. Free some space" in err
+    assert re.search(r"1 engine built in \d+\.\d s, 0 in the cache before, 1 failed \(1 for want of space\) \(", out)
+    assert len(left_in(tmp_path)) == 1
+
+
+def test_a_call_beyond_the_machines_memory_is_warned_of(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "memory_bytes", lambda kind: 1)
+    command = ["build-engine", str(tiny_path), *ONE, "--profile", "128", "--cache", str(tmp_path)]
+    assert main([*command, "--print-plan"]) == 0
+    assert "G multiply-adds; more memory than this machine has" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "unet_small for onnxruntime:cpu: by estimate, the largest call at 128 takes" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_ends_it_all(

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tandemrt.engines import estimate
-from tandemrt.engines.estimate import estimated, memory_available_bytes
+from tandemrt.engines.estimate import estimated, largest_calls, memory_bytes
 
 from .conftest import Requests
 
@@ -70,6 +70,35 @@ def test_times_and_memory_are_near_those_of_bench(requests: Requests, monkeypatc
 
 
 def test_available_memory_is_told() -> None:
-    available = memory_available_bytes()
+    available, total = memory_bytes("MemAvailable"), memory_bytes("MemTotal")
     assert available is not None
-    assert available > 1 << 20
+    assert total is not None
+    assert 1 << 20 < available <= total
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx:sm89", "onnxruntime:cpu", "openvino:cpu"])
+def test_larger_calls_take_more(target: str, requests: Requests) -> None:
+    made = requests(target, components=("unet",), profiles=("64:guided", "128:guided"))
+    small, large = (call for request in made for call in largest_calls(request))
+    assert (small.profile, large.profile) == ("64:guided", "128:guided")
+    assert large.estimated_memory_bytes == pytest.approx(4 * small.estimated_memory_bytes, rel=0.1)
+    assert 3.5 * small.multiply_adds < large.multiply_adds < 4 * small.multiply_adds
+
+
+def test_bfloat16_halves_a_calls_memory(requests: Requests) -> None:
+    (request,) = requests("openvino:cpu:fp32", components=("unet",))
+    half = replace(request, ingredients=msgspec.structs.replace(request.ingredients, precision="bf16"))
+    (full,), (less,) = largest_calls(request), largest_calls(half)
+    assert less.estimated_memory_bytes < 0.6 * full.estimated_memory_bytes
+
+
+def test_a_call_is_held_to_the_memory_of_the_machine_it_runs_on(
+    requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "memory_bytes", lambda kind: 30_000)
+    (here,), (elsewhere,) = (
+        largest_calls(requests(target, components=("unet",), profiles=("128",))[0])
+        for target in ("openvino:cpu", "tensorrt-rtx:sm89")
+    )
+    assert here.exceeds_memory
+    assert not elsewhere.exceeds_memory

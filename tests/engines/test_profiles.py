@@ -16,6 +16,7 @@ from tandemrt.runtime.request_checks import MAX_SIDE
 
 from ..runtime.tiny_bundle import MAX_LENGTH, TEXT_WIDTH, write_tiny_bundle
 from ..runtime.tiny_families import write_tiny_control, write_tiny_sd3, write_tiny_sdxl
+from .conftest import Requests
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,20 @@ def test_sides_are_multiples_of_what_the_models_take(manifest: Manifest) -> None
 def test_names_are_told_apart(manifest: Manifest) -> None:
     with pytest.raises(ArgumentError, match="a name given twice, got 'a'"):
         check_profiles([parse_profile("a=64"), parse_profile("a=128")], manifest, ["unet"])
+
+
+def test_a_profile_given_under_two_names_is_refused(manifest: Manifest) -> None:
+    same = [parse_profile("a=512"), parse_profile("b=512x512:b1")]
+    with pytest.raises(ArgumentError, match=r"--profile b: the same calls as --profile a, got '512x512:b1'"):
+        check_profiles(same, manifest, ("unet",))
+    check_profiles([*same[:1], parse_profile("b=512:guided")], manifest, ("unet",))
+
+
+def test_profiles_that_are_one_to_a_component_keep_their_names(requests: Requests) -> None:
+    profiles = ("a=64", "b=128", "64..128")
+    text, unet = requests("tensorrt-rtx:sm89", components=("text_encoder", "unet"), profiles=profiles)
+    assert (text.profile_names, len(text.ingredients.profiles)) == (("a, b, 64..128",), 1)
+    assert (unet.profile_names, len(unet.ingredients.profiles)) == (("a", "b", "64..128"), 3)
 
 
 def test_a_size_outside_the_model_is_refused(manifest: Manifest) -> None:

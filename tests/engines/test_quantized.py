@@ -16,8 +16,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from tandemrt.engines.build import ensure_engine
 from tandemrt.runtime.backends import open_engine
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import Layer, read_layers
 from tandemrt.runtime.engine_search import fitting_engines
+from tandemrt.runtime.errors import TargetError
 
 from ..runtime.tiny_bundle import resign
 from .conftest import Requests
@@ -65,6 +67,26 @@ def quantized(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
     (folder / "unet" / "model.onnx.data").unlink()
     resign(folder)
     return Bundle.open(folder)
+
+
+def test_what_is_not_quantized_is_refused_where_it_is_named(quantized: Bundle, requests: Requests) -> None:
+    refused = r"vae_decoder: denoisers alone are quantized, .*Ask for openvino:cpu:fp32, which runs beside"
+    with pytest.raises(TargetError, match=refused):
+        requests("openvino:cpu:int8", components=("unet", "vae_decoder"), bundle=quantized)
+    with pytest.raises(TargetError, match="unet_small: its graph quantizes nothing"):
+        requests("openvino:cpu:int8", bundle=quantized)
+
+
+def test_what_is_not_quantized_is_told_where_all_are_built(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandemrt.engines.ingredients._is_quantized", lambda model: True)
+    command = ["build-engine", str(tiny_path), "--target", "openvino:cpu:int8", "--cache", str(tmp_path)]
+    assert main([*command, "--print-plan"]) == 0
+    out = capsys.readouterr().out
+    assert "unet for openvino:cpu:int8, 64x64: to be built" in out
+    told = "vae_decoder for openvino:cpu:int8 in fp32, since denoisers alone are quantized, 64x64: to be built"
+    assert told in out
 
 
 @pytest.mark.parametrize("target", ["onnxruntime:cpu:int8", "openvino:cpu:int8", "tensorrt-rtx:sm89:int8"])

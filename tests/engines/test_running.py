@@ -26,7 +26,7 @@ from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
 from tandemrt.runtime.engine_search import has_engine, profile_for
 from tandemrt.runtime.engine_session import EngineSession, Loader
-from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.errors import BundleError, EngineError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
 from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.ran_on import GRAPH, RanOn
@@ -329,11 +329,19 @@ def test_an_engine_tells_its_graphs_work_by_block(target: str, requests: Request
 
 
 def test_work_that_cannot_be_counted_loses_no_engine(
-    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_path: Path,
+    requests: Requests,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tandemrt.engines.blocks.work_by_block", mock.Mock(side_effect=ValueError))
+    untold = mock.Mock(side_effect=BundleError("unet", "the shape of 'x' cannot be told"))
+    monkeypatch.setattr("tandemrt.engines.blocks.work_by_block", untold)
     (request,) = requests("onnxruntime:cpu", components=("unet",))
-    assert read_sidecar(ensure_engine(request, tmp_path, silent, VERSIONS).folder).multiply_adds == {}
+    engine = read_sidecar(ensure_engine(request, tmp_path, silent, VERSIONS).folder)
+    assert (engine.multiply_adds, engine.multiply_adds_error) == ({}, "unet: the shape of 'x' cannot be told")
+    assert main(["inspect", str(tiny_path), "--engines", "--cache", str(tmp_path)]) == 0
+    assert "not counted: unet: the shape of 'x' cannot be told" in capsys.readouterr().out
 
 
 def test_the_cache_is_left_as_it_was(tiny_path: Path, requests: Requests, cache: Path) -> None:
