@@ -177,8 +177,8 @@ def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Se
 
 
 def model_input(table: Table, row: int, vectors: Float32, out: Float32) -> None:
-    """Write what a row's denoiser is given, m · S, to `out`, from (x, h1 … hH) and whatever follows them."""
-    _combine(_terms(table.model_input[row].tolist()), vectors, out, np.empty(vectors.shape[1:], np.float32))
+    """Write what a row's denoiser is given, m · S, to `out`, from (x, h1 … hH, ·), whose last is overwritten."""
+    _combine(_terms(table.model_input[row].tolist()), vectors, out, vectors[-1])
 
 
 def denoised_estimate(table: Table, row: int, vectors: Float32) -> Callable[[], Float32]:

@@ -8,18 +8,24 @@ import pytest
 
 from tandemrt.runtime import Pipeline
 
-from ..runtime.test_allocation import OBJECTS_BYTES, ROWS, SIZE, TARGETS, peaks_bytes, streamed
+from ..runtime.test_allocation import OBJECTS_BYTES, ROWS, SIZE, TARGETS, WAYS, peaks_bytes, streamed
+from ..runtime.tiny_families import write_tiny_control
 from .test_sampling import build
 
 
+@pytest.fixture(scope="module")
+def control_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control") / "bundle"
+    write_tiny_control(folder)
+    return folder
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_rows_after_the_first_allocate_nothing(
-    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
-) -> None:
-    monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
-    build(tiny_path, tmp_path, "unet", target=target, profiles=(f"{SIZE}:guided",))
-    with Pipeline.open(tiny_path, target, threads=1) as pipe:
-        stream = streamed(pipe)
+@pytest.mark.parametrize("way", ["batched", "ControlNet"])
+def test_rows_after_the_first_allocate_nothing(control_bundle: Path, tmp_path: Path, target: str, way: str) -> None:
+    build(control_bundle, tmp_path, "unet", target=target, profiles=(f"{SIZE}:guided",))
+    with Pipeline.open(control_bundle, target, threads=1, cache=tmp_path) as pipe:
+        stream = streamed(pipe, **WAYS[way])
         peaks = peaks_bytes(stream)
         assert stream.result().timings.step_engines
     assert len(peaks) == ROWS - 1
