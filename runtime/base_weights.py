@@ -14,7 +14,8 @@ import numpy as np
 from .backends.base import Array
 from .errors import BundleError, RequestError
 from .lora_slots import Adapter, Float32, LowRank, float32_scale
-from .onnx_files import Projection, own_projections, stored_weights
+from .onnx_files import own_projections, stored_weights
+from .onnx_walk import Projection
 
 
 class BaseWeights(Mapping[str, Array]):
