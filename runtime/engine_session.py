@@ -109,7 +109,7 @@ class Loader:
                 with span("load", self.name):
                     check_engine_files(found.folder, found.engine)
                     opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
-                self.opened(self.name, found, opened)
+                    self.opened(self.name, found, opened)
                 self._loaded[found.folder] = opened
             return self._loaded[found.folder]
 

@@ -131,6 +131,18 @@ def test_slots_come_first_where_they_fit_the_pictures_size(tiny: Bundle, cache: 
     assert (variants(small), variants(large)) == (["refitted"], [f"1 LoRA slots of rank {RANK}"])
 
 
+def test_each_component_takes_its_loras_as_its_engines_do(
+    tiny: Bundle, cache: Path, sets: list[dict[Path, float]]
+) -> None:
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        expected = pipe(**REQUEST, loras=sets[1])
+    put(tiny, cache, "text_encoder", lora_slots=1, lora_rank=RANK)
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        mixed = pipe(**REQUEST, loras=sets[1])
+    assert distance(mixed, expected) <= TOLERANCE
+    assert (variants(mixed, "text_encoder"), variants(mixed)) == ([f"1 LoRA slots of rank {RANK}"], ["refitted"])
+
+
 def test_engines_that_do_not_take_loras_are_told_with_both_commands(
     tiny: Bundle, cache: Path, tmp_path: Path, loras: tuple[Path, Path]
 ) -> None:
@@ -283,6 +295,15 @@ def test_generate_reaches_it_without_a_further_option(
     told = capsys.readouterr()
     assert f"{loras[1]} changed unet\n" in told.out
     assert "(refitted)" in " ".join(told.err.split())
+
+
+def test_inspect_shows_which_engines_can_be_refitted(
+    tiny: Bundle, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tiny, cache, "unet")
+    assert main(["inspect", str(tiny.path), "--engines"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["unet", f"{TARGET}:fp32"]]
+    assert [" plain, refittable " in line for line in shown] == [False, True]
 
 
 def test_what_cannot_be_refitted_is_refused_before_the_build(tiny: Bundle, tmp_path: Path) -> None:
