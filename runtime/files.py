@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_TOKEN_BYTES = 8
+_PART = re.compile(rf"\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}\.part")
+_MOST_S = 60.0  # no file here takes so long to be written
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -25,7 +31,7 @@ def write_whole(
         FileExistsError: the name is taken and `replace` is off.
         OSError: the folder cannot be written or is full.
     """
-    part = (within or path.parent) / f".{secrets.token_hex(8)}.part"
+    part = (within or path.parent) / f".{secrets.token_hex(_TOKEN_BYTES)}.part"
     try:
         with part.open("xb") as stream:
             write(stream)
@@ -38,6 +44,17 @@ def write_whole(
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sweep_parts(folder: Path) -> None:
+    """Remove what `write_whole` began in a folder a minute ago or more: the process was killed. One folder deep.
+
+    What cannot be removed stays.
+    """
+    with suppress(OSError):
+        for part in folder.iterdir():
+            if _PART.fullmatch(part.name) and time.time() - part.lstat().st_mtime > _MOST_S:
+                part.unlink(missing_ok=True)
 
 
 def _give_free_name(part: Path, path: Path) -> None:

@@ -57,8 +57,9 @@ class Variant(Frozen, frozen=True, kw_only=True):
         return ", ".join((*parts, "refitted") if refitted else parts)
 
     def __str__(self) -> str:
+        slots = f"{self.lora_slots} LoRA slot{'s' * (self.lora_slots > 1)} of rank {self.lora_rank}"
         parts = (
-            f"{self.lora_slots} LoRA slots of rank {self.lora_rank}" if self.lora_slots else "",
+            slots if self.lora_slots else "",
             f"{self.step} step" if self.step else "",
             f"{len(self.timesteps)} time step{'s' * (len(self.timesteps) > 1)} built in" if self.timesteps else "",
             f"stage {self.stage[0] + 1} of {self.stage[1]}" if self.stage else "",

@@ -10,7 +10,7 @@ from typing import Any
 from ..engine_files import REFIT, VERSION_COMPATIBLE, Engine
 from ..engine_search import profile_for
 from ..errors import EngineError, ExecutionError
-from ..files import write_whole
+from ..files import sweep_parts, write_whole
 from .base import Array, Shape
 from .buffers import one_line, require_numpy_types, symbol_sizes
 from .cuda import Device, device
@@ -124,6 +124,7 @@ class _Kernels:
         self._read = b""
         self.reused = False
         if hasattr(trt, "IRuntimeCache"):
+            sweep_parts(path.parent)
             self._config = engine.create_runtime_config()
             self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             # Kernels for the shapes at hand before the first run returns, so that no recorded graph holds others.

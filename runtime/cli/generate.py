@@ -24,11 +24,12 @@ from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
+from .generate_told import guidance_line, plan_lines, summary
 from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, png_facts, unwritable, write_picture
 from .reporter import Reporter
 
-__all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
+__all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "summary"]
 
 LABEL_CHARACTERS = 32
 
@@ -100,16 +101,6 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     }
 
 
-def summary(result: Mapping[str, Any]) -> Iterator[str]:
-    count = len(result["images"])
-    pictures = "1 picture" if count == 1 else f"{count} pictures"
-    engines = ", step engines" if all(image["step_engines"] for image in result["images"]) else ""
-    scales = result["images"][0]["lora_scales"]
-    for path, components in result["images"][0]["loras"].items():
-        yield f"{path} changed {', '.join(components) if scales[path] else 'nothing: its scale is 0'}"
-    yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
-
-
 def _opened(plan: GeneratePlan) -> Pipeline:
     return Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache, devices=plan.devices)
 
@@ -142,7 +133,7 @@ class _Job:
         for event in stream:
             self.reporter.progress(label, event.row + 1, event.rows)
             for seed, image in zip(request["seed"], event.preview, strict=bool(event.preview)):
-                texts = {**self._texts(request, seed), "row": str(event.row + 1)}
+                texts = {**png_facts(request, seed, self.facts), "row": str(event.row + 1)}
                 write_picture(image, names.preview(seed, event.row), texts, force=self.plan.force)
         output = stream.result()
         self._tell(output)
@@ -157,7 +148,7 @@ class _Job:
         ]
         notes = [f"ran {ran}"]
         if self.plan.guidance == "adaptive" or self.plan.placement in ("auto", "hybridiff"):
-            notes.append(_guidance_line(output.plan))
+            notes.append(guidance_line(output.plan))
         tellings = [*((note, self.reporter.note) for note in notes), *((why, self.reporter.warn) for why in refused)]
         for told, tell in tellings:
             if told not in self.told:
@@ -170,7 +161,9 @@ class _Job:
         images = cast("tuple[Image.Image, ...]", output.images)
         for seed, image in zip(output.seeds, images, strict=True):
             path = names.picture(seed)
-            write_picture(image, path, self._texts(request, seed), force=self.plan.force)
+            # Where `auto` was asked for, the placement that ran.
+            texts = png_facts(request, seed, {**self.facts, "plan": output.plan.facts()})
+            write_picture(image, path, texts, force=self.plan.force)
             self.reporter.line(str(path))
             yield {
                 "path": str(path),
@@ -185,16 +178,6 @@ class _Job:
                 "loras": {path: list(components) for path, components in output.loras.items()},
                 "lora_scales": dict(request["loras"] or {}),
             }
-
-    def _texts(self, request: Mapping[str, Any], seed: int) -> dict[str, str]:
-        return png_facts(request, seed, self.facts)
-
-
-def _guidance_line(plan: Plan) -> str:
-    """What became of guidance in the rows of an output's plan."""
-    both = sum(row.guided for row in plan.ran)
-    window = f", tau1 {plan.taus[0]}, tau2 {plan.taus[1]}" if plan.taus else ""
-    return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{window}"
 
 
 def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:

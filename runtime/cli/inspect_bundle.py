@@ -54,6 +54,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> InspectPlan:
     return InspectPlan(namespace.bundle, cache_folder(namespace.cache) if namespace.engines else None)
 
 
+def status(result: Mapping[str, Any]) -> int:
+    """The exit status: 1 where an engine is damaged or cannot be read."""
+    return int(any("error" in one or one["damage"] is not None for one in result.get("engines", ())))
+
+
 def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
     """The manifest's facts with what follows from them.
 

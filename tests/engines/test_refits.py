@@ -128,7 +128,7 @@ def test_slots_come_first_where_they_fit_the_pictures_size(tiny: Bundle, cache: 
     put(tiny, cache, "unet", profile="96x96:b1", lora_slots=1, lora_rank=RANK)
     with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
         small, large = (pipe(**REQUEST, loras={loras[1]: 0.5}, height=side, width=side) for side in (64, 96))
-    assert (variants(small), variants(large)) == (["refitted"], [f"1 LoRA slots of rank {RANK}"])
+    assert (variants(small), variants(large)) == (["refitted"], [f"1 LoRA slot of rank {RANK}"])
 
 
 def test_each_component_takes_its_loras_as_its_engines_do(
@@ -149,7 +149,7 @@ def test_engines_that_do_not_take_loras_are_told_with_both_commands(
     plain, wanted = tmp_path / "plain", {loras[1]: 0.5}
     put(tiny, plain, *PLAIN)
     both = (
-        r"there is no engine for tensorrt-rtx:sm89:fp32 \(1 LoRA slots of rank 1\) .* "
+        r"there is no engine for tensorrt-rtx:sm89:fp32 \(1 LoRA slot of rank 1\) .* "
         r"Run `tandemrt build-engine \S+ --target tensorrt-rtx:sm89:fp32 --component unet --lora-slots 1 --lora-rank 1 "
         r"--profile 64x64:b1 --cache \S+`, or `tandemrt build-engine \S+ --target tensorrt-rtx:sm89:fp32 "
         r"--component unet --profile 64x64:b1 --cache \S+ --refit` for an engine that holds one set of LoRAs at a time"

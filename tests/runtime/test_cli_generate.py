@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.cli.generate import _guidance_line
+from tandemrt.runtime.cli.generate_told import guidance_line
 from tandemrt.runtime.cli.pictures import slug
 from tandemrt.runtime.cli.prompts import prompts_from_file
 from tandemrt.runtime.cli.values import parse_settings, parse_size
@@ -130,6 +131,7 @@ def test_what_became_of_guidance_is_told(
     result = json.loads(stdout)
     image = result["images"][0]
     assert result["plan"]["placement"] == image["placement"] == image["guidance"][0]["placement"] != "auto"
+    assert json.loads(texts(Path(image["path"]))["plan"]) == result["plan"]
     both = sum(row["guided"] for row in image["guidance"])
     assert f"guidance: both branches in {both} of 4 rows, {image['placement']}\n" in stderr
 
@@ -137,7 +139,7 @@ def test_what_became_of_guidance_is_told(
 def test_hybridiffs_window_is_told() -> None:
     ran = [RowGuidance(True, "parallel", "guided"), RowGuidance(False, "pipelined", "in the window", taus=(1, 2))]
     plan = Mock(ran=ran, taus=(1, 2), placement="hybridiff")
-    assert _guidance_line(plan) == "guidance: both branches in 1 of 2 rows, hybridiff, tau1 1, tau2 2"
+    assert guidance_line(plan) == "guidance: both branches in 1 of 2 rows, hybridiff, tau1 1, tau2 2"
 
 
 def test_a_random_seed_is_another_one_each_time(bundle: Path, tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_random_seed_is_another_one_each_time(bundle: Path, tmp_path: Path) ->
 
 
 def test_print_plan_writes_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate(bundle, tmp_path / "out", "--prompt", "red", "--seed", "3", "--print-plan", *STEPS) == 0
+    assert generate(bundle, tmp_path / "out", "--prompt", "red", "--seed", "3", "--print-plan", "--json", *STEPS) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["plan"]["steps"] == [["unet", 2], ["unet_small", 2]]
     assert facts["files"] == [str(tmp_path / "out" / "0001-seed3-red.png")]
@@ -157,8 +159,23 @@ def test_print_plan_writes_nothing(bundle: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
-def test_print_plan_does_not_invent_a_seed(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_plan_is_in_words(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--prompt", "red", "--prompt", "blue " * 20, "--seed", "3", "--batch-size", "2", "--print-plan"]
+    assert generate(bundle, tmp_path, *asked, *STEPS, "--guidance", "adaptive") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"bundle {bundle} (digest {Bundle.open(bundle).digest[:12]})"
+    assert lines[1].startswith("target onnxruntime:cpu: the fastest here")
+    assert lines[2].startswith("steps: 2 of unet, 2 of unet_small; DPMSolverMultistepScheduler, 4 model calls, ")
+    assert lines[3].endswith("adaptive (threshold 0.05, release 0.075, probe 4, steady 1.25), batched")
+    assert re.match(r"not painted, \d+ tokens too many: '.*' of 'blue ", lines[4])
+    assert lines[5:8] == ["'red': 2 pictures", *(f"  {tmp_path}/0001-seed{seed}-red.png" for seed in (3, 4))]
+    assert len(lines) == 11
     assert generate(bundle, tmp_path, "--prompt", "red", "--print-plan") == 0
+    assert capsys.readouterr().out.endswith("'red': 1 picture, with a seed that is drawn\n")
+
+
+def test_print_plan_does_not_invent_a_seed(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, tmp_path, "--prompt", "red", "--print-plan", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["requests"][0]["seed"] is None
     assert facts["files"] is None

@@ -85,7 +85,7 @@ def test_engines_are_shown(bundle: Bundle, tmp_path: Path, capsys: pytest.Captur
     other = write_engine(tmp_path, bundle, origin="0" * 64)
     damaged = write_engine(tmp_path, bundle, recipe=2)
     (damaged / SIDECAR_NAME).write_bytes(b"")
-    assert main(["inspect", str(bundle.path), "--engines", "--cache", str(tmp_path)]) == 0
+    assert main(["inspect", str(bundle.path), "--engines", "--cache", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     row = "vae_decoder  tensorrt-rtx:sm89:fp32  plain    wide     tensorrt-rtx 1.7  2.0 MB  1.5 s  400 MB       "
     assert f"{row}{folder.name[:12]}  whole" in out
@@ -123,17 +123,17 @@ def test_a_damaged_engine_is_not_shown_as_whole(
     folder = write_engine(tmp_path, bundle)
     for content, told in ((CONTENT[1:], "size, got 1999999"), (b"x" + CONTENT[1:], "sha256, got")):
         (folder / "engine.plan").write_bytes(content)
-        assert main(arguments) == 0
+        assert main(arguments) == 1
         out = capsys.readouterr().out
         assert f"{folder.name[:12]}  damaged" in out
         assert f"engine.plan: {told}" in out
     (folder / LAYERS_NAME).write_bytes(b"[")
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 1
     (engine,) = json.loads(capsys.readouterr().out)["engines"]
     assert "engine.plan: sha256" in engine["damage"]
     assert "layers.json: not an engine's layers" in engine["layers_error"]
     (folder / LAYERS_NAME).unlink()
-    assert main(arguments) == 0
+    assert main(arguments) == 1
     assert "layers.json: cannot be read" in capsys.readouterr().out
 
 

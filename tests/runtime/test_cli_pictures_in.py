@@ -95,7 +95,10 @@ def test_an_only_controlnet_needs_no_name(tmp_path: Path, files: dict[str, Path]
 def test_the_print_plan_names_the_pictures_and_their_digests(
     control_bundle: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(control_bundle, tmp_path, "--prompt", "red", "--image", str(files["image"]), "--print-plan") == 0
+    asked = ["--prompt", "red", "--image", str(files["image"]), "--print-plan"]
+    assert generate(control_bundle, tmp_path, *asked) == 0
+    assert f"image: {files['image']}\n" in capsys.readouterr().out
+    assert generate(control_bundle, tmp_path, *asked, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     digest = hashlib.sha256(files["image"].read_bytes()).hexdigest()
     assert facts["pictures"] == {"image": {"path": str(files["image"]), "sha256": digest}}

@@ -216,7 +216,7 @@ def test_slots_that_are_too_small_are_told(bundle: Bundle, add: Add, tmp_path: P
 
 
 def test_a_variant_that_is_not_there_comes_with_its_command(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"\(1 LoRA slots of rank 8\).* --lora-rank 8"):
+    with pytest.raises(EngineError, match=r"\(1 LoRA slot of rank 8\).* --lora-rank 8"):
         fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path, variant=SLOTS)
 
 

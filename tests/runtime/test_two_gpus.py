@@ -188,7 +188,7 @@ def test_the_command_line_takes_devices(
 ) -> None:
     given = ["generate", str(bundle), "--prompt", "red", "--steps", "2", "--seed", "7", "--cache", str(cache)]
     given += ["--target", TARGET, "--placement", "parallel", "--output-dir", str(tmp_path / "out")]
-    assert main([*given, "--devices", "0,1", "--print-plan"]) == 0
+    assert main([*given, "--devices", "0,1", "--print-plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["devices"] == [0, 1]
     assert main([*given, "--devices", "0,1", "--json"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]

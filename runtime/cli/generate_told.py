@@ -1,0 +1,71 @@
+"""What `tandemrt generate` tells a person: what would be painted, what became of guidance, what was painted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..plan import Plan
+
+
+def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What `--print-plan` shows of `plan_facts`: bundle, target and plan, then every prompt with its files."""
+    plan, target = facts["plan"], facts["target"]
+    yield f"bundle {facts['bundle']['path']} (digest {facts['bundle']['digest'][:12]})"
+    devices = f", GPUs {', '.join(map(str, facts['devices']))}" if facts["devices"] else ""
+    yield f"target {target['name']}{devices}: {target['reason']}"
+    steps, rows = ", ".join(f"{count} of {name}" for name, count in plan["steps"]), len(plan["timesteps"])
+    yield f"steps: {steps}; {plan['solver']}, {rows} model calls, time steps {_ends(plan['timesteps'])}"
+    yield f"guidance: {_guidance(plan, rows)}"
+    yield from (f"{name}: {picture}" for name, picture in _named(facts["pictures"]))
+    scales = facts["requests"][0]["loras"] or {}
+    yield from (f"LoRA {path}, times {scales[path]:g}" for path in facts["loras"])
+    for dropped in facts["dropped_text"]:
+        yield f"not painted, {dropped['tokens']} tokens too many: {dropped['text']!r} of {dropped['prompt']!r}"
+    files = iter(facts["files"] or ())
+    for request in facts["requests"]:
+        count = request["num_images_per_prompt"]
+        yield f"{request['prompt']!r}: {_pictures(count)}{'' if facts['files'] else ', with a seed that is drawn'}"
+        yield from (f"  {next(files)}" for _ in range(count if facts["files"] else 0))
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    """What each LoRA changed, then how many pictures there are, how long they took and on what."""
+    engines = ", step engines" if all(image["step_engines"] for image in result["images"]) else ""
+    scales = result["images"][0]["lora_scales"]
+    for path, components in result["images"][0]["loras"].items():
+        yield f"{path} changed {', '.join(components) if scales[path] else 'nothing: its scale is 0'}"
+    pictures = _pictures(len(result["images"]))
+    yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
+
+
+def guidance_line(plan: Plan) -> str:
+    """What became of guidance in the rows of an output's plan."""
+    both = sum(row.guided for row in plan.ran)
+    window = f", tau1 {plan.taus[0]}, tau2 {plan.taus[1]}" if plan.taus else ""
+    return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{window}"
+
+
+def _guidance(plan: Mapping[str, Any], rows: int) -> str:
+    told = f"{plan['guidance_scale']:g}, both branches in {sum(plan['guided'])} of {rows} model calls"
+    rules = {"adaptive": plan["adaptive"], **(plan["window"] or {})}
+    ruled = [f"{name} ({', '.join(f'{key} {value:g}' for key, value in rule.items())})"
+             for name, rule in rules.items() if rule is not None]  # fmt: skip
+    return ", ".join([told, *ruled, plan["placement"]])
+
+
+def _ends(timesteps: list[float]) -> str:
+    return " … ".join(f"{each:g}" for each in dict.fromkeys((timesteps[0], timesteps[-1])))
+
+
+def _named(pictures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each picture's path, by its argument and, of ControlNets, its name."""
+    for name, one in pictures.items():
+        if "path" in one:
+            yield name, one["path"]
+        else:
+            yield from ((f"{name} {inner}", picture) for inner, picture in _named(one))
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
