@@ -60,6 +60,7 @@ examples:
   tandemrt build-engine bundle/ --target tensorrt-rtx:sm89+sm120 --profile 512x512 --profile 512..1024x512..1024:b1-b4
   tandemrt build-engine bundle/ --target auto --component unet --explain
   tandemrt build-engine bundle/ --target openvino:cpu --lora-slots 2 --lora-rank 32
+  tandemrt build-engine bundle/ --target tensorrt-rtx:sm89 --refit
   tandemrt build-engine bundle/ --target tensorrt-rtx:sm89 --component unet --step --fold-steps 25
   tandemrt build-engine bundle/ --target tensorrt-rtx:sm89 --component unet --stages 2
 """
