@@ -109,7 +109,8 @@ def test_a_tensorrt_rtx_engine_serves_all_its_profiles(requests: Requests, tmp_p
         "tensorrt-rtx:sm120+sm89", components=("vae_decoder",), profiles=("64", "wide=128x64", "64:b2")
     )
     assert request.ingredients.device == "sm89+sm120"
-    assert request.profile_names == ("64", "wide")  # a decoder takes one picture a call, so b2 changes nothing
+    # A decoder takes one picture a call, so b2 changes nothing.
+    assert request.profile_names == ("64, 64:b2", "wide")
     engine = ensure_engine(request, tmp_path, silent, VERSIONS).engine
     assert len(engine.profile_memory_bytes) in (0, 2)
     assert [ranges["latent_sample"].max for ranges in engine.ingredients.profiles] == [(1, 4, 8, 8), (1, 4, 8, 16)]
