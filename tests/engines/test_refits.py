@@ -140,7 +140,7 @@ def test_each_component_takes_its_loras_as_its_engines_do(
     with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
         mixed = pipe(**REQUEST, loras=sets[1])
     assert distance(mixed, expected) <= TOLERANCE
-    assert (variants(mixed, "text_encoder"), variants(mixed)) == ([f"1 LoRA slots of rank {RANK}"], ["refitted"])
+    assert (variants(mixed, "text_encoder"), variants(mixed)) == ([f"1 LoRA slot of rank {RANK}"], ["refitted"])
 
 
 def test_engines_that_do_not_take_loras_are_told_with_both_commands(
