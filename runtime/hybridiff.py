@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array
+from .backends.base import Binding
 from .discrepancy import Discrepancy
 from .placement import Branches, Crew, Placed
 from .plan import Plan
@@ -73,7 +73,7 @@ class Hybridiff:
         own, again = self._parts.own, self._parts.again if work.again is not None else None
         if work.time_of is None:
             return self._branches(own[-1], began, "held")
-        handed = {name: array for part in own for name, array in part.binding.outputs.items()}
+        handed = {name: maker for part in own for name, maker in part.makers.items()}
         for part in own:
             part.give(sample, self._time(work.time_of), handed)
         if again is not None and work.again is not None:
@@ -93,8 +93,8 @@ class Hybridiff:
 
 def _run_chain(chain: Sequence[Part], sample: Float32, timestep: float) -> None:
     """Run stages one after the other, each on what those before it made."""
-    handed: dict[str, Array] = {}
+    handed: dict[str, Binding] = {}
     for part in chain:
         part.give(sample, timestep, handed)
         part.run()
-        handed.update(part.binding.outputs)
+        handed.update(part.makers)

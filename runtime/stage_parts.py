@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Session, Shape
+from .backends.base import Array, Binding, Handing, Session, Shape
 from .binding import Conditioning
 from .errors import BundleError
 from .manifest import TensorSpec
@@ -41,11 +41,19 @@ class Part:
     binding: Binding
     sample: Array | None
 
-    def give(self, sample: Float32, timestep: float, handed: Mapping[str, Array]) -> None:
+    @property
+    def makers(self) -> dict[str, Binding]:
+        """The binding itself by everything that it makes, as `give` of other parts is handed it."""
+        return dict.fromkeys(self.binding.outputs, self.binding)
+
+    def give(self, sample: Float32, timestep: float, handed: Mapping[str, Binding]) -> None:
         """Write what the next run reads; copies, so that what others hand on may change meanwhile."""
-        for name, array in self.binding.inputs.items():
-            if name.startswith(CARRIED):
-                array[...] = handed[name]
+        carried = {name: handed[name] for name in self.binding.inputs if name.startswith(CARRIED)}
+        if isinstance(self.binding, Handing):
+            self.binding.take(carried)
+        else:
+            for name, maker in carried.items():
+                self.binding.inputs[name][...] = maker.outputs[name]
         if self.sample is not None:
             self.sample[...] = sample
         if "timestep" in self.binding.inputs:
@@ -114,6 +122,8 @@ def _part(stages: Stages, index: int, conditioning: Conditioning, conditional: b
     shapes = {spec.name: _evaluated(where, spec, sizes) for spec in session.inputs}
     with span("bind", where):
         binding = session.bind(shapes)
+    if isinstance(binding, Handing):
+        binding.leave([name for name in (*binding.inputs, *binding.outputs) if name.startswith(CARRIED)])
     for name, values in text.items():
         if name in binding.inputs:
             binding.inputs[name][...] = values

@@ -93,6 +93,18 @@ def target_here(target: Target) -> Target:
     return replace(target, device=here)
 
 
+def copies_directly(target: Target) -> bool:
+    """Whether each GPU of a target of engines alone copies from the others without the host's memory.
+
+    Raises:
+        TargetError: there is no such GPU.
+    """
+    from . import cuda  # noqa: PLC0415
+
+    gpus = [cuda.device(gpu) for gpu in target.gpus]
+    return all(own.reaches(other) for own in gpus for other in gpus if own is not other)
+
+
 def gpu_names(target: Target) -> tuple[str, ...]:
     """What the GPUs of a target of engines alone are called, with CUDA's index; of other targets nothing.
 

@@ -60,6 +60,23 @@ class Chaining(Binding, Protocol):
         """
 
 
+@runtime_checkable
+class Handing(Binding, Protocol):
+    """A binding of a backend that hands tensors to others without the host."""
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave these inputs and outputs where the backend runs: their host arrays are neither read nor written."""
+
+    def take(self, givers: Mapping[str, Binding]) -> None:
+        """Copy into inputs that were left what bindings of the same backend made, under the same names; now.
+
+        None of them runs meanwhile.
+
+        Raises:
+            ExecutionError: the backend failed.
+        """
+
+
 class Session(Protocol):
     """A model loaded on a target; safe to share between threads."""
 

@@ -37,6 +37,7 @@ class Device:
         self.runtime, self.index, self._driver = runtime, index, driver
         self.architecture = f"sm{self._attribute('Major')}{self._attribute('Minor')}"
         self.scratches: list[Scratch] = []
+        self._reached: set[int] = set()
         self._lock = threading.Lock()
 
     @property
@@ -50,6 +51,24 @@ class Device:
         with self._lock:
             self.scratches += [Scratch(self) for _ in range(count - len(self.scratches))]
             return tuple(self.scratches[:count])
+
+    def reaches(self, other: Device) -> bool:
+        """Whether what another GPU holds can be copied here directly; else CUDA takes it through the host's memory."""
+        return bool(_called(self.runtime, "cudaDeviceCanAccessPeer", self.index, other.index))
+
+    def reach(self, other: Device) -> None:
+        """Copy from another GPU directly from now on, where that can be."""
+        with self._lock:
+            if other.index in self._reached:
+                return
+            if self.reaches(other):
+                with self.current():
+                    status, *_ = self.runtime.cudaDeviceEnablePeerAccess(other.index, 0)
+                    if status == self.runtime.cudaError_t.cudaErrorPeerAccessAlreadyEnabled:
+                        self.runtime.cudaGetLastError()  # by another library of the process; CUDA forgets the error
+                    else:
+                        _require(self.runtime, "cudaDeviceEnablePeerAccess", status)
+            self._reached.add(other.index)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -103,7 +122,7 @@ class Memory:
     """`size` bytes of a GPU's at `address`, freed with the object."""
 
     def __init__(self, device: Device, size: int) -> None:
-        self.size = size
+        self.device, self.size = device, size
         self.address = int(device.call("cudaMalloc", max(size, 1)))
         weakref.finalize(self, device.release, "cudaFree", self.address)
 
@@ -146,6 +165,16 @@ class Stream:
     def move(self, source: int, destination: int, size: int) -> None:
         """Copy `size` bytes within the GPU, in the stream's order."""
         self._copy(destination, source, size, "DeviceToDevice")
+
+    def take(self, source: Memory, target: Memory) -> None:
+        """Copy what another memory holds, on whichever GPU, into one of this stream's, in the stream's order."""
+        own, other = self._device, source.device
+        if own is other:
+            self.move(source.address, target.address, target.size)
+            return
+        own.reach(other)
+        ends = target.address, own.index, source.address, other.index
+        own.call("cudaMemcpyPeerAsync", *ends, target.size, self.handle)
 
     def wait(self) -> None:
         """Return when everything queued is done."""
@@ -239,11 +268,16 @@ def _called(runtime: Any, function: str, *arguments: Any) -> Any:
         ExecutionError: it failed; the error and its description are named.
     """
     status, *results = getattr(runtime, function)(*arguments)
+    _require(runtime, function, status)
+    return results[0] if len(results) == 1 else results or None
+
+
+def _require(runtime: Any, function: str, status: Any) -> None:
+    """Raise ExecutionError where a function returned another status than success."""
     if int(status) != 0:
         out_of_memory = status == runtime.cudaError_t.cudaErrorMemoryAllocation
         remedy = "Ask for a smaller size or batch, or close other pipelines." if out_of_memory else ""
         raise ExecutionError(_WHERE, f"{function} failed ({_described(runtime, status)})", remedy=remedy)
-    return results[0] if len(results) == 1 else results or None
 
 
 def _described(runtime: Any, status: Any) -> str:

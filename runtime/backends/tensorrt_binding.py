@@ -73,6 +73,7 @@ class TensorRtBinding:
         self.ready = False
         self.generation = session.generation
         self._graph: Graph | None = None
+        self._left: frozenset[str] = frozenset()
 
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
@@ -94,6 +95,20 @@ class TensorRtBinding:
             raise ExecutionError("chain", "runs of several backends")
         return TensorRtChain(own, carried)
 
+    def leave(self, names: Collection[str]) -> None:
+        """Leave these tensors on the GPU; see `Handing.leave`."""
+        if self._left != frozenset(names):
+            self._left, self._graph = frozenset(names), None
+
+    def take(self, givers: Mapping[str, Binding]) -> None:
+        """Copy from GPU to GPU, or within one; see `Handing.take`."""
+        with self.device.current():
+            for name, giver in givers.items():
+                if not isinstance(giver, TensorRtBinding):
+                    raise ExecutionError("stages", f"{name!r} is of another backend")
+                self.stream.take(giver.made[name].memory, self.given[name].memory)
+            self.stream.wait()
+
     def require_open(self) -> None:
         """Raise ExecutionError when the engine is closed."""
         self._session.live()
@@ -108,9 +123,10 @@ class TensorRtBinding:
             self.generation, self._graph, self.ready = self._session.generation, None, False
 
     def upload(self, stream: Stream) -> None:
-        """Queue the copies of all inputs."""
-        for one in self.given.values():
-            stream.upload(one.host, one.memory.address)
+        """Queue the copies of all inputs but those that are left on the GPU."""
+        for name, one in self.given.items():
+            if name not in self._left:
+                stream.upload(one.host, one.memory.address)
 
     def enqueue(self, stream: Stream) -> None:
         """Queue the engine alone."""
@@ -118,9 +134,10 @@ class TensorRtBinding:
             raise self._session.failed("the run cannot be queued")
 
     def download(self, stream: Stream) -> None:
-        """Queue the copies of all outputs."""
-        for one in self.made.values():
-            stream.download(one.memory.address, one.host)
+        """Queue the copies of all outputs but those that are left on the GPU."""
+        for name, one in self.made.items():
+            if name not in self._left:
+                stream.download(one.memory.address, one.host)
 
     def _queue(self) -> None:
         self.upload(self.stream)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from PIL import Image
 
+from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
 from ..lora_files import read_lora
 from ..manifest import Manifest, file_sha256
@@ -20,6 +21,7 @@ from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan
 from ..plan_steps import parse_steps
 from ..request import Request
+from ..targets import Target
 from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
 from ..trace import Trace
@@ -47,7 +49,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
         return {
             "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
             "target": {"name": str(pipe.target), "reason": pipe.target.reason or "asked for"},
-            "devices": plan.devices,
+            "devices": _device_facts(plan, pipe.target),
             "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
@@ -99,6 +101,14 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
         "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _device_facts(plan: GeneratePlan, target: Target) -> dict[str, Any] | None:
+    """The GPUs that were asked for, and whether two of them copy to each other without the host's memory."""
+    if plan.devices is None:
+        return None
+    direct = copies_directly(target) if len(target.gpus) > 1 else None
+    return {"gpus": gpu_names(target), "direct_copies": direct}
 
 
 def _opened(plan: GeneratePlan) -> Pipeline:

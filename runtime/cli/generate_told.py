@@ -12,8 +12,7 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """What `--print-plan` shows of `plan_facts`: bundle, target and plan, then every prompt with its files."""
     plan, target = facts["plan"], facts["target"]
     yield f"bundle {facts['bundle']['path']} (digest {facts['bundle']['digest'][:12]})"
-    devices = f", GPUs {', '.join(map(str, facts['devices']))}" if facts["devices"] else ""
-    yield f"target {target['name']}{devices}: {target['reason']}"
+    yield f"target {target['name']}{_devices(facts['devices'])}: {target['reason']}"
     steps, rows = ", ".join(f"{count} of {name}" for name, count in plan["steps"]), len(plan["timesteps"])
     yield f"steps: {steps}; {plan['solver']}, {rows} model calls, time steps {_ends(plan['timesteps'])}"
     yield f"guidance: {_guidance(plan, rows)}"
@@ -27,6 +26,16 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         count = request["num_images_per_prompt"]
         yield f"{request['prompt']!r}: {_pictures(count)}{'' if facts['files'] else ', with a seed that is drawn'}"
         yield from (f"  {next(files)}" for _ in range(count if facts["files"] else 0))
+
+
+def _devices(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    named = f", {' and '.join(f'GPU {name}' for name in facts['gpus'])}"
+    if facts["direct_copies"] is None:
+        return named
+    how = "directly" if facts["direct_copies"] else "through the host's memory"
+    return f"{named}, which copy to each other {how}"
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:

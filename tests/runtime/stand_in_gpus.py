@@ -43,6 +43,7 @@ from tandemrt.runtime.variant import PLAIN, Variant
 
 BACKEND = "tensorrt-rtx"
 SCRATCH_BYTES = 16
+ALREADY_ENABLED = 704
 
 
 @dataclass(eq=False)
@@ -59,7 +60,8 @@ class Gpus:
     """GPUs of these architectures.
 
     wrong: what was done on another GPU than it belongs to. ran: the calls of engines. set_up: the GPUs that anything
-    was made on, or that a thread was moved to. loaded: the GPU of each engine that was loaded.
+    was made on, or that a thread was moved to. loaded: the GPU of each engine that was loaded. peers: whether they can
+    reach each other's memory. copied: the bytes of each kind of copy.
     """
 
     architectures: Sequence[str]
@@ -67,11 +69,14 @@ class Gpus:
     ran: list[Ran] = field(default_factory=list)
     set_up: set[int] = field(default_factory=set)
     loaded: list[int] = field(default_factory=list)
+    peers: bool = True
+    copied: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._thread, self._names = threading.local(), count(1)
         self._owners: dict[int, int] = {}
         self._blocks: dict[int, Any] = {}
+        self._reaching: set[tuple[int, int]] = set()
         self._recorded: dict[int, list[Callable[[], None]]] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
 
@@ -119,7 +124,26 @@ class Gpus:
     def _copied(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
         ends = {"DeviceToHost": (source,), "HostToDevice": (target,)}.get(kind, (source, target))
         self.check(kind, *ends)
-        self.queue(kind, stream, lambda: ctypes.memmove(target, source, size) and None)
+        self.queue(kind, stream, lambda: self._moved(kind, target, source, size))
+        return (0,)
+
+    def _moved(self, kind: str, target: int, source: int, size: int) -> None:
+        self.copied[kind] += size
+        ctypes.memmove(target, source, size)
+
+    def _taken(self, *arguments: int) -> tuple[int]:
+        target, gpu, source, other, size, stream = arguments
+        kind = "direct" if (gpu, other) in self._reaching else "staged"
+        self.check("MemcpyPeerAsync", target)
+        if (self._owners[target], self._owners[source]) != (gpu, other):
+            self.wrong.append(f"a copy from GPU {self._owners[source]} to {self._owners[target]} as {other} to {gpu}")
+        self.queue(kind, stream, lambda: self._moved(kind, target, source, size))
+        return (0,)
+
+    def _enabled(self, other: int, _: int) -> tuple[int]:
+        if (self.current, other) in self._reaching:
+            return (ALREADY_ENABLED,)
+        self._reaching.add((self.current, other))
         return (0,)
 
     def _freed(self, what: str) -> Callable[[int], tuple[int]]:
@@ -176,6 +200,11 @@ class Gpus:
             "StreamBeginCapture": self._begun,
             "StreamEndCapture": self._ended,
             "MemcpyAsync": self._copied,
+            "MemcpyPeerAsync": self._taken,
+            "DeviceCanAccessPeer": lambda *_: (0, int(self.peers)),
+            "DeviceEnablePeerAccess": self._enabled,
+            "GetLastError": lambda: (0,),
+            "GetErrorString": lambda status: (0, f"error {status}".encode()),
             "GraphInstantiate": self._instantiated,
             "GraphLaunch": self._launched,
         }
@@ -186,6 +215,7 @@ class Gpus:
             "DeviceAttr": {f"cudaDevAttrComputeCapability{name}": name for name in ("Major", "Minor")},
             "MemcpyKind": {f"cudaMemcpy{name}": name for name in directions},
             "StreamCaptureMode": {"cudaStreamCaptureModeThreadLocal": 1},
+            "Error_t": {"cudaErrorPeerAccessAlreadyEnabled": ALREADY_ENABLED, "cudaErrorMemoryAllocation": 2},
         }
         named = {name: SimpleNamespace(**values) for name, values in kinds.items()}
         everything = {**functions, **named, "StreamNonBlocking": 1}

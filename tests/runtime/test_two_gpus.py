@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,7 +188,16 @@ def test_the_command_line_takes_devices(
     given = ["generate", str(bundle), "--prompt", "red", "--steps", "2", "--seed", "7", "--cache", str(cache)]
     given += ["--target", TARGET, "--placement", "parallel", "--output-dir", str(tmp_path / "out")]
     assert main([*given, "--devices", "0,1", "--print-plan", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["devices"] == [0, 1]
+    told = json.loads(capsys.readouterr().out)["devices"]
+    assert told == {"gpus": ["0: Stand-in 0", "1: Stand-in 1"], "direct_copies": True}
+    for peers, devices, words in (
+        (True, "0,1", "GPU 0: Stand-in 0 and GPU 1: Stand-in 1, which copy to each other directly: asked for"),
+        (False, "1,0", "Stand-in 0, which copy to each other through the host's memory: asked for"),
+        (False, "1", f"target {TARGET}, GPU 1: Stand-in 1: asked for"),
+    ):
+        gpus.peers = peers
+        assert main([*given, "--devices", devices, "--print-plan"]) == 0
+        assert words in capsys.readouterr().out
     assert main([*given, "--devices", "0,1", "--json"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
     assert [one["gpu"] for one in image["ran_on"]["unet"]] == [0, 1]
@@ -215,10 +223,40 @@ def test_a_failed_copy_gives_the_thread_its_gpu_back(gpus: Gpus) -> None:
     first, second = cuda.devices()
     stream = cuda.Stream(first)
     second.runtime.cudaStreamSynchronize = lambda _: (700,)
-    second.runtime.cudaGetErrorString = lambda _: (0, b"an illegal memory access was encountered")
-    second.runtime.cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=2)
     other = cuda.Stream(second)
     for waiting in (other, stream):
-        with pytest.raises(ExecutionError, match=r"cudaStreamSynchronize failed \(an illegal memory access"):
+        with pytest.raises(ExecutionError, match=r"cudaStreamSynchronize failed \(error 700\)"):
             waiting.wait()
         assert gpus.current == 0
+
+
+@pytest.mark.parametrize(("peers", "enabled"), [(True, False), (True, True), (False, False)])
+def test_memory_is_copied_between_gpus_directly_where_that_can_be(gpus: Gpus, peers: bool, enabled: bool) -> None:
+    """enabled: by another library of the process."""
+    gpus.peers, gpus.current = peers, 1
+    first, second = cuda.devices()
+    if enabled:
+        assert second.runtime.cudaDeviceEnablePeerAccess(0, 0) == (0,)
+    gpus.current = 0
+    host = cuda.pinned(first, (4,), np.float32)
+    host[...] = [1, 2, 3, 4]
+    source, target = cuda.Memory(first, host.nbytes), cuda.Memory(second, host.nbytes)
+    there, here = cuda.Stream(second), cuda.Stream(first)
+    here.upload(host, source.address)
+    for _ in range(2):
+        there.take(source, target)
+    back = cuda.pinned(second, (4,), np.float32)
+    there.download(target.address, back)
+    np.testing.assert_array_equal(back, host)
+    assert gpus.copied["direct" if peers else "staged"] == 2 * host.nbytes
+    here.take(source, source)
+    assert gpus.copied["DeviceToDevice"] == host.nbytes
+    assert gpus.current == 0
+    assert gpus.wrong == []
+
+
+def test_direct_copies_that_are_refused_are_an_error(gpus: Gpus) -> None:
+    first, second = cuda.devices()
+    first.runtime.cudaDeviceEnablePeerAccess = lambda *_: (711,)
+    with pytest.raises(ExecutionError, match=r"cudaDeviceEnablePeerAccess failed \(error 711\)"):
+        second.reach(first)
