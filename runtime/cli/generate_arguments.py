@@ -32,7 +32,8 @@ Each PNG holds as text what painted it: prompt, negative_prompt, seed, plan, bun
 version), and request, the arguments that `Pipeline.open(bundle)(**request)` paints it from again. Where it was painted
 from other pictures, `pictures` names their files with path and sha256, by the argument they are to be given as; `loras`
 holds the sha256 of each LoRA's files.
-A preview holds those of its final picture, and row, the number of rows of the plan that had run when it was painted.
+A preview holds those of its final picture, and row, the number of rows of the plan that had run when it was painted;
+where `auto` placed the branches, its plan says that.
 """
 
 
