@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tandemrt.runtime import Output, Pipeline
 from tandemrt.runtime.backends import cuda
@@ -19,6 +20,7 @@ from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, 
 
 from .stand_in_gpus import SCRATCH_BYTES, Gpus, Ran, stand_in, write_engines
 from .tiny_bundle import write_tiny_bundle
+from .tiny_families import write_tiny_control
 
 TARGET = "tensorrt-rtx:sm89:fp32"
 ASKED: dict[str, Any] = {"prompt": "red", "negative_prompt": "blue", "seed": 7, "steps": {"unet": 2, "unet_small": 2}}
@@ -95,6 +97,19 @@ def test_rows_without_guidance_have_the_first_and_no_model_of_their_own(painted:
     painted(placement="parallel", steps={"unet": 4}, guidance_interval=(0.0, 0.5))
     assert sorted(one.gpu for one in denoised(gpus)) == [0, 0, 0, 0, 1, 1]
     assert sorted(gpus.loaded) == [0, 0, 0, 1]
+
+
+def test_controlnets_run_beside_the_branch_that_they_steer(gpus: Gpus, tmp_path: Path) -> None:
+    write_tiny_control(tmp_path / "bundle", ["canny"])
+    write_engines(tmp_path / "cache", tmp_path / "bundle", "sm89")
+    asked = {**ASKED, "steps": {"unet": 2}, "control_image": {"canny": Image.new("RGB", (64, 64), "red")}}
+    made = []
+    for target, devices in (("onnxruntime:cpu", None), (TARGET, (0, 1))):
+        with Pipeline.open(tmp_path / "bundle", target, cache=tmp_path / "cache", devices=devices) as pipe:
+            made.append(pipe(**asked, placement="parallel", output_type="np"))
+    np.testing.assert_allclose(made[1].images, made[0].images, atol=1e-5)
+    assert [{one.gpu for one in made[1].timings.ran_on[name]} for name in ("controlnet_canny", "unet")] == [{0, 1}] * 2
+    assert gpus.wrong == []
 
 
 @pytest.mark.parametrize("before", [0, 1])
