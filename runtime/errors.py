@@ -44,6 +44,12 @@ class TandemError(Exception):
         """The message as part of a sentence."""
         return str(self).removesuffix(self.remedy).rstrip(". ")
 
+    def again(self) -> TandemError:
+        """The same error, without its traceback, which holds on to all that it went through."""
+        error = type(self).__new__(type(self), *self.args)
+        error.__dict__.update(self.__dict__)
+        return error
+
 
 def _shown(got: object) -> str:
     """`got` in one line of bounded length, whatever a caller passed."""

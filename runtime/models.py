@@ -208,6 +208,7 @@ class Models:
                 binding.run()
             _require_finite(encoder, binding.outputs[output], output)
             encoded.append(binding.outputs[output][0].copy())
+        ran.lease.give_back(binding)
         return np.stack(encoded)
 
     def decode(self, decoder: str, latents: Float32, *, before: Callable[[], None], ran: Ran) -> Iterator[Float32]:
@@ -229,6 +230,7 @@ class Models:
                 binding.run()
             _require_finite(decoder, binding.outputs["sample"], "the picture")
             yield pixels_from_decoded(binding.outputs["sample"])[0]
+        ran.lease.give_back(binding)
 
 
 def _require_finite(name: str, values: Array, what: str) -> None:

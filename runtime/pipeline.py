@@ -143,9 +143,9 @@ class Pipeline:
 
         Generations that are running end with CancelledError after the call of a model that each is at.
         """
+        self._pool.close()  # first: what is bound keeps a model alive
         self._models.close()
         self._steps.close()
-        self._pool.close()
 
     @_takes_request(Request)
     def __call__(self, request: Request) -> Output:

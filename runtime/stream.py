@@ -43,7 +43,7 @@ class Stream(Iterator[StepEvent]):
             self._output = self._output or end.value
             raise
         except TandemError as failure:
-            self._failure = failure
+            self._failure = failure.again()  # apart from what ran, whose memory a next try may need
             raise
 
     def result(self) -> Output:
@@ -56,7 +56,7 @@ class Stream(Iterator[StepEvent]):
         for _ in self:
             pass
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.again()
         if self._output is None:
             raise ExecutionError("generation", "has no result: it was interrupted", remedy="Start it again.")
         return self._output

@@ -182,15 +182,18 @@ class Stream:
 
     def recorded(self, work: Callable[[], None]) -> Graph:
         """What `work` queues on this stream, as a graph that can be launched; nothing of it runs now."""
-        device, relaxed = self._device, self._device.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        # Relaxed, since memory that is let go of meanwhile, as by a collection of garbage, is freed on this thread.
+        device, mode = self._device, self._device.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         with device.current():
-            device.call("cudaStreamBeginCapture", self.handle, relaxed)
+            device.call("cudaStreamBeginCapture", self.handle, mode)
             try:
                 work()
             except BaseException:
-                # A failed capture leaves no graph, and its own error would hide the first.
-                device.runtime.cudaStreamEndCapture(self.handle)
+                # Its own error would hide the first.
+                _, graph = device.runtime.cudaStreamEndCapture(self.handle)
                 device.runtime.cudaGetLastError()
+                if graph:
+                    device.release("cudaGraphDestroy", graph)
                 raise
             return Graph(device, device.call("cudaStreamEndCapture", self.handle))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ class TensorRtBinding:
     def __init__(
         self, session: Owner, context: Any, profile: int, shapes: Mapping[str, Shape], blocks: Sequence[Scratch]
     ) -> None:
-        self._session, self._context, self.device = session, context, session.device
+        self.device, self._session, self._context = session.device, session, context
         self.blocks, self.block = blocks, blocks[0]
         self.stream = Stream(self.device)
         if not context.set_optimization_profile_async(profile, self.stream.handle):
@@ -74,6 +74,12 @@ class TensorRtBinding:
         self.generation = session.generation
         self._graph: Graph | None = None
         self._left: frozenset[str] = frozenset()
+        self.stream.wait()  # for the profile: a chain runs on another binding's stream
+
+    def __del__(self) -> None:
+        """Destroy the context, and with it an engine that it alone keeps alive, with their GPU current."""
+        with suppress(ExecutionError), self.device.current():
+            self._context = None
 
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""
@@ -220,5 +226,9 @@ def scratch_held(bindings: Sequence[TensorRtBinding]) -> Iterator[None]:
         for one in bindings:
             one.use_scratch(block)
         yield
+    except BaseException:
+        with suppress(ExecutionError):
+            first.stream.wait()  # what was queued before it failed still uses the block
+        raise
     finally:
         block.lock.release()

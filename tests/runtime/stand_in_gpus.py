@@ -214,7 +214,7 @@ class Gpus:
         kinds = {
             "DeviceAttr": {f"cudaDevAttrComputeCapability{name}": name for name in ("Major", "Minor")},
             "MemcpyKind": {f"cudaMemcpy{name}": name for name in directions},
-            "StreamCaptureMode": {"cudaStreamCaptureModeThreadLocal": 1},
+            "StreamCaptureMode": {"cudaStreamCaptureModeRelaxed": 1},
             "Error_t": {"cudaErrorPeerAccessAlreadyEnabled": ALREADY_ENABLED, "cudaErrorMemoryAllocation": 2},
         }
         named = {name: SimpleNamespace(**values) for name, values in kinds.items()}

@@ -101,7 +101,7 @@ class Host:
         kinds = {
             "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
             "MemcpyKind": ("MemcpyHostToDevice", "MemcpyDeviceToHost"),
-            "StreamCaptureMode": ("StreamCaptureModeThreadLocal",),
+            "StreamCaptureMode": ("StreamCaptureModeRelaxed",),
         }
         named = {kind: SimpleNamespace(**{f"cuda{name}": name for name in names}) for kind, names in kinds.items()}
         both = {**functions, **named, "StreamNonBlocking": 1}

@@ -85,7 +85,7 @@ class Gpu:
         kinds = {
             "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
             "MemcpyKind": ("MemcpyHostToDevice", "MemcpyDeviceToHost", "MemcpyDeviceToDevice"),
-            "StreamCaptureMode": ("StreamCaptureModeThreadLocal",),
+            "StreamCaptureMode": ("StreamCaptureModeRelaxed",),
         }
         named = {
             kind: SimpleNamespace(**{f"cuda{name}": f"cuda{name}" for name in names}) for kind, names in kinds.items()
@@ -208,3 +208,16 @@ def test_runs_of_another_backend_are_refused() -> None:
     other: Any = SimpleNamespace(inputs={}, outputs={}, run=lambda: None)
     with pytest.raises(ExecutionError, match="runs of several backends"):
         two.large.chain([(two.large, {"row"}), (other, {"row"})], {})
+
+
+def test_a_run_that_fails_half_queued_is_waited_for_before_its_memory_serves_another() -> None:
+    two = Bindings()
+    chain, waited = two.chain(), list[bool]()
+    lock = two.session.device.blocks(1)[0].lock
+    two.small.stream.wait = two.large.stream.wait = lambda: waited.append(lock.locked())  # type: ignore[method-assign]
+    two.small._context.execute_async_v3 = lambda _: False
+    two.session.failed = lambda what: ExecutionError("unet", what)
+    with pytest.raises(ExecutionError, match="the run cannot be queued"):
+        two.ran(chain, 0)
+    assert waited == [True]
+    assert not lock.locked()
