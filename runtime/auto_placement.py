@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,7 @@ class Ground(Frozen, frozen=True, kw_only=True):
     controls: tuple[str, ...]
     shape: tuple[int, ...]
     devices: tuple[str, ...]
+    placements: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -79,26 +80,32 @@ class AutoPlacement:
         controls: tuple[str, ...],
         place: Callable[[str], Placed],
         before: Callable[[], None],
+        without: Collection[str] = (),
     ) -> str:
         """The placement for a plan's guided rows, for latents of this shape; `batched` where it has none.
 
         controls: the ControlNets beside them. place: what predicts the rows in a placement, with its models loaded.
         before: called before each row that is tried; what it raises ends the trial, of which nothing is remembered.
+        without: placements that are not tried, since engines are missing for them.
         """
         if not any(plan.guided):
             return "batched"
-        ground = self._ground(plan, shape, controls)
+        possible = (one for one in _CANDIDATES if refusal(one, self._target, self._threads) is None)
+        listed = [one for one in possible if one not in without]
+        ground = self._ground(plan, shape, controls, listed)
         with self._lock:
             if ground.key not in self._chosen:
                 path = self._cache / "placements" / f"{ground.key}.json"
                 measurement = _remembered(path, ground)
                 if measurement is None:
-                    measurement = Measurement(ground=ground, ms=self._measured(plan, shape, place, before))
+                    measurement = Measurement(
+                        ground=ground, ms=_measured(plan, shape, {one: place(one) for one in listed}, before)
+                    )
                     _remember(path, measurement)
                 self._chosen[ground.key] = measurement.fastest
             return self._chosen[ground.key]
 
-    def _ground(self, plan: Plan, shape: Shape, controls: tuple[str, ...]) -> Ground:
+    def _ground(self, plan: Plan, shape: Shape, controls: tuple[str, ...], listed: Sequence[str]) -> Ground:
         guided = (name for name, both in zip(plan.denoisers, plan.guided, strict=True) if both)
         return Ground(
             format=FORMAT,
@@ -111,29 +118,27 @@ class AutoPlacement:
             controls=controls,
             shape=tuple(shape),
             devices=gpu_names(self._target),
+            placements=tuple(listed),
         )
 
-    def _measured(
-        self, plan: Plan, shape: Shape, place: Callable[[str], Placed], before: Callable[[], None]
-    ) -> dict[str, float]:
-        """The least that the first guided row of each denoiser takes, in turns, in every placement there can be."""
-        rows = {name: row for row, name in reversed(list(enumerate(plan.denoisers))) if plan.guided[row]}
-        listed = [one for one in _CANDIDATES if refusal(one, self._target, self._threads) is None]
-        placed = {one: place(one) for one in listed}
-        sample = np.zeros(shape, np.float32)
-        least = {one: dict.fromkeys(rows, float("inf")) for one in listed}
-        try:
-            for round_ in range(1 + _ROUNDS):
-                for one in listed:
-                    for name, row in rows.items():
-                        before()
-                        took = placed[one].predict(row, sample, guided=True).model_ms
-                        if round_:  # the first round sets up what is set up late
-                            least[one][name] = min(least[one][name], took)
-        finally:
-            for one in listed:
-                placed[one].rest()
-        return {one: sum(by_name.values()) for one, by_name in least.items()}
+
+def _measured(plan: Plan, shape: Shape, placed: Mapping[str, Placed], before: Callable[[], None]) -> dict[str, float]:
+    """The least that the first guided row of each denoiser takes, in turns, in each of these placements."""
+    rows = {name: row for row, name in reversed(list(enumerate(plan.denoisers))) if plan.guided[row]}
+    sample = np.zeros(shape, np.float32)
+    least = {one: dict.fromkeys(rows, float("inf")) for one in placed}
+    try:
+        for round_ in range(1 + _ROUNDS):
+            for one in placed:
+                for name, row in rows.items():
+                    before()
+                    took = placed[one].predict(row, sample, guided=True).model_ms
+                    if round_:  # the first round sets up what is set up late
+                        least[one][name] = min(least[one][name], took)
+    finally:
+        for each in placed.values():
+            each.rest()
+    return {one: sum(by_name.values()) for one, by_name in least.items()}
 
 
 def _remembered(path: Path, ground: Ground) -> Measurement | None:
@@ -143,8 +148,8 @@ def _remembered(path: Path, ground: Ground) -> Measurement | None:
             measurement = msgspec.json.decode(stream.read(MAX_BYTES), type=Measurement)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    listed = bool(measurement.ms) and set(measurement.ms) <= set(_CANDIDATES)
-    return measurement if listed and measurement.ground == ground else None
+    whole = measurement.ground == ground and set(measurement.ms) == set(ground.placements)
+    return measurement if whole else None
 
 
 def _remember(path: Path, measurement: Measurement) -> None:

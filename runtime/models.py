@@ -12,6 +12,7 @@ import numpy as np
 from .architecture import usable_cpus
 from .backends import streams_for
 from .backends.base import Array, Session, Shape
+from .build_commands import build_command
 from .bundle import Bundle
 from .engine_search import fitting_engines
 from .engine_session import Loader, engine_target
@@ -97,8 +98,10 @@ class Models:
                 self._sessions[key] = self._opened(*key)
             return self._sessions[key]
 
-    def require_second(self, name: str, variant: Variant) -> None:
+    def require_second(self, name: str, variant: Variant, *, refit: bool = False) -> None:
         """Check that a second GPU, of another architecture than the first, has an engine of a variant of its own.
+
+        refit: as of `session`.
 
         Raises:
             EngineError: there is none, whatever the shapes.
@@ -108,9 +111,13 @@ class Models:
             if target.device == first.device:
                 continue
             try:
-                fitting_engines(self._bundle, name, target, cache=self._cache, variant=variant)
+                found = fitting_engines(self._bundle, name, target, cache=self._cache, variant=variant)
             except EngineError as error:
                 raise EngineError(f"{name} on GPU {target.gpus[0]}", error.what, remedy=error.remedy) from error
+            if refit and not any(one.engine.ingredients.refittable for one in found):
+                command = build_command(self._bundle, name, target, variant, None, self._cache)
+                what = "no engine that can be refitted, which its LoRAs need"
+                raise EngineError(f"{name} on GPU {target.gpus[0]}", what, remedy=f"Run `{command} --refit`.")
 
     def require_stages(self, name: str, devices: tuple[int, ...], shape: Shape) -> tuple[Variant, ...]:
         """See `find_stages`; what was found once is not looked for again.
@@ -138,7 +145,7 @@ class Models:
         key = name, threads, streams, device
         if key not in self._loaders:
             self._loaders[key] = Loader(self._bundle, name, self._targets[device], threads, streams, self._cache)
-            self._loaders[key].opened = self.refits.opened
+            self._loaders[key].refits = self.refits
         session = self._loaders[key].session(variant, refit=refit)
         if variant != PLAIN:
             return session

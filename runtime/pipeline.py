@@ -207,7 +207,7 @@ class Pipeline:
             raise refused
         if plan.placement in ("parallel", "hybridiff"):
             for name in models_of(plan, controls, plan.guided):
-                self._models.require_second(name, loras.variant(name))
+                self._models.require_second(name, loras.variant(name), refit=name in loras.in_weights)
         if plan.window is None:
             return
         if controls or loras.adapters:

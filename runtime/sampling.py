@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .auto_placement import AutoPlacement
 from .backends.base import Session, Shape
 from .control import Control, Steering
+from .errors import EngineError
 from .hybridiff import Hybridiff
 from .manifest import TensorSpec
 from .models import Models
@@ -71,7 +72,10 @@ def open_loop(
         def tried(placement: str) -> Placed:
             return place(placement, Ran())
 
-        chosen = auto.choose(plan, shape, controls, tried, before) if plan.placement == "auto" else plan.placement
+        chosen = plan.placement
+        if chosen == "auto":
+            without = () if _has_second(rows, models) else ("parallel",)
+            chosen = auto.choose(plan, shape, controls, tried, before, without)
         return Sampler(plan, place(chosen, rows.ran), rows.draw_noise, keep=rows.keep), False
     sessions = _sessions(controls, rows, models, before)
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
@@ -109,6 +113,16 @@ def _stages(rows: Rows, window: Window, inputs: tuple[TensorSpec, ...], shape: S
         session = models.session(name, variant, calls=calls, workers=workers, device=devices[index])
         sessions.append(rows.ran.watched(name, session))
     return Stages(name, inputs, sessions)
+
+
+def _has_second(rows: Rows, models: Models) -> bool:
+    """Whether a second GPU, where there is one, has engines for the unconditional branch."""
+    try:
+        for name in models_of(rows.plan, rows.controls, rows.plan.guided):
+            models.require_second(name, rows.loras.variant(name), refit=name in rows.loras.in_weights)
+    except EngineError:
+        return False
+    return True
 
 
 def models_of(plan: Plan, controls: Sequence[Control], at: Sequence[bool]) -> list[str]:

@@ -17,6 +17,7 @@ from tandemrt.runtime import Output, Pipeline
 from tandemrt.runtime.backends import cuda
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, TargetError
+from tandemrt.runtime.variant import PLAIN
 
 from .stand_in_gpus import SCRATCH_BYTES, Gpus, Ran, stand_in, write_engines
 from .tiny_bundle import write_tiny_bundle
@@ -194,6 +195,21 @@ def test_auto_measures_anew_with_a_second_gpu(painted: Painted, gpus: Gpus, cach
     assert {one.gpu for one in gpus.ran} == {0, 1}
     kept = [json.loads(path.read_bytes())["ground"]["devices"] for path in (cache / "placements").iterdir()]
     assert sorted(kept) == [["0: Stand-in 0"], ["0: Stand-in 0", "1: Stand-in 1"]]
+    assert gpus.wrong == []
+
+
+def test_auto_tries_no_placement_that_the_second_gpu_lacks_engines_for(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = stand_in(monkeypatch, "sm89", "sm120")
+    with Pipeline.open(bundle, "tensorrt-rtx:sm89+sm120", cache=cache, devices=(0, 1)) as pipe:
+        assert pipe(**ASKED, placement="auto").plan.placement in ("batched", "sequential")
+        assert {one.gpu for one in gpus.ran} == {0}
+        write_engines(cache, bundle, "sm120", "unet", "unet_small")
+        with pytest.raises(EngineError, match=r"unet on GPU 1: no engine that can be refitted.*sm120.* --refit`"):
+            pipe._models.require_second("unet", PLAIN, refit=True)
+        pipe(**ASKED, placement="auto")
+    assert {one.gpu for one in gpus.ran} == {0, 1}
     assert gpus.wrong == []
 
 
