@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .backends import open_engine, open_session, target_here
-from .backends.base import Binding, Session, Shape
+from .backends.base import Binding, Overlapping, Session, Shape
 from .backends.buffers import symbol_sizes
 from .build_commands import build_command
 from .bundle import Bundle
@@ -58,7 +58,7 @@ class Loader:
         self.cache, self.lock = cache_folder(cache), threading.RLock()
         self.closed = False
         self.opened: Callable[[str, Found, Session], None] = lambda *_: None  # told of every engine, before it runs
-        self._threads, self._streams = threads, streams
+        self._threads, self._streams, self._runs = threads, streams, 1
         self._loaded: dict[Path | None, Session] = {}
         self._granted: dict[tuple[Variant, tuple[str, ...]], EngineSession] = {}
 
@@ -91,6 +91,14 @@ class Loader:
                 self._granted[variant, refused] = EngineSession(self, variant, refused)
             return self._granted[variant, refused]
 
+    def overlap(self, runs: int) -> None:
+        """Let so many runs overlap; see `Overlapping`. What is told when it is opened stays as it is."""
+        with self.lock:
+            self._runs = max(runs, self._runs)
+            for session in self._loaded.values():
+                if isinstance(session, Overlapping):
+                    session.overlap(self._runs)
+
     @property
     def engines_only(self) -> bool:
         """Whether the target runs no graphs."""
@@ -111,6 +119,7 @@ class Loader:
                     opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
                     self.opened(self.name, found, opened)
                 self._loaded[found.folder] = opened
+                self.overlap(self._runs)
             return self._loaded[found.folder]
 
     def graph(self) -> Session:

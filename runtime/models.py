@@ -22,7 +22,7 @@ from .loras import Fitted
 from .ran_on import Ran, serving
 from .refits import Refits
 from .stage_engines import find_stages
-from .targets import Target
+from .targets import ENGINES_ONLY, Target
 from .tensors import ENCODED
 from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
 from .trace import span
@@ -79,8 +79,8 @@ class Models:
         """The component `name`, loaded, on engines of another variant where one is named.
 
         refit: on such as can be refitted alone, in a generation that has its turn; see `Refits`.
-        calls: how many run at once for one generation. Where a backend must be told, what is made for two is another
-            session, with weights of its own.
+        calls: how many run at once for one generation. Where a backend must be told when it loads a model, what is made
+            for two is another session, with weights of its own.
         workers: how many runs there are at once, of this model and of others beside it, among which a CPU's threads are
             divided: each has one at least.
         device: which of the devices; on each a model has weights of its own.
@@ -92,10 +92,12 @@ class Models:
         """
         with self._lock:
             self.require_open()
-            streams = streams_for(self._target, calls, workers)
-            key = name, variant, refit, self._threads(workers, streams), streams, device
+            streams = streams_for(self._target, calls)
+            threads = self._threads(workers, streams)
+            key = name, variant, refit, threads, streams, device
             if key not in self._sessions:
                 self._sessions[key] = self._opened(*key)
+            self._loaders[name, threads, streams, device].overlap(max(calls, workers))
             return self._sessions[key]
 
     def require_second(self, name: str, variant: Variant, *, refit: bool = False) -> None:
@@ -133,7 +135,7 @@ class Models:
 
     def _threads(self, workers: int, streams: int) -> int | None:
         """How many CPU threads a session of so many streams has, where so many runs share them; None for all."""
-        if workers == 1:
+        if workers == 1 or self._target.backend in ENGINES_ONLY:
             return self.threads
         return max(1, (self.threads or usable_cpus()) // workers) * streams
 

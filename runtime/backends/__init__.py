@@ -16,16 +16,13 @@ if TYPE_CHECKING:
     from ..engine_search import Found
 
 
-def streams_for(target: Target, calls: int, workers: int = 1) -> int:
+def streams_for(target: Target, calls: int) -> int:
     """As how many streams a model must be opened that so many calls run on at once.
 
-    workers: how many runs of this model and of others beside it there are at once; on a GPU a block of memory for each.
-
     ONNX Runtime takes calls from several threads as it is, and shares its threads among them: a second session would
-    hold the weights a second time, since every session lays them out anew.
+    hold the weights a second time, since every session lays them out anew. An engine on a GPU is told later; see
+    `Overlapping`.
     """
-    if target.backend in ENGINES_ONLY:
-        return max(calls, workers)
     return calls if target.backend == "openvino" else 1
 
 
@@ -54,7 +51,7 @@ def open_session(model: Path, target: Target, *, threads: int | None = None, str
 def open_engine(found: Found, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:
     """Load a compiled engine, whose files `check_engine_files` has proved.
 
-    threads, streams: as of `open_session`; an engine on a GPU has no threads.
+    threads, streams: as of `open_session`; an engine on a GPU has neither.
 
     Raises:
         TargetError: the target is not installed or was not granted, or there is no GPU.
@@ -64,7 +61,7 @@ def open_engine(found: Found, target: Target, *, threads: int | None = None, str
     if target.backend in ENGINES_ONLY:
         from . import tensorrt  # noqa: PLC0415
 
-        return tensorrt.TensorRtSession(found.folder, found.engine, streams, target.gpus[0])
+        return tensorrt.TensorRtSession(found.folder, found.engine, target.gpus[0])
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415
 

@@ -92,3 +92,11 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the model; a second call does nothing."""
+
+
+@runtime_checkable
+class Overlapping(Session, Protocol):
+    """A model that serves more runs at once than before without being loaded again."""
+
+    def overlap(self, runs: int) -> None:
+        """From now on so many runs may overlap, of this model and of others beside it; never fewer than before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..errors import EngineError, ExecutionError
 from ..files import sweep_parts, write_whole
 from .base import Array, Shape
 from .buffers import one_line, require_numpy_types, symbol_sizes
-from .cuda import Device, device
+from .cuda import Scratch, device
 from .modules import imported
 from .refit import Refit
 from .tensorrt_binding import TensorRtBinding
@@ -24,11 +24,9 @@ _KEPT_MESSAGES = 4
 class TensorRtSession:
     """An engine on a GPU; see `Session`. Every binding has an execution context, which serves one thread."""
 
-    def __init__(self, folder: Path, engine: Engine, streams: int = 1, gpu: int = 0) -> None:
+    def __init__(self, folder: Path, engine: Engine, gpu: int = 0) -> None:
         """Load the engine in `folder`, its files proved by the caller to be those that `engine` lists.
 
-        streams: how many runs may overlap, of this engine and of others: each takes one of so many blocks of scratch
-            memory.
         gpu: on which, by CUDA's index.
 
         Raises:
@@ -38,14 +36,14 @@ class TensorRtSession:
         self._name, self._engine = engine.component, engine
         self.inputs, self.outputs = engine.inputs, engine.outputs
         require_numpy_types(self._name, (*self.inputs, *self.outputs))
-        self._device = device(gpu)
-        self._scratches = self._device.blocks(streams)
+        self.device = device(gpu)
+        self.blocks: Sequence[Scratch] = self.device.blocks(1)
         trt = imported(engine.ingredients.backend)
         self._log = _log(trt)
-        with self._device.current():  # an engine is of the device that is current when it is loaded
+        with self.device.current():  # an engine is of the device that is current when it is loaded
             self._runtime = trt.Runtime(self._log)
             self._loaded: Any = _deserialized(self._runtime, folder, engine, self._log)
-            self._kernels = _Kernels(trt, self._loaded, folder / f"kernels-{self._device.architecture}.bin")
+            self._kernels = _Kernels(trt, self._loaded, folder / f"kernels-{self.device.architecture}.bin")
         self._refit = Refit(trt, self._log, self._name)
         self.generation = 0  # of the weights
 
@@ -59,11 +57,15 @@ class TensorRtSession:
                 self._name, "no profile of the engine takes these shapes", got=dict(input_shapes),
                 remedy="Build an engine with a --profile for this size and number of pictures."
             )  # fmt: skip
-        with self._device.current():
+        with self.device.current():
             context = self._kernels.context(engine)
             if context is None:
                 raise self.failed("an execution context cannot be made")
-            return TensorRtBinding(self, context, profile, input_shapes, self._scratches)
+            return TensorRtBinding(self, context, profile, input_shapes)
+
+    def overlap(self, runs: int) -> None:
+        """See `Overlapping`; each run takes one of so many blocks of scratch memory."""
+        self.blocks = self.device.blocks(max(runs, len(self.blocks)))
 
     def refit(self, base: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
         """Compute with the base's weights and, added to those that `changes` names, what it says; with none, the base.
@@ -81,8 +83,8 @@ class TensorRtSession:
         engine = self.live()
         if REFIT not in self._engine.ingredients.flags:
             raise EngineError(self._name, "cannot be refitted", remedy="Build it with `tandemrt build-engine --refit`.")
-        with ExitStack() as stack, self._device.current():
-            for scratch in self._scratches:
+        with ExitStack() as stack, self.device.current():
+            for scratch in self.blocks:
                 stack.enter_context(scratch.lock)
             self.generation += 1
             self._refit.apply(engine, base, changes)
@@ -91,7 +93,7 @@ class TensorRtSession:
         """Free the engine; a second call does nothing. The kernels it compiled are kept for the next time."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
-            with self._device.current():
+            with self.device.current():
                 self._kernels.save()
                 del loaded  # the kernels are the engine's, which goes after they are saved
 
@@ -106,10 +108,6 @@ class TensorRtSession:
         """An error of that kind with what TensorRT said last."""
         said = "; ".join(one_line(message) for message in self._log.messages) or "it did not say why"
         return ExecutionError(self._name, f"TensorRT failed: {what} ({said[:1000]})")
-
-    @property
-    def device(self) -> Device:
-        return self._device
 
 
 class _Kernels:

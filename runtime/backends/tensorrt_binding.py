@@ -21,15 +21,17 @@ from .cuda import Device, Graph, Memory, Scratch, Stream, pinned
 
 
 class Owner(Protocol):
-    """What a binding knows of the session that it belongs to; `generation` counts the changes of its weights."""
+    """What a binding knows of the session that it belongs to.
+
+    device: the GPU that it is on. blocks: of scratch memory, for as many runs as may overlap by now. generation: counts
+    the changes of its weights.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    device: Device
+    blocks: Sequence[Scratch]
     generation: int
-
-    @property
-    def device(self) -> Device:
-        """The GPU that it is on."""
 
     def live(self) -> Any:
         """Raise ExecutionError when it is closed."""
@@ -52,11 +54,9 @@ class TensorRtBinding:
     `ready` while the context has run with the scratch memory and the weights that are in place.
     """
 
-    def __init__(
-        self, session: Owner, context: Any, profile: int, shapes: Mapping[str, Shape], blocks: Sequence[Scratch]
-    ) -> None:
+    def __init__(self, session: Owner, context: Any, profile: int, shapes: Mapping[str, Shape]) -> None:
         self.device, self._session, self._context = session.device, session, context
-        self.blocks, self.block = blocks, blocks[0]
+        self.block = session.blocks[0]
         self.stream = Stream(self.device)
         if not context.set_optimization_profile_async(profile, self.stream.handle):
             raise session.failed(f"profile {profile} is refused")
@@ -80,6 +80,11 @@ class TensorRtBinding:
         """Destroy the context, and with it an engine that it alone keeps alive, with their GPU current."""
         with suppress(ExecutionError), self.device.current():
             self._context = None
+
+    @property
+    def blocks(self) -> Sequence[Scratch]:
+        """The blocks of scratch memory of which a run takes one."""
+        return self._session.blocks
 
     def run(self) -> None:
         """Run the model once; see `Binding.run`."""

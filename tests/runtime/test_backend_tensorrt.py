@@ -134,8 +134,8 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
         device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
     )
     contexts = [Context(10), Context(100)]
-    blocks = session.device.blocks(1)
-    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}, blocks) for context in contexts)
+    session.blocks = session.device.blocks(1)
+    small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}) for context in contexts)
     for _ in range(3):
         small.run()
     assert host.graphs == 1
@@ -158,8 +158,8 @@ def test_runs_that_overlap_have_scratch_memory_of_their_own() -> None:
     )
     contexts = [Context(50) for _ in range(5)]
     # Whatever order they were bound in, as by several threads.
-    blocks = session.device.blocks(5)
-    bindings = [TensorRtBinding(session, context, 0, {"x": (2, 3)}, blocks) for context in contexts]
+    blocks = session.blocks = session.device.blocks(5)
+    bindings = [TensorRtBinding(session, context, 0, {"x": (2, 3)}) for context in contexts]
     for _ in range(3):
         with ExitStack() as stack:
             for binding in bindings:
@@ -183,7 +183,7 @@ def test_kernels_are_saved_while_their_engine_is_there() -> None:
     engine = Freed()
     alive, saved = weakref.ref(engine), list[bool]()
     session = TensorRtSession.__new__(TensorRtSession)
-    session._loaded, session._device = engine, cuda.Device(Host().runtime)
+    session._loaded, session.device = engine, cuda.Device(Host().runtime)
     session._kernels = SimpleNamespace(save=lambda: saved.append(alive() is not None))  # type: ignore[assignment]
     del engine
     session.close()

@@ -133,10 +133,10 @@ class Bindings:
         self.session: Any = SimpleNamespace(
             device=cuda.Device(self.gpu.runtime), inputs=specs[:3], outputs=specs[3:], generation=0, live=lambda: None
         )
-        blocks = self.session.device.blocks(1)
+        self.session.blocks = self.session.device.blocks(1)
         shapes = dict.fromkeys(("state", "row", "whole"), SHAPE)
         self.large, self.small = (
-            TensorRtBinding(self.session, Context(self.gpu, factor, wants), 0, shapes, blocks)
+            TensorRtBinding(self.session, Context(self.gpu, factor, wants), 0, shapes)
             for factor, wants in ((2.0, 10), (-3.0, 100))
         )
 

@@ -135,6 +135,19 @@ def test_one_gpu_alone_leaves_the_others_untouched(painted: Painted, gpus: Gpus)
     assert gpus.wrong == []
 
 
+def test_placements_on_one_gpu_share_an_engine(bundle: Path, cache: Path, gpus: Gpus) -> None:
+    """Calls that meet on the GPU have scratch memory each, also where the engine was loaded for one at a time."""
+    asked = {**ASKED, "steps": {"unet": 4}, "guidance_interval": (0.0, 0.5)}
+    with Pipeline.open(bundle, TARGET, cache=cache) as pipe:
+        pipe(**asked)
+        assert [len(device.scratches) for device in cuda.devices()] == [1, 0]
+        for placement in ("parallel", "auto", "sequential"):
+            pipe(**asked, placement=placement)
+    assert [len(device.scratches) for device in cuda.devices()] == [2, 0]
+    assert gpus.loaded == [0] * 3  # the text encoder, the denoiser, the decoder
+    assert gpus.wrong == []
+
+
 @pytest.mark.parametrize(
     ("target", "devices", "error", "words"),
     [
