@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .backends import open_engine, open_session, target_here
@@ -18,6 +18,7 @@ from .errors import EngineError, ExecutionError
 from .lora_slots import slot_shapes
 from .manifest import Component
 from .ran_on import RanOn, engine_run
+from .refits import Refits
 from .targets import ENGINES_ONLY, Target
 from .trace import span
 from .variant import PLAIN, Variant
@@ -57,7 +58,7 @@ class Loader:
         self.bundle, self.name, self.target = bundle, name, engine_target(bundle, name, target)
         self.cache, self.lock = cache_folder(cache), threading.RLock()
         self.closed = False
-        self.opened: Callable[[str, Found, Session], None] = lambda *_: None  # told of every engine, before it runs
+        self.refits = Refits(bundle)  # a pipeline has one for all its loaders
         self._threads, self._streams, self._runs = threads, streams, 1
         self._loaded: dict[Path | None, Session] = {}
         self._granted: dict[tuple[Variant, tuple[str, ...]], EngineSession] = {}
@@ -105,19 +106,20 @@ class Loader:
         return self.target.backend in ENGINES_ONLY
 
     def engine(self, found: Found) -> Session:
-        """An engine, its files proved to be those that were built.
+        """An engine, its files proved to be those that were built; before it runs, see `Refits.ready`.
 
         Raises:
             EngineError: they are not, or the backend refuses the engine.
-            ExecutionError: the backend refuses the engine, or to refit it.
+            ExecutionError: the backend refuses the engine.
             TargetError: the target is not installed or was not granted.
         """
         with self.lock:
             if found.folder not in self._loaded:
-                with span("load", self.name):
+                step = " step" if found.engine.ingredients.variant.step else ""
+                with span("load", f"{self.name}{step}"):
                     check_engine_files(found.folder, found.engine)
                     opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)
-                    self.opened(self.name, found, opened)
+                self.refits.opened(self.name, found, opened)
                 self._loaded[found.folder] = opened
                 self.overlap(self._runs)
             return self._loaded[found.folder]
@@ -203,10 +205,8 @@ class EngineSession:
             self._require_open()
             if key not in self._serving:
                 refused: list[str] = []
-                loaded = self._loaded(self._fitting(shapes, self._wanted), refused)
-                if loaded is None:
-                    raise self._none_runs(shapes, self._wanted, refused)
-                self._serving[key] = self._loader.granted(loaded[0].engine.ingredients.variant, tuple(refused))
+                found, _ = self._loaded(self._fitting(shapes, self._wanted), shapes, self._wanted, refused)
+                self._serving[key] = self._loader.granted(found.engine.ingredients.variant, tuple(refused))
             return self._serving[key]
 
     def close(self) -> None:
@@ -232,13 +232,15 @@ class EngineSession:
                 raise
             fitting, refused = [], [error.what]
         slots = slot_shapes(self.inputs)
-        loaded = self._loaded((found for found in fitting if slot_shapes(found.engine.inputs) == slots), refused)
-        if loaded is not None:
-            found, session = loaded
-            return session, engine_run(found, self._target, refused, refitted=self._refit)
-        if not self._has_graph:
-            raise self._none_runs(shapes, self.variant, refused)
-        return self._loader.graph(), RanOn(refused=tuple(refused))
+        alike = (found for found in fitting if slot_shapes(found.engine.inputs) == slots)
+        try:
+            found, session = self._loaded(alike, shapes, self.variant, refused)
+        except EngineError:
+            if not self._has_graph:
+                raise
+            return self._loader.graph(), RanOn(refused=tuple(refused))
+        self._loader.refits.ready(session)
+        return session, engine_run(found, self._target, refused, refitted=self._refit)
 
     def _fitting(self, shapes: Mapping[str, Shape], variant: Variant) -> list[Found]:
         """The engines that fit, the best first; raises EngineError where there is none."""
@@ -253,21 +255,26 @@ class EngineSession:
             raise EngineError(self._name, what, remedy=self._remedy(shapes, variant))
         return found
 
-    def _loaded(self, fitting: Iterable[Found], refused: list[str]) -> tuple[Found, Session] | None:
-        """The first engine that can be run; why those before it cannot is added to what was refused."""
+    def _loaded(
+        self, fitting: Iterable[Found], shapes: Mapping[str, Shape], variant: Variant, refused: list[str]
+    ) -> tuple[Found, Session]:
+        """The first engine that can be run; why those before it cannot is added to what was refused.
+
+        Raises:
+            EngineError: none can; its cause is why the last one cannot.
+        """
+        last: EngineError | ExecutionError | None = None
         for found in fitting:
             try:
                 session = self._loader.engine(found)
             except (EngineError, ExecutionError) as error:
+                last = error
                 if error.without_remedy not in refused:
                     refused.append(error.without_remedy)
                 continue
             return found, session
-        return None
-
-    def _none_runs(self, shapes: Mapping[str, Shape], variant: Variant, refused: Sequence[str]) -> EngineError:
-        remedy = self._remedy(shapes, variant)
-        return EngineError(self._name, f"no engine can be run: {'; '.join(refused)}", remedy=remedy)
+        what = f"no engine can be run: {'; '.join(refused)}"
+        raise EngineError(self._name, what, remedy=self._remedy(shapes, variant)) from last
 
     def _remedy(self, shapes: Mapping[str, Shape], variant: Variant) -> str:
         command = build_command(self._bundle, self._name, self._target, variant, shapes, self._cache)

@@ -147,7 +147,7 @@ class Models:
         key = name, threads, streams, device
         if key not in self._loaders:
             self._loaders[key] = Loader(self._bundle, name, self._targets[device], threads, streams, self._cache)
-            self._loaders[key].opened = self.refits.opened
+            self._loaders[key].refits = self.refits
         session = self._loaders[key].session(variant, refit=refit)
         if variant != PLAIN:
             return session

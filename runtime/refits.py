@@ -61,29 +61,28 @@ class Refits:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._condition = threading.Condition()  # held while engines are refitted
-        self._engines: list[_Engine] = []
+        self._engines: dict[Session, _Engine] = {}
         self._bases: dict[str, BaseWeights] = {}
         self._waiting: deque[_Turn] = deque()
         self._running: list[_Turn] = []
         self._loras: Loras = {}
 
     def opened(self, name: str, found: Found, session: Session) -> None:
-        """An engine of component `name` was loaded by a generation, whose LoRAs it is given where it can be refitted.
+        """An engine of component `name` was loaded, and holds the base's weights."""
+        if found.engine.ingredients.refittable:
+            with self._condition:
+                self._engines[session] = _Engine(name, cast("Refitting", session))
+
+    def ready(self, session: Session) -> None:
+        """Have an engine, where it can be refitted, hold the LoRAs of the generation that has its turn and asks.
 
         Raises:
-            EngineError, ExecutionError: see `TensorRtSession.refit`; the engine is closed then.
+            EngineError, ExecutionError: see `TensorRtSession.refit`.
             BundleError: the bundle's weights are not what the manifest says, or LoRAs cannot be put into them.
         """
-        if not found.engine.ingredients.refittable:
-            return
-        engine = _Engine(name, cast("Refitting", session))
-        try:
-            with self._condition:
-                self._refit(engine)
-                self._engines.append(engine)
-        except BaseException:
-            session.close()
-            raise
+        with self._condition:
+            if session in self._engines:
+                self._refit(self._engines[session])
 
     def in_turn(self, loras: Loras, events: Events, before: Callable[[], None]) -> Events:
         """A generation whose every event is made while the engines hold its LoRAs.
@@ -91,7 +90,7 @@ class Refits:
         before: called again and again while it waits; what it raises ends the generation.
 
         Raises:
-            EngineError, ExecutionError, BundleError: as of `opened`; what comes next is refitted from the base again.
+            EngineError, ExecutionError, BundleError: as of `ready`; what comes next is refitted from the base again.
         """
         turn = _Turn(loras)
         try:
@@ -129,7 +128,7 @@ class Refits:
                     before()
                 if not (self._running and _same(self._running, turn)):
                     self._running, self._loras = [], turn.loras
-                    for engine in self._engines:
+                    for engine in self._engines.values():
                         self._refit(engine)
                 turn.idle_since = None
                 self._running = [*self._running, turn]

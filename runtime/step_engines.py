@@ -9,12 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from .backends import open_engine
-from .backends.base import Session, Shape
+from .backends.base import Shape
 from .bundle import Bundle
-from .engine_files import Engine, check_engine_files
+from .engine_files import Engine
 from .engine_search import Found, answers, engines_of, fitted, out_of_profile
-from .engine_session import engine_target
+from .engine_session import Loader, engine_target
 from .errors import EngineError, ExecutionError
 from .manifest import TensorSpec
 from .ran_on import Ran, engine_run
@@ -22,7 +21,6 @@ from .refits import Refits
 from .step_inputs import history_of
 from .step_sampler import Key, StepEngine
 from .targets import Target
-from .trace import span
 from .variant import Variant
 
 
@@ -78,16 +76,16 @@ class StepEngines:
         self._bundle, self._target, self._threads, self._cache = bundle, target, threads, cache
         self._lock = threading.RLock()
         self._listed: dict[str, dict[Path, _Listed]] = {}
-        self._sessions: dict[Path, Session] = {}
+        self._loaders: dict[str, Loader] = {}
         self._closed = False
 
     def close(self) -> None:
         """Free the engines; a second call does nothing, none can be had after it."""
         with self._lock:
             self._closed = True
-            for session in self._sessions.values():
-                session.close()
-            self._sessions.clear()
+            for loader in self._loaders.values():
+                loader.close()
+            self._loaders.clear()
 
     def load(
         self, wanted: Mapping[Key, Wanted], *, before: Callable[[], None], ran: Ran
@@ -102,6 +100,7 @@ class StepEngines:
             EngineError: the cache belongs to another user, or others may write to it.
             TargetError: the target cannot run here.
             ExecutionError: the engines are closed.
+            EngineError, ExecutionError, BundleError: as of `Refits.ready`.
         """
         with self._lock:
             if self._closed:
@@ -111,7 +110,7 @@ class StepEngines:
                 for (name, guided), found in chosen.items():
                     before()
                     try:
-                        session = self._session(name, found)
+                        session = self._loader(name).engine(found)
                     except (EngineError, ExecutionError) as error:
                         listed = self._listed[name][found.folder]
                         listed.misfit, listed.refused = f"cannot be run: {error.without_remedy}", True
@@ -119,6 +118,7 @@ class StepEngines:
                     engines[name, guided] = StepEngine(session, found.engine.ingredients.variant)
                 else:
                     for (name, guided), found in chosen.items():
+                        self._refits.ready(engines[name, guided].session)
                         before_it = self._refused_before(name, wanted[name, guided], found)
                         refitted = wanted[name, guided].refit
                         ran.add(name, engine_run(found, self._target, before_it, refitted=refitted))
@@ -171,12 +171,8 @@ class StepEngines:
             }
         return self._listed[name]
 
-    def _session(self, name: str, found: Found) -> Session:
-        if found.folder not in self._sessions:
-            target = engine_target(self._bundle, name, self._target)
-            with span("load", f"{name} step"):
-                check_engine_files(found.folder, found.engine)
-                session = open_engine(found, target, threads=self._threads)
-                self._refits.opened(name, found, session)
-                self._sessions[found.folder] = session
-        return self._sessions[found.folder]
+    def _loader(self, name: str) -> Loader:
+        if name not in self._loaders:
+            self._loaders[name] = Loader(self._bundle, name, self._target, self._threads, cache=self._cache)
+            self._loaders[name].refits = self._refits
+        return self._loaders[name]

@@ -17,7 +17,7 @@ from tandemrt.engines import flavour
 from tandemrt.engines.composed import composed
 from tandemrt.engines.flavour import Options
 from tandemrt.engines.plan import BuildPlan, requests_of
-from tandemrt.runtime import Pipeline, engine_session, refits, step_engines, targets
+from tandemrt.runtime import Pipeline, engine_session, refits, targets
 from tandemrt.runtime.backends.modules import imported
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -53,8 +53,7 @@ def gpu(tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     def opened(found: Found, *_: Any, **__: Any) -> StandIn:
         return StandIn(tiny, found, tmp_path / "graphs")
 
-    for module in (engine_session, step_engines):
-        monkeypatch.setattr(module, "open_engine", opened)
+    monkeypatch.setattr(engine_session, "open_engine", opened)
     for module in (targets, flavour):
         monkeypatch.setattr(module, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(engine_session, "target_here", lambda target: target)
@@ -185,10 +184,30 @@ def test_after_a_refit_that_failed_the_weights_are_made_anew(
     with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
         for at in (2, 2, 0, 0, 3):
             Refitter.fails = weight
-            with pytest.raises((ExecutionError, EngineError), match=r"TensorRT failed: .*it was told to"):
+            with pytest.raises(ExecutionError, match=r"TensorRT failed: .*it was told to"):
                 pipe(**REQUEST, loras=sets[1])
             Refitter.fails = ""
             np.testing.assert_array_equal(pipe(**REQUEST, loras=sets[at]).latents, expected[at].latents)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_refit_that_fails_is_told_and_costs_the_engine_nothing(
+    tiny: Bundle, cache: Path, loras: tuple[Path, Path], step: bool
+) -> None:
+    if step:
+        put(tiny, cache, "unet", options=REFIT, step=True)
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        expected = pipe(**REQUEST)
+    Refitter.fails = own_projections(tiny.model_path("unet"))["conv_6"].weight
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        for _ in range(2):
+            with pytest.raises(ExecutionError, match=r"^unet: TensorRT failed: it cannot be refitted"):
+                pipe(**REQUEST, loras={loras[1]: 0.5})
+        Refitter.fails = ""
+        made = pipe(**REQUEST)
+    np.testing.assert_array_equal(made.latents, expected.latents)
+    assert made.timings.step_engines == step
+    assert made.timings.ran_on["unet"] == expected.timings.ran_on["unet"]
 
 
 def test_threads_with_other_loras_paint_what_serial_runs_paint(

@@ -20,7 +20,7 @@ from tandemrt.engines.build import ensure_engine
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.engines.step import step_graph
-from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, engine_files, step_engines
+from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, engine_files, engine_session
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.cli import main
@@ -195,7 +195,7 @@ def test_cancelling_stops_between_rows_and_before_engines_are_loaded(
     unets: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TANDEMRT_CACHE", str(unets[1]))
-    loaded, load = [], step_engines.open_engine
+    loaded, load = [], engine_session.open_engine
 
     def cancelling(*arguments: Any, **more: Any) -> Any:
         loaded.append(arguments[0].engine.component)
@@ -205,7 +205,7 @@ def test_cancelling_stops_between_rows_and_before_engines_are_loaded(
     steps = {"unet": 2, "unet_small": 2}
     with Pipeline.open(unets[0], threads=1) as pipe:
         with monkeypatch.context() as patch:
-            patch.setattr(step_engines, "open_engine", cancelling)
+            patch.setattr(engine_session, "open_engine", cancelling)
             stream = pipe.stream("red", steps=steps)
             with pytest.raises(CancelledError, match="after row 0 of 4"):
                 stream.result()
@@ -295,7 +295,7 @@ def test_where_an_engine_is_missing_the_plain_loop_runs(
 ) -> None:
     build(unets[0], tmp_path, "unet", profiles=profiles)
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
-    monkeypatch.setattr(step_engines, "open_engine", None)
+    monkeypatch.setattr(engine_session, "open_engine", None)
     plain = painted(unets[0], **arguments).timings
     assert not plain.step_engines
     refused = [why.split(" ", 3)[3] for one in plain.ran_on["unet"] for why in one.refused]

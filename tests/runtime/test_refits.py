@@ -106,8 +106,10 @@ def test_engines_are_refitted_only_when_the_loras_are_others(gate: Refits) -> No
     late = Engine()
     generation = begun(gate, A)
     gate.opened("unet", found(), late)  # type: ignore[arg-type]
+    for session in (late, late, other):
+        gate.ready(session)  # type: ignore[arg-type]
     generation.close()
-    assert late.given == [1]
+    assert (late.given, other.given) == ([1], [])
 
 
 def test_one_that_could_not_be_refitted_is_made_anew(gate: Refits) -> None:
@@ -123,15 +125,16 @@ def test_one_that_could_not_be_refitted_is_made_anew(gate: Refits) -> None:
     begun(gate, NONE).close()
     begun(gate, NONE).close()
     assert engine.given == [1, 1, 0, 0]
-    broken = Engine()
-    broken.fails = True
+    late = Engine()
+    late.fails = True
     generation = begun(gate, A)
+    gate.opened("unet", found(), late)  # type: ignore[arg-type]
     with pytest.raises(ExecutionError, match="out of memory"):
-        gate.opened("unet", found(), broken)  # type: ignore[arg-type]
-    assert broken.closed
+        gate.ready(late)  # type: ignore[arg-type]
     generation.close()
-    begun(gate, B).close()
-    assert broken.given == [1]
+    late.fails = False
+    begun(gate, NONE).close()
+    assert (late.given, late.closed) == ([1, 0], False)
 
 
 def test_weights_of_a_bundle_that_changed_are_not_read(gate: Refits, bundle: Bundle) -> None:
@@ -175,6 +178,7 @@ def test_one_that_is_put_aside_lets_others_go_first(gate: Refits, monkeypatch: p
     monkeypatch.setattr(refits, "PATIENCE_S", 0.05)
     engine, aside = Engine(), begun(gate, A)
     gate.opened("unet", found(), engine)  # type: ignore[arg-type]
+    gate.ready(engine)  # type: ignore[arg-type]
     list(begun(gate, B))
     assert list(aside) == [2, 3]
     assert engine.given == [1, 1, 1]
