@@ -70,23 +70,11 @@ def _built(
         raise full
     began = time.monotonic()
     graph = claim.part / "graph"
-    job = Job(
-        component=request.component,
-        model=str(_graph(request, graph)),
-        folder=str(claim.part),
-        backend=made_of.backend,
-        device=made_of.device,
-        precision=made_of.precision,
-        profiles=made_of.profiles,
-        flags=made_of.flags,
-        timings=str(timings_file(cache, made_of)) if made_of.backend == "tensorrt" else None,
-    )
+    job = _job(request, _graph(request, graph), claim.part, cache)
     try:
         built = build_apart(job, progress, inherited=(claim.lock,))
     except EngineError as error:
-        # Builders that write themselves tell it in words of their own, if at all.
-        written_bytes = sum(path.stat().st_size for path in claim.part.iterdir() if path.is_file())
-        if (full := too_full(claim.part.parent, max(needed_bytes - written_bytes, _NEXT_TO_NOTHING_BYTES))) is not None:
+        if (full := _filled(claim, needed_bytes)) is not None:
             raise full from error
         raise
     taken_s = time.monotonic() - began
@@ -109,6 +97,28 @@ def _built(
         versions={**versions, **built.versions},
     )
     return engine, built.layers
+
+
+def _job(request: Request, model: Path, folder: Path, cache: Path) -> Job:
+    """What the builder is told: to build from `model` into `folder`."""
+    made_of = request.ingredients
+    return Job(
+        component=request.component,
+        model=str(model),
+        folder=str(folder),
+        backend=made_of.backend,
+        device=made_of.device,
+        precision=made_of.precision,
+        profiles=made_of.profiles,
+        flags=made_of.flags,
+        timings=str(timings_file(cache, made_of)) if made_of.backend == "tensorrt" else None,
+    )
+
+
+def _filled(claim: Claim, needed_bytes: int) -> EngineError | None:
+    """What tells that the cache has no room left: builders that write tell it in words of their own, if at all."""
+    written_bytes = sum(path.stat().st_size for path in claim.part.iterdir() if path.is_file())
+    return too_full(claim.part.parent, max(needed_bytes - written_bytes, _NEXT_TO_NOTHING_BYTES))
 
 
 def _work(request: Request, graph: Path) -> tuple[dict[str, int], str]:

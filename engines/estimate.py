@@ -1,11 +1,11 @@
 """What a build will take, before it starts, and what the largest calls of its engine will.
 
-A build's memory, time and size are from the weights, the graph and the target. They do not depend on the profile where
-nothing is measured on a GPU: the same at two sizes by TensorRT for RTX and OpenVINO, see `bench/evidence`. A call's
-memory and work do, and follow from the graph's shapes.
+A build's memory, time and size are from the weights, the graph and the target, whatever the profile. A call's memory
+and work follow from the graph's shapes.
 
 Planes through what builds took of the shapes family and, in fp16 at true size, of the components of Hybrid-SD, SDXS and
-SDXL (bench/evidence/engine_builds*.json; two cores, other work beside). Time is the roughest: other work doubles it.
+SDXL (bench/evidence/engine_builds*.json; profiles of 512x512, of SDXL 1024x1024; two cores, other work beside). Time is
+the roughest: other work doubles it.
 """
 
 from __future__ import annotations

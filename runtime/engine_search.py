@@ -87,13 +87,12 @@ def fitting_engines(
         else:
             fitting.append(found)
     if not fitting:
-        command = build_command(bundle, component, asked, variant, shapes, cache)
-        remedy = f"Run `{command}`."
-        wanted = f"engine for {asked}{'' if variant == PLAIN else f' ({variant})'}"
         # What is for another device or precision is worth a word where nothing else is there.
         told = [why for answering, why in misfits if answering] or [why for _, why in misfits]
         told += unreadable(cache)
+        wanted = f"engine for {asked}{'' if variant == PLAIN else f' ({variant})'}"
         why = f"no {wanted} fits: {'; '.join(told)}" if told else f"there is no {wanted}"
+        remedy = f"Run `{build_command(bundle, component, asked, variant, shapes, cache)}`."
         raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
     return sorted(fitting, key=lambda found: found.order)
 

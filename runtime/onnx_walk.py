@@ -66,17 +66,22 @@ class MalformedError(ValueError):
 
 
 class Walk:
-    """One pass over a model's bytes, bounded in depth and in the number of fields it looks at."""
+    """One pass over a model's bytes, bounded in depth and in the number of fields it looks at.
+
+    All raise MalformedError where the bytes are no model's, or beyond the bounds, what yields while it goes.
+    """
 
     def __init__(self, data: Buffer) -> None:
         self._data = data
         self._left = MAX_FIELDS
 
     def locations(self) -> Iterator[str]:
+        """The files that tensors lie in, as the model says them; as often as it does."""
         self._graphs()
         yield from self._inside("Model", (0, len(self._data)), MAX_DEPTH)
 
     def tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """The inputs that are no weights, and the outputs."""
         weights: set[str] = set()
         listed: dict[int, list[TensorSpec]] = {11: [], 12: []}
         for graph in self._graphs():
@@ -88,9 +93,11 @@ class Walk:
         return tuple(spec for spec in listed[11] if spec.name not in weights), tuple(listed[12])
 
     def nodes(self) -> int:
+        """How many nodes the graph has, those in the bodies of branches and loops not counted."""
         return sum(number == 1 for graph in self._graphs() for number, _ in self._fields(graph))
 
     def projections(self) -> Iterator[Projection]:
+        """The graph's nodes that multiply by a stored weight, in its order."""
         for graph in self._graphs():
             fields = list(self._fields(graph))
             weights = dict(self._weight(span) for number, span in fields if number == 5)
@@ -104,6 +111,7 @@ class Walk:
             yield from self._reads("Graph", graph, MAX_DEPTH)
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
+        """The graph's weights of types that are known here, by name, with where their bytes lie."""
         for graph in self._graphs():
             for number, tensor in self._fields(graph):
                 if number == 5:

@@ -21,7 +21,8 @@ Float32 = npt.NDArray[np.float32]
 class Rows:
     """What a generation's rows are given.
 
-    conditioning: of the denoisers and the ControlNets. draw_noise, keep: as of `Sampler`.
+    conditioning: of the denoisers and the ControlNets, by component. draw_noise: draws (B, C, h, w) float32; keep: is
+    given a row and latents of that shape; both as of `Sampler`.
     loras: by component, which engines must take them; those for slots are in `conditioning` too.
     ran: told what the models run on. at_once: whether nobody looks between the rows.
     """

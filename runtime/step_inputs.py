@@ -31,7 +31,10 @@ def history_of(inputs: Sequence[TensorSpec]) -> int:
 
 
 def given_inputs(name: str, plan: Plan, conditioning: Conditioning, *, guided: bool) -> dict[str, Array]:
-    """What no row of a plan changes among a step engine's inputs.
+    """What no row of a plan changes among a step engine's inputs, by name.
+
+    That is its conditioning, (B, …) float32 or, where `guided`, (2B, …) with the unconditional rows first, and the
+    guidance scale, (1,) float32; what belongs to no picture, of any shape; further channels, (B, …, h, w) float32.
 
     Raises:
         ExecutionError: a guided row without an unconditional branch.
@@ -53,6 +56,8 @@ def input_shapes(
     name: str, inputs: Sequence[TensorSpec], given: Mapping[str, Array], shape: Shape, *, guided: bool
 ) -> dict[str, Shape]:
     """The shape of each of a step engine's inputs, for what it is given and latents of this shape.
+
+    given: of `given_inputs`. shape: the latents', (B, C, h, w), of B pictures whether or not the row is guided.
 
     Raises:
         BundleError: one does not follow from the latent's.

@@ -214,6 +214,7 @@ class Graph:
         weakref.finalize(self, device.release, "cudaGraphExecDestroy", self._executable)
 
     def launch(self, stream: Stream) -> None:
+        """Queue all of it on a stream of its GPU; raises ExecutionError where CUDA refuses."""
         self._device.call("cudaGraphLaunch", self._executable, stream.handle)
 
 

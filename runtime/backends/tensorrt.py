@@ -119,8 +119,7 @@ class _Kernels:
     def __init__(self, trt: Any, engine: Any, path: Path) -> None:
         self._trt, self._path = trt, path
         self._config = self._cache = None
-        self._read = b""
-        self.reused = False
+        self.kept = b""  # what was read and taken
         if hasattr(trt, "IRuntimeCache"):
             sweep_parts(path.parent)
             self._config = engine.create_runtime_config()
@@ -130,8 +129,8 @@ class _Kernels:
             self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
             self._cache = self._config.create_runtime_cache()
             with suppress(OSError):  # they are compiled again
-                self._read = path.read_bytes()
-            self.reused = bool(self._read) and bool(self._cache.deserialize(self._read))
+                read = path.read_bytes()
+                self.kept = read if read and self._cache.deserialize(read) else b""
             self._config.set_runtime_cache(self._cache)
 
     def context(self, engine: Any) -> Any:
@@ -141,13 +140,13 @@ class _Kernels:
         return engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def save(self) -> None:
-        """Write what was compiled, where it is more than was read."""
+        """Write what was compiled, where it is more than was taken."""
         if self._cache is None:
             return
         made = bytes(self._cache.serialize())
         # A cache that cannot be written costs the next start its time, nothing else.
         with suppress(OSError):
-            if made and made != self._read:
+            if made and made != self.kept:
                 write_whole(self._path, lambda stream: stream.write(made))
 
 

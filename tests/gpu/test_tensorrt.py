@@ -214,12 +214,12 @@ def of_onnxruntime(
 def test_compiled_kernels_are_kept_and_read_again(shapes_bundle: Path, build: Build) -> None:
     bundle = build(shapes_bundle, "tensorrt-rtx", "unet")
     first = opened(bundle, "tensorrt-rtx", "unet")
-    assert not first._kernels.reused
+    assert not first._kernels.kept
     binding = first.bind(SHAPES)
     binding.run()
     first.close()
     second = opened(bundle, "tensorrt-rtx", "unet")
-    assert second._kernels.reused
+    assert second._kernels.kept
     again = second.bind(SHAPES)
     again.run()
     np.testing.assert_array_equal(again.outputs["out_sample"], binding.outputs["out_sample"])
