@@ -59,9 +59,10 @@ class Ran:
 class Gpus:
     """GPUs of these architectures.
 
-    wrong: what was done on another GPU than it belongs to. ran: the calls of engines. set_up: the GPUs that anything
-    was made on, or that a thread was moved to. loaded: the GPU of each engine that was loaded. peers: whether they can
-    reach each other's memory. copied: the bytes of each kind of copy.
+    wrong: what was done on another GPU than it belongs to, or to what is not there, which is an error besides. ran: the
+    calls of engines. set_up: the GPUs that anything was made on, or that a thread was moved to. loaded: the GPU of each
+    engine that was loaded. peers: whether they can reach each other's memory. copies: each one's kind and bytes.
+    recorded, launched: how many graphs were, of the latter each time.
     """
 
     architectures: Sequence[str]
@@ -70,14 +71,16 @@ class Gpus:
     set_up: set[int] = field(default_factory=set)
     loaded: list[int] = field(default_factory=list)
     peers: bool = True
-    copied: Counter[str] = field(default_factory=Counter)
+    copies: list[tuple[str, int]] = field(default_factory=list)
+    recorded: int = 0
+    launched: int = 0
 
     def __post_init__(self) -> None:
         self._thread, self._names = threading.local(), count(1)
         self._owners: dict[int, int] = {}
         self._blocks: dict[int, Any] = {}
         self._reaching: set[tuple[int, int]] = set()
-        self._recorded: dict[int, list[Callable[[], None]]] = {}
+        self._graphs: dict[int, list[Callable[[], None]]] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
 
     @property
@@ -98,11 +101,35 @@ class Gpus:
         """The sizes of what is still allocated, each with how many there are; 0 for streams and graphs."""
         return dict(Counter(len(self._blocks.get(thing, ())) for thing in self._owners))
 
-    def check(self, what: str, *things: int) -> None:
-        """Note where a thing, by its address or handle, is another GPU's than the thread's."""
+    @property
+    def copied(self) -> Counter[str]:
+        """The bytes of each kind of copy."""
+        total: Counter[str] = Counter()
+        for kind, size in self.copies:
+            total[kind] += size
+        return total
+
+    def holds(self, thing: int) -> bool:
+        """Whether memory at an address, or what a handle names, is there."""
+        return thing in self._owners
+
+    def require(self, what: str, *things: int) -> None:
+        """Note where something is not there, by its address or handle, and raise: to touch it would be a crash."""
         for thing in things:
-            if self._owners.get(thing, self.current) != self.current:
-                self.wrong.append(f"{what} of GPU {self._owners[thing]} with GPU {self.current} current")
+            if not self.holds(thing):
+                self.wrong.append(f"{what} of what is not there, or was freed")
+                raise AssertionError(self.wrong[-1])
+
+    def check(self, what: str, *things: int) -> None:
+        """As `require`; and note where a thing is another GPU's than the thread's."""
+        self.require(what, *things)
+        for thing in things:
+            self.check_current(what, self._owners[thing])
+
+    def check_current(self, what: str, gpu: int) -> None:
+        """Note where something is done on another GPU than the thread's."""
+        if gpu != self.current:
+            self.wrong.append(f"{what} of GPU {gpu} with GPU {self.current} current")
 
     def made(self, thing: int) -> tuple[int, int]:
         self.set_up.add(self.current)
@@ -123,17 +150,20 @@ class Gpus:
 
     def _copied(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
         ends = {"DeviceToHost": (source,), "HostToDevice": (target,)}.get(kind, (source, target))
+        self.require(kind, target, source)
         self.check(kind, *ends)
         self.queue(kind, stream, lambda: self._moved(kind, target, source, size))
         return (0,)
 
     def _moved(self, kind: str, target: int, source: int, size: int) -> None:
-        self.copied[kind] += size
+        self.require(kind, target, source)
+        self.copies.append((kind, size))
         ctypes.memmove(target, source, size)
 
     def _taken(self, *arguments: int) -> tuple[int]:
         target, gpu, source, other, size, stream = arguments
         kind = "direct" if (gpu, other) in self._reaching else "staged"
+        self.require("MemcpyPeerAsync", source)
         self.check("MemcpyPeerAsync", target)
         if (self._owners[target], self._owners[source]) != (gpu, other):
             self.wrong.append(f"a copy from GPU {self._owners[source]} to {self._owners[target]} as {other} to {gpu}")
@@ -150,6 +180,8 @@ class Gpus:
         def free(thing: int) -> tuple[int]:
             self.check(what, thing)
             del self._owners[thing]
+            self._blocks.pop(thing, None)
+            self._graphs.pop(thing, None)
             return (0,)
 
         return free
@@ -162,18 +194,20 @@ class Gpus:
     def _ended(self, stream: int) -> tuple[int, int]:
         self.check("StreamEndCapture", stream)
         graph = next(self._names)
-        self._recorded[graph] = self._recording.pop(stream)
+        self._graphs[graph] = self._recording.pop(stream)
+        self.recorded += 1
         return self.made(graph)
 
     def _instantiated(self, graph: int, _: int) -> tuple[int, int]:
         self.check("GraphInstantiate", graph)
         made = next(self._names)
-        self._recorded[made] = self._recorded[graph]
+        self._graphs[made] = self._graphs[graph]
         return self.made(made)
 
     def _launched(self, graph: int, stream: int) -> tuple[int]:
         self.check("GraphLaunch", graph, stream)
-        for work in self._recorded[graph]:
+        self.launched += 1
+        for work in self._graphs[graph]:
             work()
         return (0,)
 
@@ -243,6 +277,9 @@ class _Engine:
         self.types = {one.name: one.type for one in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.num_io_tensors = len(self.types)
 
+    def __del__(self) -> None:
+        self.gpus.check_current("an engine is destroyed", self.gpu)
+
     def get_tensor_name(self, index: int) -> str:
         return tuple(self.types)[index]
 
@@ -258,9 +295,11 @@ class _Context:
         self._addresses: dict[str, int] = {}
         self._check("create_execution_context")
 
+    def __del__(self) -> None:
+        self._gpus.check_current("a context is destroyed", self._engine.gpu)
+
     def _check(self, what: str, *things: int) -> bool:
-        if self._engine.gpu != self._gpus.current:
-            self._gpus.wrong.append(f"{what} of GPU {self._engine.gpu} with GPU {self._gpus.current} current")
+        self._gpus.check_current(what, self._engine.gpu)
         self._gpus.check(what, *things)
         return True
 
@@ -296,6 +335,7 @@ class _Context:
         return True
 
     def _run(self) -> None:
+        self._gpus.require("execute_async_v3", *self._addresses.values())
         for name, array in self._inputs.items():
             ctypes.memmove(array.ctypes.data, self._addresses[name], array.nbytes)
         made = self._computed()

@@ -274,6 +274,32 @@ def test_a_failed_copy_gives_the_thread_its_gpu_back(gpus: Gpus) -> None:
         assert gpus.current == 0
 
 
+def test_what_is_freed_or_let_go_of_on_the_wrong_gpu_is_noticed(gpus: Gpus, cache: Path) -> None:
+    """The stand-ins themselves."""
+    first, second = cuda.devices()
+    host, memory, stream = cuda.pinned(first, (4,), np.float32), cuda.Memory(first, 16), cuda.Stream(first)
+    graph = stream.recorded(lambda: stream.upload(host, memory.address))
+    address = memory.address
+    del memory
+    assert not gpus.holds(address)
+    for touch in (lambda: first.call("cudaFree", address), lambda: stream.upload(host, address)):
+        with pytest.raises(AssertionError, match="was freed"):
+            touch()
+    with pytest.raises(AssertionError, match="HostToDevice of what is not there"):
+        graph.launch(stream)
+    assert len(gpus.wrong) == 3
+    with second.current():
+        second.runtime.cudaStreamSynchronize(stream.handle)
+        engine = gpus.flavour.Runtime(None).deserialize_cuda_engine(
+            next(cache.glob("engines/*/model.engine")).read_bytes()
+        )
+        context = engine.create_execution_context(None)
+    del context, engine
+    assert [words.partition(" of GPU")[0] for words in gpus.wrong[3:]] == [
+        "StreamSynchronize", "a context is destroyed", "an engine is destroyed",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("peers", "enabled"), [(True, False), (True, True), (False, False)])
 def test_memory_is_copied_between_gpus_directly_where_that_can_be(gpus: Gpus, peers: bool, enabled: bool) -> None:
     """enabled: by another library of the process."""
