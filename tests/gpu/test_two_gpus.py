@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,19 @@ def two() -> None:
 
 
 def test_what_is_set_up_is_known() -> None:
-    first = cuda.device()
-    cuda.Stream(first).wait()
-    assert first._is_set_up(0)
-    assert first.name
+    """In a process of its own: in this one anything may have run."""
+    program = """
+from tandemrt.runtime.backends import cuda
+first, *others = cuda.devices()
+print(first._is_set_up(0))
+cuda.Stream(first).wait()
+print(first._is_set_up(0), any(first._is_set_up(other.index) for other in others), first.name)
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, after = told.splitlines()
+    assert before == "False"
+    assert after.startswith("True False ")
+    assert after.split()[2:]
 
 
 @pytest.mark.usefixtures("two")

@@ -278,8 +278,8 @@ def test_what_is_freed_or_let_go_of_on_the_wrong_gpu_is_noticed(gpus: Gpus, cach
     """The stand-ins themselves."""
     first, second = cuda.devices()
     host, memory, stream = cuda.pinned(first, (4,), np.float32), cuda.Memory(first, 16), cuda.Stream(first)
-    graph = stream.recorded(lambda: stream.upload(host, memory.address))
     address = memory.address
+    graph = stream.recorded(lambda: stream.upload(host, address))
     del memory
     assert not gpus.holds(address)
     for touch in (lambda: first.call("cudaFree", address), lambda: stream.upload(host, address)):
