@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import weakref
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.targets import parse_target
 
+from .stand_in_gpus import Gpus
 from .tiny_bundle import write_tiny_bundle
 
 TARGETS = ("tensorrt-rtx:sm89:fp32", "tensorrt-rtx:portable", "tensorrt:sm90:fp16")
@@ -68,46 +68,6 @@ def test_a_flavour_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPat
         imported("tensorrt")
 
 
-class Host:
-    """Memory of the host's in place of a GPU's, which knows what is freed, and how many graphs were recorded."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, Any] = {}
-        self.freed: list[int] = []
-        self.graphs = 0
-
-    def allocated(self, size: int) -> tuple[int, int]:
-        block = (ctypes.c_byte * size)()
-        self.blocks[ctypes.addressof(block)] = block
-        return 0, ctypes.addressof(block)
-
-    def recorded(self, _: int) -> tuple[int, int]:
-        self.graphs += 1
-        return 0, self.graphs
-
-    @property
-    def runtime(self) -> Any:
-        """What stands for CUDA's runtime; nothing is copied or launched."""
-        silent = ("StreamBeginCapture", "StreamSynchronize", "StreamDestroy", "MemcpyAsync", "FreeHost")
-        silent += ("GraphLaunch", "GraphDestroy", "GraphExecDestroy")
-        functions = {
-            **dict.fromkeys(silent, lambda *_: (0,)),
-            **dict.fromkeys(("StreamCreateWithFlags", "GraphInstantiate", "DeviceGetAttribute"), lambda *_: (0, 8)),
-            **dict.fromkeys(("Malloc", "MallocHost"), self.allocated),
-            "Free": lambda address: (self.freed.append(address), (0,))[1],
-            "StreamEndCapture": self.recorded,
-            "GetDevice": lambda: (0, 0),
-        }
-        kinds = {
-            "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
-            "MemcpyKind": ("MemcpyHostToDevice", "MemcpyDeviceToHost"),
-            "StreamCaptureMode": ("StreamCaptureModeRelaxed",),
-        }
-        named = {kind: SimpleNamespace(**{f"cuda{name}": name for name in names}) for kind, names in kinds.items()}
-        both = {**functions, **named, "StreamNonBlocking": 1}
-        return SimpleNamespace(**{f"cuda{name}": value for name, value in both.items()})
-
-
 class Context:
     """Stands for an execution context that wants so much scratch memory; `scratch` is what it was pointed at."""
 
@@ -128,33 +88,33 @@ class Context:
 
 
 def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
-    host = Host()
+    gpus = Gpus(["sm89"])
     specs = [TensorSpec(name=name, dtype="float32", shape=(2, 3)) for name in ("x", "y")]
     session: Any = SimpleNamespace(
-        device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
+        device=cuda.Device(gpus.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
     )
     contexts = [Context(10), Context(100)]
     session.blocks = session.device.blocks(1)
     small, large = (TensorRtBinding(session, context, 0, {"x": (2, 3)}) for context in contexts)
     for _ in range(3):
         small.run()
-    assert host.graphs == 1
-    first, _ = contexts[0].scratch
-    assert first not in host.freed
+    assert gpus.recorded == 1
+    assert gpus.owned()[10] == 1
     large.run()
-    assert first in host.freed
+    assert 10 not in gpus.owned()
     assert contexts[1].scratch[1] == 100
     for _ in range(3):
         small.run()
     assert contexts[0].scratch == contexts[1].scratch
-    assert host.graphs == 2
+    assert gpus.recorded == 2
+    assert gpus.wrong == []
 
 
 def test_runs_that_overlap_have_scratch_memory_of_their_own() -> None:
-    host = Host()
+    gpus = Gpus(["sm89"])
     specs = [TensorSpec(name=name, dtype="float32", shape=(2, 3)) for name in ("x", "y")]
     session: Any = SimpleNamespace(
-        device=cuda.Device(host.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
+        device=cuda.Device(gpus.runtime), inputs=specs[:1], outputs=specs[1:], generation=0, live=lambda: None
     )
     contexts = [Context(50) for _ in range(5)]
     # Whatever order they were bound in, as by several threads.
@@ -171,7 +131,8 @@ def test_runs_that_overlap_have_scratch_memory_of_their_own() -> None:
         for binding in bindings:
             binding.run()
     assert [context.scratch for context in contexts] == moved
-    assert host.graphs == len(contexts)
+    assert gpus.recorded == len(contexts)
+    assert gpus.wrong == []
     assert not any(block.lock.locked() for block in blocks)
     assert session.device.blocks(2) == blocks[:2]
 
@@ -183,7 +144,7 @@ def test_kernels_are_saved_while_their_engine_is_there() -> None:
     engine = Freed()
     alive, saved = weakref.ref(engine), list[bool]()
     session = TensorRtSession.__new__(TensorRtSession)
-    session._loaded, session.device = engine, cuda.Device(Host().runtime)
+    session._loaded, session.device = engine, cuda.Device(Gpus(["sm89"]).runtime)
     session._kernels = SimpleNamespace(save=lambda: saved.append(alive() is not None))  # type: ignore[assignment]
     del engine
     session.close()

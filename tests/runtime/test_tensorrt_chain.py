@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,88 +15,16 @@ from tandemrt.runtime.backends.base import Chaining
 from tandemrt.runtime.backends.tensorrt_binding import TensorRtBinding
 from tandemrt.runtime.manifest import TensorSpec
 
+from .stand_in_gpus import Gpus
+
 SHAPE = (2, 3)
 SPECS = {name: TensorSpec(name=name, dtype="float32", shape=SHAPE) for name in ("state", "row", "whole", "next")}
-
-
-class Gpu:
-    """CUDA's runtime on the host: what is queued runs at once, or is recorded while a stream is captured."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, Any] = {}
-        self._capturing: list[Callable[[], None]] | None = None
-        self._graphs: dict[int, list[Callable[[], None]]] = {}
-        self.copied: list[str] = []
-        self.launched = 0
-
-    def queue(self, work: Callable[[], None]) -> None:
-        if self._capturing is None:
-            work()
-        else:
-            self._capturing.append(work)
-
-    def _allocate(self, size: int) -> tuple[int, int]:
-        block = (ctypes.c_byte * size)()
-        self._blocks[ctypes.addressof(block)] = block
-        return 0, ctypes.addressof(block)
-
-    def _copy(self, to: int, source: int, size: int, kind: str, _: int) -> tuple[int]:
-        def copy() -> None:
-            self.copied.append(kind.removeprefix("cudaMemcpy"))
-            ctypes.memmove(to, source, size)
-
-        self.queue(copy)
-        return (0,)
-
-    def _begin(self, *_: Any) -> tuple[int]:
-        self._capturing = []
-        return (0,)
-
-    def _end(self, _: int) -> tuple[int, int]:
-        assert self._capturing is not None
-        self._graphs[len(self._graphs) + 1], self._capturing = self._capturing, None
-        return 0, len(self._graphs)
-
-    def _launch(self, graph: int, _: int) -> tuple[int]:
-        self.launched += 1
-        for work in self._graphs[graph]:
-            work()
-        return (0,)
-
-    @property
-    def recorded(self) -> int:
-        return len(self._graphs)
-
-    @property
-    def runtime(self) -> Any:
-        silent = ("StreamSynchronize", "StreamDestroy", "Free", "FreeHost", "GraphDestroy", "GraphExecDestroy")
-        functions = {
-            **dict.fromkeys(silent, lambda *_: (0,)),
-            **dict.fromkeys(("StreamCreateWithFlags", "DeviceGetAttribute"), lambda *_: (0, 8)),
-            **dict.fromkeys(("Malloc", "MallocHost"), self._allocate),
-            "GraphInstantiate": lambda graph, _: (0, graph),
-            "MemcpyAsync": self._copy,
-            "StreamBeginCapture": self._begin,
-            "StreamEndCapture": self._end,
-            "GraphLaunch": self._launch,
-            "GetDevice": lambda: (0, 0),
-        }
-        kinds = {
-            "DeviceAttr": ("DevAttrComputeCapabilityMajor", "DevAttrComputeCapabilityMinor"),
-            "MemcpyKind": ("MemcpyHostToDevice", "MemcpyDeviceToHost", "MemcpyDeviceToDevice"),
-            "StreamCaptureMode": ("StreamCaptureModeRelaxed",),
-        }
-        named = {
-            kind: SimpleNamespace(**{f"cuda{name}": f"cuda{name}" for name in names}) for kind, names in kinds.items()
-        }
-        both = {**functions, **named, "StreamNonBlocking": 1}
-        return SimpleNamespace(**{f"cuda{name}": value for name, value in both.items()})
 
 
 class Context:
     """Stands for an execution context: next = factor · state + row + whole."""
 
-    def __init__(self, gpu: Gpu, factor: float, wants: int) -> None:
+    def __init__(self, gpu: Gpus, factor: float, wants: int) -> None:
         self._gpu, self._factor, self._wants = gpu, factor, wants
         self._arrays: dict[str, Any] = {}
 
@@ -112,8 +39,8 @@ class Context:
         self._arrays[name] = np.frombuffer(block, np.float32).reshape(SHAPE)
         return True
 
-    def execute_async_v3(self, _: int) -> bool:
-        self._gpu.queue(self._run)
+    def execute_async_v3(self, stream: int) -> bool:
+        self._gpu.queue("execute_async_v3", stream, self._run)
         return True
 
     def _run(self) -> None:
@@ -128,7 +55,7 @@ class Bindings:
     """Two engines' bindings on a GPU, of whose session all but the weights' generation is silent."""
 
     def __init__(self) -> None:
-        self.gpu = Gpu()
+        self.gpu = Gpus(["sm89"])
         specs = tuple(SPECS.values())
         self.session: Any = SimpleNamespace(
             device=cuda.Device(self.gpu.runtime), inputs=specs[:3], outputs=specs[3:], generation=0, live=lambda: None
@@ -168,11 +95,12 @@ def test_rows_carry_their_state_from_engine_to_engine_without_leaving_the_gpu() 
     assert isinstance(two.large, Chaining)
     chain = two.chain()
     for seed in range(4):
-        two.gpu.copied.clear()
+        two.gpu.copies.clear()
         np.testing.assert_array_equal(*two.ran(chain, seed))
         # Every input once, what each row is given, the state from row to row, the result.
         inputs, rows = ["HostToDevice"] * 6, ["HostToDevice"] + ["HostToDevice", "DeviceToDevice"] * 2
-        assert two.gpu.copied == [*inputs, *rows, "DeviceToHost"]
+        assert [kind for kind, _ in two.gpu.copies] == [*inputs, *rows, "DeviceToHost"]
+    assert two.gpu.wrong == []
     assert (two.gpu.recorded, two.gpu.launched) == (1, 3)  # the first run is not recorded
 
 
