@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .engine_search import engines_of, fitting_engines
 from .engine_session import engine_target
 from .errors import EngineError
 from .loras import Fitted
+from .step_sampler import Key
 from .targets import ENGINES_ONLY, Target
 from .variant import PLAIN, Variant
 
@@ -26,46 +27,55 @@ class LoraEngines:
     def __init__(self, bundle: Bundle, target: Target, cache: Path) -> None:
         self._bundle, self._target, self._cache = bundle, target, cache
 
-    def chosen(self, fitted: Fitted, shape: Shape, *, steps: bool) -> Fitted:
+    def chosen(self, fitted: Fitted, shape: Shape, steps: Mapping[Key, Variant]) -> Fitted:
         """The same LoRAs, with the components told whose engines are to hold them in their weights.
 
         Engines with slots come first: requests with different LoRAs run on them at once, and each costs nothing to
         begin. Among those that are there for the latents' size, then among all, which errors at the call are about.
 
-        shape: the latents', (B, C, h, w). steps: whether step engines may run the rows.
+        shape: the latents', (B, C, h, w). steps: the step engines that may run the rows, as of `step_variants`; they
+            run all of them, or none.
 
         Raises:
             EngineError: a component's engines take no LoRAs, with the commands that build some.
         """
-        return replace(
-            fitted, in_weights=frozenset(name for name in fitted.adapters if self._refits(fitted, name, shape, steps))
-        )
+        with_steps = {name for name, _ in steps if self._has_steps(fitted, name, shape, _of(name, steps))}
+        in_weights = set()
+        for name in fitted.adapters:
+            others = {other for other, _ in steps if other != name}
+            if self._refits(fitted, name, shape, _of(name, steps) if others <= with_steps else []):
+                in_weights.add(name)
+        return replace(fitted, in_weights=frozenset(in_weights))
 
-    def _refits(self, fitted: Fitted, name: str, shape: Shape, steps: bool) -> bool:
-        slots = fitted.variant(name)
-        target = engine_target(self._bundle, name, self._target)
-        listed = engines_of(self._bundle, name, target, cache=self._cache)
-        engines = [engine for _, engine, misfit in listed if misfit is None]
+    def _has_steps(self, fitted: Fitted, name: str, shape: Shape, steps: list[Variant]) -> bool:
+        """Whether a denoiser has all these step engines, which take its LoRAs where it has some."""
+        there = [engine for engine in self._engines(name) if _holds(engine, shape)]
+        slots, changed = fitted.variant(name), name in fitted.adapters
+        return _serve(there, slots, steps, refit=False) or (changed and _serve(there, PLAIN, steps, refit=True))
 
-        def are(fits: Callable[[Engine, Shape], bool], variant: Variant) -> bool:
-            kinds = (None, "guided", "unguided") if steps else (None,)
-            wanted = [msgspec.structs.replace(variant, step=kind) for kind in kinds]
-            return any(
-                fits(engine, shape)
-                and any(engine.ingredients.variant.serves(one) for one in wanted)
-                and (variant != PLAIN or engine.ingredients.refittable)
-                for engine in engines
-            )
+    def _refits(self, fitted: Fitted, name: str, shape: Shape, steps: list[Variant]) -> bool:
+        """Whether engines that can be refitted are to hold a component's LoRAs, for want of some with slots.
 
-        for fits in (_holds, _any):
-            for variant in (slots, PLAIN):
-                if are(fits, variant):
-                    return variant == PLAIN
-        self._tell(name, target, slots, shape)
+        steps: the step engines that may run its rows.
+        """
+        engines, slots = self._engines(name), fitted.variant(name)
+        for there in ([engine for engine in engines if _holds(engine, shape)], engines):
+            for variant, refit in ((slots, False), (PLAIN, True)):
+                if _serve(there, variant, [PLAIN], refit=refit) or (
+                    steps and _serve(there, variant, steps, refit=refit)
+                ):
+                    return refit
+        self._tell(name, slots, shape)
         return False
 
-    def _tell(self, name: str, target: Target, slots: Variant, shape: Shape) -> None:
+    def _engines(self, name: str) -> list[Engine]:
+        target = engine_target(self._bundle, name, self._target)
+        listed = engines_of(self._bundle, name, target, cache=self._cache)
+        return [engine for _, engine, misfit in listed if misfit is None]
+
+    def _tell(self, name: str, slots: Variant, shape: Shape) -> None:
         """Raise that none takes LoRAs."""
+        target = engine_target(self._bundle, name, self._target)
         seen = {"noise": shape}  # for the command: none serves, whatever the shapes
         try:
             fitting_engines(self._bundle, name, target, seen, cache=self._cache, variant=slots)
@@ -77,8 +87,18 @@ class LoraEngines:
             raise EngineError(name, error.what, remedy=f"{remedy} at a time.") from error
 
 
-def _any(engine: Engine, shape: Shape) -> bool:
-    return True
+def _of(name: str, steps: Mapping[Key, Variant]) -> list[Variant]:
+    return [step for (denoiser, _), step in steps.items() if denoiser == name]
+
+
+def _serve(engines: Sequence[Engine], variant: Variant, wanted: Sequence[Variant], *, refit: bool) -> bool:
+    """Whether engines have all that is wanted, a whole model or the kinds of a step engine, with a variant's slots.
+
+    refit: whether they must be such as can be refitted.
+    """
+    made_as = [one.ingredients.variant for one in engines if one.ingredients.refittable or not refit]
+    every = [msgspec.structs.replace(variant, step=one.step, timesteps=one.timesteps) for one in wanted]
+    return all(any(made.serves(one) for made in made_as) for one in every)
 
 
 def _holds(engine: Engine, shape: Shape) -> bool:

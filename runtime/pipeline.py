@@ -36,7 +36,7 @@ from .ran_on import Ran
 from .request import Request
 from .request_checks import checked_array, checked_loras, require_known
 from .rows import Rows
-from .sampling import models_of, open_loop, takes_step_engines
+from .sampling import models_of, open_loop, step_variants
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
@@ -222,7 +222,7 @@ class Pipeline:
             return Fitted()
         encodes = bool(request.prompts) or (any(plan.guided) and bool(request.negative_prompts))
         fitted = self._loras.fitted(checked_loras(request.loras), plan.denoisers, encodes=encodes)
-        return self._lora_engines.chosen(fitted, shape, steps=takes_step_engines(plan))
+        return self._lora_engines.chosen(fitted, shape, step_variants(plan))
 
     def _run(self, job: _Job, cancelled: threading.Event) -> Events:
         """Run a job when it is its turn; closing the pipeline cancels it, wherever it is."""

@@ -26,6 +26,7 @@ from .stage_parts import Stages, bound_parts
 from .step_engines import StepEngines, Wanted
 from .step_inputs import given_inputs, input_shapes
 from .step_sampler import Key, StepSampler
+from .variant import Variant
 from .window import Window
 
 Float32 = npt.NDArray[np.float32]
@@ -41,9 +42,20 @@ class Loop(Protocol):
         """Advance `state` in place, row by row."""
 
 
-def takes_step_engines(plan: Plan) -> bool:
-    """Whether a plan may run on step engines, which have both branches of guidance in one call, and show neither."""
-    return plan.placement in ("batched", "auto") and plan.adaptive is None
+def step_variants(plan: Plan) -> dict[Key, Variant]:
+    """The step engines that run a plan, without LoRAs, by denoiser and whether both branches run; none where none may.
+
+    They have both branches of guidance in one call, and show neither.
+    """
+    if plan.placement not in ("batched", "auto") or plan.adaptive is not None:
+        return {}
+    timesteps: dict[Key, list[float]] = {}
+    for key, timestep in zip(zip(plan.denoisers, plan.guided, strict=True), plan.table.timesteps.tolist(), strict=True):
+        timesteps.setdefault(key, []).append(timestep)
+    return {
+        (name, guided): Variant(step="guided" if guided else "unguided", timesteps=tuple(dict.fromkeys(taken)))
+        for (name, guided), taken in timesteps.items()
+    }
 
 
 def open_loop(
@@ -62,7 +74,8 @@ def open_loop(
         EngineError: the target runs engines alone, and one is missing; or the cache is not the user's own.
     """
     plan, conditioning = rows.plan, rows.conditioning
-    steps = engines.load(_wanted(rows, shape), before=before, ran=rows.ran) if takes_step_engines(plan) else None
+    wanted = _wanted(rows, shape)
+    steps = engines.load(wanted, before=before, ran=rows.ran) if wanted else None
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
 
@@ -146,15 +159,9 @@ def _sessions(
 
 def _wanted(rows: Rows, shape: Shape) -> dict[Key, Wanted]:
     """What the rows want of step engines, by denoiser and whether both branches run."""
-    plan = rows.plan
-    timesteps: dict[Key, list[float]] = {}
-    for key, timestep in zip(zip(plan.denoisers, plan.guided, strict=True), plan.table.timesteps.tolist(), strict=True):
-        timesteps.setdefault(key, []).append(timestep)
-    wanted = {}
-    for (name, guided), taken in timesteps.items():
-        variant = msgspec.structs.replace(
-            rows.loras.variant(name), step="guided" if guided else "unguided", timesteps=tuple(dict.fromkeys(taken))
-        )
+    plan, wanted = rows.plan, {}
+    for (name, guided), step in step_variants(plan).items():
+        variant = msgspec.structs.replace(rows.loras.variant(name), step=step.step, timesteps=step.timesteps)
         shapes, refit = _Shapes(rows, shape, name, guided), name in rows.loras.in_weights
         wanted[name, guided] = Wanted(variant, plan.table.history, shapes, refit)
     return wanted

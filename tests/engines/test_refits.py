@@ -130,6 +130,36 @@ def test_slots_come_first_where_they_fit_the_pictures_size(tiny: Bundle, cache: 
     assert (variants(small), variants(large)) == (["refitted"], [f"1 LoRA slot of rank {RANK}"])
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5)], ids=["guided", "both kinds"])
+def test_step_engines_with_slots_come_first_where_they_have_all_kinds_of_rows(
+    tiny: Bundle, cache: Path, loras: tuple[Path, Path], interval: tuple[float, float]
+) -> None:
+    put(tiny, cache, "unet", profile="64x64:b1:guided", lora_slots=1, lora_rank=RANK, step=True)
+    request = {**REQUEST, "loras": {loras[1]: 0.5}, "guidance_interval": interval}
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        made = pipe(**request)
+    slots = f"1 LoRA slot of rank {RANK}, "
+    assert variants(made) == (["refitted"] if interval[1] < 1 else [f"{slots}guided step"])
+    put(tiny, cache, "unet", profile="64x64:b1:unguided", lora_slots=1, lora_rank=RANK, step=True)
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        made = pipe(**request)
+    assert variants(made)[0] == f"{slots}guided step"
+    assert variants(made)[1:] == ([f"{slots}unguided step"] if interval[1] < 1 else [])
+
+
+def test_step_engines_with_slots_are_of_no_use_where_another_denoiser_lacks_its_own(
+    tiny: Bundle, cache: Path, loras: tuple[Path, Path]
+) -> None:
+    put(tiny, cache, "unet", profile="64x64:b1:guided", lora_slots=1, lora_rank=RANK, step=True)
+    steps = {"unet": 2, "unet_small": 1}
+    request = {**REQUEST, "loras": {loras[1]: 0.5}, "num_inference_steps": None, "steps": steps}
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        assert variants(pipe(**request)) == ["refitted"]
+    put(tiny, cache, "unet_small", profile="64x64:b1:guided", step=True)
+    with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
+        assert variants(pipe(**request)) == [f"1 LoRA slot of rank {RANK}, guided step"]
+
+
 def test_each_component_takes_its_loras_as_its_engines_do(
     tiny: Bundle, cache: Path, sets: list[dict[Path, float]]
 ) -> None:
