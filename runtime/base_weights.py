@@ -81,8 +81,9 @@ class Changes(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         (one, *_), *_ = parts = self._parts[name]
         added: Float32 = np.zeros(one.shape, np.float32)
-        for _, scale, change in parts:
-            added += np.float32(scale) * (change.up @ change.down).reshape(one.shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is added
+            for _, scale, change in parts:
+                added += np.float32(scale) * (change.up @ change.down).reshape(one.shape)
         return added.T if one.turned else added
 
     def __iter__(self) -> Iterator[str]:

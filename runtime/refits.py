@@ -151,7 +151,8 @@ class Refits:
             return
         engine.holds = None
         if engine.name not in self._bases:
-            # The files are proved once they are open, so that nothing can come in their place.
+            # Proved by their paths once they are open: what came in the place of a file since the bundle was opened is
+            # found, unless it went again in between. Who writes into a file afterwards changes what is read.
             base = BaseWeights(self._bundle.model_path(engine.name))
             self._bundle.check_component(engine.name)
             self._bases[engine.name] = base

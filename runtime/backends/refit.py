@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import EngineError, ExecutionError
 from .base import Array
-from .buffers import one_line
+from .tensorrt_log import last_said
 
 
 class Refit:
@@ -66,5 +66,4 @@ class Refit:
         return values
 
     def _failed(self, what: str) -> ExecutionError:
-        said = "; ".join(one_line(message) for message in self._log.messages) or "it did not say why"
-        return ExecutionError(self._name, f"TensorRT failed: {what} ({said[:1000]})")
+        return ExecutionError(self._name, f"TensorRT failed: {what} ({last_said(self._log)})")

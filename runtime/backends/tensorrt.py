@@ -12,13 +12,12 @@ from ..engine_search import profile_for
 from ..errors import EngineError, ExecutionError
 from ..files import sweep_parts, write_whole
 from .base import Array, Shape
-from .buffers import one_line, require_numpy_types, symbol_sizes
+from .buffers import require_numpy_types, symbol_sizes
 from .cuda import Scratch, device
 from .modules import imported
 from .refit import Refit
 from .tensorrt_binding import TensorRtBinding
-
-_KEPT_MESSAGES = 4
+from .tensorrt_log import error_log, last_said
 
 
 class TensorRtSession:
@@ -39,7 +38,7 @@ class TensorRtSession:
         self.device = device(gpu)
         self.blocks: Sequence[Scratch] = self.device.blocks(1)
         trt = imported(engine.ingredients.backend)
-        self._log = _log(trt)
+        self._log = error_log(trt)
         with self.device.current():  # an engine is of the device that is current when it is loaded
             self._runtime = trt.Runtime(self._log)
             self._loaded: Any = _deserialized(self._runtime, folder, engine, self._log)
@@ -106,8 +105,7 @@ class TensorRtSession:
 
     def failed(self, what: str) -> ExecutionError:
         """An error of that kind with what TensorRT said last."""
-        said = "; ".join(one_line(message) for message in self._log.messages) or "it did not say why"
-        return ExecutionError(self._name, f"TensorRT failed: {what} ({said[:1000]})")
+        return ExecutionError(self._name, f"TensorRT failed: {what} ({last_said(self._log)})")
 
 
 class _Kernels:
@@ -158,26 +156,10 @@ def _deserialized(runtime: Any, folder: Path, engine: Engine, log: Any) -> Any:
     loaded = runtime.deserialize_cuda_engine((folder / file).read_bytes())
     remedy = "Build the engine again with `tandemrt build-engine`."
     if loaded is None:
-        said = "; ".join(one_line(message) for message in log.messages)[:1000] or "it did not say why"
-        raise EngineError(str(folder / file), f"TensorRT refuses the engine ({said})", remedy=remedy)
+        raise EngineError(str(folder / file), f"TensorRT refuses the engine ({last_said(log)})", remedy=remedy)
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
     listed = {spec.name for spec in (*engine.inputs, *engine.outputs)}
     if names != listed:
         expected = ", ".join(sorted(listed))
         raise EngineError(str(folder / file), "tensors", got=sorted(names), expected=expected, remedy=remedy)
     return loaded
-
-
-def _log(trt: Any) -> Any:
-    """A logger of the flavour that keeps its last errors for ours; the class is made here, where its base is known."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.messages = [*self.messages, message][-_KEPT_MESSAGES:]
-
-    return Log()

@@ -37,7 +37,7 @@ class Refitter:
     fails = ""
 
     def __init__(self, engine: dict[str, Any], log: Any) -> None:
-        self.engine, self.new = engine, dict[str, Any]()
+        self.engine, self.log, self.new = engine, log, dict[str, Any]()
 
     def get_all_weights(self) -> list[str]:
         return list(self.engine)
@@ -53,6 +53,7 @@ class Refitter:
         """Refit, or put what is at hand anywhere and say no."""
         if Refitter.fails and Refitter.fails in self.new:
             self.engine[Refitter.fails] = np.zeros_like(self.engine[Refitter.fails])
+            self.log.messages = ["it was told to"]
             return False
         self.engine.update(self.new)
         return True
@@ -104,7 +105,7 @@ class StandIn:
             model = write_graph(composed(model, variant, self._name), folder / found.folder.name, model.parent)
         self._model = onnx.load(model)
         self._weights = {one.name: numpy_helper.to_array(one) for one in self._model.graph.initializer}
-        self._refit = Refit(TRT, SimpleNamespace(messages=["it was told to"]), self._name)
+        self._refit = Refit(TRT, SimpleNamespace(messages=[]), self._name)
         self._running, self._lock = 0, threading.Lock()
         self._load()
 

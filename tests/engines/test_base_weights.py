@@ -85,6 +85,19 @@ def test_weights_are_always_made_from_the_base() -> None:
         refit.apply(engine, base, {"a": change.T})
     with pytest.raises(ExecutionError, match=r"weight 'c' of shape \(3, 4\) is refused \(too large\)"):
         refit.apply({**engine, "c": np.zeros(1)}, base, {"c": change})
+    with pytest.raises(ExecutionError, match=r"weight 'c' of shape \(3, 4\) is refused \(it did not say why\)"):
+        refit.apply({**engine, "c": np.zeros(1)}, base, {"c": change})
+
+
+def test_a_change_that_overflows_is_refused_without_a_warning(tiny: Bundle) -> None:
+    base = BaseWeights(tiny.model_path("unet"))
+    module, projection = next(iter(base.projections.items()))
+    made, read = projection.shape[0], int(np.prod(projection.shape[1:]))
+    huge = LowRank(np.full((1, read), 1e30, np.float32), np.full((made, 1), 1e30, np.float32))
+    changes = Changes(base, [Adapter("up", {module: huge}, 2.0), Adapter("down", {module: huge}, -2.0)])
+    refit = Refit(TRT, SimpleNamespace(messages=[]), "unet")
+    with pytest.raises(ExecutionError, match="got 'NaN or Inf'"):
+        refit.apply(dict(base), base, changes)
 
 
 def test_what_loras_add_equals_their_slots(tiny: Bundle, tmp_path: Path) -> None:
