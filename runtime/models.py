@@ -97,7 +97,7 @@ class Models:
             key = name, variant, refit, threads, streams, device
             if key not in self._sessions:
                 self._sessions[key] = self._opened(*key)
-            self._loaders[name, threads, streams, device].overlap(max(calls, workers))
+            self._loader(name, threads, streams, device).overlap(max(calls, workers))
             return self._sessions[key]
 
     def require_second(self, name: str, variant: Variant, *, refit: bool = False) -> None:
@@ -143,20 +143,23 @@ class Models:
         self, name: str, variant: Variant, refit: bool, threads: int | None, streams: int, device: int
     ) -> Session:
         self._bundle.check_component(name)
-        # Of what is wanted of engines much is served by the same ones, which are loaded once.
-        key = name, threads, streams, device
-        if key not in self._loaders:
-            self._loaders[key] = Loader(self._bundle, name, self._targets[device], threads, streams, self._cache)
-            self._loaders[key].refits = self.refits
-        session = self._loaders[key].session(variant, refit=refit)
+        session = self._loader(name, threads, streams, device).session(variant, refit=refit)
         if variant != PLAIN:
             return session
         try:
             self._bundle.check_tensors(name, session.inputs, session.outputs)
         except BundleError:
-            self._loaders.pop(key).close()
+            self._loaders.pop((name, threads, streams, device)).close()
             raise
         return session
+
+    def _loader(self, name: str, threads: int | None, streams: int, device: int) -> Loader:
+        """The loader of these: of what is wanted of engines much is served by the same ones, which are loaded once."""
+        key = name, threads, streams, device
+        if key not in self._loaders:
+            self._loaders[key] = Loader(self._bundle, name, self._targets[device], threads, streams, self._cache)
+            self._loaders[key].refits = self.refits
+        return self._loaders[key]
 
     def encode_texts(
         self, loras: Fitted, prompts: Sequence[Sequence[str]], *, strict: bool, before: Callable[[], None], ran: Ran

@@ -100,8 +100,11 @@ def test_scratch_memory_that_grows_is_freed_first_and_records_anew() -> None:
         small.run()
     assert gpus.recorded == 1
     assert gpus.owned()[10] == 1
+    runtime, beside = session.device.runtime, list[bool]()
+    malloc = runtime.cudaMalloc
+    runtime.cudaMalloc = lambda size: (beside.append(10 in gpus.owned()), malloc(size))[1]
     large.run()
-    assert 10 not in gpus.owned()
+    assert beside == [False]
     assert contexts[1].scratch[1] == 100
     for _ in range(3):
         small.run()
