@@ -21,7 +21,10 @@ from .tensorrt_log import error_log, last_said
 
 
 class TensorRtSession:
-    """An engine on a GPU; see `Session`. Every binding has an execution context, which serves one thread."""
+    """An engine on a GPU; see `Session`. Every binding has an execution context, which serves one thread.
+
+    device, blocks, generation: as of `Owner`.
+    """
 
     def __init__(self, folder: Path, engine: Engine, gpu: int = 0) -> None:
         """Load the engine in `folder`, its files proved by the caller to be those that `engine` lists.
