@@ -78,7 +78,7 @@ class Models:
     ) -> Session:
         """The component `name`, loaded, on engines of another variant where one is named.
 
-        refit: on such as can be refitted alone, in a generation that has its turn; see `Refits`.
+        refit: on such as can be refitted alone, in a generation that has its turn; see `Turns`.
         calls: how many run at once for one generation. Where a backend must be told when it loads a model, what is made
             for two is another session, with weights of its own.
         workers: how many runs there are at once, of this model and of others beside it, among which a CPU's threads are

@@ -41,6 +41,7 @@ from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
 from .trace import span
+from .turns import Turns
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +91,7 @@ class Pipeline:
         self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
         self._lora_engines = LoraEngines(bundle, target, cache)
         self._auto = AutoPlacement(bundle, target, threads, cache)
-        self._loras, self._pool = Loras(bundle), Pool()
+        self._loras, self._pool, self._turns = Loras(bundle), Pool(), Turns(self._models.refits.hold)
 
     @classmethod
     def open(
@@ -236,7 +237,7 @@ class Pipeline:
         try:
             with self._pool.lease() as lease:
                 painted = self._painted(job, cancelled, lease, asked)
-                return (yield from self._models.refits.in_turn(job.loras.weights, painted, stop))
+                return (yield from self._turns.in_turn(job.loras.weights, painted, stop))
         except ExecutionError as error:
             if isinstance(error, CancelledError) or not self._models.closed:
                 raise

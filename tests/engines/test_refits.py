@@ -17,7 +17,7 @@ from tandemrt.engines import flavour
 from tandemrt.engines.composed import composed
 from tandemrt.engines.flavour import Options
 from tandemrt.engines.plan import BuildPlan, requests_of
-from tandemrt.runtime import Pipeline, engine_session, refits, targets
+from tandemrt.runtime import Pipeline, engine_session, targets, turns
 from tandemrt.runtime.backends.modules import imported
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -265,7 +265,7 @@ def test_those_of_one_set_run_at_once(tiny: Bundle, cache: Path, sets: list[dict
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refits, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(turns, "PATIENCE_S", 0.05)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -290,7 +290,7 @@ def test_a_stream_that_is_put_aside_goes_on_with_its_own_loras(
 def test_a_stream_that_is_let_go_keeps_nobody_waiting(
     tiny: Bundle, cache: Path, sets: list[dict[Path, float]], let_go: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refits, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(turns, "PATIENCE_S", 60.0)
     with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
         expected = pipe(**REQUEST, loras=sets[2]).latents
         stream = pipe.stream(**REQUEST, loras=sets[1])
@@ -310,7 +310,7 @@ def test_a_stream_that_is_let_go_keeps_nobody_waiting(
 def test_one_that_waits_can_be_ended(
     tiny: Bundle, cache: Path, sets: list[dict[Path, float]], ended: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refits, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(turns, "PATIENCE_S", 60.0)
     with Pipeline.open(tiny.path, TARGET, cache=cache) as pipe:
         ahead = pipe.stream(**REQUEST, loras=sets[1])
         next(ahead)
