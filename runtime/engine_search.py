@@ -76,16 +76,11 @@ def fitting_engines(
     fitting: list[Found] = []
     asked = target.of_component(bundle.component(component))
     for folder, engine, reason in engines_of(bundle, component, target, cache=cache):
-        made_as, answering = engine.ingredients.variant, answers(engine.ingredients, asked)
-        if not made_as.serves(variant):
-            if variant.lora_slots and made_as.serves(msgspec.structs.replace(variant, lora_slots=1, lora_rank=1)):
-                misfits.append((answering, f"{folder.name[:12]} has {made_as}, which are too few or too small"))
-            continue
-        found = None if reason else fitted(folder, engine, shapes)
-        if found is None:
-            misfits.append((answering, f"{folder.name[:12]} {reason or out_of_profile(engine, shapes or {})}"))
-        else:
+        found = _found_or_why_not(folder, engine, reason, shapes, variant)
+        if isinstance(found, Found):
             fitting.append(found)
+        elif found:
+            misfits.append((answers(engine.ingredients, asked), f"{folder.name[:12]} {found}"))
     if not fitting:
         # What is for another device or precision is worth a word where nothing else is there.
         told = [why for answering, why in misfits if answering] or [why for _, why in misfits]
@@ -95,6 +90,22 @@ def fitting_engines(
         remedy = f"Run `{build_command(bundle, component, asked, variant, shapes, cache)}`."
         raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
     return sorted(fitting, key=lambda found: found.order)
+
+
+def _found_or_why_not(
+    folder: Path, engine: Engine, reason: str | None, shapes: Mapping[str, Shape] | None, variant: Variant
+) -> Found | str:
+    """An engine that fits, or why it does not in words that follow its name; none of those for other variants.
+
+    reason: why it does not run here at all.
+    """
+    made_as = engine.ingredients.variant
+    if not made_as.serves(variant):
+        one_slot = msgspec.structs.replace(variant, lora_slots=1, lora_rank=1)
+        has_slots = variant.lora_slots and made_as.serves(one_slot)
+        return f"has {made_as}, which are too few or too small" if has_slots else ""
+    found = None if reason else fitted(folder, engine, shapes)
+    return found or reason or out_of_profile(engine, shapes or {})
 
 
 def engines_of(
