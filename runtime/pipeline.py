@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -34,7 +33,8 @@ from .plan import Plan, compile_plan
 from .pool import Lease, Pool
 from .ran_on import Ran
 from .request import Request
-from .request_checks import checked_array, checked_loras, require_known
+from .request_calls import request_of, takes_request
+from .request_checks import checked_array, checked_loras
 from .rows import Rows
 from .sampling import models_of, open_loop, step_variants
 from .step_engines import StepEngines
@@ -42,28 +42,6 @@ from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
 from .trace import span
 from .turns import Turns
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _takes_request(
-    make: Callable[P, Request],
-) -> Callable[[Callable[[Pipeline, Request], R]], Callable[Concatenate[Pipeline, P], R]]:
-    """Let a method of a request be called with the request's own arguments."""
-
-    def decorate(method: Callable[[Pipeline, Request], R]) -> Callable[Concatenate[Pipeline, P], R]:
-        @functools.wraps(method)
-        def call(self: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            require_known(kwargs, tuple(parameters))
-            return method(self, make(*args, **kwargs))
-
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        parameters = inspect.signature(make).parameters
-        call.__signature__ = inspect.Signature([own, *parameters.values()])  # type: ignore[attr-defined]
-        return call
-
-    return decorate
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +126,7 @@ class Pipeline:
         self._models.close()
         self._steps.close()
 
-    @_takes_request(Request)
+    @takes_request(Request)
     def __call__(self, request: Request) -> Output:
         """Paint pictures; the arguments are those of `Request`.
 
@@ -162,7 +140,7 @@ class Pipeline:
         """
         return Stream(functools.partial(self._generate, request, at_once=True)).result()
 
-    @_takes_request(Request)
+    @takes_request(Request)
     def stream(self, request: Request) -> Stream:
         """Paint pictures row by row; the arguments are those of `Request`, the errors those of a call."""
         return Stream(functools.partial(self._generate, request))
@@ -176,7 +154,7 @@ class Pipeline:
         Raises:
             TandemError: as a call, in the request's turn; it ends the iterator, and the requests after it.
         """
-        return overlapped(functools.partial(self._generate, _request(given), at_once=True) for given in requests)
+        return overlapped(functools.partial(self._generate, request_of(given), at_once=True) for given in requests)
 
     def _generate(self, request: Request, cancelled: threading.Event, *, at_once: bool = False) -> Events:
         """Check the request now; what is returned runs it, one event a row.
@@ -302,13 +280,6 @@ class Pipeline:
             expected, remedy = f"one of {', '.join(decoders)}", did_you_mean(name, decoders)
             raise RequestError("decoder", "unknown", got=name, expected=expected, remedy=remedy)
         return name
-
-
-def _request(given: Request | Mapping[str, Any]) -> Request:
-    if isinstance(given, Request):
-        return given
-    require_known(given, tuple(inspect.signature(Request).parameters))
-    return Request(**given)
 
 
 def _images(pixels: Iterable[Float32]) -> tuple[Image.Image, ...]:
