@@ -1,5 +1,5 @@
-"""Graphs that quantize: int8 engines of every backend are built of them as they are, and give the float graph's numbers
-within what eight bits take."""
+"""Graphs that quantize: int8 and fp8 engines are built of them as they are, and those in int8 give the float graph's
+numbers within what eight bits take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from tandemrt.engines.build import ensure_engine
 from tandemrt.runtime.backends import open_engine
@@ -47,10 +47,8 @@ class _Calibration(CalibrationDataReader):
         return self._feeds.pop() if self._feeds else None
 
 
-@pytest.fixture(scope="module")
-def quantized(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny bundle with Q/DQ pairs around the convolutions of its UNet: int8, symmetric, biases left alone."""
-    folder = tmp_path_factory.mktemp("quantized") / "bundle"
+def with_pairs(tiny_path: Path, folder: Path, kind: QuantType, *operators: str, **options: Any) -> Bundle:
+    """The tiny bundle with Q/DQ pairs around operators of its UNet, biases left alone."""
     shutil.copytree(tiny_path, folder)
     model = folder / "unet" / "model.onnx"
     quantize_static(
@@ -58,15 +56,33 @@ def quantized(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
         model,
         _Calibration(),
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv"],
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
+        op_types_to_quantize=list(operators),
+        activation_type=kind,
+        weight_type=kind,
         use_external_data_format=False,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+        **{"extra_options": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}, **options},
     )
     (folder / "unet" / "model.onnx.data").unlink()
     resign(folder)
     return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Convolutions in int8, symmetric."""
+    return with_pairs(tiny_path, tmp_path_factory.mktemp("quantized") / "bundle", QuantType.QInt8, "Conv")
+
+
+def test_a_graph_in_fp8_is_built_as_it_is(tiny_path: Path, tmp_path: Path, requests: Requests) -> None:
+    """Matrix products in E4M3; TensorRT-RTX multiplies eight bits, and joins what dequantizes to the product."""
+    options = {"calibrate_method": CalibrationMethod.Distribution, "extra_options": {"QuantizeBias": False}}
+    bundle = with_pairs(tiny_path, tmp_path / "bundle", QuantType.QFLOAT8E4M3FN, "MatMul", **options)
+    (request,) = requests("tensorrt-rtx:sm89:fp8", components=("unet",), profiles=("64:guided",), bundle=bundle)
+    assert request.ingredients.precision == "fp8"
+    layers = read_layers(ensure_engine(request, tmp_path, silent, VERSIONS).folder)
+    (product,) = [layer for layer in layers if any("MatMul" in node for node in layer.nodes)]
+    assert product.precision == "fp8"
+    assert any("DequantizeLinear" in node for node in product.nodes)
 
 
 def test_what_is_not_quantized_is_refused_where_it_is_named(quantized: Bundle, requests: Requests) -> None:
