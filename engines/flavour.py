@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..runtime.backends.modules import imported
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
 from ..runtime.errors import TargetError
-from ..runtime.targets import PORTABLE, has_nvidia_driver
+from ..runtime.targets import PORTABLE, Target, has_nvidia_driver
+
+# The first architecture that TensorRT-RTX 1.7 builds for in a precision; in fp32 it lacks matrix products alone before.
+_FIRST = {"fp32": "sm80", "bf16": "sm80", "fp8": "sm89"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,37 @@ def _require_here(device: str) -> None:
         raise TargetError(
             f"target tensorrt:{device}", what, got=device, expected=f"{here} or {PORTABLE}", remedy=remedy
         )
+
+
+def require_precision(name: str, target: Target, model: Path) -> None:
+    """Check that TensorRT-RTX builds component `name` in a target's precision for all of its architectures.
+
+    Its builder tells so too, at the end of the build and in words of its own.
+
+    Raises:
+        TargetError: it does not, for one of them.
+    """
+    first = _FIRST.get(target.precision or "")
+    if target.backend != "tensorrt-rtx" or target.device == PORTABLE or first is None:
+        return
+    before = " and ".join(sm for sm in target.device.split("+") if int(sm[2:]) < int(first[2:]))
+    if not before or (target.precision == "fp32" and not _multiplies(model)):
+        return
+    remedy = {
+        "fp32": f"Export the bundle with `tandemrt export --dtype fp16`, or leave {before} out.",
+        "bf16": f"Ask for {target.backend}:{target.device}:fp16, or leave {before} out.",
+        "fp8": f"Leave {before} out.",
+    }
+    products = "matrix products in " if target.precision == "fp32" else ""
+    what = f"TensorRT-RTX builds no {products}{target.precision} for this architecture"
+    raise TargetError(name, what, got=before, expected=f"{first} or newer", remedy=remedy[target.precision or ""])
+
+
+def _multiplies(model: Path) -> bool:
+    import onnx  # noqa: PLC0415 (of the extra `export`)
+
+    nodes = onnx.load(model, load_external_data=False).graph.node
+    return any(node.op_type in ("MatMul", "Gemm") for node in nodes)
 
 
 def capabilities(trt: Any, backend: str, device: str) -> tuple[Any, ...]:

@@ -135,8 +135,8 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     Raises:
         BundleError: the bundle has no such component, or one whose weights LoRAs cannot be added to for --refit.
         ArgumentError: a profile is outside the models, or nothing of the kind can be made of them.
-        TargetError: targets cannot be built for here, or ask for a precision that a component is not in; one of int8
-            or fp8 where a component was named that is no denoiser.
+        TargetError: targets cannot be built for here, or ask for a precision that a component is not in, or that an
+            architecture lacks; one of int8 or fp8 where a component was named that is no denoiser.
     """
     names = plan.components or tuple(bundle.manifest.components)
     for name in names:
@@ -163,6 +163,7 @@ def _require_target(target: Target, plan: BuildPlan, bundle: Bundle, names: Sequ
                 f"denoisers alone are quantized, and {target} was asked for",
                 remedy=f"Ask for {exact}, which runs beside denoisers in {target.precision}.",
             )
+        flavour.require_precision(name, exact, bundle.model_path(name))
 
 
 def _require_takers(plan: BuildPlan, roles: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,7 @@ def _monitor(trt: Any, component: str, progress: Progress) -> Any:
 
 
 def _failed(job: Job, what: str, log: Any) -> EngineError:
-    told: Sequence[str] = log.errors[-3:]
-    return EngineError(
-        job.component,
-        f"{job.backend}: {what} ({'; '.join(' '.join(line.split())[:400] for line in told) or 'it did not say why'})",
-        remedy="Where it wants for memory, build for fewer architectures or a narrower profile.",
-    )
+    told = "; ".join(" ".join(line.split())[:400] for line in log.errors[-3:])
+    wants_memory = re.search(r"memory|\balloc", told, re.IGNORECASE)
+    remedy = "Free memory, or build for fewer architectures or a narrower profile." if wants_memory else ""
+    return EngineError(job.component, f"{job.backend}: {what} ({told or 'it did not say why'})", remedy=remedy)

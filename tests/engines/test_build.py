@@ -221,6 +221,11 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
         ),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
         ("tensorrt-rtx:sm99", r"GPU architecture, got 'sm99', expected one of sm75, .*, or portable"),
+        (
+            "tensorrt-rtx:sm75+sm89",
+            r"text_encoder: TensorRT-RTX builds no matrix products in fp32 .*got 'sm75', expected sm80 or newer\. "
+            r"Export .* --dtype fp16`, or leave sm75 out",
+        ),
         ("onnxruntime:tensorrt-rtx", r"compiles when it loads a graph.*or build for tensorrt-rtx\."),
         ("onnxruntime:cuda", r"execution provider that is not here"),
         ("openvino:gpu", r"device that is not here, got 'gpu', expected one of .*cpu"),

@@ -107,6 +107,49 @@ def test_times_that_were_measured_are_kept(tmp_path: Path, monkeypatch: pytest.M
     built(tmp_path, "sm90", {}, monkeypatch, tmp_path / "file" / "timings")  # cannot be written, and that is all
 
 
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [
+        ("sm75:fp32", r"products in fp32 .*, got 'sm75', expected sm80 .*Export .* --dtype fp16`, or leave sm75"),
+        ("sm75+sm89:bf16", r"builds no bf16 .*, got 'sm75', .*Ask for tensorrt-rtx:sm75\+sm89:fp16, or leave sm75 out"),
+        ("sm75+sm86+sm89:fp8", r"builds no fp8 .*, got 'sm75 and sm86', expected sm89 .*Leave sm75 and sm86 out"),
+        ("sm75:fp16", None), ("sm75:int8", None), ("sm80+sm120:fp32", None), ("sm86:bf16", None), ("sm120:fp8", None),
+        ("portable:bf16", None), ("portable:fp8", None),
+    ],
+)  # fmt: skip
+def test_a_precision_that_an_architecture_lacks_is_refused(tiny: Bundle, target: str, refused: str | None) -> None:
+    wanted, model = parse_target(f"tensorrt-rtx:{target}"), tiny.model_path("unet")
+    if refused is None:
+        flavour.require_precision("unet", wanted, model)
+        return
+    with pytest.raises(TargetError, match=f"unet: TensorRT-RTX .*{refused}"):
+        flavour.require_precision("unet", wanted, model)
+
+
+def test_fp32_without_matrix_products_is_built_for_every_architecture(tiny: Bundle) -> None:
+    model = tiny.model_path("vae_decoder")
+    flavour.require_precision("vae_decoder", parse_target("tensorrt-rtx:sm75:fp32"), model)
+
+
+def test_memory_is_spoken_of_where_the_builder_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, advised in (
+        ("Error Code 1: Myelin (FP32 GEMM is not supported)", False),
+        ("Error Code 2: OutOfMemory (Requested size was 42 bytes.)", True),
+    ):
+        module, log = stand_in(Config()), SimpleNamespace(errors=[told], layers=[], activations=[])
+        module.Builder(None).build_serialized_network = lambda network, config: None
+        monkeypatch.setattr(builders, "imported", lambda backend, module=module: module)
+        monkeypatch.setattr(builders, "_log", lambda trt, log=log: log)
+        job = Job(
+            component="unet", model="x", folder=str(tmp_path), backend="tensorrt", device="sm90", precision="fp16",
+            profiles=(), flags={}, timings=None,
+        )  # fmt: skip
+        with pytest.raises(EngineError) as raised:
+            builders.build(job, silent)
+        assert told in str(raised.value)
+        assert ("Free memory, or build for fewer" in str(raised.value)) == advised
+
+
 def test_options_are_of_the_key(tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flavour, "has_nvidia_driver", lambda: True)
 
