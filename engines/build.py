@@ -47,6 +47,7 @@ def ensure_engine(request: Request, cache: Path, progress: Progress, versions: M
 
     Raises:
         EngineError: it cannot be built, or the cache cannot be written.
+        UntrustedError: others could have written to the cache, or to the engine asked for.
         TargetError: the target is not available here.
     """
     found = cached(cache, request.key)
@@ -161,7 +162,7 @@ def changes(request: Request, cache: Path) -> tuple[str, ...] | None:
     None where the cache has no such engine.
 
     Raises:
-        EngineError: the cache belongs to another user.
+        UntrustedError: others could have written to the cache, or to the engine asked for.
     """
     if cached(cache, request.key) is not None:
         return ()

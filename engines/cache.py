@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.cache import engines_folder
+from ..runtime.cache import check_ownership, engines_folder
 from ..runtime.engine_files import (
     LAYERS_NAME,
     PROOF_NAME,
@@ -118,10 +118,16 @@ def cached(cache: Path, key: str) -> tuple[Path, Engine] | None:
 
     Files are hashed once: what came of it is kept beside them and holds as long as none is touched. What is loaded is
     hashed each time nevertheless; see `check_engine_files`.
+
+    Raises:
+        UntrustedError: others could have written to the cache or the engine's folder, of which no pipeline runs any.
     """
-    place = engines_folder(cache) / key
-    if not os.path.lexists(place):
-        return None
+    engines = engines_folder(cache)
+    place = engines / key
+    for folder in (engines, place):
+        if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises where a folder above may not be entered)
+            return None
+        check_ownership(folder)
     try:
         engine = read_sidecar(place)
     except EngineError:

@@ -14,6 +14,7 @@ from .errors import (
     RequestError,
     TandemError,
     TargetError,
+    UntrustedError,
 )
 from .output import Output, StepEvent, Timings
 from .pipeline import Pipeline
@@ -41,5 +42,6 @@ __all__ = [
     "TandemError",
     "TargetError",
     "Timings",
+    "UntrustedError",
     "traced",
 ]

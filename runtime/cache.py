@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import EngineError
+from .errors import EngineError, UntrustedError
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
@@ -32,7 +32,8 @@ def check_ownership(folder: Path) -> None:
     The user's own primary group is let write: it is often the user's alone, with a umask of 002 for it.
 
     Raises:
-        EngineError: it belongs to another user, or others may write to it; or it is no folder.
+        UntrustedError: it belongs to another user, or others may write to it.
+        EngineError: it is no folder, or cannot be looked at.
     """
     try:
         status = folder.stat()
@@ -47,9 +48,9 @@ def check_ownership(folder: Path) -> None:
     if status.st_uid != os.geteuid():
         what = "belongs to another user, and engines are code that would run as you"
         remedy = "Give a cache of your own, in $TANDEMRT_CACHE or with --cache where a command takes it."
-        raise EngineError(str(folder), what, remedy=remedy)
+        raise UntrustedError(str(folder), what, remedy=remedy)
     by_group = status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()
     if by_group or status.st_mode & stat.S_IWOTH:
         whom, change = ("everybody", "o-w") if status.st_mode & stat.S_IWOTH else ("a group that is not yours", "g-w")
         what = f"can be written by {whom}, and engines are code that would run as you"
-        raise EngineError(str(folder), what, remedy=f"Check what is in it, then `chmod {change} {folder}`.")
+        raise UntrustedError(str(folder), what, remedy=f"Check what is in it, then `chmod {change} {folder}`.")

@@ -26,7 +26,7 @@ from .engine_files import (
     origin_of,
     weights_of,
 )
-from .errors import EngineError
+from .errors import EngineError, UntrustedError
 from .lora_slots import slot_shapes
 from .targets import PORTABLE, Target, installed_version
 from .variant import PLAIN, Variant
@@ -70,6 +70,7 @@ def fitting_engines(
 
     Raises:
         EngineError: there is none, or none that fits, with the reason and the command that builds one.
+        UntrustedError: one that may fit is in a folder that others could have written to, or the cache is such a one.
         TargetError: the target's backend is not installed.
     """
     misfits: list[tuple[bool, str]] = []
@@ -83,12 +84,16 @@ def fitting_engines(
             misfits.append((answers(engine.ingredients, asked), f"{folder.name[:12]} {found}"))
     if not fitting:
         # What is for another device or precision is worth a word where nothing else is there.
-        told = [why for answering, why in misfits if answering] or [why for _, why in misfits]
-        told += unreadable(cache)
+        unread = unreadable(cache)
+        told = [why for answering, why in misfits if answering] + [error.without_remedy for error in unread]
+        told = told or [why for _, why in misfits]
         wanted = f"engine for {asked}{'' if variant == PLAIN else f' ({variant})'}"
         why = f"no {wanted} fits: {'; '.join(told)}" if told else f"there is no {wanted}"
+        why += f" (in {engines_folder(cache_folder(cache))})"
+        if untrusted := " ".join(error.remedy for error in unread if isinstance(error, UntrustedError)):
+            raise UntrustedError(component, why, remedy=untrusted)
         remedy = f"Run `{build_command(bundle, component, asked, variant, shapes, cache)}`."
-        raise EngineError(component, f"{why} (in {engines_folder(cache_folder(cache))})", remedy=remedy)
+        raise EngineError(component, why, remedy=remedy)
     return sorted(fitting, key=lambda found: found.order)
 
 
@@ -129,10 +134,9 @@ def engines_of(
                 yield folder, engine, _misfit(made_of, weights, target)
 
 
-def unreadable(cache: Path | None = None) -> list[str]:
-    """The engines of a cache whose sidecars cannot be read, which may be of any component, with the reason."""
-    listed = (engine for _, engine in cached_engines(cache_folder(cache)))
-    return [error.without_remedy for error in listed if isinstance(error, EngineError)]
+def unreadable(cache: Path | None = None) -> list[EngineError]:
+    """Why engines of a cache cannot be read; they may be of any component."""
+    return [error for _, error in cached_engines(cache_folder(cache)) if isinstance(error, EngineError)]
 
 
 def fitted(folder: Path, engine: Engine, shapes: Mapping[str, Shape] | None) -> Found | None:

@@ -14,7 +14,7 @@ from .bundle import Bundle
 from .cache import cache_folder
 from .engine_files import Engine, check_engine_files
 from .engine_search import Found, fitting_engines, has_engine
-from .errors import EngineError, ExecutionError
+from .errors import EngineError, ExecutionError, UntrustedError
 from .lora_slots import slot_shapes
 from .manifest import Component
 from .ran_on import RanOn, engine_run
@@ -247,7 +247,7 @@ class EngineSession:
         try:
             found = fitting_engines(self._bundle, self._name, self._target, shapes, cache=self._cache, variant=variant)
         except EngineError as error:
-            if not self._refit:
+            if not self._refit or isinstance(error, UntrustedError):
                 raise
             raise EngineError(self._name, error.what, remedy=self._remedy(shapes, variant)) from error
         if self._refit and not (found := [one for one in found if one.engine.ingredients.refittable]):

@@ -9,6 +9,7 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 ├── BundleError              a bundle that is damaged, foreign or newer than this runtime
 ├── TargetError              a backend, device or precision that is not available here
 ├── EngineError              an engine that cannot be built, or does not fit what it is asked for
+│   ├── UntrustedError       a folder of the cache of engines that others could have written to
 │   └── CacheError           the cache of engines cannot be written, whichever engine is built
 │       └── CacheFullError   the cache of engines has no room for one
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
@@ -93,6 +94,10 @@ class TargetError(TandemError):
 
 class EngineError(TandemError):
     """An engine cannot be built, or none that is there fits the bundle, the machine or the request."""
+
+
+class UntrustedError(EngineError):
+    """A folder of the cache of engines is not the user's own alone: its mode or owner helps, and no build does."""
 
 
 class CacheError(EngineError):

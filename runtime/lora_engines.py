@@ -14,7 +14,7 @@ from .bundle import Bundle
 from .engine_files import Engine
 from .engine_search import engines_of, fitting_engines
 from .engine_session import engine_target
-from .errors import EngineError
+from .errors import EngineError, UntrustedError
 from .loras import Fitted
 from .step_sampler import Key
 from .targets import ENGINES_ONLY, Target
@@ -80,7 +80,8 @@ class LoraEngines:
         try:
             fitting_engines(self._bundle, name, target, seen, cache=self._cache, variant=slots)
         except EngineError as error:
-            if target.backend not in ENGINES_ONLY or target.precision not in ("fp32", "fp16"):
+            cannot_refit = target.backend not in ENGINES_ONLY or target.precision not in ("fp32", "fp16")
+            if cannot_refit or isinstance(error, UntrustedError):
                 raise
             refit = build_command(self._bundle, name, target, PLAIN, seen, self._cache)
             remedy = f"{error.remedy.removesuffix('.')}, or `{refit} --refit` for an engine that holds one set of LoRAs"

@@ -111,6 +111,22 @@ def test_without_proof_a_command_hashes_once(
     assert hashed == [FILE, WEIGHTS]
 
 
+@pytest.mark.parametrize("loose", ["", "engines", "engines/KEY"])
+def test_what_others_could_have_written_to_is_no_hit(
+    loose: str, request_: Request, folder: Path, tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As no pipeline runs it: told with what helps, by every form of the command. Above the engines nobody looks."""
+    place = tmp_path / loose.replace("KEY", request_.key)
+    place.chmod(0o777)
+    command = ["build-engine", str(tiny_path), "--target", "onnxruntime:cpu", "--component", "unet"]
+    for options in ([], ["--explain"], ["--print-plan"]):
+        assert main([*command, "--cache", str(tmp_path), *options]) == bool(loose)
+        told = f"{place}: can be written by everybody, and engines are code that would run as you. Check what is in it"
+        assert (f"{told}, then `chmod o-w {place}`." in capsys.readouterr().err) == bool(loose)
+    place.chmod(0o755)
+    assert not ensure_engine(request_, tmp_path, silent, VERSIONS).built
+
+
 @pytest.mark.parametrize("harm", [flip, flip_and_restore_times, cut, replace, link, Path.unlink])
 def test_what_was_touched_is_built_anew(
     harm: Callable[[Path], None], request_: Request, folder: Path, tmp_path: Path

@@ -28,7 +28,7 @@ from tandemrt.runtime.engine_files import (
     weights_of,
 )
 from tandemrt.runtime.engine_search import fitting_engines
-from tandemrt.runtime.errors import EngineError
+from tandemrt.runtime.errors import EngineError, UntrustedError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.variant import PLAIN, Variant
@@ -314,7 +314,20 @@ def test_a_cache_that_another_group_may_write_to_is_not_read(
 def test_an_engine_that_others_may_write_to_is_not_run(bundle: Bundle, add: Add, tmp_path: Path) -> None:
     folder = add()
     folder.chmod(0o777)
-    with pytest.raises(EngineError, match=rf"no engine .* fits: {folder}: can be written by everybody"):
+    told = (
+        rf"no engine .* fits: {folder}: can be written by everybody.*Check what is in it, then `chmod o-w {folder}`\.$"
+    )
+    with pytest.raises(UntrustedError, match=told):  # which no build helps against
+        fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
+
+
+def test_beside_an_engine_that_cannot_be_read_one_of_another_precision_is_not_spoken_of(
+    bundle: Bundle, add: Add, tmp_path: Path
+) -> None:
+    add(precision="bf16")
+    folder = add()
+    (folder / SIDECAR_NAME).write_bytes(b"")
+    with pytest.raises(EngineError, match=rf"no engine for openvino:cpu:fp32 fits: {folder}/{SIDECAR_NAME}: not an"):
         fitting_engines(bundle, "unet", OPENVINO, SHAPES, cache=tmp_path)
 
 
