@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runtime.backends.modules import imported
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
-from ..runtime.errors import TargetError
+from ..runtime.errors import ArgumentError, TargetError
 from ..runtime.targets import PORTABLE, Target, has_nvidia_driver
 
 # The first architecture that TensorRT-RTX 1.7 builds for in a precision; in fp32 it lacks matrix products alone before.
@@ -49,7 +49,8 @@ def require_buildable(backend: str, device: str, options: Options = PLAIN_OPTION
     """Check that engines of a flavour can be built here for a device, without building one.
 
     Raises:
-        TargetError: the flavour is missing, does not know an architecture, or needs a GPU that is not here.
+        ArgumentError: the flavour does not know an architecture.
+        TargetError: it is missing, or needs a GPU that is not here.
     """
     trt = imported(backend)
     if backend == "tensorrt":
@@ -122,7 +123,7 @@ def capabilities(trt: Any, backend: str, device: str) -> tuple[Any, ...]:
     """The flavour's names of the architectures in `device`, `sm89+sm120`; none for `portable`.
 
     Raises:
-        TargetError: it does not know one of them.
+        ArgumentError: it does not know one of them.
     """
     if device == PORTABLE:
         return ()
@@ -130,5 +131,5 @@ def capabilities(trt: Any, backend: str, device: str) -> tuple[Any, ...]:
     unknown = [sm for sm in device.split("+") if sm not in known]
     if unknown:
         expected = f"one of {', '.join(sorted(known, key=lambda sm: int(sm[2:])))}, or {PORTABLE}"
-        raise TargetError(f"target {backend}", "GPU architecture", got=unknown[0], expected=expected)
+        raise ArgumentError(f"target {backend}", "GPU architecture", got=unknown[0], expected=expected)
     return tuple(known[sm] for sm in device.split("+"))

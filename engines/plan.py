@@ -63,9 +63,9 @@ class BuildPlan:
                 "--fold-steps", "given without --step", remedy="Time steps are built into step engines."
             )
         if bool(self.lora_slots) != bool(self.lora_rank):
-            expected = "both from 1 on, or neither"
+            expected = "both 1 or more, or neither"
             got = self.lora_slots, self.lora_rank
-            raise ArgumentError("--lora-slots, --lora-rank", "one without the other", got=got, expected=expected)
+            raise ArgumentError("--lora-slots, --lora-rank", "not both from 1 on", got=got, expected=expected)
         others = [str(target) for target in self.targets if target.backend not in ENGINES_ONLY]
         if self.options.words and others:
             expected = f"targets of {' or '.join(sorted(ENGINES_ONLY))} alone"
@@ -133,14 +133,14 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     """The engines of a plan, in the order of its targets and of the bundle's components.
 
     Raises:
-        BundleError: the bundle has no such component, or one whose weights LoRAs cannot be added to for --refit.
-        ArgumentError: a profile is outside the models, or nothing of the kind can be made of them.
+        BundleError: a component's weights are such that LoRAs cannot be added to them for --refit.
+        ArgumentError: the bundle has no such component; a profile is outside the models, or nothing of the kind can be
+            made of them; there is no such architecture.
         TargetError: targets cannot be built for here, or ask for a precision that a component is not in, or that an
             architecture lacks; one of int8 or fp8 where a component was named that is no denoiser.
     """
     names = plan.components or tuple(bundle.manifest.components)
-    for name in names:
-        bundle.component(name)
+    bundle.require_components("--component", names)
     _require_takers(plan, {bundle.component(name).role for name in names})
     profiles = plan.profiles or (default_profile(bundle.manifest),)
     check_profiles(profiles, bundle.manifest, names)

@@ -31,7 +31,8 @@ def build(job: Job, progress: Progress) -> Built:
     """Build an engine with all of the job's profiles for all of its architectures.
 
     Raises:
-        TargetError: the flavour is missing, or does not know an architecture.
+        ArgumentError: the flavour does not know an architecture.
+        TargetError: it is missing.
         EngineError: the graph cannot be parsed or built; the builder's words are in it.
     """
     trt = imported(job.backend)

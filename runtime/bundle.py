@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from . import manifest as manifests
 from .arguments import did_you_mean
-from .errors import BundleError
+from .errors import ArgumentError, BundleError
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Component, FileRecord, Manifest, TensorSpec
 from .manifest_checks import TOKENIZER_FILE, check_manifest
 from .onnx_files import external_files
@@ -79,6 +79,14 @@ class Bundle:
             remedy = did_you_mean(name, self.manifest.components)
             raise BundleError(_shown(self.path), "no such component", got=name, expected=expected, remedy=remedy)
         return self.manifest.components[name]
+
+    def require_components(self, option: str, names: Iterable[str]) -> None:
+        """Raise ArgumentError when an option names a component that the bundle has not."""
+        try:
+            for name in names:
+                self.component(name)
+        except BundleError as error:
+            raise ArgumentError(option, error.what, got=name, expected=error.expected, remedy=error.remedy) from error
 
     def model_path(self, name: str) -> Path:
         """Where the ONNX model of component `name` lies; raises BundleError as `component` does."""

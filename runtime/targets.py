@@ -131,7 +131,8 @@ def parse_target(text: str) -> Target:
     backend = _BACKENDS[name]
     if len(rest) not in (1, 2) or not re.fullmatch(backend.device, rest[0]):
         one_of = backend.device.replace("|", ", ")
-        devices = "sm89, several as sm89+sm120, or portable" if backend.device == _SM else one_of
+        known = "sm75, sm80, sm86, sm89, sm120, sm121" if name == "tensorrt-rtx" else "sm89"  # of TensorRT-RTX 1.7
+        devices = f"{known}, several as sm89+sm120, or portable" if backend.device == _SM else one_of
         raise ArgumentError("target", "device", got=text[:80], expected=f"{name}:DEVICE with DEVICE one of {devices}")
     if len(rest) == 2 and rest[1] not in backend.precisions:
         raise ArgumentError("target", "precision", got=text[:80], expected=f"one of {', '.join(backend.precisions)}")

@@ -83,13 +83,12 @@ def run(plan: LayersPlan, bundle: Bundle, reporter: Reporter) -> dict[str, Any]:
     """The comparisons, in the order of targets and components.
 
     Raises:
-        BundleError: the bundle has no such component.
+        ArgumentError: the bundle has no such component.
         TargetError: a target cannot run here, or not the bundle.
         TandemError: a component cannot be run.
     """
     names = plan.components or tuple(bundle.manifest.components)
-    for name in names:
-        bundle.component(name)
+    bundle.require_components("--component", names)
     compare = importlib.import_module("tandemrt.engines.layers").compare_layers
     reports = (
         compare(bundle, name, target, plan.size, reporter.progress, plan.extract)

@@ -133,7 +133,7 @@ def test_one_bundle_in_fp16_serves_tensorrt_rtx_in_fp16_and_openvino_in_bf16(
         (
             ["--target", "onnxruntime:cpu", "--lora-slots", "0", "--lora-rank", "4"],
             2,
-            "--lora-slots, --lora-rank: one without the other, got (0, 4), expected both from 1 on, or neither.",
+            "--lora-slots, --lora-rank: not both from 1 on, got (0, 4), expected both 1 or more, or neither.",
         ),
         (
             ["--target", "onnxruntime:cpu", "--step", "--fold-steps", "0"],
@@ -145,7 +145,8 @@ def test_one_bundle_in_fp16_serves_tensorrt_rtx_in_fp16_and_openvino_in_bf16(
             2,
             "--fold-steps: cannot be used, got 5000, expected a whole number in 1..1000.",
         ),
-        (["--target", "onnxruntime:cpu", "--component", "unte"], 1, "no such component, got 'unte'"),
+        (["--target", "onnxruntime:cpu", "--component", "unte"], 2, "--component: no such component, got 'unte'"),
+        (["--target", "tensorrt-rtx:sm90"], 2, "GPU architecture, got 'sm90', expected one of sm75, sm80,"),
         (["--target", "directml:gpu"], 2, "backend, got 'directml:gpu'"),
         (["--target", "tensorrt-rtx:sm89:fp16"], 1, "--dtype fp16"),
         ([], 2, "the following arguments are required: --target"),

@@ -142,6 +142,8 @@ def test_the_smallest_part_that_fails_is_cut_out(
     (feeds,) = load_json(str(tmp_path / "part.inputs.json"))
     (made,) = onnxruntime.InferenceSession(path).run(None, feeds)
     assert np.isinf(made).any()
+    assert main([*command, "--component", "unte"]) == 2
+    assert "--component: no such component, got 'unte', expected one of" in capsys.readouterr().err
     assert main([*command, "--component", "unet"]) == 2
     assert f"--extract: already there, got '{path}'" in capsys.readouterr().err
 

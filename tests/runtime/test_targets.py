@@ -62,6 +62,11 @@ def test_auto_says_why() -> None:
         ("onnxruntime:cpu:fp32:x", "device"),
         ("tensorrt:cuda:fp16", "DEVICE one of sm89, several as sm89\\+sm120, or portable"),
         ("tensorrt:sm90+:fp16", "device"),
+        (
+            "tensorrt-rtx:SM89",
+            "DEVICE one of sm75, sm80, sm86, sm89, sm120, sm121, several as sm89",
+        ),
+        ("tensorrt-rtx:", "DEVICE one of sm75, sm80,"),
         ("onnxruntime:cpu:fp8", "precision, got 'onnxruntime:cpu:fp8', expected one of fp32, fp16"),
         ("onnxruntime:cpu:", "precision"),
     ],
