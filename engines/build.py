@@ -156,10 +156,9 @@ def _graph(request: Request, folder: Path) -> Path:
 
 
 def changes(request: Request, cache: Path) -> tuple[str, ...] | None:
-    """What differs from the nearest engine in the cache; none where that is the one asked for.
+    """What differs from the engine in the cache that this one takes the place of; none where it is there itself.
 
-    Near are those of the component for the backend, nearer those on the same device, in the same precision and variant.
-    None where the cache has no such engine.
+    That is one of the component on the same target, in the same variant. None where the cache has no such engine.
 
     Raises:
         UntrustedError: others could have written to the cache, or to the engine asked for.
@@ -169,15 +168,46 @@ def changes(request: Request, cache: Path) -> tuple[str, ...] | None:
     place = engines_folder(cache) / request.key
     if os.path.lexists(place):
         return (f"the engine in {place} is damaged",)
-    wanted = request.ingredients
-    alike = [
-        (sum(getattr(engine.ingredients, name) != getattr(wanted, name) for name in _KIND), found)
-        for _, engine in cached_engines(cache)
-        if not isinstance(engine, EngineError)
-        and (engine.component, engine.ingredients.backend) == (request.component, wanted.backend)
-        for found in (tuple(_differences(engine, request)),)
-    ]
-    return min(alike, key=lambda one: (one[0], len(one[1])), default=(0, None))[1]
+    differing = (tuple(_differences(one, request)) for one in _comparable(request, cache) if not _other(one, request))
+    return min(differing, key=len, default=None)
+
+
+def nearest(request: Request, cache: Path) -> str | None:
+    """The nearest engine in the cache where `changes` has none to compare with, such as `plain for openvino:cpu:fp32`.
+
+    Near are those of the component for the backend, nearer those that have more of `_KIND` in common. None where there
+    is none.
+
+    Raises:
+        UntrustedError: others could have written to the cache.
+    """
+    near = min(_comparable(request, cache), key=lambda engine: len(_other(engine, request)), default=None)
+    if near is None:
+        return None
+    made_of = near.ingredients
+    of_another = ", of another graph and weights" if _other_model(near, request) else ""
+    return f"{made_of.variant} for {made_of.backend}:{made_of.device}:{made_of.precision}{of_another}"
+
+
+def _comparable(request: Request, cache: Path) -> Iterator[Engine]:
+    """The engines in the cache of a component of the same name for the same backend."""
+    wanted = request.component, request.ingredients.backend
+    for _, engine in cached_engines(cache):
+        if isinstance(engine, Engine) and (engine.component, engine.ingredients.backend) == wanted:
+            yield engine
+
+
+def _other(engine: Engine, request: Request) -> list[str]:
+    """What tells that an engine is something else than what is wanted, and not what it was before a change."""
+    there, wanted = engine.ingredients, request.ingredients
+    names = [name for name in _KIND if str(getattr(there, name)) != str(getattr(wanted, name))]
+    return names + ["model"] * _other_model(engine, request)
+
+
+def _other_model(engine: Engine, request: Request) -> bool:
+    """Whether an engine is of another model: where one changes, a part stays, be it the graph or the weights."""
+    there, wanted = engine.ingredients, request.ingredients
+    return there.origin != wanted.origin and there.weights != wanted.weights
 
 
 def _differences(there: Engine, request: Request) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.errors import CacheFullError, TandemError
 from ..runtime.targets import Target
 from ..runtime.variant import PLAIN
-from .build import Outcome, changes, described
+from .build import Outcome, changes, described, nearest
 from .estimate import estimated, largest_calls
 from .plan import Request
 
@@ -21,7 +21,7 @@ def target_facts(target: Target) -> dict[str, str]:
 
 
 def request_facts(request: Request, cache: Path) -> dict[str, Any]:
-    """An engine that is wanted: whether it is there, what has changed, what building it takes."""
+    """An engine that is wanted: whether it is there, what has changed or else is near, what building it takes."""
     changed, needs = changes(request, cache), estimated(request)
     cached = changed == ()
     return {
@@ -31,6 +31,7 @@ def request_facts(request: Request, cache: Path) -> dict[str, Any]:
         "calls": [] if cached else list(map(asdict, largest_calls(request))),
         "cached": cached,
         "changes": None if changed is None else list(changed),
+        "nearest": nearest(request, cache) if changed is None else None,
         "estimated_memory_bytes": needs.memory_bytes,
         "estimated_build_s": needs.build_s,
         "estimated_size_bytes": needs.size_bytes,
@@ -167,6 +168,8 @@ def _memory(size_bytes: int) -> str:
 def _explained(facts: Mapping[str, Any]) -> str:
     if facts["cached"]:
         return f"{_title(facts)}: in the cache"
+    if facts["nearest"] is not None:
+        return f"{_title(facts)}: to be built: the nearest engine there is {facts['nearest']}"
     if facts["changes"] is None:
         return f"{_title(facts)}: to be built: the cache has no engine of it for this backend"
     return f"{_title(facts)}: to be built: {'; '.join(facts['changes'])}"

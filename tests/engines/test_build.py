@@ -15,7 +15,7 @@ import pytest
 
 from tandemrt.engines import ingredients
 from tandemrt.engines import plan as plans
-from tandemrt.engines.build import changes, ensure_engine
+from tandemrt.engines.build import changes, ensure_engine, nearest
 from tandemrt.engines.tensorrt import layer_of
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import engines_folder
@@ -161,15 +161,21 @@ def test_other_profiles_are_told_by_their_names(requests: Requests, tmp_path: Pa
     assert changes(wider, tmp_path) == ("the profiles changed (64 there, wide now)",)
 
 
-def test_the_nearest_engine_is_what_is_compared_with(requests: Requests, tmp_path: Path) -> None:
+def test_without_an_engine_to_compare_with_the_nearest_is_named(requests: Requests, tmp_path: Path) -> None:
     (request,) = requests("onnxruntime:cpu", components=("unet",))
     ensure_engine(request, tmp_path, silent, VERSIONS)
     slots = Variant(lora_slots=2, lora_rank=4)
     made_of = msgspec.structs.replace(request.ingredients, variant=slots, graph="0" * 64)
     with_slots = replace(request, ingredients=made_of)
-    assert changes(with_slots, tmp_path) == ("the variant changed (plain there, 2 LoRA slots of rank 4 now)",)
     elsewhere = replace(request, ingredients=msgspec.structs.replace(request.ingredients, device="cuda"))
-    assert changes(elsewhere, tmp_path) == ("the device changed (cpu there, cuda now)",)
+    for other in (with_slots, elsewhere):  # nothing changed: it is the first of its kind
+        assert changes(other, tmp_path) is None
+        assert nearest(other, tmp_path) == "plain for onnxruntime:cpu:fp32"
+    foreign = {"origin": "0" * 64, "graph": "0" * 64, "weights": {"model.onnx.data": "0" * 64}}
+    another = replace(request, ingredients=msgspec.structs.replace(request.ingredients, **foreign))
+    assert changes(another, tmp_path) is None
+    assert nearest(another, tmp_path) == "plain for onnxruntime:cpu:fp32, of another graph and weights"
+    assert nearest(replace(another, component="unet_small"), tmp_path) is None
 
 
 def test_another_text_length_is_told(requests: Requests, tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def test_it_builds_explains_and_finds_again(
     assert Path(engine["folder"]) == engines_folder(tmp_path) / engine["key"]
     assert main([*command, "--explain"]) == 0
     assert capsys.readouterr().out == "unet_small for onnxruntime:cpu: in the cache\n"
+    slots = ["--lora-slots", "1", "--lora-rank", "4"]
+    assert main([*command, *slots, "--print-plan"]) == 0
+    assert "changed" not in (out := capsys.readouterr().out)
+    assert "nearest" not in out
+    assert main([*command, *slots, "--explain"]) == 0
+    told = "(1 LoRA slot of rank 4) for onnxruntime:cpu: to be built: the nearest engine there is plain for onnx"
+    assert told in capsys.readouterr().out
 
 
 def test_the_plan_is_shown(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
