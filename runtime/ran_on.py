@@ -18,6 +18,7 @@ class RanOn:
 
     engine: the engine's key in the cache, None for the bundle's own graph. variant: what the engine was made as.
     refused: why not on an engine, or not on the one that comes first, where the cache had one; otherwise empty.
+    unasked: why the request, as it was asked for, is for no step engines, where the cache has some; otherwise empty.
     gpu: of an engine of TensorRT's the GPU, by CUDA's index.
     """
 
@@ -25,6 +26,7 @@ class RanOn:
     variant: str = ""
     refused: tuple[str, ...] = ()
     gpu: int | None = None
+    unasked: str = ""
 
     def __str__(self) -> str:
         if self.engine is None:
@@ -69,6 +71,7 @@ class Ran:
         self.lease = lease or Pool().lease()
         self._ran: dict[str, dict[RanOn, None]] = {}
         self._refused: dict[str, tuple[str, ...]] = {}
+        self._unasked: dict[str, str] = {}
 
     def add(self, name: str, ran_on: RanOn) -> None:
         """Component `name` runs on this, for one kind of its calls."""
@@ -77,6 +80,10 @@ class Ran:
     def refuse(self, name: str, reasons: Sequence[str]) -> None:
         """Why component `name` runs on none of its step engines, where the cache has some."""
         self._refused[name] = tuple(reasons)
+
+    def leave(self, name: str, why: str) -> None:
+        """Why the request is for none of the step engines that the cache has of component `name`."""
+        self._unasked[name] = why
 
     def join(self, other: Ran) -> None:
         """Add all that another has."""
@@ -91,7 +98,14 @@ class Ran:
     def by_component(self) -> dict[str, tuple[RanOn, ...]]:
         """What each component ran on, in the order of their first calls; several where calls differed in shape."""
         return {
-            name: tuple(replace(one, refused=(*self._refused.get(name, ()), *one.refused)) for one in ran)
+            name: tuple(
+                replace(
+                    one,
+                    refused=(*self._refused.get(name, ()), *one.refused),
+                    unasked=self._unasked.get(name, ""),
+                )
+                for one in ran
+            )
             for name, ran in self._ran.items()
         }
 

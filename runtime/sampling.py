@@ -30,6 +30,7 @@ from .variant import Variant
 from .window import Window
 
 Float32 = npt.NDArray[np.float32]
+_ON_STEP_ENGINES = ("batched", "auto")
 
 
 class Loop(Protocol):
@@ -47,7 +48,7 @@ def step_variants(plan: Plan) -> dict[Key, Variant]:
 
     They have both branches of guidance in one call, and show neither.
     """
-    if plan.placement not in ("batched", "auto") or plan.adaptive is not None:
+    if plan.placement not in _ON_STEP_ENGINES or plan.adaptive is not None:
         return {}
     timesteps: dict[Key, list[float]] = {}
     for key, timestep in zip(zip(plan.denoisers, plan.guided, strict=True), plan.table.timesteps.tolist(), strict=True):
@@ -76,6 +77,9 @@ def open_loop(
     plan, conditioning = rows.plan, rows.conditioning
     wanted = _wanted(rows, shape)
     steps = engines.load(wanted, before=before, ran=rows.ran) if wanted else None
+    if not wanted:
+        takes_none = f"placement {plan.placement}" if plan.placement not in _ON_STEP_ENGINES else "adaptive guidance"
+        engines.leave(dict.fromkeys(plan.denoisers), f"{takes_none} takes no step engines", rows.ran)
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,17 @@ class StepEngines:
                         ran.add(name, engine_run(found, self._target, before_it, refitted=refitted))
                     return engines
         return None
+
+    def leave(self, names: Iterable[str], why: str, ran: Ran) -> None:
+        """Tell `ran` of the denoisers that have step engines here, and why the request is for none.
+
+        Raises:
+            EngineError, TargetError: as of `load`.
+        """
+        with self._lock:
+            for name in names:
+                if any(listed.misfit is None for listed in self._of(name).values()):
+                    ran.leave(name, why)
 
     def _chosen(self, wanted: Mapping[Key, Wanted], ran: Ran) -> dict[Key, Found] | None:
         """The best engine for each; None where one is missing, and `ran` is told why the others do not do."""

@@ -285,7 +285,9 @@ def test_generate_says_what_ran(
     assert err.count("ran text_encoder on graph; unet on graph; vae_decoder on graph\n") == 1
     assert err.count(f"warning: unet ran on graph: {folder}") == 1
     for image in json.loads(out)["images"]:
-        assert image["ran_on"]["text_encoder"] == [{"engine": None, "variant": "", "refused": [], "gpu": None}]
+        assert image["ran_on"]["text_encoder"] == [
+            {"engine": None, "variant": "", "refused": [], "gpu": None, "unasked": ""}
+        ]
         assert "model.onnx: size" in image["ran_on"]["unet"][0]["refused"][0]
 
 

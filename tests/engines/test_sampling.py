@@ -315,6 +315,23 @@ def test_a_solver_of_more_history_than_the_state_holds_runs_on_the_plain_loop(
     assert plain.ran_on["unet"][0].refused[0].endswith("holds 1 earlier predictions, and the solver carries 3")
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"placement": "sequential"}, "placement sequential takes no step engines"),
+        ({"guidance": "adaptive"}, "adaptive guidance takes no step engines"),
+    ],
+)
+def test_step_engines_that_a_request_is_not_for_are_told(
+    unets: Tiny, tmp_path: Path, asked: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cache, unasked in ((unets[1], told), (tmp_path, "")):
+        monkeypatch.setenv("TANDEMRT_CACHE", str(cache))
+        ran = painted(unets[0], guidance_scale=5.0, **asked).timings.ran_on
+        assert {(one.unasked, one.refused) for one in ran["unet"]} == {(unasked, ())}
+        assert {one.unasked for one in ran["vae_decoder"]} == {""}
+
+
 def test_a_damaged_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unets: Tiny) -> None:
     build(unets[0], tmp_path, "unet", profiles=GUIDED)
     monkeypatch.setenv("TANDEMRT_CACHE", str(tmp_path))
