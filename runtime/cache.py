@@ -6,13 +6,23 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import EngineError, UntrustedError
+from .errors import ArgumentError, EngineError, UntrustedError
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
     """The cache: `given`, else `$TANDEMRT_CACHE`, else the default one."""
     own = given if given is not None else os.environ.get("TANDEMRT_CACHE")
     return Path(own) if own else default_cache()
+
+
+def require_folder(given: str | Path | None) -> None:
+    """Raise ArgumentError where a cache is given to run on that is no folder: a mistyped one would go unnoticed.
+
+    One that `$TANDEMRT_CACHE` names, and the default one, may be made later.
+    """
+    if given and not Path(given).is_dir():
+        remedy = "`tandemrt build-engine --cache DIR` makes one; leave it out for the default cache."
+        raise ArgumentError("cache", "not a folder that is there", got=str(given), remedy=remedy)
 
 
 def default_cache() -> Path:

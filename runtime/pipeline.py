@@ -15,7 +15,7 @@ from PIL import Image
 from .arguments import did_you_mean, thread_count
 from .auto_placement import AutoPlacement
 from .bundle import Bundle
-from .cache import cache_folder
+from .cache import cache_folder, require_folder
 from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
@@ -85,7 +85,8 @@ class Pipeline:
 
         target: `auto`, or backend, device and precision such as `onnxruntime:cpu:fp32`.
         threads: how many CPU threads a model may use; the backend's choice otherwise.
-        cache: where engines and measurements are; `$TANDEMRT_CACHE` otherwise, or the user's own folder for caches.
+        cache: the folder where engines and measurements are; `$TANDEMRT_CACHE` otherwise, or the user's own folder for
+            caches, neither of which need be there.
 
         devices: the GPUs that TensorRT's flavours run on, by CUDA's index, the first one otherwise. On the second of
             two run the branch without the prompt and half of a window's stages, in the placements that run both
@@ -93,8 +94,8 @@ class Pipeline:
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
-            ArgumentError: there is no such target, `threads` is no whole number in 1..1024, or `devices` are not one or
-                two different indices.
+            ArgumentError: there is no such target, `threads` is no whole number in 1..1024, `cache` is no folder, or
+                `devices` are not one or two different indices.
             TargetError: the target or a device is not available here, or names another precision than the bundle has.
         """
         wanted = on_devices(parse_target(target), devices)
@@ -103,6 +104,7 @@ class Pipeline:
         if devices is not None:
             require_devices(wanted)
         count = thread_count("threads", threads)
+        require_folder(cache)
         opened = Bundle.open(bundle)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)

@@ -243,6 +243,16 @@ def test_a_cache_that_cannot_be_written_ends_it_all(
     assert "not built" not in out + err
 
 
+def test_a_cache_to_run_on_has_to_be_there(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    command = ["generate", str(tiny_path), "--prompt", "red", "--target", "onnxruntime:cpu", "--print-plan"]
+    for name, status in (("mistyped", 2), ("file", 2), ("", 0)):
+        assert main([*command, "--cache", str(tmp_path / name)]) == status
+        told = f"cache: not a folder that is there, got '{tmp_path / name}'. `tandemrt build-engine"
+        assert (told in capsys.readouterr().err) == bool(status)
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_generate_runs_on_the_engines_of_the_cache_that_it_is_given(
     tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
