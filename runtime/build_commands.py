@@ -9,6 +9,8 @@ from pathlib import Path
 from .backends.base import Shape
 from .bundle import Bundle
 from .cache import cache_folder, default_cache
+from .engine_files import REFIT, VERSION_COMPATIBLE, Engine
+from .errors import BUILD, TandemError
 from .targets import Target
 from .variant import Variant
 
@@ -35,6 +37,20 @@ def build_command(
         + (f" --profile {profile}" if profile else "")
         + (f" --cache {shlex.quote(str(place))}" if place != default_cache() else "")
     )
+
+
+def rebuild_command(
+    bundle: Bundle, name: str, target: Target, engine: Engine, shapes: Mapping[str, Shape], cache: Path | None = None
+) -> str:
+    """The command that builds component `name` again as an engine was made, for a call; else as `build_command`."""
+    made_of = engine.ingredients
+    flags = (f" --{flag.replace('_', '-')}" for flag in (REFIT, VERSION_COMPATIBLE) if made_of.flags.get(flag))
+    return build_command(bundle, name, target, made_of.variant, shapes, cache) + "".join(flags)
+
+
+def exact_remedy(error: TandemError, command: str) -> str:
+    """An error's remedy with the whole command for `build-engine`."""
+    return error.remedy.replace(BUILD, f"`{command}`")
 
 
 def call_profile(bundle: Bundle, name: str, variant: Variant, shapes: Mapping[str, Shape]) -> str | None:

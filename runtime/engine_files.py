@@ -23,7 +23,7 @@ import msgspec
 from .architecture import cpu_architecture, system_architecture
 from .bundle import Bundle
 from .cache import check_ownership, engines_folder
-from .errors import EngineError
+from .errors import BUILD, EngineError
 from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
 from .onnx_files import external_files
 from .targets import Target
@@ -35,6 +35,8 @@ LAYERS_NAME = "layers.json"
 GRAPH_NAME = "model.onnx"  # any graph's file, and what an engine of ONNX Runtime consists of; weights beside it
 PROOF_NAME = "proof.json"  # the builder's, of an engine that it need not hash again
 MAX_SIDECAR_BYTES = 64 << 20
+
+BUILD_AGAIN = f"Build the engine again with {BUILD}."  # where the builder finds the damage too
 
 # Of what is built now: to be raised when engines come to be built in another way from the same ingredients.
 RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 2, "onnxruntime": 3}
@@ -188,7 +190,7 @@ def read_sidecar(folder: Path) -> Engine:
     Raises:
         EngineError: there is none, it cannot be read, or it is of another format.
     """
-    path, remedy = folder / SIDECAR_NAME, "Build the engine again."
+    path, remedy = folder / SIDECAR_NAME, BUILD_AGAIN
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_SIDECAR_BYTES + 1)
@@ -248,7 +250,7 @@ def check_engine_files(folder: Path, engine: Engine) -> None:
 
 
 def _check_files(folder: Path, engine: Engine) -> None:
-    remedy = "Build the engine again."
+    remedy = BUILD_AGAIN
     for name, record in engine.files.items():
         path = folder / name
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from .backends import open_engine, open_session, target_here
 from .backends.base import Binding, Overlapping, Session, Shape
 from .backends.buffers import symbol_sizes
-from .build_commands import build_command
+from .build_commands import build_command, exact_remedy, rebuild_command
 from .bundle import Bundle
 from .cache import cache_folder
 from .engine_files import Engine, check_engine_files
@@ -17,13 +17,14 @@ from .engine_search import Found, fitting_engines, has_engine
 from .errors import EngineError, ExecutionError, UntrustedError
 from .lora_slots import slot_shapes
 from .manifest import Component
-from .ran_on import RanOn, engine_run
+from .ran_on import RanOn, engine_run, with_remedies
 from .refits import Refits
 from .targets import ENGINES_ONLY, Target
 from .trace import span
 from .variant import PLAIN, Variant
 
 _Key = tuple[tuple[str, Shape], ...]
+_Refused = tuple[tuple[str, str], ...]  # why engines cannot be run, each with its remedy
 
 
 def engine_target(bundle: Bundle, name: str, target: Target) -> Target:
@@ -61,7 +62,7 @@ class Loader:
         self.refits = Refits(bundle)  # a pipeline has one for all its loaders
         self._threads, self._streams, self._runs = threads, streams, 1
         self._loaded: dict[Path | None, Session] = {}
-        self._granted: dict[tuple[Variant, tuple[str, ...]], EngineSession] = {}
+        self._granted: dict[tuple[Variant, _Refused], EngineSession] = {}
 
     def session(self, variant: Variant = PLAIN, *, refit: bool = False) -> Session:
         """The component on engines that were built for it, else on the bundle's own graph where that can run.
@@ -82,7 +83,7 @@ class Loader:
         )
         return EngineSession(self, variant, refit=refit) if choosing else self.graph()
 
-    def granted(self, variant: Variant, refused: tuple[str, ...]) -> EngineSession:
+    def granted(self, variant: Variant, refused: _Refused) -> EngineSession:
         """The session on engines of just this variant, the same one for all that are served by them.
 
         refused: as of `EngineSession`.
@@ -153,12 +154,12 @@ class EngineSession:
     """
 
     def __init__(
-        self, loader: Loader, variant: Variant = PLAIN, refused: tuple[str, ...] = (), *, refit: bool = False
+        self, loader: Loader, variant: Variant = PLAIN, refused: _Refused = (), *, refit: bool = False
     ) -> None:
         """Nothing is loaded yet.
 
         variant, refit: as of `Loader.session`. The graph serves `PLAIN` alone, and no target of engines alone.
-        refused: why engines of other variants that come before cannot be run.
+        refused: why engines of other variants that come before cannot be run, and what helps.
 
         Raises:
             EngineError: there is no engine of a variant other than `PLAIN`.
@@ -204,9 +205,9 @@ class EngineSession:
         with self._loader.lock:
             self._require_open()
             if key not in self._serving:
-                refused: list[str] = []
+                refused: dict[str, str] = {}
                 found, _ = self._loaded(self._fitting(shapes, self._wanted), shapes, self._wanted, refused)
-                self._serving[key] = self._loader.granted(found.engine.ingredients.variant, tuple(refused))
+                self._serving[key] = self._loader.granted(found.engine.ingredients.variant, tuple(refused.items()))
             return self._serving[key]
 
     def close(self) -> None:
@@ -224,13 +225,13 @@ class EngineSession:
             return self._by_shapes[key]
 
     def _opened(self, shapes: Mapping[str, Shape]) -> tuple[Session, RanOn]:
-        refused = list(self._refused)
+        refused = dict(self._refused)
         try:
             fitting = self._fitting(shapes, self.variant)
         except EngineError as error:
             if not self._has_graph:
                 raise
-            fitting, refused = [], [error.what]
+            return self._loader.graph(), RanOn(refused=with_remedies({error.what: error.remedy}))
         slots = slot_shapes(self.inputs)
         alike = (found for found in fitting if slot_shapes(found.engine.inputs) == slots)
         try:
@@ -238,9 +239,9 @@ class EngineSession:
         except EngineError:
             if not self._has_graph:
                 raise
-            return self._loader.graph(), RanOn(refused=tuple(refused))
+            return self._loader.graph(), RanOn(refused=with_remedies(refused))
         self._loader.refits.ready(session)
-        return session, engine_run(found, self._target, refused, refitted=self._refit)
+        return session, engine_run(found, self._target, with_remedies(refused), refitted=self._refit)
 
     def _fitting(self, shapes: Mapping[str, Shape], variant: Variant) -> list[Found]:
         """The engines that fit, the best first; raises EngineError where there is none."""
@@ -256,9 +257,9 @@ class EngineSession:
         return found
 
     def _loaded(
-        self, fitting: Iterable[Found], shapes: Mapping[str, Shape], variant: Variant, refused: list[str]
+        self, fitting: Iterable[Found], shapes: Mapping[str, Shape], variant: Variant, refused: dict[str, str]
     ) -> tuple[Found, Session]:
-        """The first engine that can be run; why those before it cannot is added to what was refused.
+        """The first engine that can be run; why those before it cannot is added to what was refused, with what helps.
 
         Raises:
             EngineError: none can; its cause is why the last one cannot.
@@ -269,8 +270,8 @@ class EngineSession:
                 session = self._loader.engine(found)
             except (EngineError, ExecutionError) as error:
                 last = error
-                if error.without_remedy not in refused:
-                    refused.append(error.without_remedy)
+                again = rebuild_command(self._bundle, self._name, self._target, found.engine, shapes, self._cache)
+                refused.setdefault(error.without_remedy, exact_remedy(error, again))
                 continue
             return found, session
         what = f"no engine can be run: {'; '.join(refused)}"

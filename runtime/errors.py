@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+BUILD = "`tandemrt build-engine`"  # in remedies: where the bundle is known, `exact_remedy` has the whole command
 _ABSENT = object()
 _SHOWN_CHARACTERS = 1000
 

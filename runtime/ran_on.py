@@ -17,7 +17,8 @@ class RanOn:
     """What a model ran on.
 
     engine: the engine's key in the cache, None for the bundle's own graph. variant: what the engine was made as.
-    refused: why not on an engine, or not on the one that comes first, where the cache had one; otherwise empty.
+    refused: why not on an engine, or not on the one that comes first, where the cache had one, and what helps;
+        otherwise empty.
     unasked: why the request, as it was asked for, is for no step engines, where the cache has some; otherwise empty.
     gpu: of an engine of TensorRT's the GPU, by CUDA's index.
     """
@@ -40,6 +41,15 @@ def engine_run(found: Found, target: Target, refused: Sequence[str], *, refitted
     gpu = target.gpus[0] if target.backend in ENGINES_ONLY else None
     variant = found.engine.ingredients.variant.told(refitted=refitted)
     return RanOn(found.folder.name, variant, tuple(refused), gpu)
+
+
+def with_remedies(refused: Mapping[str, str]) -> tuple[str, ...]:
+    """Reasons as `RanOn.refused` has them: each remedy once, after the last reason that it helps against.
+
+    refused: remedies by reasons, "" where there is none.
+    """
+    last = {remedy: why for why, remedy in refused.items() if remedy}
+    return tuple(f"{why}. {remedy}" if last.get(remedy) == why else why for why, remedy in refused.items())
 
 
 GRAPH = RanOn()

@@ -10,13 +10,14 @@ from pathlib import Path
 import msgspec
 
 from .backends.base import Shape
+from .build_commands import exact_remedy, rebuild_command
 from .bundle import Bundle
 from .engine_files import Engine
 from .engine_search import Found, answers, engines_of, fitted, out_of_profile
 from .engine_session import Loader, engine_target
-from .errors import EngineError, ExecutionError
+from .errors import EngineError, ExecutionError, TandemError
 from .manifest import TensorSpec
-from .ran_on import Ran, engine_run
+from .ran_on import Ran, engine_run, with_remedies
 from .refits import Refits
 from .step_inputs import history_of
 from .step_sampler import Key, StepEngine
@@ -56,12 +57,12 @@ class Wanted:
 class _Listed:
     """An engine of the cache, and why it is not run, in words that follow its name; None as long as it is.
 
-    refused: whether that came of loading it.
+    refused: the error where that came of loading it.
     """
 
     engine: Engine
     misfit: str | None
-    refused: bool = False
+    refused: TandemError | None = None
 
 
 class StepEngines:
@@ -113,7 +114,7 @@ class StepEngines:
                         session = self._loader(name).engine(found)
                     except (EngineError, ExecutionError) as error:
                         listed = self._listed[name][found.folder]
-                        listed.misfit, listed.refused = f"cannot be run: {error.without_remedy}", True
+                        listed.misfit, listed.refused = f"cannot be run: {error.without_remedy}", error.again()
                         break
                     engines[name, guided] = StepEngine(session, found.engine.ingredients.variant)
                 else:
@@ -139,16 +140,17 @@ class StepEngines:
     def _chosen(self, wanted: Mapping[Key, Wanted], ran: Ran) -> dict[Key, Found] | None:
         """The best engine for each; None where one is missing, and `ran` is told why the others do not do."""
         chosen, lacking = dict[Key, Found](), list[str]()
-        refused: dict[str, list[str]] = {name: [] for name, _ in wanted}
+        refused: dict[str, dict[str, str]] = {name: {} for name, _ in wanted}
         for (name, guided), one in wanted.items():
             fitting = []
             for folder, listed in self._of(name).items():
                 found = one.fitted(folder, listed.engine)
                 if isinstance(found, Found) and listed.misfit is None:
                     fitting.append(found)
+                elif isinstance(found, str):
+                    refused[name][f"step engine {folder.name[:12]} {found}"] = ""
                 elif found is not None:
-                    why = found if isinstance(found, str) else listed.misfit
-                    refused[name].append(f"step engine {folder.name[:12]} {why}")
+                    refused[name].update([self._misfit(name, folder, one)])
             best = min(fitting, key=lambda found: found.order, default=None)
             if best is None:
                 lacking.append(f"{name} {'with' if guided else 'without'} guidance")
@@ -157,19 +159,24 @@ class StepEngines:
         for name, reasons in refused.items() if lacking else ():
             own = [found.folder.name[:12] for (other, _), found in chosen.items() if other == name]
             if own and not reasons:
-                reasons.append(f"step engine {own[0]} is not run, since none does for {' and '.join(lacking)}")
-            ran.refuse(name, reasons)
+                reasons[f"step engine {own[0]} is not run, since none does for {' and '.join(lacking)}"] = ""
+            ran.refuse(name, with_remedies(reasons))
         return None if lacking else chosen
 
     def _refused_before(self, name: str, wanted: Wanted, chosen: Found) -> tuple[str, ...]:
         """Why engines that come before the chosen one do not run: those whose loading failed."""
         listed = [(folder, one) for folder, one in self._of(name).items() if one.refused]
-        fitting = [(wanted.fitted(folder, one.engine), one.misfit) for folder, one in listed]
-        return tuple(
-            f"step engine {found.folder.name[:12]} {why}"
-            for found, why in fitting
-            if isinstance(found, Found) and found.order < chosen.order
-        )
+        fitting = [wanted.fitted(folder, one.engine) for folder, one in listed]
+        before = (found for found in fitting if isinstance(found, Found) and found.order < chosen.order)
+        return with_remedies(dict(self._misfit(name, found.folder, wanted) for found in before))
+
+    def _misfit(self, name: str, folder: Path, wanted: Wanted) -> tuple[str, str]:
+        """Why a listed engine does not run here, and what helps."""
+        listed, target = self._of(name)[folder], engine_target(self._bundle, name, self._target)
+        shapes = wanted.shapes(listed.engine.inputs)
+        command = rebuild_command(self._bundle, name, target, listed.engine, shapes, self._cache)
+        remedy = exact_remedy(listed.refused, command) if listed.refused else f"Run `{command}`."
+        return f"step engine {folder.name[:12]} {listed.misfit}", remedy
 
     def _of(self, name: str) -> dict[Path, _Listed]:
         """A component's step engines for the target's device and precision, by their folders."""

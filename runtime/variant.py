@@ -49,7 +49,8 @@ class Variant(Frozen, frozen=True, kw_only=True):
         """What `tandemrt build-engine` is told to make it, each option after a space."""
         slots = f" --lora-slots {self.lora_slots} --lora-rank {self.lora_rank}" if self.lora_slots else ""
         stages = f" --stages {self.stage[1]}" if self.stage else ""
-        return slots + (" --step" if self.step else "") + stages
+        folded = f" --fold-steps {len(self.timesteps)}" if self.timesteps else ""
+        return slots + (" --step" if self.step else "") + folded + stages
 
     def told(self, *, refitted: bool) -> str:
         """It as what ran, perhaps with LoRAs in its weights."""

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ExecutionError, TargetError
+from ..errors import BUILD, ExecutionError, TargetError
 from ..manifest import TensorSpec
 from ..shapes import evaluated
 from .base import Array, Shape
+
+# Of an engine that is as it was built: the builder would take it from the cache.
+REMOVE_AND_BUILD = f"Remove its folder, and build it again with {BUILD}."
 
 Arrays = Mapping[str, Array]
 
@@ -86,5 +89,4 @@ def not_loaded(backend: str, file: Path, engine_of: str | None, error: BaseExcep
         remedy = f"Check it with `tandemrt verify`, or try a newer {backend.lower().replace(' ', '')}."
         return ExecutionError(str(file), f"{backend} cannot load the model ({one_line(error)})", remedy=remedy)
     what = f"{backend} cannot load the engine in {file.parent} ({one_line(error)})"
-    remedy = "Remove its folder, and build it again with `tandemrt build-engine`."
-    return ExecutionError(engine_of, what, remedy=remedy)
+    return ExecutionError(engine_of, what, remedy=REMOVE_AND_BUILD)

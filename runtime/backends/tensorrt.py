@@ -12,7 +12,7 @@ from ..engine_search import profile_for
 from ..errors import EngineError, ExecutionError
 from ..files import sweep_parts, write_whole
 from .base import Array, Shape
-from .buffers import require_numpy_types, symbol_sizes
+from .buffers import REMOVE_AND_BUILD, require_numpy_types, symbol_sizes
 from .cuda import Scratch, device
 from .modules import imported
 from .refit import Refit
@@ -157,7 +157,7 @@ def _deserialized(runtime: Any, folder: Path, engine: Engine, log: Any) -> Any:
     if VERSION_COMPATIBLE in engine.ingredients.flags and hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine((folder / file).read_bytes())
-    remedy = "Build the engine again with `tandemrt build-engine`."
+    remedy = REMOVE_AND_BUILD
     if loaded is None:
         raise EngineError(str(folder / file), f"TensorRT refuses the engine ({last_said(log)})", remedy=remedy)
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}

@@ -164,7 +164,7 @@ def test_damage_that_loading_finds_is_repaired_by_the_next_build(
     monkeypatch.setattr(caches, "_stamps", lambda *_: {})
     caches._write_proof(folder, whole)
     assert not ensure_engine(request_, tmp_path, silent, VERSIONS).built
-    with pytest.raises(EngineError, match=r"sha256, got .*Build the engine again\."):
+    with pytest.raises(EngineError, match=r"sha256, got .*Build the engine again with `tandemrt build-engine`\."):
         check_engine_files(folder, read_sidecar(folder))
     assert ensure_engine(request_, tmp_path, silent, VERSIONS).built
     check_engine_files(folder, read_sidecar(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -165,10 +166,12 @@ def test_an_engine_that_does_not_run_is_told(target: str, tiny_path: Path, reque
     (request,) = requests(target, components=("unet",), profiles=("64",))
     folder = ensure_engine(request, cache, silent, VERSIONS).folder
     assert ran_on(tiny_path, target) == {**nothing, "unet": (RanOn(folder.name, "plain"),)}
+    asked = f"{target.removesuffix(':fp32')}:fp32 --component unet --profile 64x64:b1 --cache {cache}"
+    command = f"`tandemrt build-engine {tiny_path} --target {asked}`"
     for harm, told in (
-        (cut, f"{folder}/.*: size, got .*, expected [0-9]+ bytes$"),
-        (spoil, "^unet: .* cannot load the engine .*" + folder.name),
-        (forget, r"^no engine for .* fits: .*engine\.json: not an engine's sidecar"),
+        (cut, rf"{folder}/.*: size, got .*, expected [0-9]+ bytes\. Build the engine again with {command}\.$"),
+        (spoil, rf"^unet: .* cannot load the engine .*{folder.name}.* Remove its folder, .* with {command}\.$"),
+        (forget, rf"^no engine for .* fits: .*engine\.json: not an engine's sidecar.*\. Run {command}\.$"),
     ):
         harm(folder)
         ran = ran_on(tiny_path, target)
@@ -226,6 +229,7 @@ def test_a_damaged_engine_leaves_the_call_to_another_that_fits(
     (ran,) = ran_on(tiny_path, "openvino:cpu:fp32")["unet"]
     assert ran.engine == key
     assert f"{narrow.key}/engine.blob: size" in ran.refused[0]
+    assert " --component unet --profile 64x64:b1" in ran.refused[0]
 
 
 def test_one_of_another_precision_is_not_spoken_of_beside_one_that_answers(
@@ -289,6 +293,12 @@ def test_generate_says_what_ran(
             {"engine": None, "variant": "", "refused": [], "gpu": None, "unasked": ""}
         ]
         assert "model.onnx: size" in image["ran_on"]["unet"][0]["refused"][0]
+    (command,) = re.findall(r"`tandemrt (build-engine .*)`", err)
+    assert main(shlex.split(command)) == 0  # and that helps
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert told in (stderr := capsys.readouterr().err)
+    assert "warning" not in stderr
 
 
 def test_without_engines_the_graph_itself_is_run(tiny: Bundle, cache: Path) -> None:

@@ -349,6 +349,7 @@ def test_a_damaged_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
             (ran,) = again.timings.ran_on["unet"]
             assert ran.engine is None
             assert f"step engine {model.parent.name[:12]} cannot be run: {model}: sha256, got" in ran.refused[0]
+            assert re.search(r" with `tandemrt build-engine .* --step --profile 64x64:b1:guided.*`\.$", ran.refused[0])
 
 
 def test_a_damaged_engine_is_told_where_another_serves(

@@ -12,12 +12,14 @@ import msgspec
 import pytest
 
 from tandemrt.runtime import engine_search
-from tandemrt.runtime.build_commands import build_command, call_profile
+from tandemrt.runtime.build_commands import build_command, call_profile, rebuild_command
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import cache_folder, engines_folder
 from tandemrt.runtime.engine_files import (
     FORMAT,
+    REFIT,
     SIDECAR_NAME,
+    VERSION_COMPATIBLE,
     Engine,
     Ingredients,
     InputRange,
@@ -30,6 +32,7 @@ from tandemrt.runtime.engine_files import (
 from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import EngineError, UntrustedError
 from tandemrt.runtime.manifest import FileRecord, file_sha256
+from tandemrt.runtime.ran_on import with_remedies
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.variant import PLAIN, Variant
 
@@ -351,3 +354,18 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEMRT_CACHE", "/own")
     assert cache_folder() == Path("/own")
     assert cache_folder("/given") == Path("/given")
+
+
+def test_a_remedy_is_told_once_for_all_that_it_helps_against() -> None:
+    assert with_remedies({}) == ()
+    told = with_remedies({"a: size": "Run `x`.", "b: size": "Run `x`.", "c is of another": "", "d: size": "Run `y`."})
+    assert told == ("a: size", "b: size. Run `x`.", "c is of another", "d: size. Run `y`.")
+
+
+def test_an_engine_is_built_again_as_it_was_made(bundle: Bundle, add: Add, tmp_path: Path) -> None:
+    folded = Variant(step="guided", timesteps=(999.0, 500.0))
+    engine = read_sidecar(add(variant=folded, flags={REFIT: True, VERSION_COMPATIBLE: True}))
+    command = rebuild_command(bundle, "unet", OPENVINO, engine, {"noise": (1, 4, 8, 8)}, tmp_path)
+    size = 8 * bundle.manifest.latent.downsampling
+    told = f" --step --fold-steps 2 --profile {size}x{size}:b1:guided --cache {tmp_path} --refit --version-compatible"
+    assert command.endswith(told)
