@@ -75,8 +75,8 @@ def _built(
     try:
         built = build_apart(job, progress, inherited=(claim.lock,))
     except EngineError as error:
-        if (full := _filled(claim, needed_bytes)) is not None:
-            raise full from error
+        if (filled := _filled(claim, needed_bytes)) is not None:
+            raise filled from error
         raise
     taken_s = time.monotonic() - began
     work, work_error = _work(request, Path(job.model))
