@@ -235,7 +235,7 @@ def test_what_counts_as_a_difference() -> None:
         (["--layers"], 2, "--layers: needs --target TARGET"),
         (["--target", "openvino:cpu"], 2, "--target: given without --layers"),
         (["--layers", "--target", "openvino:cpu", "--checkpoint", "x"], 2, "--layers: given beside --checkpoint"),
-        (["--layers", "--target", "openvino:cpu", "--component", "unet_3"], 1, "'unet_3'"),
+        (["--layers", "--target", "openvino:cpu", "--component", "unet_3"], 2, "'unet_3'"),
         (["--layers", "--target", "openvino:npu"], 1, "cannot run bundles on it"),
         (["--layers", "--target", "openvino:cpu:fp16"], 1, "precision of the exported model, got 'fp32'"),
         (["--layers", "--target", "onnxruntime:cpu", "--size", "9x"], 2, "--size: not a size"),
