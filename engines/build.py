@@ -14,7 +14,7 @@ import msgspec
 
 from ..runtime.cache import engines_folder
 from ..runtime.engine_files import FORMAT, Engine, Ingredients, InputRange, Layer, cached_engines
-from ..runtime.errors import BundleError, EngineError
+from ..runtime.errors import BundleError, CacheFullError, EngineError
 from ..runtime.targets import ENGINES_ONLY
 from ..runtime.variant import PLAIN
 from .cache import Claim, cached, claimed, records_of, too_full
@@ -75,8 +75,8 @@ def _built(
     try:
         built = build_apart(job, progress, inherited=(claim.lock,))
     except EngineError as error:
-        if (filled := _filled(claim, needed_bytes)) is not None:
-            raise filled from error
+        if (full := _filled(claim, needed_bytes)) is not None:
+            raise full from error
         raise
     taken_s = time.monotonic() - began
     work, work_error = _work(request, Path(job.model))
@@ -116,7 +116,7 @@ def _job(request: Request, model: Path, folder: Path, cache: Path) -> Job:
     )
 
 
-def _filled(claim: Claim, needed_bytes: int) -> EngineError | None:
+def _filled(claim: Claim, needed_bytes: int) -> CacheFullError | None:
     """What tells that the cache has no room left: builders that write tell it in words of their own, if at all."""
     written_bytes = sum(path.stat().st_size for path in claim.part.iterdir() if path.is_file())
     return too_full(claim.part.parent, max(needed_bytes - written_bytes, _NEXT_TO_NOTHING_BYTES))

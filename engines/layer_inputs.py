@@ -111,17 +111,8 @@ class _WatchedModels(Models):
         super().__init__(bundle, _HERE, None, cache)
         self._watched, self._pipeline = watched, pipeline
 
-    def session(
-        self,
-        name: str,
-        variant: Variant = PLAIN,
-        *,
-        refit: bool = False,
-        calls: int = 1,
-        workers: int = 1,
-        device: int = 0,
-    ) -> Session:
-        session = super().session(name, variant, refit=refit, calls=calls, workers=workers, device=device)
+    def session(self, name: str, variant: Variant = PLAIN, **more: Any) -> Session:
+        session = super().session(name, variant, **more)
         return _WatchedSession(session, self._pipeline) if name == self._watched else session
 
 
