@@ -10,7 +10,7 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # of arrays, which have no one truth
 class Table:
     """A schedule of N model calls on a state S = (x, h1 … hH), everything in float64.
 

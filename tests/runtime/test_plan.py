@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,6 +75,13 @@ def test_defaults_come_from_the_bundle() -> None:
     assert compiled.guidance_scale == 2.0
     assert all(compiled.guided)
     assert compiled.table.timesteps[0] == 999
+
+
+def test_plans_can_be_compared() -> None:
+    """Tables are equal where they are one: of two arrays it has no one truth whether they are."""
+    one = plan()
+    assert one == replace(one)
+    assert one != plan()
 
 
 def test_tandem_hands_over_after_the_large_models_steps() -> None:
