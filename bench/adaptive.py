@@ -17,7 +17,7 @@ import numpy as np
 
 from tandemrt.runtime import Pipeline
 
-from .figures import markdown_table, write_json, write_text
+from .figures import markdown_table, write_report
 from .machine import described, machine_facts
 from .program import run_program
 from .shapes.scenes import scenes
@@ -106,10 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts: dict[str, Any] = {"machine": machine_facts(), "target": options.target, "prompts": len(prompts)}
     with Pipeline.open(options.bundle, options.target, threads=options.threads) as pipe:
         facts["figures"] = [one for setting in SETTINGS for one in figures_of(pipe, setting, prompts)]
-    write_json(options.json, facts)
-    text = table(facts)
-    write_text(options.json.with_suffix(".md"), text)
-    print(text, end="")
+    write_report(options.json, facts, table(facts))
 
 
 if __name__ == "__main__":

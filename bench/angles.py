@@ -24,7 +24,7 @@ from tandemrt.runtime.backends.openvino_graph import read_graph
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, write_json, write_text
+from .figures import markdown_table, write_report
 from .machine import described, machine_facts
 from .program import run_program
 
@@ -100,10 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     require_buildable("cpu", "bf16")
     facts = {"machine": machine_facts(), "figures": list(map(figures_of, options.bundles))}
-    write_json(options.json, facts)
-    text = table(facts)
-    write_text(options.json.with_suffix(".md"), text)
-    print(text, end="")
+    write_report(options.json, facts, table(facts))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, write_json, write_text
+from .figures import markdown_table, write_report
 from .machine import described, machine_facts
 from .program import run_program
 from .starts import run_fresh
@@ -125,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 profiles=(parse_profile(options.profile),),
             )
             facts["builds"] += build_figures(plan)
-    write_json(options.json, facts)
-    write_text(options.json.with_suffix(".md"), markdown(facts))
-    print(markdown(facts))
+    write_report(options.json, facts, markdown(facts))
 
 
 def _plain(request: Request, folder: Path) -> dict[str, float]:

@@ -37,3 +37,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, facts: dict[str, Any]) -> None:
     """Write `facts` as indented JSON; NaN and infinities, which JSON has no words for, raise ValueError."""
     write_text(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+
+
+def write_report(path: Path, facts: dict[str, Any], text: str) -> None:
+    """Write `facts` to `path` and `text` as Markdown beside it, and print the text.
+
+    Raises:
+        ValueError, OSError: as `write_json` and `write_text`.
+    """
+    write_json(path, facts)
+    text = text.rstrip("\n") + "\n"
+    write_text(path.with_suffix(".md"), text)
+    print(text, end="")

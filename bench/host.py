@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import markdown_table, write_json, write_text
+from .figures import markdown_table, write_report
 from .loops import LATENT_SHAPE, STEPS, step_overheads
 from .machine import described, machine_facts
 from .program import run_program
@@ -72,10 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--starts", type=int, default=9, help="fresh interpreters of each kind")
     options = parser.parse_args(arguments)
     facts = host_figures(options.bundle, options.checkpoint, options.warm_up, options.repeats, options.starts)
-    write_json(options.json, facts)
-    table = markdown(facts)
-    write_text(options.json.with_suffix(".md"), table)
-    print(table)
+    write_report(options.json, facts, markdown(facts))
 
 
 def _cell(figures: dict[str, float], digits: int) -> str:

@@ -37,7 +37,7 @@ from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names
 from tandemrt.runtime.variant import Variant
 
-from .figures import markdown_table, spread, write_json, write_text
+from .figures import markdown_table, spread, write_report
 from .loops import SCHEDULE, Float32, normal
 from .machine import described, machine_facts
 from .program import run_program
@@ -168,10 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for index, case in enumerate(cases):
             figures = case_figures(case, given.target or TARGETS, options, Path(scratch, str(index)))
             facts["cases"].append(figures)
-    write_json(given.json, facts)
-    table = markdown(facts)
-    write_text(given.json.with_suffix(".md"), table)
-    print(table)
+    write_report(given.json, facts, markdown(facts))
 
 
 def _timed(

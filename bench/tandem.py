@@ -25,7 +25,7 @@ from tandemrt.runtime import Output, Pipeline, Timings
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, spread, write_json, write_text
+from .figures import markdown_table, spread, write_json, write_report
 from .loops import Float32
 from .machine import described, machine_facts
 from .program import run_program
@@ -155,7 +155,8 @@ def peer_figures(case: Case, target: str, options: Options, *, compiled: bool) -
             contender.close()
     faster = {kind: spread(np.divide(seconds[kind], seconds[OURS]).tolist()) for kind in kinds[1:]}
     taken_s = {kind: spread(values) for kind, values in seconds.items()}
-    return {"case": asdict(case), "target": target, "seconds": taken_s, "times_faster": faster}
+    told = {**asdict(case), "bundle": Path(case.bundle).name}
+    return {"case": told, "target": target, "seconds": taken_s, "times_faster": faster}
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -221,9 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             facts["accuracy"] += accuracy_figures(one, target, given.prompts, options)
         facts["peers"] += [peer_figures(case, target, options, compiled=given.compile) for case in cases]
         write_json(given.json, facts)
-    table = markdown(facts)
-    write_text(given.json.with_suffix(".md"), table)
-    print(table)
+    write_report(given.json, facts, markdown(facts))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,8 @@ from typing import Any
 from ..runtime.backends.modules import imported
 from ..runtime.engine_files import REFIT, VERSION_COMPATIBLE
 from ..runtime.errors import ArgumentError, TargetError
-from ..runtime.targets import PORTABLE, Target, has_nvidia_driver
+from ..runtime.manifest import Component
+from ..runtime.targets import ENGINES_ONLY, PORTABLE, Target, has_nvidia_driver
 
 # The first architecture that TensorRT-RTX 1.7 builds for in a precision; in fp32 it lacks matrix products alone before.
 _FIRST = {"fp32": "sm80", "bf16": "sm80", "fp8": "sm89"}
@@ -110,6 +111,16 @@ def require_precision(name: str, target: Target, model: Path) -> None:
     products = "matrix products in " if target.precision == "fp32" else ""
     what = f"TensorRT-RTX builds no {products}{target.precision} for this architecture"
     raise TargetError(name, what, got=before, expected=f"{first} or newer", remedy=remedy[target.precision or ""])
+
+
+def require_tables(name: str, target: Target, component: Component) -> None:
+    """Raise TargetError when TensorRT is to take rows of a table that is kept in eight bits, which it cannot."""
+    quantization = component.quantization
+    tables = [] if quantization is None else quantization.settings.get("tables", [])
+    if target.backend in ENGINES_ONLY and tables:
+        remedy = f"Quantize the bundle again with `--keep '{tables[0]}'`, or run it on another backend."
+        what = f"a table in eight bits, of which {target.backend} takes no rows"
+        raise TargetError(name, what, got=tables[0], remedy=remedy)
 
 
 def _multiplies(model: Path) -> bool:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ..runtime.bundle import Bundle
 from ..runtime.engine_files import RECIPES, Ingredients, InputRange, architecture_of, origin_of, weights_of
-from ..runtime.errors import TargetError
 from ..runtime.targets import ENGINES_ONLY, Target, installed_version
 from . import flavour, onnxruntime, openvino
 
-_QUANTIZED = ("int8", "fp8")
 # A profile's name, and the shapes of a component's inputs in it.
 Named = tuple[str, dict[str, InputRange]]
 
@@ -26,11 +23,6 @@ def require_buildable(target: Target, options: flavour.Options = flavour.PLAIN_O
         onnxruntime.require_buildable(target.device)
 
 
-def quantizes(target: Target) -> bool:
-    """Whether a target computes in what a graph's QuantizeLinear nodes say."""
-    return target.precision in _QUANTIZED
-
-
 def exact_target(target: Target, name: str, bundle: Bundle) -> Target:
     """The target as it is for component `name`, with the precision it computes in.
 
@@ -39,22 +31,8 @@ def exact_target(target: Target, name: str, bundle: Bundle) -> Target:
     """
     component = bundle.component(name)
     target = target.of_component(component)
-    if quantizes(target) and not _is_quantized(bundle.model_path(name)):
-        raise TargetError(
-            name,
-            f"its graph quantizes nothing, and {target} computes in what the graph states",
-            expected="QuantizeLinear and DequantizeLinear nodes",
-            remedy="No command of this version quantizes one yet; ask for "
-            f"{target.backend}:{target.device}:{component.precision}.",
-        )
     target.check_precision(name, component.precision)
     return target
-
-
-def _is_quantized(model: Path) -> bool:
-    import onnx  # noqa: PLC0415 (of the extra `export`; a plan without quantization does without it)
-
-    return any(node.op_type == "QuantizeLinear" for node in onnx.load(model, load_external_data=False).graph.node)
 
 
 def merged(ranges: Sequence[Named]) -> list[Named]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.backends.modules import imported
+from ..runtime.backends.onnxruntime import EXACT_PRODUCTS
 from ..runtime.engine_files import GRAPH_NAME, Layer
 from ..runtime.errors import EngineError, TargetError
 from .job import Built, Job, Progress
@@ -37,6 +38,7 @@ def build(job: Job, progress: Progress) -> Built:
         ("load_model_format", "ONNX"),
     ):
         options.add_session_config_entry(f"session.{key}", value)
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     provider = PROVIDERS[job.device]
     try:
         session = ort.InferenceSession(_source(job, options), options, providers=[provider])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.backends.modules import imported
-from ..runtime.backends.openvino import device_name, precision_hint
+from ..runtime.backends.openvino import device_name, exact_products, precision_hint
 from ..runtime.backends.openvino_graph import read_graph
 from ..runtime.engine_files import InputRange, Layer
 from ..runtime.errors import EngineError, TargetError
@@ -29,7 +29,7 @@ def build(job: Job, progress: Progress) -> Built:
         core = ov.Core()
         progress(f"{job.component}: read", 0, 3)
         hint = str(job.flags["INFERENCE_PRECISION_HINT"])
-        graph = read_graph(core, Path(job.model), hint)
+        graph = read_graph(core, Path(job.model), hint, job.device)
         (ranges,) = job.profiles
         graph.reshape({name: _bounded(ov, one) for name, one in ranges.items()})
         progress(f"{job.component}: compile", 1, 3)
@@ -59,7 +59,12 @@ def configuration(device: str, precision: str) -> dict[str, str | int | bool]:
     """What OpenVINO is told to compile for a device in a precision."""
     hint = precision_hint(device, precision)
     # One stream: a picture's models run one after the other, each on all threads.
-    return {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+    return {
+        "INFERENCE_PRECISION_HINT": hint,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        **exact_products(device),
+    }
 
 
 def require_buildable(device: str, precision: str) -> None:

@@ -18,7 +18,7 @@ from ..runtime.stages import MOST_STAGES
 from ..runtime.targets import ENGINES_ONLY, Target
 from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
 from . import flavour
-from .ingredients import Named, exact_target, grouped, ingredients_of, merged, quantizes, require_buildable
+from .ingredients import Named, exact_target, grouped, ingredients_of, merged, require_buildable
 from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
 from .together import for_each
 
@@ -137,7 +137,7 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
         ArgumentError: the bundle has no such component; a profile is outside the models, or nothing of the kind can be
             made of them; there is no such architecture.
         TargetError: targets cannot be built for here, or ask for a precision that a component is not in, or that an
-            architecture lacks; one of int8 or fp8 where a component was named that is no denoiser.
+            architecture lacks; one of int8 or fp8 where nothing is quantized so, or a component that was named is not.
     """
     names = plan.components or tuple(bundle.manifest.components)
     bundle.require_components("--component", names)
@@ -155,15 +155,17 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
 
 def _require_target(target: Target, plan: BuildPlan, bundle: Bundle, names: Sequence[str]) -> None:
     require_buildable(target, plan.options)
+    target.check_quantized(str(bundle.path), bundle.manifest)
     for name in names:
         exact = exact_target(target, name, bundle)
-        if name in plan.components and quantizes(target) and not quantizes(exact):
+        if name in plan.components and target.quantizes and exact.precision != target.precision:
             raise TargetError(
                 name,
-                f"denoisers alone are quantized, and {target} was asked for",
-                remedy=f"Ask for {exact}, which runs beside denoisers in {target.precision}.",
+                f"is not quantized to {target.precision}, and {target} was asked for",
+                remedy=f"Ask for {exact}, which runs beside what is.",
             )
         flavour.require_precision(name, exact, bundle.model_path(name))
+        flavour.require_tables(name, exact, bundle.component(name))
 
 
 def _require_takers(plan: BuildPlan, roles: set[str]) -> None:

@@ -109,7 +109,6 @@ def _cut(whole: Whole, cuts: Sequence[Boundary]) -> tuple[StageGraph, ...]:
             begins=begins,
             inputs=tensors(graph.graph.input, whole.where),
             outputs=tensors(graph.graph.output, whole.where),
-            multiply_adds=work,
             share=work / max(sum(whole.multiply_adds), 1),
         )
         made.append(StageGraph(stage, graph))

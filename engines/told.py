@@ -129,11 +129,7 @@ def _title(facts: Mapping[str, Any]) -> str:
     made = [f"({facts['variant']})"] if facts["variant"] != str(PLAIN) else []
     profiles = f", {'; '.join(facts['profiles'])}" if facts["profiles"] else ""
     asked = facts["target"].split(":")[2:]
-    plain = (
-        [f"in {facts['precision']}, since denoisers alone are quantized"]
-        if asked not in ([], [facts["precision"]])
-        else []
-    )
+    plain = [f"in {facts['precision']}, as it is"] if asked not in ([], [facts["precision"]]) else []
     return " ".join([facts["component"], *made, "for", facts["target"], *plain]) + profiles
 
 

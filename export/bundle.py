@@ -18,14 +18,14 @@ from ..runtime.manifest import (
     Component,
     Defaults,
     Evidence,
-    FileRecord,
     Manifest,
     Source,
     decode,
     encode,
-    file_sha256,
+    file_records,
     write,
 )
+from ..runtime.staging import Staging, require_free, writing_failed
 from .adopt import AdoptedGraph, require_plausible
 from .agreement import latent_space, prediction_type
 from .audit import find_islands
@@ -38,7 +38,6 @@ from .modules import Graph, Interface
 from .parity import compare, require_close
 from .plan import ExportPlan, PresetPlan, Progress, no_progress
 from .presets import read_preset
-from .publish import Staging, require_free, writing_failed
 from .random_checkpoint import write_checkpoint
 from .samples import PROBE, Inputs, Samples
 from .sources import Sources, read_sources
@@ -116,7 +115,7 @@ class _Export:
             format=FORMAT,
             producers=self._producers,
             components=components,
-            files=_file_records(self._folder),
+            files=file_records(self._folder),
             latent=latent_space(main.vae),
             text=text,
             scheduler=main.scheduler,
@@ -233,14 +232,6 @@ def _installed_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _file_records(folder: Path) -> dict[str, FileRecord]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path))
-        for path in paths
-    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from ..runtime.cli.reporter import Reporter
 from ..runtime.cli.values import parse_settings, parse_sources, parse_timesteps
 from ..runtime.errors import ArgumentError
+from ..runtime.staging import require_free
 from .pickled import WARNING as PICKLE_WARNING
 from .plan import Added, ExportPlan, PresetPlan, parse_lora
 from .presets import SCALES, models, preset_names, read_preset
-from .publish import require_free
 from .sources import describe
 
 DESCRIPTION = (

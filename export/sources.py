@@ -11,6 +11,7 @@ from ..runtime.errors import ArgumentError
 from ..runtime.lora_names import PARTS
 from ..runtime.manifest import SchedulerDefaults
 from ..runtime.solvers import compile_table, resolve_solver
+from ..runtime.staging import require_free
 from .agreement import (
     latent_space,
     prediction_type,
@@ -34,7 +35,6 @@ from .facts import denoiser_facts
 from .foreign_graph import is_foreign
 from .lora import fuse, read_lora, require_used
 from .plan import ExportPlan
-from .publish import require_free
 from .single_file import read_single_file
 from .weights import parameters, source_digest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ class AdaptiveRule:
     steady: float = 1.25
 
     @classmethod
-    def of(cls, config: object) -> AdaptiveRule:
-        """The defaults with what `config`, a mapping or None, says otherwise.
+    def of(cls, config: object, default: AdaptiveRule | None = None) -> AdaptiveRule:
+        """`default`, or the numbers above, with what `config`, a mapping or None, says otherwise.
 
         Raises:
             RequestError: it is no mapping, has an unknown key, or a value that cannot be.
@@ -58,14 +58,51 @@ class AdaptiveRule:
             elif (finite_number(value) or 0.0) <= (name == "steady"):
                 what, least = ("change from row to row", 1) if name == "steady" else ("discrepancy", 0)
                 raise RequestError(f"{_WHERE}: {name}", what, got=value, expected=f"a number above {least}")
-        # One limit alone moves the other with it.
+        base = cls() if default is None else default
+        # A threshold alone moves the release with it.
         if "threshold" in given and "release" not in given:
-            given["release"] = _RELEASE * given["threshold"]
-        rule = cls(**given)
+            given["release"] = base.release / base.threshold * given["threshold"]
+        rule = replace(base, **given)
         if rule.release < rule.threshold:
             expected = f"threshold, {rule.threshold:g}, or more"
             raise RequestError(f"{_WHERE}: release", "discrepancy", got=rule.release, expected=expected)
         return rule
+
+
+class Agreement:
+    """Which rows of one generation run both branches under a rule, by what those that did found.
+
+    skipped: how many rows without the unconditional branch have passed since one with both.
+    """
+
+    def __init__(self, rule: AdaptiveRule) -> None:
+        self.why, self.skipped = "guided", 0
+        self._rule = rule
+        self._denoiser = ""
+        self._agree = False
+        self._discrepancy = 0.0
+
+    def wanted(self, denoiser: str) -> bool:
+        """Whether the row at hand, of this denoiser, is to run both branches; `why` then says why."""
+        if denoiser != self._denoiser:
+            self._denoiser, self._agree = denoiser, False
+        if not self._agree:
+            self.why = "guided"
+        elif self.skipped + 1 >= self._rule.probe:
+            self.why = "guided to see whether the branches still agree"
+        else:
+            self.why = f"the branches agree: they were {self._discrepancy:.3g} apart"
+            return False
+        return True
+
+    def saw(self, discrepancy: float, growth: float | None) -> None:
+        """Remember a row with both branches: how far they were apart, and what their difference grew by, a row.
+
+        growth: since the row with both before it; None where this denoiser had none.
+        """
+        limit = self._rule.release if self._agree else self._rule.threshold
+        steady = growth is not None and 1 / self._rule.steady < growth < self._rule.steady
+        self._agree, self.skipped, self._discrepancy = discrepancy < limit and steady, 0, discrepancy
 
 
 class AdaptiveGuidance:
@@ -73,49 +110,41 @@ class AdaptiveGuidance:
 
     In a row without unconditional branch the branches' last difference stands for its own, which goes on growing or
     shrinking as it last did.
+
+    growth: the factor a row by which it did so in the last row with both branches; None in a denoiser's first.
     """
 
     def __init__(self, rule: AdaptiveRule) -> None:
-        self.why = "guided"
-        self._rule = rule
+        self.growth: float | None = None
+        self._agreement = Agreement(rule)
         self._denoiser = ""
-        self._agree = False
-        self._skipped = 0
-        self._discrepancy = 0.0
         self._difference: Float32 | None = None
-        self._growth = 1.0
         self._buffers: list[Float32] = []
 
+    @property
+    def why(self) -> str:
+        return self._agreement.why
+
     def wanted(self, denoiser: str) -> bool:
-        """Whether the row at hand, of this denoiser, is to run both branches; `why` then says why."""
+        """See `Agreement`."""
         if denoiser != self._denoiser:
-            self._denoiser, self._agree, self._difference = denoiser, False, None
-        if not self._agree:
-            self.why = "guided"
-        elif self._skipped + 1 >= self._rule.probe:
-            self.why = "guided to see whether the branches still agree"
-        else:
-            self.why = f"the branches agree: they were {self._discrepancy:.3g} apart"
-            return False
-        return True
+            self._denoiser, self._difference = denoiser, None
+        return self._agreement.wanted(denoiser)
 
     def saw(self, conditional: Float32, unconditional: Float32, discrepancy: float) -> None:
         """Remember both branches of a row."""
-        limit = self._rule.release if self._agree else self._rule.threshold
         former = self._difference
         self._buffers = self._buffers[::-1] or list(np.empty((2, *conditional.shape), np.float32))
         self._difference = np.subtract(conditional, unconditional, out=self._buffers[0])
-        steady = False
-        if former is not None:
-            self._growth = _growth(former, self._difference, self._skipped + 1)
-            steady = 1 / self._rule.steady < self._growth < self._rule.steady
-        self._agree, self._skipped, self._discrepancy = discrepancy < limit and steady, 0, discrepancy
+        self.growth = None if former is None else _growth(former, self._difference, self._agreement.skipped + 1)
+        self._agreement.saw(discrepancy, self.growth)
 
     def guide(self, prediction: Float32, guidance_scale: float, scratch: Float32) -> None:
         """Make the guided prediction of a row, in place, from its conditional branch alone."""
-        self._skipped += 1
-        if self._difference is not None:
-            np.multiply(self._difference, (guidance_scale - 1) * self._growth**self._skipped, out=scratch)
+        self._agreement.skipped += 1
+        if self._difference is not None and self.growth is not None:
+            grown = self.growth**self._agreement.skipped
+            np.multiply(self._difference, (guidance_scale - 1) * grown, out=scratch)
             np.add(prediction, scratch, out=prediction)
 
 

@@ -22,17 +22,23 @@ from .manifest import Frozen
 from .placement import Placed, refusal
 from .plan import Plan
 from .targets import Target, installed_version, nvidia_gpus
+from .trace import span
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 1 << 16
 _CANDIDATES = ("batched", "parallel", "sequential")
 _ROUNDS = 3
+_POLL_S = 0.05
 # What another placement must gain over one before it in the list: less is noise.
 _GAIN = 0.97
 
 
 class Ground(Frozen, frozen=True, kw_only=True):
-    """All that a measurement rests on; another of anything is measured anew."""
+    """All that a measurement rests on; another of anything is measured anew.
+
+    bundle: of its files alone. models: the denoisers of guided rows and the ControlNets beside them, with the keys of
+        the engines that they may run on.
+    """
 
     format: int
     bundle: str
@@ -40,8 +46,7 @@ class Ground(Frozen, frozen=True, kw_only=True):
     threads: int | None
     versions: Mapping[str, str]
     machine: tuple[str, ...]
-    denoisers: tuple[str, ...]
-    controls: tuple[str, ...]
+    models: Mapping[str, tuple[str, ...]]
     shape: tuple[int, ...]
     devices: tuple[str, ...]
     placements: tuple[str, ...]
@@ -68,54 +73,61 @@ class Measurement(Frozen, frozen=True, kw_only=True):
 class AutoPlacement:
     """Chooses placements for a bundle on a target; safe to share between threads, of which one measures at a time."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
+    def __init__(
+        self, bundle: Bundle, target: Target, threads: int | None, cache: Path, alone: Callable[[], int | None]
+    ) -> None:
+        """alone: see `Turns.alone`. Measured beside other generations, a choice is kept as long as this object."""
         self._bundle, self._target, self._threads, self._cache = bundle, target, threads, cache
+        self._alone = alone
         self._lock = threading.Lock()
-        self._chosen: dict[str, str] = {}
+        self._made: dict[str, Measurement] = {}
 
     def choose(
         self,
         plan: Plan,
         shape: Shape,
-        controls: tuple[str, ...],
+        models: Mapping[str, tuple[str, ...]],
         place: Callable[[str], Placed],
         before: Callable[[], None],
         without: Collection[str] = (),
-    ) -> str:
-        """The placement for a plan's guided rows, for latents of this shape; `batched` where it has none.
+    ) -> Measurement | None:
+        """What decides on the placement of a plan's guided rows, for latents of this shape; None where it has none.
 
-        controls: the ControlNets beside them. place: what predicts the rows in a placement, with its models loaded.
-        before: called before each row that is tried; what it raises ends the trial, of which nothing is remembered.
+        models: as of `Ground`. place: what predicts the rows in a placement, with its models loaded.
+        before: called before each row that is tried, and again and again while another's trial is waited for; what it
+            raises ends the trial, of which nothing is remembered.
         without: placements that are not tried, since engines are missing for them.
         """
         if not any(plan.guided):
-            return "batched"
+            return None
         possible = (one for one in _CANDIDATES if refusal(one, self._target, self._threads) is None)
         listed = [one for one in possible if one not in without]
-        ground = self._ground(plan, shape, controls, listed)
-        with self._lock:
-            if ground.key not in self._chosen:
+        ground = self._ground(shape, models, listed)
+        while not self._lock.acquire(timeout=_POLL_S):
+            before()
+        try:
+            if ground.key not in self._made:
                 path = self._cache / "placements" / f"{ground.key}.json"
                 measurement = _remembered(path, ground)
                 if measurement is None:
-                    measurement = Measurement(
-                        ground=ground, ms=_measured(plan, shape, {one: place(one) for one in listed}, before)
-                    )
-                    _remember(path, measurement)
-                self._chosen[ground.key] = measurement.fastest
-            return self._chosen[ground.key]
+                    placed, alone = {one: place(one) for one in listed}, self._alone()
+                    measurement = Measurement(ground=ground, ms=_measured(plan, shape, placed, before))
+                    if alone is not None and self._alone() == alone:
+                        _remember(path, measurement)
+                self._made[ground.key] = measurement
+            return self._made[ground.key]
+        finally:
+            self._lock.release()
 
-    def _ground(self, plan: Plan, shape: Shape, controls: tuple[str, ...], listed: Sequence[str]) -> Ground:
-        guided = (name for name, both in zip(plan.denoisers, plan.guided, strict=True) if both)
+    def _ground(self, shape: Shape, models: Mapping[str, tuple[str, ...]], listed: Sequence[str]) -> Ground:
         return Ground(
             format=FORMAT,
-            bundle=self._bundle.digest,
+            bundle=self._bundle.manifest.files_digest,
             target=str(self._target),
             threads=self._threads,
             versions={"tandemrt": version("tandemrt"), self._target.backend: installed_version(self._target.backend)},
             machine=(cpu_architecture(), f"{usable_cpus()} CPUs", *nvidia_gpus()),
-            denoisers=tuple(dict.fromkeys(guided)),
-            controls=controls,
+            models=models,
             shape=tuple(shape),
             devices=gpu_names(self._target),
             placements=tuple(listed),
@@ -132,7 +144,8 @@ def _measured(plan: Plan, shape: Shape, placed: Mapping[str, Placed], before: Ca
             for one in placed:
                 for name, row in rows.items():
                     before()
-                    took = placed[one].predict(row, sample, guided=True).model_ms
+                    with span(f"try {one}", row):
+                        took = placed[one].predict(row, sample, guided=True).model_ms
                     if round_:  # the first round sets up what is set up late
                         least[one][name] = min(least[one][name], took)
     finally:

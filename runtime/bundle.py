@@ -17,12 +17,14 @@ from typing import BinaryIO
 from . import manifest as manifests
 from .arguments import did_you_mean
 from .errors import ArgumentError, BundleError
+from .files import is_part
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Component, FileRecord, Manifest, TensorSpec
 from .manifest_checks import TOKENIZER_FILE, check_manifest
 from .onnx_files import external_files
 from .tensors import check_loaded
 
 LARGE_FILE_BYTES = 4 << 20
+MAX_SEAL_BYTES = 1 << 10
 HASHING_THREADS = 4
 
 # O_NONBLOCK: a pipe put in a file's place must not hang the open. The flags are absent on Windows.
@@ -147,9 +149,7 @@ def _start_of(path: Path, size: int) -> bytes:
 
 def _check_seal(folder: Path, raw: bytes) -> None:
     """Compare the manifest with its seal: one flipped bit in a number would give another valid manifest."""
-    expected = manifests.seal(raw)
-    sealed = _start_of(folder / SEAL_NAME, len(expected) + 1)
-    if sealed != expected:
+    if not manifests.is_sealed(raw, _start_of(folder / SEAL_NAME, MAX_SEAL_BYTES)):
         raise BundleError(
             _shown(folder / MANIFEST_NAME),
             "sha256",
@@ -159,7 +159,8 @@ def _check_seal(folder: Path, raw: bytes) -> None:
         )
 
 
-# What model hubs, version control and file managers put beside a bundle's own files; never read.
+# What model hubs, version control and file managers put beside a bundle's own files; never read. Nor is what was begun
+# when a manifest was replaced and the process killed.
 _STRANGERS = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store", "README.md", "LICENSE"})
 
 
@@ -202,7 +203,7 @@ def _entries(root: Path, folder: str, folders: frozenset[str]) -> Iterator[tuple
     with os.scandir(root / folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if name in _STRANGERS:
+            if name in _STRANGERS or is_part(name):
                 continue
             if not entry.is_dir(follow_symlinks=False):
                 yield name, entry

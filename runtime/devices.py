@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .arguments import whole_number
 from .backends import target_here
-from .errors import ArgumentError, TargetError
+from .errors import ArgumentError
 from .targets import ENGINES_ONLY, Target
 
 _WHERE = "devices"
@@ -19,8 +19,7 @@ def on_devices(target: Target, devices: object) -> Target:
     devices: one or two of CUDA's indices, the first for all but the second branch of guidance.
 
     Raises:
-        ArgumentError: they are no such indices, or one is named twice.
-        TargetError: the target takes none.
+        ArgumentError: they are no such indices, one is named twice, or the target takes none.
     """
     if devices is None:
         return target
@@ -40,7 +39,7 @@ def on_devices(target: Target, devices: object) -> Target:
         if target.backend == "onnxruntime" and target.device != "cpu":
             remedy += " CUDA_VISIBLE_DEVICES chooses the GPU of ONNX Runtime."
         what, expected = "GPUs for a target that takes none", "a flavour of TensorRT, such as tensorrt-rtx:sm89"
-        raise TargetError(_WHERE, what, got=str(target), expected=expected, remedy=remedy)
+        raise ArgumentError(_WHERE, what, got=str(target), expected=expected, remedy=remedy)
     return replace(target, gpus=tuple(one for one in indices if one is not None))
 
 

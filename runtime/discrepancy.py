@@ -41,17 +41,18 @@ class Taus:
     tau_cap: int = 15
 
     def __post_init__(self) -> None:
-        for name, value, least in (("l_slope", self.l_slope, 1), ("k", self.k, 1), ("tau_cap", self.tau_cap, 1)):
-            if value < least:
-                raise PlanError(name, "out of range", got=value, expected=f"{least} or more")
+        for name, value in (("L_slope", self.l_slope), ("k", self.k), ("tau_cap", self.tau_cap)):
+            if value < 1:
+                raise PlanError(f"placement_config: {name}", "out of range", got=value, expected="1 or more")
         if not (isfinite(self.eps_slope) and self.eps_slope > 0):
-            raise PlanError("eps_slope", "out of range", got=self.eps_slope, expected="a number above 0")
+            expected = "a number above 0"
+            raise PlanError("placement_config: eps_slope", "out of range", got=self.eps_slope, expected=expected)
 
     def check_steps(self, steps: int) -> None:
         """Raise PlanError when the window could end behind the last of `steps` steps."""
         if self.tau_cap + self.k >= steps:
             raise PlanError(
-                "tau_cap + k",
+                "placement_config: tau_cap + k",
                 f"the window's last step, of {steps} from 0 on",
                 got=self.tau_cap + self.k,
                 expected=f"at most {steps - 1}",

@@ -39,7 +39,7 @@ MAX_SIDECAR_BYTES = 64 << 20
 BUILD_AGAIN = f"Build the engine again with {BUILD}."  # where the builder finds the damage too
 
 # Of what is built now: to be raised when engines come to be built in another way from the same ingredients.
-RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 2, "onnxruntime": 3}
+RECIPES = {"tensorrt-rtx": 2, "tensorrt": 2, "openvino": 3, "onnxruntime": 3}
 
 # Flags of TensorRT engines.
 REFIT, VERSION_COMPATIBLE = "refit", "version_compatible"

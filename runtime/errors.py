@@ -5,13 +5,14 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 │   ├── RequestError         of a generation: prompt, size, guidance, seed
 │   └── PlanError            of a schedule: solver, steps, scheduler configuration
 ├── CheckpointError          a source that is no checkpoint, or not one of a supported kind
-├── ExportError              an export that failed or missed its parity threshold
+├── ExportError              a bundle that cannot be made: a failed export, a missed threshold, a taken place
 ├── BundleError              a bundle that is damaged, foreign or newer than this runtime
 ├── TargetError              a backend, device or precision that is not available here
 ├── EngineError              an engine that cannot be built, or does not fit what it is asked for
 │   ├── UntrustedError       a folder of the cache of engines that others could have written to
 │   └── CacheError           the cache of engines cannot be written, whichever engine is built
 │       └── CacheFullError   the cache of engines has no room for one
+├── CalibrationError         what was measured cannot be used, or leads to nothing of what was asked for
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
     └── CancelledError       a generation stopped by its caller
 """
@@ -82,7 +83,7 @@ class CheckpointError(TandemError):
 
 
 class ExportError(TandemError):
-    """An export failed, or a component missed its parity threshold; nothing was published."""
+    """A bundle cannot be made: an export failed, missed a threshold, or its place is taken; nothing was published."""
 
 
 class BundleError(TandemError):
@@ -107,6 +108,10 @@ class CacheError(EngineError):
 
 class CacheFullError(CacheError):
     """The file system of the cache has no room for an engine; a smaller one may fit."""
+
+
+class CalibrationError(TandemError):
+    """What was measured is damaged, unfinished or of another bundle, or leads to nothing of what was asked for."""
 
 
 class ExecutionError(TandemError):

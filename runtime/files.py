@@ -24,6 +24,7 @@ def write_whole(
     """Let `write` fill a file beside `path`, and give it that name when it is complete and on the disk.
 
     The file's mode follows the umask. With `replace` off, a file that has the name by then stays as it is.
+    A device or a pipe, such as /dev/null, is written to.
 
     within: another folder of the same file system to fill it in, such as one that is swept if this process is killed.
 
@@ -31,6 +32,10 @@ def write_whole(
         FileExistsError: the name is taken and `replace` is off.
         OSError: the folder cannot be written or is full.
     """
+    if replace and path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            write(stream)
+        return
     part = (within or path.parent) / f".{secrets.token_hex(_TOKEN_BYTES)}.part"
     try:
         with part.open("xb") as stream:
@@ -53,8 +58,23 @@ def sweep_parts(folder: Path) -> None:
     """
     with suppress(OSError):
         for part in folder.iterdir():
-            if _PART.fullmatch(part.name) and time.time() - part.lstat().st_mtime > _MOST_S:
+            if is_part(part.name) and time.time() - part.lstat().st_mtime > _MOST_S:
                 part.unlink(missing_ok=True)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name is one that `write_whole` began."""
+    return bool(_PART.fullmatch(name))
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk before those that are given next. Windows keeps them in order itself."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _give_free_name(part: Path, path: Path) -> None:

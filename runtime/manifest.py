@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from .calibrations import Calibrations
 from .errors import BundleError
+from .files import sync_folder, write_whole
 
 FORMAT = 1
 MANIFEST_NAME = "tandem.json"
@@ -21,6 +24,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 Role = Literal["text_encoder", "denoiser", "controlnet", "vae_decoder", "vae_encoder"]
 Precision = Literal["fp32", "fp16"]
+QuantizationFormat = Literal["int8", "fp8", "int8-weights", "int4-weights"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
@@ -78,10 +82,63 @@ class SchedulerDefaults(Frozen, frozen=True, kw_only=True):
     config: dict[str, Any]
 
 
+class Loss(Frozen, frozen=True, kw_only=True):
+    """What quantization took, by pictures of held-out prompts, painted from the same noise as the float bundle's.
+
+    `metric`: `psnr_db`, the median PSNR of the quantized bundle's pictures to the float bundle's; or `accuracy`, the
+    share of its pictures that a scorer accepts, of which `reference` is the float bundle's.
+    `at_least` is the budget that had to hold, None where none was asked for.
+    `bundle` is the float bundle's digest; there were so many `prompts`, `prompts_sha256` is that of their lines;
+    `painted` says how: target, denoiser and its steps, decoder, guidance, size.
+    """
+
+    metric: Literal["psnr_db", "accuracy"]
+    value: float
+    reference: float | None = None
+    at_least: float | None = None
+    bundle: str
+    prompts: int
+    prompts_sha256: str
+    painted: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is within the budget; NaN is not."""
+        return self.at_least is None or self.value >= self.at_least
+
+
+class Quantization(Frozen, frozen=True, kw_only=True):
+    """What a component's graph does in eight or four bits.
+
+    `format`: `int8` and `fp8` compute so, with activations and weights between QuantizeLinear and DequantizeLinear;
+    `int8-weights` and `int4-weights` keep weights so and compute in the component's precision.
+    `tool` with its `version` quantized, by `settings`. `layers` is how many layers are quantized; `kept` names those
+    that could have been and are not. `float_model` is the sha256 of the graph that was quantized, `trajectories` the
+    digest of what it was given while ranges were found, None where none are needed.
+    """
+
+    format: QuantizationFormat
+    tool: str
+    version: str
+    settings: dict[str, Any]
+    layers: int
+    kept: tuple[str, ...] = ()
+    float_model: str
+    trajectories: str | None = None
+    losses: tuple[Loss, ...] = ()
+
+    @property
+    def computes(self) -> bool:
+        """Whether its layers compute in the format, not only keep weights in it."""
+        return self.format in ("int8", "fp8")
+
+
 class Component(Frozen, frozen=True, kw_only=True):
     """One model of the bundle.
 
     `model` is the ONNX file's path; its external data, if any, stands in the manifest's `files` beside it.
+    `precision` is that of what computes in floating point. `evidence` is of the graph as it was exported, and empty
+    where `quantization` tells of another one in its place.
     `prediction_type`, `spatial_multiple` (latent height and width must be multiples of it) and `scheduler` (where the
     denoiser brings its own, as one-step models do) are of denoisers only.
     """
@@ -98,6 +155,13 @@ class Component(Frozen, frozen=True, kw_only=True):
     spatial_multiple: int = 1
     scheduler: SchedulerDefaults | None = None
     evidence: tuple[Evidence, ...]
+    quantization: Quantization | None = None
+
+    @property
+    def computes_in(self) -> str:
+        """The precision that its graph says: `int8` or `fp8` where layers compute so, else its own."""
+        quantization = self.quantization
+        return quantization.format if quantization is not None and quantization.computes else self.precision
 
 
 class LatentSpace(Frozen, frozen=True, kw_only=True):
@@ -153,10 +217,31 @@ class TextConditioning(Frozen, frozen=True, kw_only=True):
         return sum(encoder.pooled_width for encoder in self.encoders.values())
 
 
+class AdaptiveNumbers(Frozen, frozen=True, kw_only=True):
+    """Those of `runtime.adaptive.AdaptiveRule`."""
+
+    threshold: float
+    release: float
+    probe: int
+    steady: float
+
+
+class WindowNumbers(Frozen, frozen=True, kw_only=True):
+    """Those of `runtime.discrepancy.Taus`."""
+
+    l_slope: int
+    eps_slope: float
+    k: int
+    tau_cap: int
+
+
 class Defaults(Frozen, frozen=True, kw_only=True):
     """What a generation uses where the caller says nothing; `height` and `width` in pixels.
 
     `timesteps` and `eta` are those of a model that was distilled for them, and hold for the bundle's own scheduler.
+    `guidance_interval` is of fixed guidance; `adaptive` and `taus` are what adaptive guidance and the placement
+    `hybridiff` use where they are asked for. All three are what `tandemrt calibrate guidance` measured.
+    `steps` are runs of inference steps on one denoiser, `num_inference_steps` in all; without them the first runs all.
     """
 
     height: int
@@ -164,7 +249,11 @@ class Defaults(Frozen, frozen=True, kw_only=True):
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     timesteps: tuple[int, ...] | None = None
+    steps: tuple[tuple[str, int], ...] | None = None
     eta: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    adaptive: AdaptiveNumbers | None = None
+    taus: WindowNumbers | None = None
 
 
 class Manifest(Frozen, frozen=True, kw_only=True):
@@ -178,6 +267,12 @@ class Manifest(Frozen, frozen=True, kw_only=True):
     text: TextConditioning
     scheduler: SchedulerDefaults
     defaults: Defaults
+    calibrations: Calibrations = Calibrations()
+
+    @property
+    def files_digest(self) -> str:
+        """The sha256 of all files that are listed: of models, tokenizers and the rest, whatever the defaults are."""
+        return hashlib.sha256(msgspec.json.encode(self.files, order="deterministic")).hexdigest()
 
     def names(self, role: Role) -> tuple[str, ...]:
         """The components that play `role`, in the manifest's order."""
@@ -240,6 +335,12 @@ def seal(raw: bytes) -> bytes:
     return f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST_NAME}\n".encode()
 
 
+def is_sealed(raw: bytes, found: bytes) -> bool:
+    """Whether the bytes of a seal are of a manifest's bytes: of these alone or, while one replaces another, of both."""
+    own, lines = seal(raw), found.splitlines(keepends=True)
+    return found == own or (len(found) == 2 * len(own) and own in lines and len(lines) == len(set(lines)) == 2)
+
+
 def write(manifest: Manifest, folder: Path) -> None:
     """Write a manifest and its seal.
 
@@ -251,6 +352,22 @@ def write(manifest: Manifest, folder: Path) -> None:
     (folder / SEAL_NAME).write_bytes(seal(raw))
 
 
+def rewrite(manifest: Manifest, folder: Path) -> None:
+    """Replace a bundle's manifest; whatever happens, the bundle then has the old one or the new one, sealed.
+
+    The seal names both while the manifest is replaced.
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+    """
+    old, new = (folder / MANIFEST_NAME).read_bytes(), encode(manifest)
+    both = b"".join(dict.fromkeys((seal(old), seal(new))))
+    steps = ((SEAL_NAME, both), (MANIFEST_NAME, new), (SEAL_NAME, seal(new)))
+    for name, content in steps:
+        write_whole(folder / name, operator.methodcaller("write", content))
+        sync_folder(folder)
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's content as 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -258,6 +375,16 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """The records of every file in a bundle's folder but the manifest and its seal, by their paths in it."""
+    own = (folder / MANIFEST_NAME, folder / SEAL_NAME)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path))
+        for path in paths
+    }
 
 
 def json_schema() -> dict[str, Any]:

@@ -7,7 +7,8 @@ import re
 from itertools import pairwise
 
 from .errors import BundleError
-from .manifest import MANIFEST_NAME, SEAL_NAME, Component, FileRecord, Manifest, TextEncoding
+from .guidance_defaults import check_guidance_defaults
+from .manifest import MANIFEST_NAME, SEAL_NAME, Component, FileRecord, Manifest, Quantization, TextEncoding
 from .tensors import CONTROLNET_PREFIX, ENCODED, GUIDANCE_EMBEDDING, check_role, spec_of
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -33,6 +34,8 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     _check_listing(manifest.files, where)
     _check_components(manifest, where)
     _check_facts(manifest, where)
+    check_guidance_defaults(manifest.defaults, where)
+    _check_steps(manifest, where)
     _check_text(manifest, where)
     _check_conditioned(manifest, where)
 
@@ -79,11 +82,37 @@ def _check_components(manifest: Manifest, where: str) -> None:
             expected = f"{CONTROLNET_PREFIX}NAME for a ControlNet, and for no other"
             raise BundleError(where, f"name of a {component.role}", got=name, expected=expected)
         check_role(where, name, component)
+        if component.quantization is not None:
+            _check_quantization(where, name, component.quantization)
         if component.role == "vae_encoder":
             _check_encoded(where, name, component, manifest.latent.channels)
     for role in ("text_encoder", "denoiser", "vae_decoder"):
         if not any(component.role == role for component in manifest.components.values()):
             raise BundleError(where, f"no component with role {role!r}", remedy="Export the bundle again.")
+
+
+def _check_quantization(where: str, name: str, stated: Quantization) -> None:
+    """Numbers and digests that inspect shows and engines are chosen by."""
+    if stated.layers < 1:
+        raise BundleError(where, f"quantized layers of {name!r}", got=stated.layers, expected="1 or more")
+    losses = stated.losses
+    digests = {
+        "float_model": stated.float_model,
+        **({} if stated.trajectories is None else {"trajectories": stated.trajectories}),
+        **{f"bundle of {loss.metric}": loss.bundle for loss in losses},
+        **{f"prompts_sha256 of {loss.metric}": loss.prompts_sha256 for loss in losses},
+    }
+    for fact, digest in digests.items():
+        if not _SHA256.fullmatch(digest):
+            what = f"quantization of {name!r}: {fact}"
+            raise BundleError(where, what, got=digest[:80], expected="64 hexadecimal digits")
+    if stated.computes and stated.trajectories is None:
+        raise BundleError(where, f"quantization of {name!r}: {stated.format} without trajectories")
+    for loss in losses:
+        numbers = (loss.value, loss.reference, loss.at_least)
+        if not all(number is None or math.isfinite(number) for number in numbers) or loss.prompts < 1:
+            got = f"{numbers} of {loss.prompts} prompts"
+            raise BundleError(where, f"quantization of {name!r}: {loss.metric}", got=got, expected="finite numbers")
 
 
 def _check_facts(manifest: Manifest, where: str) -> None:
@@ -119,6 +148,28 @@ def _check_facts(manifest: Manifest, where: str) -> None:
     if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] <= MAX_EXTENT:
         expected = f"falling whole numbers in {MAX_EXTENT}..0"
         raise BundleError(where, "defaults.timesteps", got=timesteps, expected=expected)
+
+
+def _check_steps(manifest: Manifest, where: str) -> None:
+    """The plan that runs by default is of the bundle's denoisers, and has as many steps as it is said to."""
+    defaults, denoisers = manifest.defaults, manifest.names("denoiser")
+    if defaults.steps is None:
+        return
+    for name, count in defaults.steps:
+        if name not in denoisers:
+            expected = f"one of {', '.join(denoisers)}"
+            raise BundleError(where, "defaults.steps: unknown denoiser", got=name[:80], expected=expected)
+        if count < 1:
+            raise BundleError(where, f"defaults.steps: {name}", got=count, expected="1 or more steps")
+    total = sum(count for _, count in defaults.steps)
+    if total != defaults.num_inference_steps:
+        expected = f"{defaults.num_inference_steps}, as num_inference_steps"
+        raise BundleError(where, "defaults.steps: number of steps in all", got=total, expected=expected)
+    if defaults.timesteps is not None and len(defaults.timesteps) != total:
+        expected = f"{total}, as defaults.steps"
+        raise BundleError(
+            where, "defaults.timesteps: how many there are", got=len(defaults.timesteps), expected=expected
+        )
 
 
 def _check_encoded(where: str, name: str, component: Component, channels: int) -> None:

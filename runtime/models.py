@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,33 +14,42 @@ from .backends import streams_for
 from .backends.base import Array, Session, Shape
 from .build_commands import build_command
 from .bundle import Bundle
-from .engine_search import fitting_engines
+from .engine_search import engines_of, fitting_engines
 from .engine_session import Loader, engine_target
 from .errors import BundleError, EngineError, ExecutionError
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
+from .observed import Observe, ObservedSession
 from .ran_on import Ran, serving
 from .refits import Refits
 from .stage_engines import find_stages
 from .targets import ENGINES_ONLY, Target
 from .tensors import ENCODED
-from .text import DroppedText, Embeddings, PromptEncoder, joined, merged
+from .text import CACHED_PROMPTS, DroppedText, Embeddings, PromptEncoder, joined, merged
 from .trace import span
 from .variant import PLAIN, Variant
+
+_LoaderKey = tuple[str, int | None, int, int]
 
 
 class Models:
     """The models of a bundle; safe to share between threads."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
+    def __init__(
+        self, bundle: Bundle, target: Target, threads: int | None, cache: Path, observe: Observe | None = None
+    ) -> None:
+        """observe: told of every run of a component as it was exported; none is saved by what ran before, then."""
         self.threads = threads
+        self._observe = observe
         self._bundle, self._target, self._cache = bundle, target, cache
         self._lock = threading.RLock()
         # On a GPU each, the first for all that is not told otherwise.
         self._targets = tuple(replace(target, gpus=(gpu,)) for gpu in target.gpus)
         self._sessions: dict[tuple[str, Variant, bool, int | None, int, int], Session] = {}
         self._stages: dict[tuple[str, tuple[int, ...], Shape], tuple[Variant, ...]] = {}
-        self._loaders: dict[tuple[str, int | None, int, int], Loader] = {}
+        self._loaders: dict[_LoaderKey, Loader] = {}
+        self._uses: dict[_LoaderKey, int] = {}
+        self._engines: dict[tuple[str, Variant], tuple[str, ...]] = {}
         self._encoders: dict[Session, tuple[PromptEncoder, Ran]] = {}
         self.refits = Refits(bundle)
         self.closed = False
@@ -98,7 +107,54 @@ class Models:
             if key not in self._sessions:
                 self._sessions[key] = self._opened(*key)
             self._loader(name, threads, streams, device).overlap(max(calls, workers))
+            used = name, threads, streams, device
+            self._uses[used] = self._uses.get(used, 0) + 1
             return self._sessions[key]
+
+    def engines(self, name: str, variant: Variant = PLAIN) -> tuple[str, ...]:
+        """The keys of the engines that may run a component as a variant, on any of the devices.
+
+        The cache is looked through when this is first asked, or when the component is first loaded so: what is built
+        later is found by those who open the bundle anew.
+
+        Raises:
+            EngineError: as of `cached_engines`.
+            TargetError: the target cannot run here.
+        """
+        with self._lock:
+            if (name, variant) not in self._engines:
+                targets = [engine_target(self._bundle, name, target) for target in self._targets]
+                found = [one for target in targets for one in engines_of(self._bundle, name, target, cache=self._cache)]
+                self._engines[name, variant] = tuple(
+                    sorted(
+                        {
+                            folder.name
+                            for folder, engine, misfit in found
+                            if misfit is None and engine.ingredients.variant.serves(variant)
+                        }
+                    )
+                )
+            return self._engines[name, variant]
+
+    def uses(self) -> Mapping[_LoaderKey, int]:
+        """How often sessions of each loader that is here were asked for."""
+        with self._lock:
+            return dict(self._uses)
+
+    def release(self, unused: Mapping[_LoaderKey, int]) -> None:
+        """Let go of loaders that nobody has asked for since: who runs on them still has them until he is done.
+
+        Engines on a GPU stay: they are freed by being closed, which those who run on them would not survive.
+        """
+        if self._target.backend in ENGINES_ONLY:
+            return
+        with self._lock:
+            gone = {key for key, uses in unused.items() if self._uses.get(key) == uses}
+            for key in gone:
+                self._loaders.pop(key, None)
+                del self._uses[key]
+            kept = self._sessions.items()
+            self._sessions = {key: one for key, one in kept if (key[0], *key[3:]) not in gone}
 
     def require_second(self, name: str, variant: Variant, *, refit: bool = False) -> None:
         """Check that a second GPU, of another architecture than the first, has an engine of a variant of its own.
@@ -143,6 +199,7 @@ class Models:
         self, name: str, variant: Variant, refit: bool, threads: int | None, streams: int, device: int
     ) -> Session:
         self._bundle.check_component(name)
+        self.engines(name, variant)
         session = self._loader(name, threads, streams, device).session(variant, refit=refit)
         if variant != PLAIN:
             return session
@@ -151,7 +208,7 @@ class Models:
         except BundleError:
             self._loaders.pop((name, threads, streams, device)).close()
             raise
-        return session
+        return session if self._observe is None else ObservedSession(name, session, self._observe)
 
     def _loader(self, name: str, threads: int | None, streams: int, device: int) -> Loader:
         """The loader of these: of what is wanted of engines much is served by the same ones, which are loaded once."""
@@ -192,7 +249,9 @@ class Models:
             session = serving(session, {"input_ids": (1, tokens)})
             if session not in self._encoders:
                 ran = Ran()
-                self._encoders[session] = PromptEncoder(self._bundle, name, ran.watched(name, session)), ran
+                kept = CACHED_PROMPTS if self._observe is None else 0
+                encoder = PromptEncoder(self._bundle, name, ran.watched(name, session), cached_prompts=kept)
+                self._encoders[session] = encoder, ran
             return self._encoders[session]
 
     def encode_pictures(self, encoder: str, pictures: Float32, *, before: Callable[[], None], ran: Ran) -> Float32:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,8 @@ class Timings:
     LoRAs where engines are refitted.
     step_engines: whether the rows ran on step engines of the user's cache, one call each, or on the denoisers.
     ran_on: what each component ran on, by what its calls differed in; an engine that was there and not used is told.
+    tried: where placement `auto` chose, what a guided row of each denoiser took together when it was tried, now or at
+        another time, by placement.
     """
 
     text_ms: float
@@ -48,6 +50,7 @@ class Timings:
     total_ms: float
     step_engines: bool
     ran_on: Mapping[str, tuple[RanOn, ...]]
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def denoise_ms(self) -> float:

@@ -26,6 +26,7 @@ from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
 from .models import Models
 from .noise import Noise
+from .observed import Observe
 from .output import Output, RowTiming, StepEvent, Timings
 from .overlap import overlapped
 from .placement import refusal
@@ -63,13 +64,15 @@ class _Job:
 class Pipeline:
     """A bundle on a target. Models load when they are first needed; one pipeline may be used by many threads."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int | None, cache: Path) -> None:
+    def __init__(
+        self, bundle: Bundle, target: Target, threads: int | None, cache: Path, observe: Observe | None = None
+    ) -> None:
         self.bundle, self.target = bundle, target
-        self._models = Models(bundle, target, threads, cache)
+        self._models = Models(bundle, target, threads, cache, observe)
         self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
         self._lora_engines = LoraEngines(bundle, target, cache)
-        self._auto = AutoPlacement(bundle, target, threads, cache)
         self._loras, self._pool, self._turns = Loras(bundle), Pool(), Turns(self._models.refits.hold)
+        self._auto = AutoPlacement(bundle, target, threads, cache, self._turns.alone)
 
     @classmethod
     def open(
@@ -80,6 +83,7 @@ class Pipeline:
         threads: int | None = None,
         cache: str | Path | None = None,
         devices: Sequence[int] | None = None,
+        observe: Observe | None = None,
     ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
 
@@ -91,11 +95,14 @@ class Pipeline:
         devices: the GPUs that TensorRT's flavours run on, by CUDA's index, the first one otherwise. On the second of
             two run the branch without the prompt and half of a window's stages, in the placements that run both
             branches at once (parallel, hybridiff, auto); everything else runs on the first.
+        observe: called before every run of a component, by the thread that runs it, with its name and its inputs by
+            name, which the next run overwrites. Not of engines that are more than the component: with LoRAs in slots,
+            of its stages, or step engines, of which placement sequential runs none.
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
             ArgumentError: there is no such target, `threads` is no whole number in 1..1024, `cache` is no folder, or
-                `devices` are not one or two different indices.
+                `devices` are not one or two different indices, or given for a target that takes none.
             TargetError: the target or a device is not available here, or names another precision than the bundle has.
         """
         wanted = on_devices(parse_target(target), devices)
@@ -106,9 +113,10 @@ class Pipeline:
         count = thread_count("threads", threads)
         require_folder(cache)
         opened = Bundle.open(bundle)
+        wanted.check_quantized(str(opened.path), opened.manifest)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
-        return cls(opened, wanted, count, cache_folder(cache))
+        return cls(opened, wanted, count, cache_folder(cache), observe)
 
     def __repr__(self) -> str:
         return f"<Pipeline {self.bundle.path} on {self.target}, {'closed' if self._models.closed else 'open'}>"
@@ -154,7 +162,8 @@ class Pipeline:
         The pictures are those of calls. A request is taken when there is room for it: three at most are under way.
 
         Raises:
-            TandemError: as a call, in the request's turn; it ends the iterator, and the requests after it.
+            TandemError: as a call, in the request's turn; it ends the iterator, and the requests after it. So does what
+                `requests` itself raises.
         """
         return overlapped(functools.partial(self._generate, request_of(given), at_once=True) for given in requests)
 
@@ -268,7 +277,7 @@ class Pipeline:
         with span("decode"):
             pixels = tuple(models.decode(job.decoder, state.latents, before=stop, ran=ran)) if wants_pixels else ()
         on = ran.by_component()
-        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused, on)
+        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused, on, ran.tried)
         images = _images(pixels) if request.output_type == "pil" else pixels
         plan = plan.having_run([row.guidance for row in timings])
         return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)

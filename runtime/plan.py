@@ -11,6 +11,7 @@ import numpy as np
 from .adaptive import AdaptiveRule
 from .arguments import did_you_mean, finite_number, whole_number
 from .errors import PlanError, RequestError
+from .guidance_defaults import checked_interval, stored_interval, stored_rule, stored_taus
 from .manifest import Manifest, SchedulerDefaults
 from .plan_steps import Steps, runs_of
 from .solvers import begin_at_strength, compile_table, resolve_solver
@@ -38,13 +39,15 @@ class Schedule:
     guidance_scale: classifier-free guidance; at 1 or below only the conditional branch runs, as in diffusers. A
         denoiser that takes it as an embedding, as LCMs do, never runs the other branch.
     guidance_interval: the part of the steps that run, as fractions (start, end), in which both branches do.
+        The bundle's own, where it has one, is of fixed guidance outside of `hybridiff` alone.
     guidance: `fixed`, as the interval says; or `adaptive`, which within it leaves the unconditional branch out of rows
-        where the branches agree. guidance_config: the numbers of `AdaptiveRule` that are to be others.
+        where the branches agree. guidance_config: the numbers of `AdaptiveRule` that are not to be the
+        bundle's.
     placement: where both branches of guidance run: `batched`, in one call; `sequential`, in two calls, one after the
         other, which takes less memory; `parallel`, in two calls at once; `auto`, as was fastest when it was tried; or
         `hybridiff`, in parallel but for a window in which the denoiser's stages run at once, for another picture.
-    placement_config: of `hybridiff`, the numbers that are to be others: L_slope, eps_slope, k, tau_cap; model_n,
-        stride, time_shift. See `Taus` and `Pipelining`.
+    placement_config: of `hybridiff`, the numbers that are to be others than the bundle's: L_slope, eps_slope, k,
+        tau_cap; model_n, stride, time_shift. See `Taus` and `Pipelining`.
     strength: how much image-to-image and inpainting change the image, above 0 and up to 1. `steps` counts the whole
         schedule, as in diffusers; below 1 it begins later, so that the first denoisers run fewer steps or none.
     """
@@ -55,7 +58,7 @@ class Schedule:
     timesteps: Sequence[int] | None = None
     eta: float | None = None
     guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] | None = None
     guidance: str = "fixed"
     guidance_config: Mapping[str, Any] | None = None
     placement: str = "batched"
@@ -69,6 +72,7 @@ class RowGuidance:
 
     guided: whether both branches ran. placement: where they did, or the one that ran. why: in plain words.
     discrepancy: between the branches, see `relative_mae`; None where there was one, or a step engine kept them.
+    growth: of a row with both in adaptive guidance, see `AdaptiveGuidance`.
     taus: of a row in Hybridiff's window, the rows tau1 and tau2 between which it lies.
     """
 
@@ -77,6 +81,7 @@ class RowGuidance:
     why: str
     discrepancy: float | None = None
     taus: tuple[int, int] | None = None
+    growth: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +185,10 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
     """
     _require_solver(schedule)
     timesteps = _timesteps(manifest, schedule)
-    runs = runs_of(manifest, schedule.steps, timesteps)
+    stored = manifest.defaults.steps if schedule.steps is None and schedule.timesteps is None else None
+    runs = runs_of(manifest, stored or schedule.steps, timesteps)
     guidance_scale = _guidance_scale(manifest, schedule)
-    start, end = _guidance_interval(schedule)
+    start, end = _guidance_interval(manifest, schedule)
     total = sum(count for _, count in runs)
     default = _default_scheduler(manifest, {name for name, _ in runs})
     solver = default.class_name if schedule.solver is None else schedule.solver
@@ -203,7 +209,7 @@ def compile_plan(manifest: Manifest, schedule: Schedule) -> Plan:
         guided=tuple(on[step] and by_step[step] not in embedded for step in table.steps),
         guidance_scale=guidance_scale,
         guidance_embedded=embedded,
-        adaptive=_adaptive(schedule),
+        adaptive=_adaptive(manifest, schedule),
         placement=_one_of("placement", schedule.placement, PLACEMENTS),
     )
     return replace(plan, window=_window(manifest, schedule, plan))
@@ -241,14 +247,11 @@ def _require_solver(schedule: Schedule) -> None:
         raise PlanError("solver_config", "type", got=config, expected=expected)
 
 
-def _guidance_interval(schedule: Schedule) -> tuple[float, float]:
-    given: object = schedule.guidance_interval
-    ends = [finite_number(end) for end in given] if isinstance(given, tuple | list) and len(given) == 2 else [None] * 2
-    start, end = ends
-    if start is None or end is None or not 0 <= start <= end <= 1:
-        expected = "two numbers, 0 <= start <= end <= 1"
-        raise PlanError("guidance_interval", "fractions of the steps", got=given, expected=expected)
-    return start, end
+def _guidance_interval(manifest: Manifest, schedule: Schedule) -> tuple[float, float]:
+    given = schedule.guidance_interval
+    if given is None:
+        return stored_interval(manifest, schedule.guidance, schedule.placement)
+    return checked_interval(given)
 
 
 def _default_scheduler(manifest: Manifest, used: Collection[str]) -> SchedulerDefaults:
@@ -264,9 +267,9 @@ def _guidance_scale(manifest: Manifest, schedule: Schedule) -> float:
     return scale
 
 
-def _adaptive(schedule: Schedule) -> AdaptiveRule | None:
+def _adaptive(manifest: Manifest, schedule: Schedule) -> AdaptiveRule | None:
     if _one_of("guidance", schedule.guidance, GUIDANCES) == "adaptive":
-        return AdaptiveRule.of(schedule.guidance_config)
+        return AdaptiveRule.of(schedule.guidance_config, stored_rule(manifest))
     if schedule.guidance_config is not None:
         raise RequestError("guidance_config", "given without adaptive guidance", remedy="Ask for guidance='adaptive'.")
     return None
@@ -279,7 +282,7 @@ def _window(manifest: Manifest, schedule: Schedule, plan: Plan) -> Window | None
             raise RequestError("placement_config", "given without a placement that has any", remedy=remedy)
         return None
     require_window_rows(plan.denoisers, plan.guided, schedule.guidance)
-    return Window.of(schedule.placement_config, manifest.components[plan.denoisers[0]].inputs, plan.table.rows)
+    return Window.of(schedule.placement_config, stored_taus(manifest, plan.denoisers[0]), plan.table.rows)
 
 
 def _one_of(where: str, given: object, known: Sequence[str]) -> str:

@@ -75,10 +75,12 @@ class Ran:
     """What the models of one generation ran on, by component; used by one thread at a time.
 
     lease: has the bindings of its sessions, by default none that outlive it.
+    tried: see `Timings`.
     """
 
     def __init__(self, lease: Lease | None = None) -> None:
         self.lease = lease or Pool().lease()
+        self.tried: Mapping[str, float] = {}
         self._ran: dict[str, dict[RanOn, None]] = {}
         self._refused: dict[str, tuple[str, ...]] = {}
         self._unasked: dict[str, str] = {}

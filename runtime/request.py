@@ -45,7 +45,7 @@ class Request:
         prompt otherwise; an empty text stands for that too. One serves the whole batch.
     steps: see `Schedule.steps`; `num_inference_steps` is the same for a plain number.
     solver, solver_config, timesteps, eta, guidance_scale, guidance_interval, guidance, guidance_config, placement,
-        placement_config: see `Schedule`.
+        placement_config: see `Schedule`; None is what the bundle says.
     height, width: pixels; the bundle's defaults otherwise.
     num_images_per_prompt: pictures for each prompt; a prompt's pictures stand together.
     seed: one number seeds one generator for the whole batch, as a single `torch.Generator` does in diffusers; a
@@ -93,7 +93,7 @@ class Request:
     timesteps: Sequence[int] | None = None
     eta: float | None = None
     guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] | None = None
     height: int | None = None
     width: int | None = None
     num_images_per_prompt: int = 1

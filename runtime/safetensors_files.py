@@ -1,4 +1,4 @@
-"""Safetensors files: their headers, checked before a byte of weights is read, and their tensors one by one.
+"""Safetensors files: their headers, checked before a byte of weights is read, their tensors one by one; and writing.
 
 The format: https://huggingface.co/docs/safetensors. Files are untrusted: every size and offset is checked.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +168,21 @@ def read_header(path: Path) -> SafetensorsFile:
         raise CheckpointError(str(path), what, got=size, expected=f"{expected} bytes", remedy=AGAIN)
     places = {name: Place(entries[name]["dtype"], 8 + length + span[0], wanted[name]) for name, span in spans.items()}
     return SafetensorsFile(path, shapes, places, metadata)
+
+
+def write_safetensors(stream: BinaryIO, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write tensors in their order, the first at a multiple of 8 bytes; of any of the dtypes but bfloat16."""
+    dtypes = {np.dtype(kind): name for name, kind in DTYPES.items() if name != "BF16"}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, values in tensors.items():
+        start, end = end, end + values.nbytes
+        header[name] = {"dtype": dtypes[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    stream.write(struct.pack("<Q", len(raw)) + raw)
+    for values in tensors.values():
+        stream.write(np.ascontiguousarray(values).data)
 
 
 def listed(names: Iterable[str]) -> str:

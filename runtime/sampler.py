@@ -150,7 +150,8 @@ class Sampler:
             np.add(prediction, unconditional, out=prediction)
             if adaptive is not None:
                 adaptive.saw(conditional, unconditional, discrepancy)
-        return RowGuidance(unconditional is not None, made.placement, why, discrepancy, made.taus)
+        growth = None if adaptive is None or unconditional is None else adaptive.growth
+        return RowGuidance(unconditional is not None, made.placement, why, discrepancy, made.taus, growth)
 
 
 def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Sequence[Running]) -> None:

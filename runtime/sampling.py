@@ -92,8 +92,18 @@ def open_loop(
         chosen = plan.placement
         if chosen == "auto":
             without = () if _has_second(rows, models) else ("parallel",)
-            chosen = auto.choose(plan, shape, controls, tried, before, without)
-        return Sampler(plan, place(chosen, rows.ran), rows.draw_noise, keep=rows.keep), False
+            guided = models_of(plan, rows.controls, plan.guided)
+            engines_of = {name: models.engines(name, rows.loras.variant(name)) for name in guided}
+            before_it = models.uses()
+            measured = auto.choose(plan, shape, engines_of, tried, before, without)
+            chosen = "batched" if measured is None else measured.fastest
+            rows.ran.tried = {} if measured is None else measured.ms
+            after_it = models.uses()
+            placed = place(chosen, rows.ran)
+            models.release({key: use for key, use in after_it.items() if key not in before_it})
+        else:
+            placed = place(chosen, rows.ran)
+        return Sampler(plan, placed, rows.draw_noise, keep=rows.keep), False
     sessions = _sessions(controls, rows, models, before)
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
     return StepSampler(rows, steps, steering), True

@@ -35,9 +35,10 @@ class Pipelining:
 
     def __post_init__(self) -> None:
         if not 2 <= self.stages <= MOST_STAGES:
-            raise PlanError("model_n", "stages of a pipeline", got=self.stages, expected=f"2..{MOST_STAGES}")
+            expected = f"2..{MOST_STAGES}"
+            raise PlanError("placement_config: model_n", "stages of a pipeline", got=self.stages, expected=expected)
         if self.stride not in STRIDES:
-            raise PlanError("stride", "out of range", got=self.stride, expected="1 or 2")
+            raise PlanError("placement_config: stride", "out of range", got=self.stride, expected="1 or 2")
 
     @property
     def workers(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .errors import BundleError
 from .manifest import Frozen, TensorSpec
 
 CARRIED = "stage/"  # what the names of tensors begin with that one stage hands to another
@@ -19,8 +18,8 @@ MOST_STAGES = 4
 class Stage(Frozen, frozen=True, kw_only=True):
     """One stage of a cut: its place, the block it begins with, its tensors.
 
-    multiply_adds: of a call at the sizes the cut was balanced for; share: of the whole denoiser's, 0..1. What several
-    stages compute for themselves counts in each.
+    share: of the whole denoiser's multiply-adds at the sizes the cut was balanced for, 0..1. What several stages
+    compute for themselves counts in each.
     """
 
     index: int
@@ -28,33 +27,7 @@ class Stage(Frozen, frozen=True, kw_only=True):
     begins: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    multiply_adds: int
     share: float
-
-    @property
-    def taken(self) -> tuple[TensorSpec, ...]:
-        """What earlier stages made."""
-        return tuple(one for one in self.inputs if one.name.startswith(CARRIED))
-
-
-def check_stages(stages: Sequence[Stage], where: str) -> None:
-    """Check that stages are those of one cut, in order and complete.
-
-    Raises:
-        BundleError: one is missing, or takes what no earlier one makes.
-    """
-    remedy = "Build all stages anew."
-    places = [(stage.index, stage.count) for stage in stages]
-    wanted = [(index, len(stages)) for index in range(len(stages))]
-    if places != wanted:
-        raise BundleError(where, "stages and their count", got=places, expected=str(wanted), remedy=remedy)
-    made: dict[str, TensorSpec] = {}
-    for stage in stages:
-        strange = next((one for one in stage.taken if made.get(one.name) != one), None)
-        if strange is not None:
-            what = f"stage {stage.index + 1} takes {strange.name!r}"
-            raise BundleError(where, what, got=made.get(strange.name), expected=str(strange), remedy=remedy)
-        made |= {one.name: one for one in stage.outputs}
 
 
 def call_sizes(inputs: Iterable[TensorSpec], shapes: Mapping[str, Sequence[int]], pictures: int) -> dict[str, int]:

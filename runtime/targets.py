@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import ArgumentError, TargetError
-from .manifest import Component
+from .manifest import Component, Manifest
 
 _NVIDIA = Path("/proc/driver/nvidia")
 _NVIDIA_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # In the place of an architecture: every one that a flavour of TensorRT can build for at once.
 PORTABLE = "portable"
 _SM = rf"{PORTABLE}|sm\d{{2,3}}(\+sm\d{{2,3}})*"
-# What a bundle may be exported in for a precision; of int8 and fp8 its graphs tell themselves.
+# What a bundle may be exported in for a precision; what is in int8 and fp8 its manifest tells.
 _EXPORTED_IN = {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("fp32", "fp16")}
 
 
@@ -29,8 +29,8 @@ class Target:
         may run, everything else is on the first.
 
     precision: that of the arithmetic, or None to take the bundle as it is. It lives in the graph: fp32 and fp16 ask for
-        a bundle exported so, bf16 for one in either (TensorRT's flavours: fp16), int8 and fp8 for denoisers that are
-        quantized.
+        a bundle exported so, bf16 for one in either (TensorRT's flavours: fp16); where layers are quantized they are
+        about the rest. int8 and fp8 ask for a bundle with components that are quantized so, others are as they are.
     """
 
     backend: str
@@ -59,10 +59,27 @@ class Target:
             )
 
     def of_component(self, component: Component) -> Target:
-        """What is asked of one component, its own precision where none is named; of denoisers alone quantization."""
-        quantized = self.precision is not None and self.precision not in _EXPORTED_IN
-        named = None if quantized and component.role != "denoiser" else self.precision
-        return replace(self, precision=named or component.precision)
+        """What is asked of one component: what its graph says where nothing else is named, or quantization is."""
+        named = None if self.quantizes else self.precision
+        return replace(self, precision=named or component.computes_in)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the precision is one that graphs are quantized in."""
+        return self.precision is not None and self.precision not in _EXPORTED_IN
+
+    def check_quantized(self, where: str, manifest: Manifest) -> None:
+        """Raise TargetError when this target asks for a quantized bundle, and no component of one is quantized so."""
+        parts = manifest.components.values()
+        if self.quantizes and all(component.computes_in != self.precision for component in parts):
+            precisions = sorted({component.computes_in for component in parts})
+            raise TargetError(
+                where,
+                f"nothing in it is quantized to {self.precision}, for target {self}",
+                got=", ".join(precisions),
+                remedy=f"Make one that is with `tandemrt calibrate quantize {where} --format {self.precision}`, or ask "
+                f"for {self.backend}:{self.device}.",
+            )
 
 
 @dataclass(frozen=True, slots=True)

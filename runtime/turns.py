@@ -40,6 +40,13 @@ class Turns:
         self._condition = threading.Condition()  # held while engines are refitted
         self._waiting: deque[_Turn] = deque()
         self._running: list[_Turn] = []
+        self._advances = 0
+
+    def alone(self) -> int | None:
+        """None while several generations are advanced; else a number that is another one once a second one was."""
+        with self._condition:
+            advanced = [one for one in self._running if one.idle_since is None]
+            return self._advances if len(advanced) <= 1 else None
 
     def in_turn(self, loras: Loras, events: Events, before: Callable[[], None]) -> Events:
         """A generation whose every event is made while the engines hold its LoRAs.
@@ -71,6 +78,7 @@ class Turns:
         with self._condition:
             if turn in self._running:
                 turn.idle_since = None
+                self._advances += 1
                 return
             self._waiting.append(turn)
             try:
@@ -81,6 +89,7 @@ class Turns:
                     self._running = []
                     self._hold(turn.loras)
                 turn.idle_since = None
+                self._advances += 1
                 self._running = [*self._running, turn]
             finally:
                 self._waiting.remove(turn)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .arguments import did_you_mean, finite_number, whole_number
-from .discrepancy import Taus, default_taus
+from .discrepancy import Taus
 from .errors import RequestError
-from .manifest import TensorSpec
 from .stage_work import Pipelining
 
 _WHERE = "placement_config"
 # What Hybridiff and AsyncDiff call them.
 _PIPELINING = {"model_n": "stages", "stride": "stride", "time_shift": "time_shift"}
-_TAUS = {"L_slope": "l_slope", **{field.name: field.name for field in fields(Taus)}}
+_TAUS = {"L_slope" if field.name == "l_slope" else field.name: field.name for field in fields(Taus)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +25,10 @@ class Window:
     pipelining: Pipelining
 
     @classmethod
-    def of(cls, config: object, inputs: Iterable[TensorSpec], rows: int) -> Window:
-        """Hybridiff's own numbers for a denoiser of these inputs, and what is said otherwise.
+    def of(cls, config: object, default: Taus, rows: int) -> Window:
+        """`default`, and what `config`, a mapping or None, says otherwise.
 
-        config: a mapping, or None. rows: how many the plan has.
+        rows: how many the plan has.
 
         Raises:
             RequestError: it is no mapping, or has an unknown key or a value of another type.
@@ -38,7 +37,7 @@ class Window:
         keys = (*_TAUS, *_PIPELINING)
         if config is not None and not isinstance(config, Mapping):
             raise RequestError(_WHERE, "type", got=config, expected=f"keys and values of {', '.join(keys)}")
-        taus: dict[str, Any] = {field.name: getattr(default_taus(inputs), field.name) for field in fields(Taus)}
+        taus: dict[str, Any] = asdict(default)
         pipelining: dict[str, Any] = {}
         for name, given in dict(config or {}).items():
             if name in _TAUS:

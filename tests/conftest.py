@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="the tests marked deep too, and families with all the blocks their authors publish",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Hypothesis try the same examples in every run, and new ones with --deep. No example has a deadline."""
+    settings.register_profile("tandemrt", derandomize=not config.getoption("--deep"), deadline=None)
+    settings.load_profile("tandemrt")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

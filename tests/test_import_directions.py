@@ -56,8 +56,12 @@ RULES = {
         third_party=TORCH_STACK | {"numpy", "msgspec", "tokenizers", "onnx", "onnx_ir", "onnxscript"},
         lazy_third_party=frozenset({"onnxruntime"}),
     ),
-    # Quantizers join lazy_third_party as they come.
-    "calibrate/": Rule(ours=frozenset({"runtime", "engines"}), third_party=frozenset({"numpy", "msgspec"})),
+    # Quantizers and measures by trained networks wait for what needs them.
+    "calibrate/": Rule(
+        ours=frozenset({"runtime", "engines"}),
+        third_party=frozenset({"numpy", "msgspec", "onnx", "PIL"}),
+        lazy_third_party=TORCH_STACK | {"onnxruntime", "huggingface_hub", "lpips", "torch_fidelity", "nncf"},
+    ),
     "bench/": Rule(
         ours=frozenset(FOLDERS),
         third_party=frozenset({"numpy", "scipy", "PIL", "msgspec", "rich"}),

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tandemrt.calibrate.quality import psnr_db, wilson_interval
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.output import Output
 
-from .checker import Verdict, check, wilson_interval
+from .checker import Verdict, check
 from .scenes import Scene
 
 Pixels = npt.NDArray[np.uint8]
@@ -98,23 +99,17 @@ def score_pictures(
     references: what PSNR is taken to, one for each picture; a picture equal to its reference counts as 99 dB.
     """
     verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    psnr_db = None
+    decibels = None
     if references is not None:
         pairs = zip(pictures, references, strict=True)
-        psnr_db = float(np.median([picture_psnr_db(picture, reference) for picture, reference in pairs]))
+        decibels = float(np.median([psnr_db(picture, reference) for picture, reference in pairs]))
     return Score(
         all_right=_all_right(verdicts),
         one_object=_all_right(_of_size(verdicts, scenes, 1)),
         two_objects=_all_right(_of_size(verdicts, scenes, 2)),
         order_blind=Share(sum(verdict.background and verdict.items for verdict in verdicts), len(verdicts)),
-        psnr_db=psnr_db,
+        psnr_db=decibels,
     )
-
-
-def picture_psnr_db(picture: Pixels, reference: Pixels) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB, at most 99 (reached by equal ones)."""
-    error = float(np.square(picture.astype(np.float64) - reference).mean())
-    return 99.0 if error == 0 else min(99.0, 10 * float(np.log10(255.0**2 / error)))
 
 
 def generate(pipeline: Pipeline, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Output:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from .scenes import BACKGROUNDS, COLORS, IMAGE_SIZE, SHAPES, Scene, shape_mask
+from .scenes import BACKGROUNDS, COLORS, IMAGE_SIZE, SHAPES, Scene, scene_of, shape_mask
 
 MINIMUM_IOU = 0.75
 MINIMUM_PURITY = 0.7
@@ -70,6 +70,17 @@ def check(picture: Pixels, scene: Scene) -> Verdict:
     return Verdict(not scene.names_background or background == scene.background, items, in_order)
 
 
+def shows(captions: Sequence[str], pictures: Pixels) -> list[bool]:
+    """Whether pictures, (B, 64, 64, 3) uint8, show all that their captions say; for `tandemrt calibrate --scorer`.
+
+    Raises:
+        ArgumentError: a caption is none of this family.
+        ValueError: a picture is not (64, 64, 3) uint8.
+    """
+    scenes = [scene_of(caption) for caption in captions]
+    return [check(picture, scene).all_right for picture, scene in zip(pictures, scenes, strict=True)]
+
+
 def objects_in(picture: Pixels) -> tuple[str, list[Found]]:
     """The background's color name and the objects of a (64, 64, 3) uint8 picture."""
     nearest = _nearest_palette_index(picture)
@@ -80,15 +91,6 @@ def objects_in(picture: Pixels) -> tuple[str, list[Found]]:
     regions = [labels == k + 1 for k in range(count)]
     found = [_described(region, nearest) for region in regions if region.sum() >= MINIMUM_PIXELS]
     return _PALETTE_NAMES[background_index], found
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    share = successes / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return middle - half, middle + half
 
 
 def _nearest_palette_index(picture: Pixels) -> npt.NDArray[np.intp]:

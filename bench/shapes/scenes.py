@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from tandemrt.runtime.errors import ArgumentError
+
 IMAGE_SIZE = 64
 SUPERSAMPLING = 4
 
@@ -95,6 +97,28 @@ def scenes(seed: int, count: int, split: Split) -> tuple[Scene, ...]:
     """`count` scenes of `split`, the same ones for the same `seed` on every machine."""
     rng = random.Random(f"{split}:{seed}")
     return tuple(random_scene(rng, split) for _ in range(count))
+
+
+def scene_of(caption: str) -> Scene:
+    """The scene that a caption tells, its items in the middle; on white where the caption names no background.
+
+    Raises:
+        ArgumentError: no caption of this family.
+    """
+    text, on, named = caption.partition(" on a ")
+    relation = next((one for one in RELATIONS if f" {one} " in text), None)
+    names = text.split(f" {relation} ") if relation else [text]
+    items = tuple(Item(*name.split(" ", 2)[1:]) for name in names if name.count(" ") == 2)
+    scene = Scene(items, relation, named.removesuffix(" background") or "white", bool(on))
+    known = (
+        bool(items)
+        and all(item.color in COLORS and item.shape in SHAPES for item in items)
+        and scene.background in BACKGROUNDS
+    )
+    if not known or scene.caption != caption:
+        expected = f"such as {Scene((Item('red', 'circle'), Item('blue', 'square')), 'left of', 'tan', True).caption!r}"
+        raise ArgumentError("prompt", "no caption of the shapes family", got=caption, expected=expected)
+    return scene
 
 
 def render(scene: Scene) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tandemrt.runtime import Pipeline
 
-from ..figures import markdown_table, write_json, write_text
+from ..figures import markdown_table, write_report
 from ..machine import described, machine_facts
 from ..program import run_program
 from .accuracy import GUIDANCE_SCALE, SCENES_SEED, WAYS, Pixels, Progress, Share, score_pictures, score_ways, size_of
@@ -105,10 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with Pipeline.open(options.bundle, threads=options.threads) as pipeline:
         facts = score(pipeline, options.prompts, batch=options.batch, progress=_progress_lines())
-    write_json(options.json, facts)
-    table = markdown(facts)
-    write_text(options.json.with_suffix(".md"), table)
-    print(table)
+    write_report(options.json, facts, markdown(facts))
 
 
 def _progress_lines() -> Progress:

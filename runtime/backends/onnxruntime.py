@@ -19,7 +19,10 @@ from .providers import opened
 
 # Devices whose memory ONNX Runtime lets us fill and read; for others it copies host buffers itself.
 _BUFFERS_ON = {"cuda": "cuda", "tensorrt": "cuda"}
+# A session option: products with weights that are dequantized are computed in the type that the graph states.
+EXACT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "0")
 _FATAL = 4  # of ONNX Runtime's log severities; what goes wrong is raised as an exception as well
+_E4M3 = "float8e4m3fn"
 # What numpy can hold: bfloat16 it cannot.
 _DTYPES: dict[str, Dtype] = {
     "tensor(float)": "float32",
@@ -142,7 +145,16 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_o
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The file's name must not choose its parser: ONNX Runtime would read its own flatbuffer format from an .ort file.
     options.add_session_config_entry("session.load_model_format", "ONNX")
+    # Products with weights in 8 or 4 bits would be computed in int8, which nothing asked for.
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     try:
+        try:
+            return opened(ort, model, options, target)
+        except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+            if _E4M3 not in str(error):
+                raise
+        # It takes pairs of E4M3 for those of int8, and joins them to products of whole numbers, which it then refuses.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         return opened(ort, model, options, target)
     except TargetError:
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -138,6 +138,9 @@ class _Job:
 
     def paint(self, request: Mapping[str, Any], names: Names, prompts: int) -> Iterator[dict[str, Any]]:
         """Paint one prompt and write its pictures, each of which is described."""
+        if self.plan.placement == "auto":
+            how = "each placement is tried first, unless the cache has a choice for this machine"
+            self._once(f"placement auto: {how}", self.reporter.note)
         label = f"{names.number}/{prompts} {request['prompt'][:LABEL_CHARACTERS]}"
         stream = self.pipe.stream(**request, **self.pictures, **_unrecorded(self.plan))
         for event in stream:
@@ -158,12 +161,16 @@ class _Job:
         ]
         notes = [f"ran {ran}"]
         if self.plan.guidance == "adaptive" or self.plan.placement in ("auto", "hybridiff"):
-            notes.append(guidance_line(output.plan))
-        tellings = [*((note, self.reporter.note) for note in notes), *((why, self.reporter.warn) for why in refused)]
-        for told, tell in tellings:
-            if told not in self.told:
-                self.told.add(told)
-                tell(told)
+            notes.append(guidance_line(output.plan, output.timings.tried))
+        for note in notes:
+            self._once(note, self.reporter.note)
+        for why in refused:
+            self._once(why, self.reporter.warn)
+
+    def _once(self, told: str, tell: Callable[[str], None]) -> None:
+        if told not in self.told:
+            self.told.add(told)
+            tell(told)
 
     def _written(self, output: Output, request: Mapping[str, Any], names: Names) -> Iterator[dict[str, Any]]:
         timings = output.timings
@@ -183,6 +190,7 @@ class _Job:
                 "step_engines": timings.step_engines,
                 "ran_on": {name: [asdict(one) for one in ran] for name, ran in timings.ran_on.items()},
                 "placement": output.plan.placement,
+                "tried_ms": dict(timings.tried),
                 "taus": output.plan.taus,
                 "guidance": [asdict(row) for row in output.plan.ran],
                 "loras": {path: list(components) for path, components in output.loras.items()},
@@ -190,9 +198,18 @@ class _Job:
             }
 
 
+def _own_steps(plan: GeneratePlan, manifest: Manifest) -> tuple[tuple[str, int], ...] | None:
+    """The steps asked for, or those of the bundle's stored plan: calibrated anew, it would run others by default."""
+    if plan.steps is not None:
+        return parse_steps(plan.steps, manifest.names("denoiser"))
+    defaults = manifest.defaults
+    named = plan.num_inference_steps is not None or plan.timesteps is not None or defaults.timesteps is not None
+    return None if named else defaults.steps
+
+
 def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:
     """For each prompt the arguments of `Request` that decide its pictures, but for pictures; JSON-able."""
-    steps = None if plan.steps is None else parse_steps(plan.steps, manifest.names("denoiser"))
+    steps, interval = _own_steps(plan, manifest), plan.guidance_interval or manifest.defaults.guidance_interval
     return [
         {
             "prompt": prompt,
@@ -209,7 +226,7 @@ def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[st
             "timesteps": None if plan.timesteps is None else list(plan.timesteps),
             "eta": plan.eta,
             "guidance_scale": plan.guidance_scale,
-            "guidance_interval": list(plan.guidance_interval),
+            "guidance_interval": None if interval is None else list(interval),
             "guidance": plan.guidance,
             "guidance_config": dict(plan.guidance_config) or None,
             **({} if _same_picture(plan) else _placement(plan)),

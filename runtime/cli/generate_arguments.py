@@ -63,7 +63,7 @@ class GeneratePlan:
     timesteps: tuple[int, ...] | None
     eta: float | None
     guidance_scale: float | None
-    guidance_interval: tuple[float, float]
+    guidance_interval: tuple[float, float] | None
     guidance: str
     guidance_config: Mapping[str, Any]
     placement: str
@@ -117,13 +117,14 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
         if getattr(namespace, name) is not None:
             require_text(f"--{name.replace('_', '-')}", getattr(namespace, name))
     require_pictures(namespace.num_images_per_prompt)
+    interval = namespace.guidance_interval
     parsed = {
         "prompts": gathered_prompts(namespace.prompt, namespace.prompts_file),
         "solver_config": parse_settings("--solver-config", namespace.solver_config),
         "placement_config": parse_settings("--placement-config", namespace.placement_config),
         "guidance_config": parse_settings("--guidance-config", namespace.guidance_config),
         "timesteps": None if namespace.timesteps is None else parse_timesteps(namespace.timesteps),
-        "guidance_interval": parse_interval("--guidance-interval", namespace.guidance_interval),
+        "guidance_interval": None if interval is None else parse_interval("--guidance-interval", interval),
         "further_prompts": {name: getattr(namespace, name) for name in FURTHER_PROMPTS},
         "control": {name: Path(file) for name, file in parse_named("--control", namespace.control).items()},
         "control_scale": {

@@ -151,9 +151,9 @@ def _add_guidance(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--guidance-scale", type=float, metavar="X", help="how strongly the prompt counts; 1 is off")
     group.add_argument(
         "--guidance-interval",
-        default="0,1",
         metavar="START,END",
-        help="the part of the steps with guidance, as fractions: 0.0,0.8 leaves it off for the last fifth",
+        help="the part of the steps with guidance, as fractions: 0.0,0.8 leaves it off for the last fifth (default: "
+        "the bundle's, else 0,1)",
     )
     group.add_argument(
         "--guidance",

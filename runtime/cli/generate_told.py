@@ -48,11 +48,13 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"{pictures} in {result['seconds']:.1f} s on {result['target']}{engines}, seed {result['seed']}"
 
 
-def guidance_line(plan: Plan) -> str:
-    """What became of guidance in the rows of an output's plan."""
+def guidance_line(plan: Plan, tried: Mapping[str, float]) -> str:
+    """What became of guidance in the rows of an output's plan. tried: see `Timings`."""
     both = sum(row.guided for row in plan.ran)
     window = f", tau1 {plan.taus[0]}, tau2 {plan.taus[1]}" if plan.taus else ""
-    return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{window}"
+    times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in tried.items())
+    chosen = f" ({times} a row when auto tried them)" if tried else ""
+    return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{chosen}{window}"
 
 
 def _guidance(plan: Mapping[str, Any], rows: int) -> str:

@@ -78,6 +78,7 @@ def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
         "path": str(bundle.path),
         "digest": bundle.digest,
         "files": len(manifest.files),
+        "files_digest": manifest.files_digest,
         "size_bytes": sum(record.size for record in manifest.files.values()),
         **facts,
         "components": components,
@@ -98,8 +99,10 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
              f"scaling factor {latent['scaling_factor']:g}, shift {latent['shift_factor']:g}"),
             ("text", "; ".join(_encodings(text))),
             ("scheduler", _scheduler(result["scheduler"])),
-            ("defaults", f"{defaults['width']}x{defaults['height']} pixels, {defaults['num_inference_steps']} steps, "
+            ("defaults", f"{defaults['width']}x{defaults['height']} pixels, {_steps(defaults)}, "
              f"guidance scale {defaults['guidance_scale']:g}{_distilled(defaults)}"),
+            *(("guidance", told) for told in _guidance(defaults)),
+            *_calibrated(result, defaults["steps"]),
         ],
         indent="  ",
     )  # fmt: skip
@@ -108,6 +111,9 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from aligned(_tensor_table(result["components"]))
     for name, component in result["components"].items():
+        if component["quantization"] is not None:
+            yield ""
+            yield f"{name} is quantized: {_quantized(component['quantization'])}"
         if component["scheduler"] is not None:
             yield ""
             yield f"{name} brings its own scheduler: {_scheduler(component['scheduler'])}"
@@ -126,10 +132,42 @@ def _encodings(text: Mapping[str, Any]) -> Iterator[str]:
         yield "zeros where there is no negative prompt"
 
 
+def _steps(defaults: Mapping[str, Any]) -> str:
+    """How many steps, and whose they are where a calibration has divided them."""
+    shared = ", ".join(f"{name} {count}" for name, count in defaults["steps"] or ())
+    return f"{defaults['num_inference_steps']} steps" + (f" ({shared})" if shared else "")
+
+
+def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, str]]:
+    """What was measured for the defaults, a row each."""
+    split = result["calibrations"]["split"]
+    if split is not None:
+        chosen = next((point for point in split["points"] if point["steps"] == steps), None)
+        cost = "" if chosen is None else f"; the default costs {chosen['cost']:.2f} of {split['large']} alone"
+        others = "" if split["files_sha256"] == result["files_digest"] else "; measured with other models than these"
+        yield (
+            "split",
+            (f"of {len(split['points'])} plans, {split['prompts']} prompts, on {split['target']}{cost}{others}"),
+        )
+
+
 def _distilled(defaults: Mapping[str, Any]) -> str:
     """What its own scheduler was distilled for."""
     timesteps = f", time steps {', '.join(map(str, defaults['timesteps']))}" if defaults["timesteps"] else ""
     return timesteps + (f", eta {defaults['eta']:g}" if defaults["eta"] else "")
+
+
+def _guidance(defaults: Mapping[str, Any]) -> Iterator[str]:
+    """What `tandemrt calibrate guidance` stored."""
+    told = []
+    if defaults["guidance_interval"] is not None:
+        start, end = defaults["guidance_interval"]
+        told.append(f"in the part {start:g} to {end:g} of the steps")
+    for name, numbers in (("adaptive", defaults["adaptive"]), ("hybridiff", defaults["taus"])):
+        if numbers is not None:
+            told.append(f"{name} {', '.join(f'{key} {value:g}' for key, value in numbers.items())}")
+    if told:
+        yield "; ".join(told)
 
 
 def size_text(size_bytes: int) -> str:
@@ -172,6 +210,8 @@ def _component_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for name, component in components.items():
         islands = len(component["fp32_islands"])
         precision = component["precision"] + (f" ({islands} fp32 islands)" if islands else "")
+        if component["quantization"] is not None:
+            precision = f"{component['quantization']['format']}, the rest {precision}"
         parameters = f"{component['parameters']:,}"
         counts = Counter(evidence["metric"] for evidence in component["evidence"])
         evidence = "; ".join(
@@ -179,7 +219,21 @@ def _component_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:
             for metric, worst in component["worst_evidence"].items()
         )
         size = size_text(component["size_bytes"])
-        yield name, component["role"], precision, parameters, size, evidence or "no evidence"
+        none = "no evidence" if component["quantization"] is None else "before it was quantized, below"
+        yield name, component["role"], precision, parameters, size, evidence or none
+
+
+def _quantized(quantization: Mapping[str, Any]) -> str:
+    """What was quantized, by what, and what it took."""
+    kept = f", {len(quantization['kept'])} kept in floating point" if quantization["kept"] else ""
+    told = [f"{quantization['format']} in {quantization['layers']} layers{kept}"]
+    told.append(f"{quantization['tool']} {quantization['version']}")
+    for loss in quantization["losses"]:
+        value = f"{loss['value']:.1f} dB" if loss["metric"] == "psnr_db" else f"{loss['value']:.1%}"
+        beside = "" if loss["reference"] is None else f" beside the float bundle's {loss['reference']:.1%}"
+        asked = "" if loss["at_least"] is None else f", at least {loss['at_least']:.4g} asked for"
+        told.append(f"{loss['metric']} {value}{beside}{asked}, {loss['prompts']} held-out prompts, {loss['painted']}")
+    return "; ".join(told)
 
 
 def _tensor_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:

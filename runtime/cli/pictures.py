@@ -68,13 +68,16 @@ def check_folder(files: Iterable[Path], *, force: bool, option: str = "--output-
     option: what says where they go.
 
     Raises:
-        ArgumentError: a file is already there, or would lie in a bundle, which may hold no other files.
+        ArgumentError: a file is already there, or is a folder, or would lie in a bundle, which may hold no other files.
         TandemError: a folder cannot be written.
     """
     files = tuple(files)
     place = files[0].parent
     try:
         taken = [path for path in files if path.exists() or path.is_symlink()]
+        folder = next((path for path in files if path.is_dir()), None)
+        if folder is not None:
+            raise ArgumentError(option, "a folder, where a file is to be", got=str(folder))
         if taken and not force:
             raise _taken(taken[0], more=len(taken) - 1)
         for place in sorted({path.parent for path in files}):

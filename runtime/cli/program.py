@@ -26,17 +26,20 @@ class Entry:
     """Where a command lives; its module is imported only when the command is named.
 
     extras: what to install when an import of the command's fails. plans: whether it can say beforehand what it will do.
+    group: whether the module holds no command but `COMMANDS`, a table of those that the next word chooses from.
     """
 
     module: str
     help: str
     extras: str
     plans: bool = True
+    group: bool = False
 
 
 COMMANDS: Mapping[str, Entry] = {
     "export": Entry("tandemrt.export.command", "turn a checkpoint into a verified bundle", "export,cpu"),
     "build-engine": Entry("tandemrt.engines.command", "compile a bundle's models for what they run on", "engines"),
+    "calibrate": Entry("tandemrt.calibrate.command", "find what suits a bundle by measuring it", "cpu", group=True),
     "generate": Entry("tandemrt.runtime.cli.generate", "paint pictures from prompts with a bundle", "cpu"),
     "inspect": Entry("tandemrt.runtime.cli.inspect_bundle", "show what a bundle holds", "cpu", plans=False),
     "verify": Entry("tandemrt.runtime.cli.verify_bundle", "check that a bundle is what was exported", "export,cpu"),
@@ -96,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: Sequence[str]) -> int:
     """Run a command; every exception but a broken pipe ends as one line on stderr and a status."""
-    name = _named_command(arguments)
-    program = f"tandemrt {name}".rstrip()
+    names, entry = _named_command(arguments)
+    program = " ".join(("tandemrt", *names))
     try:
-        status = _run(name, arguments)
+        status = _run(names, arguments)
         sys.stdout.flush()
         return status
     except SystemExit as ended:  # argparse, after --help or --version
@@ -115,7 +118,7 @@ def _guarded(arguments: Sequence[str]) -> int:
     except Exception as error:
         if "--traceback" in arguments:
             traceback.print_exc()
-        message = _message(error, name, program)
+        message = _message(error, entry, program)
         sys.stderr.write(f"{program}: {one_line(message)}\n")
         status = error.exit_status if isinstance(error, TandemError) else 1
         if _is_of_a_full_stdout(error):
@@ -125,7 +128,7 @@ def _guarded(arguments: Sequence[str]) -> int:
         return status
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
+def _run(names: Sequence[str], arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="tandemrt",
         description="Turn Stable-Diffusion-family checkpoints into verified ONNX bundles and paint with them, "
@@ -134,28 +137,42 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
-    choices = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", parser_class=_Parser)
-    for command_name, entry in COMMANDS.items():
-        choices.add_parser(command_name, help=entry.help, add_help=command_name == name, allow_abbrev=False)
-    command = None
-    if name:
-        command = cast(Command, importlib.import_module(COMMANDS[name].module))
-        _declare(choices.choices[name], name, command)
+    named, command = _declared(parser, COMMANDS, names)
     namespace = parser.parse_args(arguments)
     if command is None:
-        parser.print_help(sys.stderr)
+        named.print_help(sys.stderr)
         return ArgumentError.exit_status
     return _execute(command, namespace)
 
 
-def _declare(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
+def _declared(
+    parser: argparse.ArgumentParser, table: Mapping[str, Entry], names: Sequence[str]
+) -> tuple[argparse.ArgumentParser, Command | None]:
+    """Tell a parser of a table's commands, and of the arguments of the one named; its parser, and the command.
+
+    names: the words that name it; where they end at a table, there is no command yet.
+    """
+    choices = parser.add_subparsers(metavar="COMMAND", dest="command", title="commands", parser_class=_Parser)
+    for name, entry in table.items():
+        choices.add_parser(name, help=entry.help, add_help=name in names[:1], allow_abbrev=False)
+    if not names:
+        return parser, None
+    entry, named = table[names[0]], choices.choices[names[0]]
+    named.formatter_class = _Formatter
+    named.description = entry.help[0].upper() + entry.help[1:] + "."
+    if entry.group:
+        return _declared(named, _table(entry), names[1:])
+    command = cast(Command, importlib.import_module(entry.module))
+    _declare(named, entry, command)
+    return named, command
+
+
+def _declare(parser: argparse.ArgumentParser, entry: Entry, command: Command) -> None:
     """The command's own arguments and those every command has."""
-    parser.formatter_class = _Formatter
-    parser.description = COMMANDS[name].help[0].upper() + COMMANDS[name].help[1:] + "."
     command.add_arguments(parser)
     group = parser.add_argument_group("output and errors")
     group.add_argument("--json", action="store_true", help="write one JSON document to stdout, all else to stderr")
-    if COMMANDS[name].plans:
+    if entry.plans:
         group.add_argument("--print-plan", action="store_true", help="show what would be done, and stop")
     group.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
 
@@ -183,20 +200,37 @@ def _execute(command: Command, namespace: argparse.Namespace) -> int:
     return 0 if status is None else status(result)
 
 
-def _named_command(arguments: Sequence[str]) -> str:
-    """The command's name, or nothing: the first word that is no option, as options before a command take no values."""
-    word = next((word for word in arguments if not word.startswith("-")), "")
-    return word if word in COMMANDS else ""
+def _named_command(arguments: Sequence[str]) -> tuple[tuple[str, ...], Entry | None]:
+    """The words that name a command, with its entry: the first that are no options, as those before take no values."""
+    names: tuple[str, ...] = ()
+    entry: Entry | None = None
+    table = COMMANDS
+    for word in arguments:
+        if word.startswith("-"):
+            continue
+        if word not in table:
+            break
+        entry, names = table[word], (*names, word)
+        if not entry.group:
+            break
+        table = _table(entry)
+    return names, entry
 
 
-def _message(error: Exception, name: str, program: str) -> str:
+def _table(entry: Entry) -> Mapping[str, Entry]:
+    """The commands of a group."""
+    table: Mapping[str, Entry] = importlib.import_module(entry.module).COMMANDS
+    return table
+
+
+def _message(error: Exception, entry: Entry | None, program: str) -> str:
     if isinstance(error, UsageError):
         return f"{error.what}. See `{program} --help`."
     if isinstance(error, TandemError):
         return str(error)
-    if isinstance(error, ImportError) and name and not (error.name or "tandemrt").startswith("tandemrt"):
-        extras = COMMANDS[name].extras
-        return f'needs {error.name}, which cannot be imported here. Install it: pip install "tandemrt[{extras}]"'
+    if isinstance(error, ImportError) and entry is not None and not (error.name or "tandemrt").startswith("tandemrt"):
+        install = f'pip install "tandemrt[{entry.extras}]"'
+        return f"needs {error.name}, which cannot be imported here. Install it: {install}"
     if _is_of_a_full_stdout(error):
         return "standard output: cannot be written (no space left). Free some space."
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -31,28 +31,33 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
     Raises:
         ArgumentError: the file cannot be read, or is not UTF-8; the message names line and byte.
     """
+    lines = read_text(f"--prompts-file {path}", path, "Check the path, or give --prompt TEXT.").split("\n")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def read_text(where: str, path: Path, remedy: str) -> str:
+    """A UTF-8 file of prompts without its byte order mark; `where` names it, `remedy` helps where it cannot be read.
+
+    Raises:
+        ArgumentError: it cannot be read, or is not UTF-8; the message names line and byte.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ArgumentError(
-            f"--prompts-file {path}",
-            f"cannot be read ({error.strerror})",
-            expected="a text file with one prompt a line",
-            remedy="Check the path, or give --prompt TEXT.",
-        ) from error
+        what, expected = f"cannot be read ({error.strerror})", "a text file with one prompt a line"
+        raise ArgumentError(where, what, expected=expected, remedy=remedy) from error
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ArgumentError(
-            f"--prompts-file {path}",
+            where,
             f"not UTF-8 at line {line}, byte {error.start}",
             got=raw[error.start : error.start + 4],
             expected="UTF-8 text",
             remedy="Save the file as UTF-8.",
         ) from error
-    lines = text.removeprefix("\ufeff").split("\n")
-    return tuple(line.strip() for line in lines if line.strip())
+    return text.removeprefix("\ufeff")
 
 
 def require_text(where: str, value: str) -> None:

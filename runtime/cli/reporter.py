@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class ConsoleReporter:
     """Writes to streams; a context manager that takes its progress bar away at the end.
 
     results: where lines go. status: where warnings and progress go, as a bar on a terminal and as lines elsewhere: one
-    when a label begins and one when it is finished, and one every five seconds between.
+    when a label begins and one when it is finished, and one every five seconds between, with an estimate of what is
+    left.
     """
 
     def __init__(self, results: TextIO, status: TextIO) -> None:
@@ -40,6 +42,7 @@ class ConsoleReporter:
         self._draws = status.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: tuple[Progress, TaskID] | None = None
         self._label, self._spoke_s = "", 0.0
+        self._began = (0, 0.0)  # how much of the label was done when it began, and when that was
 
     def __enter__(self) -> ConsoleReporter:
         return self
@@ -53,10 +56,20 @@ class ConsoleReporter:
             self._draw(label, done, total)
             return
         now = time.monotonic()
+        if label != self._label:
+            self._began = (done, now)
         if label != self._label or done >= total or now - self._spoke_s >= PLAIN_INTERVAL_S:
             self._label, self._spoke_s = label, now
-            self._status.write(f"{label}: {done}/{total}\n")
+            self._status.write(f"{label}: {done}/{total}{self._left(done, total, now)}\n")
             self._status.flush()
+
+    def _left(self, done: int, total: int, now: float) -> str:
+        """How long the rest takes at the pace so far, where there is one."""
+        before, began = self._began
+        if done <= before or done >= total or now - began < PLAIN_INTERVAL_S:
+            return ""
+        seconds = round((now - began) / (done - before) * (total - done))
+        return f", about {timedelta(seconds=seconds)} left"
 
     def line(self, text: str) -> None:
         self._remove_bar()

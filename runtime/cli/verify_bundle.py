@@ -134,7 +134,10 @@ def run(plan: VerifyPlan, reporter: Reporter) -> dict[str, Any]:
         "size_bytes": sum(record.size for record in bundle.manifest.files.values()),
         "digests": DIGESTS,
         "parity": {name: msgspec.to_builtins(list(evidence)) for name, evidence in parity.items()},
-        "parity_not_checked": [name for name in components if name not in parity],
+        "parity_not_checked": [
+            name for name, one in components.items() if name not in parity and one.quantization is None
+        ],
+        "quantized": [name for name, one in components.items() if one.quantization is not None],
     }
 
 
@@ -163,6 +166,9 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         names = ", ".join(result["parity_not_checked"])
         option = "--small, --tiny-vae or --add NAME=DIR" if result["parity"] else "--checkpoint DIR"
         yield f"not checked: the difference from PyTorch of {names}; give {option}"
+    if result["quantized"]:
+        names = ", ".join(result["quantized"])
+        yield f"not compared with PyTorch: {names}, which is quantized; `tandemrt inspect` tells what that took"
 
 
 def _export_plan(plan: VerifyPlan) -> Any:

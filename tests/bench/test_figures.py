@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tandemrt.bench.figures import markdown_table, spread, write_json, write_text
+from tandemrt.bench.figures import markdown_table, spread, write_json, write_report, write_text
 
 
 def test_spread_names_the_median_and_what_surrounds_it():
@@ -44,3 +44,9 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(OSError, match="taken"):
         write_text(tmp_path / "taken", "text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_report_is_json_with_its_table_beside_it(tmp_path, capsys):
+    write_report(tmp_path / "made" / "one.json", {"median": 1.5}, "| one |\n\n")
+    assert json.loads((tmp_path / "made" / "one.json").read_text()) == {"median": 1.5}
+    assert (tmp_path / "made" / "one.md").read_text() == "| one |\n" == capsys.readouterr().out

@@ -223,7 +223,7 @@ def test_a_graph_the_backend_refuses_is_an_error(requests: Requests, tmp_path: P
         ),
         (
             "tensorrt-rtx:sm89:int8",
-            r"unet: its graph quantizes nothing.*quantizes one yet; ask for tensorrt-rtx:sm89:fp32",
+            r"nothing in it is quantized to int8.*`tandemrt calibrate quantize .*`, or ask for tensorrt-rtx:sm89",
         ),
         ("openvino:cpu:fp16", r"got 'fp32', expected fp16"),
         (

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -20,8 +21,9 @@ from tandemrt.runtime.cli import main
 from tandemrt.runtime.engine_files import Layer, read_layers
 from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import TargetError
+from tandemrt.runtime.manifest import Manifest
 
-from ..runtime.tiny_bundle import resign
+from ..runtime.tiny_bundle import call_quantized, quantization_in, resign
 from .conftest import Requests
 from .test_build import FEEDS, VERSIONS, reference, silent
 
@@ -63,7 +65,7 @@ def with_pairs(tiny_path: Path, folder: Path, kind: QuantType, *operators: str, 
         **{"extra_options": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}, **options},
     )
     (folder / "unet" / "model.onnx.data").unlink()
-    resign(folder)
+    call_quantized(folder, "int8" if kind == QuantType.QInt8 else "fp8", "unet")
     return Bundle.open(folder)
 
 
@@ -86,22 +88,39 @@ def test_a_graph_in_fp8_is_built_as_it_is(tiny_path: Path, tmp_path: Path, reque
 
 
 def test_what_is_not_quantized_is_refused_where_it_is_named(quantized: Bundle, requests: Requests) -> None:
-    refused = r"vae_decoder: denoisers alone are quantized, .*Ask for openvino:cpu:fp32, which runs beside"
+    refused = r"vae_decoder: is not quantized to int8, .*Ask for openvino:cpu:fp32, which runs beside what is"
     with pytest.raises(TargetError, match=refused):
         requests("openvino:cpu:int8", components=("unet", "vae_decoder"), bundle=quantized)
-    with pytest.raises(TargetError, match="unet_small: its graph quantizes nothing"):
-        requests("openvino:cpu:int8", bundle=quantized)
+    for target in ("openvino:cpu:int8", "openvino:cpu"):
+        found = {one.component: one.ingredients.precision for one in requests(target, bundle=quantized)}
+        assert (found["unet"], found["unet_small"], found["vae_decoder"]) == ("int8", "fp32", "fp32")
+    (kept,) = requests("openvino:cpu:fp32", components=("unet",), bundle=quantized)
+    assert kept.ingredients.precision == "fp32"
+
+
+def test_a_table_in_eight_bits_is_nothing_tensorrt_takes(tiny_path: Path, tmp_path: Path, requests: Requests) -> None:
+    shutil.copytree(tiny_path, tmp_path / "bundle")
+
+    def edit(manifest: Manifest) -> Manifest:
+        told = msgspec.structs.replace(quantization_in("int8-weights"), settings={"tables": ["tokens/Gather"]})
+        encoder = msgspec.structs.replace(manifest.components["text_encoder"], quantization=told)
+        return msgspec.structs.replace(manifest, components={**manifest.components, "text_encoder": encoder})
+
+    resign(tmp_path / "bundle", edit)
+    bundle = Bundle.open(tmp_path / "bundle")
+    with pytest.raises(TargetError, match=r"text_encoder: a table in eight bits, .*--keep 'tokens/Gather'`, or run"):
+        requests("tensorrt-rtx:sm89", bundle=bundle)
+    assert requests("openvino:cpu", bundle=bundle)
 
 
 def test_what_is_not_quantized_is_told_where_all_are_built(
-    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    quantized: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tandemrt.engines.ingredients._is_quantized", lambda model: True)
-    command = ["build-engine", str(tiny_path), "--target", "openvino:cpu:int8", "--cache", str(tmp_path)]
+    command = ["build-engine", str(quantized.path), "--target", "openvino:cpu:int8", "--cache", str(tmp_path)]
     assert main([*command, "--print-plan"]) == 0
     out = capsys.readouterr().out
     assert "unet for openvino:cpu:int8, 64x64: to be built" in out
-    told = "vae_decoder for openvino:cpu:int8 in fp32, since denoisers alone are quantized, 64x64: to be built"
+    told = "vae_decoder for openvino:cpu:int8 in fp32, as it is, 64x64: to be built"
     assert told in out
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tandemrt.engines.build import ensure_engine
-from tandemrt.runtime import ExecutionError, Pipeline, engine_session
+from tandemrt.runtime import ExecutionError, Pipeline, auto_placement, engine_session
 from tandemrt.runtime.backends import onnxruntime as ort_backend
 from tandemrt.runtime.backends import openvino as openvino_backend
 from tandemrt.runtime.bundle import Bundle
@@ -363,3 +363,27 @@ def test_the_cache_is_left_as_it_was(tiny_path: Path, requests: Requests, cache:
     painted(tiny_path, "openvino:cpu:fp32")
     assert sorted(path.relative_to(cache) for path in cache.rglob("*")) == before
     shutil.rmtree(engines_folder(cache))
+
+
+def test_a_placement_is_measured_anew_on_new_engines(
+    requests: Requests, cache: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, grounds = auto_placement._measured, 0
+
+    def counted(*rest: Any) -> dict[str, float]:
+        nonlocal grounds
+        grounds += 1
+        return measured(*rest)
+
+    monkeypatch.setattr(auto_placement, "_measured", counted)
+    arguments: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent", "placement": "auto"}
+
+    def trials() -> int:
+        with Pipeline.open(tiny_path, "onnxruntime:cpu", threads=2) as pipe:
+            pipe("red", **arguments)
+            assert bool(pipe._models.engines("unet")) == (grounds == 2)
+        return grounds
+
+    assert [trials(), trials()] == [1, 1]
+    ensure_engine(*requests("onnxruntime:cpu", components=("unet",)), cache, silent, VERSIONS)
+    assert [trials(), trials()] == [2, 2]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -19,7 +18,6 @@ from tandemrt.engines.slots import lora_slots
 from tandemrt.engines.stages import StageGraph, stage_graphs
 from tandemrt.runtime.errors import ArgumentError, BundleError
 from tandemrt.runtime.shapes import evaluated
-from tandemrt.runtime.stages import check_stages
 
 from .small_denoisers import FAMILIES
 
@@ -69,7 +67,6 @@ def composed(stages: Sequence[StageGraph], feeds: Arrays, weights: Path, folder:
 def require_equal(
     model: onnx.ModelProto, stages: Sequence[StageGraph], weights: Path, folder: Path, levels: Sequence[Any] = (PLAIN,)
 ) -> None:
-    check_stages([one.stage for one in stages], "unet")
     feeds = inputs_of(model)
     for level in levels:
         whole = ran(model, feeds, weights, folder, level)
@@ -230,13 +227,3 @@ def test_the_latent_is_given_where_nothing_else_has_its_sizes(tmp_path: Path) ->
     assert [spec.name for spec in stages[1].stage.inputs] == ["stage/transformer_blocks.0", "sample"]
     assert "Cast" not in {node.op_type for node in stages[1].model.graph.node}
     require_equal(model, stages, tmp_path, tmp_path / "graph")
-
-
-def test_stages_of_different_cuts_are_told_apart(shapes_unet: Path) -> None:
-    model = read_graph(shapes_unet)
-    two, three = ([one.stage for one in stage_graphs(model, count)] for count in (2, 3))
-    check_stages(two, "unet")
-    with pytest.raises(BundleError, match="unet: stages and their count"):
-        check_stages(two[:1], "unet")
-    with pytest.raises(BundleError, match="unet: stage 2 takes 'stage/"):
-        check_stages([msgspec.structs.replace(three[0], count=2), two[1]], "unet")

@@ -29,12 +29,12 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.export.jobs import jobs
 from tandemrt.export.parity import THRESHOLDS
 from tandemrt.export.plan import Added, ExportPlan
-from tandemrt.export.publish import _PART
 from tandemrt.export.verify import verify_bundle
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import CheckpointError, ExportError
 from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.staging import _PART
 
 from .mini import edit_json
 

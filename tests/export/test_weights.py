@@ -55,7 +55,7 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_damaged(file: Path) ->
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_or_grown_anywhere_is_refused_by_name(file: Path, data: st.DataObject) -> None:
     whole = file.read_bytes()
     damaged = file.with_name("damaged.safetensors")

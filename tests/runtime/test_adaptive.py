@@ -102,7 +102,9 @@ def test_rows_left_out_are_reported_and_change_little() -> None:
     skipped = [row for row in rows if not row.guided]
     assert all(row.guided for row in every)
     assert 8 <= len(skipped) < 16
-    assert {row.discrepancy for row in skipped} == {None}
+    assert {row.discrepancy for row in skipped} == {row.growth for row in skipped} == {None}
+    assert rows[0].growth is None
+    assert all(row.growth > 0 for row in rows[1:] if row.guided)
     assert all(row.why.startswith("the branches agree: they were 0.0") for row in skipped)
     unguided, _ = sampled(guidance_scale=1.0)
     assert 0 < np.abs(adaptive - fixed).mean() < 0.25 * np.abs(unguided - fixed).mean()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tandemrt.runtime import CancelledError, Pipeline
+from tandemrt.runtime import CancelledError, Pipeline, auto_placement
 from tandemrt.runtime.auto_placement import AutoPlacement
 from tandemrt.runtime.cache import cache_folder
 from tandemrt.runtime.placement import Branches
@@ -19,22 +21,25 @@ from tandemrt.runtime.targets import parse_target
 
 from .test_sampler import SHAPE, plan
 from .tiny_bundle import write_tiny_bundle
+from .tiny_families import write_tiny_control
 
 EVERY = ["batched", "parallel", "sequential"]
 
 
 class Timed:
-    """Predicts nothing, in a time that is given; counts its rows."""
+    """Predicts nothing, in a time that is given; counts its rows, after which it is to rest."""
 
-    def __init__(self, placement: str, ms: float, rows: list[str]) -> None:
-        self._placement, self._ms, self._rows = placement, ms, rows
+    def __init__(self, placement: str, ms: float, rows: list[str], tired: set[str]) -> None:
+        self._placement, self._ms, self._rows, self._tired = placement, ms, rows, tired
 
     def predict(self, row: int, sample: np.ndarray, *, guided: bool) -> Branches:
         assert guided
         self._rows.append(self._placement)
+        self._tired.add(self._placement)
         return Branches(sample, sample, self._ms, (), self._placement)
 
-    def rest(self) -> None: ...
+    def rest(self) -> None:
+        self._tired.discard(self._placement)
 
 
 @pytest.fixture
@@ -49,17 +54,29 @@ Open = Callable[..., Pipeline]
 
 def chosen(pipe: Pipeline, ms: dict[str, float], compiled: Plan | None = None, **more: Any) -> tuple[str, list[str]]:
     """The choice of a newly opened pipeline where rows take these times, and the rows that were tried."""
-    rows: list[str] = []
+    return asked(opened(pipe, **more), ms, compiled, **more)
+
+
+def opened(pipe: Pipeline, **more: Any) -> AutoPlacement:
     target = parse_target(more.get("target", "onnxruntime:cpu"))
-    auto = AutoPlacement(pipe.bundle, target, more.get("threads", 2), cache_folder())
-    placement = auto.choose(
-        compiled or plan(4),
-        more.get("shape", SHAPE),
-        more.get("controls", ()),
-        lambda one: Timed(one, ms[one], rows),
-        more.get("before", lambda: None),
-    )
-    return placement, rows
+    return AutoPlacement(pipe.bundle, target, more.get("threads", 2), cache_folder(), more.get("alone", lambda: 0))
+
+
+def asked(
+    auto: AutoPlacement, ms: dict[str, float], compiled: Plan | None = None, **more: Any
+) -> tuple[str, list[str]]:
+    rows, tired = list[str](), set[str]()
+    try:
+        measured = auto.choose(
+            compiled or plan(4),
+            more.get("shape", SHAPE),
+            more.get("models", {"unet": ()}),
+            lambda one: Timed(one, ms[one], rows, tired),
+            more.get("before", lambda: None),
+        )
+    finally:
+        assert not tired
+    return "batched" if measured is None else measured.fastest, rows
 
 
 @pytest.mark.parametrize(
@@ -85,16 +102,144 @@ def test_a_choice_is_remembered_by_all_that_it_rests_on(pipeline: Open, tmp_path
         assert (placement, sorted(set(rows))) == ("parallel", EVERY)
         assert chosen(pipe, fast) == ("parallel", [])
         others: list[dict[str, Any]] = [
-            {"shape": (1, 4, 8, 8)}, {"threads": 3}, {"controls": ("controlnet_canny",)}, {"target": "openvino:cpu"},
-            {"compiled": plan({"unet": 2, "unet_small": 2})},
+            {"shape": (1, 4, 8, 8)}, {"threads": 3}, {"target": "openvino:cpu"},
+            {"models": {"unet": (), "controlnet_canny": ()}}, {"models": {"unet_small": ()}},
+            {"models": {"unet": ("an engine",)}}, {"models": {"unet": ("another",)}},
         ]  # fmt: skip
         for other in others:
             assert chosen(pipe, fast, **other)[0] == "batched"
     files = list((tmp_path / "cache" / "placements").iterdir())
     assert len(files) == 1 + len(others)
     stated = json.loads(files[0].read_bytes())
-    assert stated["ground"]["bundle"] == pipe.bundle.digest
+    assert stated["ground"]["bundle"] == pipe.bundle.manifest.files_digest
     assert set(stated["ms"]) == set(EVERY)
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        {"usable_cpus": lambda: 64},
+        {"cpu_architecture": lambda: "another"},
+        {"nvidia_gpus": lambda: ("a GPU",)},
+        {"version": lambda _: "9.9"},
+        {"installed_version": lambda _: "9.9"},
+        {"gpu_names": lambda _: ("0: a GPU",)},
+    ],
+    ids=lambda elsewhere: next(iter(elsewhere)),
+)
+def test_another_machine_or_version_is_measured_anew(
+    pipeline: Open, monkeypatch: pytest.MonkeyPatch, elsewhere: Mapping[str, Any]
+) -> None:
+    ms = {"batched": 9.0, "parallel": 5.0, "sequential": 9.0}
+    with pipeline() as pipe:
+        assert [bool(chosen(pipe, ms)[1]) for _ in range(2)] == [True, False]
+        for name, here in elsewhere.items():
+            monkeypatch.setattr(auto_placement, name, here)
+        assert [bool(chosen(pipe, ms)[1]) for _ in range(2)] == [True, False]
+
+
+def test_another_bundle_is_measured_anew(pipeline: Open, tmp_path: Path) -> None:
+    ms = {"batched": 9.0, "parallel": 5.0, "sequential": 9.0}
+    shutil.copytree(tmp_path / "bundle", tmp_path / "copy")
+    write_tiny_control(tmp_path / "other")
+    with pipeline() as pipe:
+        assert chosen(pipe, ms)[1]
+    for folder, anew in (("copy", False), ("other", True)):
+        with Pipeline.open(tmp_path / folder) as pipe:
+            assert bool(chosen(pipe, ms)[1]) == anew
+
+
+@pytest.mark.parametrize("marks", [[None, None], [1, 2], [1, None], [None, 1]])
+def test_what_is_measured_beside_others_holds_for_the_pipeline_alone(
+    pipeline: Open, tmp_path: Path, marks: list[int | None]
+) -> None:
+    ms = {"batched": 9.0, "parallel": 5.0, "sequential": 9.0}
+    told = iter(marks)
+    with pipeline() as pipe:
+        auto = opened(pipe, alone=lambda: next(told))
+        assert asked(auto, ms)[1]
+        assert asked(auto, ms) == ("parallel", [])
+        assert not (tmp_path / "cache").exists()
+        assert chosen(pipe, ms)[1]
+
+
+@pytest.mark.parametrize(("beside", "kept"), [("call", 0), ("put aside", 1), ("done", 1)])
+def test_generations_beside_the_trial_are_noticed(
+    pipeline: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: str, kept: int
+) -> None:
+    arguments: dict[str, Any] = {"prompt": "red", "num_inference_steps": 2, "output_type": "latent"}
+    measured = auto_placement._measured
+    with pipeline(target="onnxruntime:cpu", threads=2) as pipe:
+
+        def measuring(*rest: Any) -> dict[str, float]:
+            if beside == "call":
+                pipe(**arguments)
+            return measured(*rest)
+
+        monkeypatch.setattr(auto_placement, "_measured", measuring)
+        other = pipe.stream(**arguments)
+        next(other)
+        if beside == "done":
+            other.result()
+        pipe(**arguments, placement="auto")
+        assert len(list(tmp_path.glob("cache/placements/*"))) == kept
+
+
+def test_waiting_for_anothers_trial_can_be_cancelled(pipeline: Open) -> None:
+    ms = {"batched": 9.0, "parallel": 5.0, "sequential": 9.0}
+    trying, go_on, calls = threading.Event(), threading.Event(), 0
+
+    def hold() -> None:
+        trying.set()
+        assert go_on.wait(60)
+
+    def cancel_at_the_second() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise CancelledError("generation", "cancelled")
+
+    with pipeline() as pipe:
+        auto, made = opened(pipe), list[tuple[str, list[str]]]()
+        first = threading.Thread(target=lambda: made.append(asked(auto, ms, before=hold)), daemon=True)
+        first.start()
+        try:
+            assert trying.wait(60)
+            with pytest.raises(CancelledError):
+                asked(auto, ms, before=cancel_at_the_second)
+        finally:
+            go_on.set()
+            first.join(60)
+        assert made[0][0] == "parallel"
+        assert asked(auto, ms) == ("parallel", [])
+
+
+@pytest.mark.parametrize(
+    ("best", "before", "streams"),
+    [("batched", None, {1}), ("sequential", None, {1}), ("parallel", None, {2}), ("batched", "parallel", {1, 2})],
+)
+def test_what_only_the_trial_needed_is_let_go_of(
+    pipeline: Open, monkeypatch: pytest.MonkeyPatch, best: str, before: str | None, streams: set[int]
+) -> None:
+    """OpenVINO compiles a denoiser anew for two streams."""
+    arguments: dict[str, Any] = {"prompt": "red", "seed": 7, "num_inference_steps": 2, "output_type": "latent"}
+    tried: list[str] = []
+
+    def measured(plan: Plan, shape: Any, placed: Mapping[str, Any], before: Any) -> dict[str, float]:
+        tried.extend(placed)
+        return {one: 1.0 if one == best else 2.0 for one in placed}
+
+    monkeypatch.setattr(auto_placement, "_measured", measured)
+    with pipeline(target="openvino:cpu", threads=2) as pipe:
+        if before is not None:
+            pipe(**arguments, placement=before)
+        expected = pipe(**arguments, placement="auto")
+        assert (expected.plan.placement, tried) == (best, EVERY)
+        loaded = {key[2] for key in pipe._models._loaders if key[0] == "unet"}
+        assert loaded == {key[4] for key in pipe._models._sessions if key[0] == "unet"} == streams
+        again = pipe(**arguments, placement="auto")
+        np.testing.assert_array_equal(again.latents, expected.latents)
+        assert tried == EVERY
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b'{"ground": 3}', b"[" * 100_000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from tandemrt.runtime.manifest import (
     Dtype,
     Manifest,
     TensorSpec,
+    rewrite,
     seal,
     write,
 )
@@ -284,6 +286,11 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
        for key in ("", "Unet", "un et", "x" * 100, "\0", "\u00fc", "1", "..", "-")},
     **{f"without {key}": lambda manifest, key=key: manifest.pop(key)
        for key in ("format", "producers", "components", "files", "latent", "text", "scheduler", "defaults")},
+    **{f"default steps {value!r}": set_at("defaults/steps", value)
+       for value in ([["unet", 9]], [["unet", 0], ["unet_small", 10]], [["unet", 11], ["unet_small", -1]], [],
+                     [["vae_decoder", 10]], [["unet_large", 10]], [["unet"]], ["unet", 10], "10", 10)},
+    "fewer time steps than default steps": lambda manifest: manifest["defaults"].update(
+        steps=[["unet", 10]], timesteps=[999, 499]),
     "no text encoder": lambda manifest: manifest["components"].pop("text_encoder"),
     **{f"unknown field in {path or 'the manifest'}": set_at(f"{path}/evil".lstrip("/"), 1)
        for path in ("", "latent", "text", "components/unet", "components/unet/source", "defaults")},
@@ -403,6 +410,53 @@ def test_every_corruption_is_refused_by_name(kind: str, bundle: Path) -> None:
 def test_the_corruptions_are_over_two_thousand(bundle: Path) -> None:
     files = contents(bundle)
     assert sum(len(list(corruptions(files))) for corruptions in KINDS.values()) >= 2000
+
+
+def test_a_manifest_is_replaced_whole_whenever_the_process_is_killed(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(bundle).manifest
+    defaults = msgspec.structs.replace(before.defaults, steps=(("unet", 4), ("unet_small", 6)))
+    after = msgspec.structs.replace(before, defaults=defaults)
+    opened, real = [], os.fsync
+
+    def killed_at(count: int) -> None:
+        calls = itertools.count()
+
+        def fsync(descriptor: int) -> None:
+            real(descriptor)
+            if next(calls) == count:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    for count in range(7):
+        killed_at(count)
+        with contextlib.suppress(KeyboardInterrupt):
+            rewrite(after, bundle)
+        opened.append(Bundle.open(bundle).manifest)
+        monkeypatch.setattr(os, "fsync", real)
+        rewrite(before, bundle)
+    # Each file is flushed, then the folder its name is in: the third is that of the manifest.
+    assert opened == [before] * 3 + [after] * 4
+    assert Bundle.open(bundle).manifest == before
+    assert (bundle / SEAL_NAME).read_bytes() == seal((bundle / MANIFEST_NAME).read_bytes())
+
+
+def test_what_a_killed_process_began_beside_the_manifest_is_passed_over(bundle: Path) -> None:
+    (bundle / ".0123456789abcdef.part").write_bytes(b"{")
+    Bundle.open(bundle)
+    (bundle / "unet" / ".0123456789abcdef.part").touch()
+    with pytest.raises(BundleError, match="a file the manifest does not list"):
+        Bundle.open(bundle)
+
+
+def test_the_files_digest_holds_whatever_the_defaults_are(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    other = msgspec.structs.replace(manifest, defaults=msgspec.structs.replace(manifest.defaults, guidance_scale=1.0))
+    assert other.files_digest == manifest.files_digest
+    fewer = {name: record for name, record in manifest.files.items() if name != "unet/model.onnx"}
+    assert msgspec.structs.replace(manifest, files=fewer).files_digest != manifest.files_digest
 
 
 def test_what_hubs_and_file_managers_leave_is_passed_over(bundle: Path) -> None:

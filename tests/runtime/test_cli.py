@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tandemrt.calibrate.command import COMMANDS as CALIBRATIONS
 from tandemrt.runtime.cli import main, program
 from tandemrt.runtime.cli.columns import aligned
 from tandemrt.runtime.cli.reporter import ConsoleReporter, Reporter, one_line
@@ -23,7 +24,8 @@ from tandemrt.runtime.errors import BundleError, RequestError
 from .tiny_bundle import write_tiny_bundle
 
 # numpy, Pillow and msgspec come with the package itself, which offers `Pipeline` by name.
-NEVER_FOR_HELP = {"torch", "onnxruntime", "onnx", "rich", "tokenizers", "tandemrt.export", "tandemrt.bench"}
+NEVER_FOR_HELP = {"torch", "onnxruntime", "onnx", "rich", "tokenizers"}
+NEVER_FOR_HELP |= {"tandemrt.export", "tandemrt.calibrate", "tandemrt.bench"}
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,31 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "commands:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", program.COMMANDS)
-def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    assert main([name, "--help"]) == 0
+EVERY_COMMAND = {
+    **{(name,): entry for name, entry in program.COMMANDS.items() if not entry.group},
+    **{("calibrate", name): entry for name, entry in CALIBRATIONS.items()},
+}
+
+
+@pytest.mark.parametrize(("words", "entry"), EVERY_COMMAND.items(), ids=map(" ".join, EVERY_COMMAND))
+def test_every_command_explains_itself(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], entry: program.Entry
+) -> None:
+    assert main([*words, "--help"]) == 0
     stdout = capsys.readouterr().out
-    assert f"usage: tandemrt {name}" in stdout
-    assert program.COMMANDS[name].plans == ("--print-plan" in stdout)
+    assert f"usage: tandemrt {' '.join(words)}" in stdout
+    assert entry.plans == ("--print-plan" in stdout)
     assert "--json" in stdout
+
+
+def test_a_group_of_commands_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--help"]) == 0
+    stdout = capsys.readouterr().out
+    assert [name for name in CALIBRATIONS if f"\n    {name} " not in stdout] == []
+    assert main(["calibrate"]) == 2
+    assert capsys.readouterr().err == stdout
+    assert main(["calibrate", "paint"]) == 2
+    assert capsys.readouterr().err.startswith("tandemrt calibrate: argument COMMAND: invalid choice: 'paint'")
 
 
 @pytest.mark.parametrize("name", ["export", "generate", "inspect", "verify", "doctor"])
@@ -238,7 +258,7 @@ def test_a_reader_that_leaves_ends_it_quietly(bundle: Path) -> None:
     assert process.returncode == 1
 
 
-def test_plain_progress_speaks_when_it_begins_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_progress_speaks_when_it_begins_and_ends_and_estimates_between(monkeypatch: pytest.MonkeyPatch) -> None:
     status = io.StringIO()
     seconds = iter([0.0, 1.0, 2.0, 6.0, 7.0, 7.5])
     monkeypatch.setattr("time.monotonic", lambda: next(seconds))
@@ -246,7 +266,7 @@ def test_plain_progress_speaks_when_it_begins_and_ends(monkeypatch: pytest.Monke
         for done in range(1, 6):
             reporter.progress("one", done, 5)
         reporter.progress("two", 1, 2)
-    assert status.getvalue().splitlines() == ["one: 1/5", "one: 4/5", "one: 5/5", "two: 1/2"]
+    assert status.getvalue().splitlines() == ["one: 1/5", "one: 4/5, about 0:00:02 left", "one: 5/5", "two: 1/2"]
 
 
 class Terminal(io.StringIO):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,11 +19,12 @@ from PIL import Image
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.generate_told import guidance_line
+from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.pipeline import Pipeline
 from tandemrt.runtime.plan import RowGuidance
 from tandemrt.runtime.solvers import SOLVERS
 
-from .tiny_bundle import write_tiny_bundle
+from .tiny_bundle import resign, write_tiny_bundle
 
 STEPS = ["--steps", "2,2"]
 
@@ -87,6 +89,28 @@ def test_a_picture_can_be_painted_again_from_its_text(bundle: Path, tmp_path: Pa
         np.testing.assert_array_equal(np.asarray(again.images[index]), pixels(tmp_path / name))
 
 
+def test_a_picture_can_be_painted_again_where_other_defaults_were_stored(tmp_path: Path) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+
+    def stored(steps: tuple[tuple[str, int], ...], interval: tuple[float, float]) -> None:
+        def edit(manifest: Manifest) -> Manifest:
+            total = sum(count for _, count in steps)
+            changes = {"steps": steps, "num_inference_steps": total, "guidance_interval": interval}
+            return msgspec.structs.replace(manifest, defaults=msgspec.structs.replace(manifest.defaults, **changes))
+
+        resign(tmp_path / "bundle", edit)
+
+    stored((("unet_small", 1), ("unet", 2)), (0.0, 0.5))
+    assert generate(tmp_path / "bundle", tmp_path / "out", "--prompt", "red", "--seed", "3") == 0
+    stored((("unet", 4),), (0.0, 1.0))
+    told = texts(tmp_path / "out" / "0001-seed3-red.png")
+    with Pipeline.open(tmp_path / "bundle") as pipe:
+        again = pipe(**json.loads(told["request"]))
+    assert again.plan.steps == (("unet_small", 1), ("unet", 2))
+    assert again.plan.facts() == json.loads(told["plan"])
+    np.testing.assert_array_equal(np.asarray(again.images[0]), pixels(tmp_path / "out" / "0001-seed3-red.png"))
+
+
 def test_the_second_picture_is_that_of_the_next_seed(bundle: Path, tmp_path: Path) -> None:
     assert generate(bundle, tmp_path / "two", "--prompt", "red", "--seed", "5", "--batch-size", "2", *STEPS) == 0
     assert generate(bundle, tmp_path / "one", "--prompt", "red", "--seed", "6", *STEPS) == 0
@@ -127,13 +151,20 @@ def test_what_became_of_guidance_is_told(
     assert result["plan"]["placement"] == image["placement"] == image["guidance"][0]["placement"] != "auto"
     assert json.loads(texts(Path(image["path"]))["plan"]) == result["plan"]
     both = sum(row["guided"] for row in image["guidance"])
-    assert f"guidance: both branches in {both} of 4 rows, {image['placement']}\n" in stderr
+    if "auto" in asked:
+        assert list(image["tried_ms"]) == ["batched", "parallel", "sequential"]
+        assert "placement auto: each placement is tried first" in stderr
+    else:
+        assert image["tried_ms"] == {}
+    times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in image["tried_ms"].items())
+    told = f" ({times} a row when auto tried them)" if times else ""
+    assert f"guidance: both branches in {both} of 4 rows, {image['placement']}{told}\n" in stderr
 
 
 def test_hybridiffs_window_is_told() -> None:
     ran = [RowGuidance(True, "parallel", "guided"), RowGuidance(False, "pipelined", "in the window", taus=(1, 2))]
     plan = Mock(ran=ran, taus=(1, 2), placement="hybridiff")
-    assert guidance_line(plan) == "guidance: both branches in 1 of 2 rows, hybridiff, tau1 1, tau2 2"
+    assert guidance_line(plan, {}) == "guidance: both branches in 1 of 2 rows, hybridiff, tau1 1, tau2 2"
 
 
 def test_a_random_seed_is_another_one_each_time(bundle: Path, tmp_path: Path) -> None:

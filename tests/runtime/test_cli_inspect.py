@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.calibrations import Calibrations, SplitCalibration, SplitPoint
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.inspect_bundle import size_text, worst_evidence
-from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence, SchedulerDefaults
+from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence, Manifest, SchedulerDefaults
 from tandemrt.runtime.solvers.config import KEYS
 
 from .tiny_bundle import resign, write_tiny_bundle
@@ -60,6 +61,30 @@ def test_inspect_as_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert unet["size_bytes"] == sum(path.stat().st_size for path in (bundle / "unet").iterdir())
     assert unet["worst_evidence"]["max_relative_error"]["threshold"] == 1e-4
     assert facts["latent"] == msgspec.to_builtins(manifest.latent)
+
+
+def test_inspect_tells_the_split_that_runs_by_default(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    point = SplitPoint(steps=(("unet", 4), ("unet_small", 6)), cost=0.58, latent_error=0.1, psnr_db=20.0, ssim=0.9)
+    split = SplitCalibration(
+        files_sha256=Bundle.open(bundle).manifest.files_digest,
+        large="unet", small="unet_small", target="onnxruntime:cpu:fp32", machine=(), versions={}, row_times={},
+        prompts=64, prompts_sha256="0" * 64, seed=0, scorer=None, budget=0.6, chosen_by="latent_error", points=(point,),
+    )  # fmt: skip
+
+    def stored(manifest: Manifest) -> Manifest:
+        defaults = msgspec.structs.replace(manifest.defaults, steps=point.steps)
+        return msgspec.structs.replace(manifest, defaults=defaults, calibrations=Calibrations(split=split))
+
+    resign(bundle, stored)
+    assert main(["inspect", str(bundle)]) == 0
+    stdout = capsys.readouterr().out
+    assert "other models" not in stdout
+    assert "10 steps (unet 4, unet_small 6)" in stdout
+    assert "of 1 plans, 64 prompts, on onnxruntime:cpu:fp32; the default costs 0.58 of unet alone" in stdout
+    (bundle / "model_index.json").write_text("{}")
+    resign(bundle)
+    assert main(["inspect", str(bundle)]) == 0
+    assert "0.58 of unet alone; measured with other models than these\n" in capsys.readouterr().out
 
 
 def test_inspect_needs_no_backend(bundle: Path) -> None:

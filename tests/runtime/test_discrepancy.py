@@ -87,14 +87,14 @@ def test_what_makes_no_window_is_refused_before_the_run() -> None:
     with pytest.raises(PlanError, match=r"tau_cap \+ k: the window's last step, of 45 from 0 on, got 45, expected"):
         Discrepancy(TRANSFORMER, 45)
     Discrepancy(TRANSFORMER, 46)
-    with pytest.raises(PlanError, match="l_slope: out of range, got 0"):
+    with pytest.raises(PlanError, match="placement_config: L_slope: out of range, got 0"):
         Taus(l_slope=0)
-    with pytest.raises(PlanError, match="k: out of range, got 0, expected 1 or more"):
+    with pytest.raises(PlanError, match="placement_config: k: out of range, got 0, expected 1 or more"):
         Taus(k=0)
-    with pytest.raises(PlanError, match="tau_cap: out of range, got 0"):
+    with pytest.raises(PlanError, match="placement_config: tau_cap: out of range, got 0"):
         Taus(tau_cap=0)
     for eps in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(PlanError, match="eps_slope: out of range"):
+        with pytest.raises(PlanError, match="placement_config: eps_slope: out of range"):
             Taus(eps_slope=eps)
 
 

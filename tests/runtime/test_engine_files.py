@@ -17,6 +17,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cache import cache_folder, engines_folder
 from tandemrt.runtime.engine_files import (
     FORMAT,
+    RECIPES,
     REFIT,
     SIDECAR_NAME,
     VERSION_COMPATIBLE,
@@ -82,7 +83,7 @@ def add(bundle: Bundle, tmp_path: Path) -> Add:
                 "architecture": HERE,
                 "precision": "fp32",
                 "flags": {},
-                "recipe": 2,
+                "recipe": RECIPES[facts.get("backend", "openvino")],
                 **facts,
             }
         )
@@ -271,7 +272,7 @@ def test_a_linked_file_is_refused(add: Add, tmp_path: Path) -> None:
         (b'"backend":"openvino"', b'"backend":"onnxruntime"', "files, got .* expected model.onnx"),
         (b'"max":[1]', b'"max":[1,1]', "no rising sizes"),
         (b'"min":[1]', b'"min":[2]', "no rising sizes"),
-        (b'"recipe":2', b'"recipe":3', "key, got"),
+        (f'"recipe":{RECIPES["openvino"]}'.encode(), b'"recipe":0', "key, got"),
         (b"{", b"", "not an engine's sidecar"),
     ],
 )

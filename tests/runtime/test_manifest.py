@@ -12,9 +12,21 @@ import pytest
 
 from tandemrt.runtime import manifest as module
 from tandemrt.runtime.errors import BundleError
-from tandemrt.runtime.manifest import Evidence, FileRecord, TensorSpec, decode, encode, file_sha256, json_schema
+from tandemrt.runtime.manifest import (
+    Evidence,
+    FileRecord,
+    Loss,
+    Quantization,
+    TensorSpec,
+    decode,
+    encode,
+    file_sha256,
+    json_schema,
+)
+from tandemrt.runtime.manifest_checks import check_manifest
 
 from .test_plan import MANIFEST
+from .tiny_bundle import write_tiny_bundle
 
 FULL = msgspec.structs.replace(
     MANIFEST,
@@ -35,8 +47,54 @@ FULL = msgspec.structs.replace(
 )
 
 
+QUANTIZED = Quantization(
+    format="int8",
+    tool="tandemrt",
+    version="0.1.0",
+    settings={"observer": "mse", "smoothing": 0.5},
+    layers=2,
+    kept=("conv_out/Conv",),
+    float_model="ab" * 32,
+    trajectories="cd" * 32,
+    losses=(
+        Loss(metric="psnr_db", value=38.5, at_least=30.0, bundle="ef" * 32, prompts=8, prompts_sha256="01" * 32,
+             painted="onnxruntime:cpu, unet 10"),
+    ),
+)  # fmt: skip
+
+
 def test_what_is_written_reads_back() -> None:
     assert decode(encode(FULL), "tandem.json") == FULL
+    quantized = msgspec.structs.replace(FULL.components["unet"], quantization=QUANTIZED)
+    with_it = msgspec.structs.replace(FULL, components={"unet": quantized})
+    assert decode(encode(with_it), "tandem.json") == with_it
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 0}, "quantized layers of 'unet', got 0, expected 1 or more"),
+        ({"float_model": "x"}, "quantization of 'unet': float_model, got 'x', expected 64 hexadecimal digits"),
+        ({"trajectories": None}, "quantization of 'unet': int8 without trajectories"),
+        (
+            {"losses": (msgspec.structs.replace(QUANTIZED.losses[0], prompts=0),)},
+            "'unet': psnr_db, got .* of 0 prompts",
+        ),
+        ({"losses": (msgspec.structs.replace(QUANTIZED.losses[0], bundle=""),)}, "bundle of psnr_db, got ''"),
+    ],
+)
+def test_a_quantization_that_says_nothing_usable_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    manifest = write_tiny_bundle(tmp_path / "bundle")
+
+    def quantized(quantization: Quantization) -> Any:
+        unet = msgspec.structs.replace(manifest.components["unet"], quantization=quantization)
+        return msgspec.structs.replace(manifest, components={**manifest.components, "unet": unet})
+
+    check_manifest(quantized(QUANTIZED), "tandem.json")
+    with pytest.raises(BundleError, match=words):
+        check_manifest(quantized(msgspec.structs.replace(QUANTIZED, **changes)), "tandem.json")
     assert encode(FULL).endswith(b"}\n")
 
 

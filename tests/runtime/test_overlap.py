@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import numpy as np
 import pytest
 
 from tandemrt.runtime import ExecutionError, Pipeline, Request, RequestError, pipeline, traced
+from tandemrt.runtime.overlap import overlapped
+from tandemrt.runtime.stream import Events, Stage
 from tandemrt.runtime.trace import Trace
 
 from .test_concurrency import STEERED, TARGETS
@@ -90,8 +95,94 @@ def test_an_error_comes_in_its_turn_and_leaves_the_pipeline_usable(control_pipe:
             next(outputs)
         for output, same in zip(made, JOBS, strict=False):
             np.testing.assert_array_equal(np.stack(output.images), np.stack(control_pipe(**same).images))
-    with pytest.raises(RequestError, match="unknown argument"):
-        next(control_pipe.map([{"prompt": "red", "sede": 7}]))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"prompt": "red", "sede": 7}, "unknown argument"),
+        (None, "user's own"),
+    ],
+)
+def test_a_request_that_cannot_be_made_comes_in_its_turn(
+    control_pipe: Pipeline, bad: Mapping[str, Any] | None, error: str
+) -> None:
+    def requests() -> Iterator[Mapping[str, Any]]:
+        yield from JOBS[:2]
+        if bad is None:
+            raise ValueError("the user's own")
+        yield bad
+        pytest.fail("a request was taken after one that cannot be made")
+
+    outputs = control_pipe.map(requests())
+    made = [next(outputs), next(outputs)]
+    with pytest.raises(RequestError if bad else ValueError, match=error):
+        next(outputs)
+    with pytest.raises(StopIteration):
+        next(outputs)
+    for output, same in zip(made, JOBS, strict=False):
+        np.testing.assert_array_equal(np.stack(output.images), np.stack(control_pipe(**same).images))
+
+
+@pytest.mark.parametrize("part", ["check", "text", "rows", "pictures"])
+def test_an_error_holds_nothing_of_what_ran(part: str) -> None:
+    """The error itself, whose traceback holds all that ran, is gone while the one that is raised is held."""
+    raised: list[weakref.ref[BaseException]] = []
+
+    def fail(at: str) -> None:
+        if at == part:
+            error = ExecutionError("unet", "failed")
+            raised.append(weakref.ref(error))
+            try:
+                raise error
+            finally:
+                del error
+
+    def begin(_: threading.Event) -> Events:
+        fail("check")
+        return events()
+
+    def events() -> Events:
+        fail("text")
+        yield Stage.ENCODED
+        fail("rows")
+        yield Stage.SAMPLED
+        fail("pictures")
+        raise AssertionError("does not fail")
+
+    gc.disable()
+    try:
+        with pytest.raises(ExecutionError, match="unet: failed") as held:
+            next(overlapped([begin]))
+        assert [one() for one in raised] == [None]
+        del held
+    finally:
+        gc.enable()
+
+
+def test_what_has_not_begun_when_one_fails_never_does() -> None:
+    """The first fails while the second waits to be cancelled, with the third behind it."""
+    begun: list[str] = []
+
+    def first(_: threading.Event) -> Events:
+        begun.append("first")
+        yield Stage.ENCODED
+        while "second" not in begun:
+            time.sleep(0.001)
+        raise ExecutionError("unet", "failed")
+
+    def second(cancelled: threading.Event) -> Events:
+        begun.append("second")
+        assert cancelled.wait(60)
+        raise ExecutionError("generation", "cancelled")
+
+    def third(_: threading.Event) -> Events:
+        begun.append("third")
+        raise ExecutionError("generation", "never begins")
+
+    with pytest.raises(ExecutionError, match="unet: failed"):
+        next(overlapped([first, second, third]))
+    assert begun == ["first", "second"]
 
 
 def test_closing_the_pipeline_cancels_what_is_under_way(control_pipe: Pipeline) -> None:

@@ -233,7 +233,7 @@ def test_handing_over_to_the_same_model_changes_no_bit(tmp_path: Path) -> None:
         ({"solver": "magic"}, PlanError, "magic"),
         ({"solver": "ddim", "solver_config": {"use_karras_sigmas": True}}, PlanError, "use_karras_sigmas"),
         ({"guidance_interval": (0.5, 2.0)}, PlanError, "guidance_interval"),
-        ({"guidance_interval": None}, PlanError, "guidance_interval.*got None"),
+        ({"guidance_interval": 0.5}, PlanError, "guidance_interval.*got 0.5"),
         ({"guidance_interval": ("0", "1")}, PlanError, "guidance_interval.*got .'0', '1'"),
         ({"guidance_interval": (0,)}, PlanError, "guidance_interval"),
         ({"num_inference_steps": 2.5}, RequestError, "num_inference_steps.*got 2.5"),

@@ -16,7 +16,7 @@ from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, R
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.discrepancy import relative_mae
 from tandemrt.runtime.manifest import Manifest
-from tandemrt.runtime.placement import Batched, Parallel, Placed, Sequential, Worker, refusal
+from tandemrt.runtime.placement import Batched, Crew, Parallel, Placed, Sequential, Worker, refusal
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import SampledRow, Sampler
@@ -193,6 +193,26 @@ def test_a_branch_that_fails_is_told_when_the_other_has_ended(failing: int) -> N
     with pytest.raises(ExecutionError, match="unet: failed"):
         run(compiled, parallel(compiled, denoiser))
     assert denoiser.ended == 1
+
+
+def test_a_crew_raises_when_all_have_ended() -> None:
+    ended = threading.Event()
+
+    def fail() -> None:
+        raise ExecutionError("unet", "failed")
+
+    def last() -> None:
+        threading.Event().wait(0.2)
+        ended.set()
+
+    crew = Crew(2)
+    with pytest.raises(ExecutionError, match="unet: failed"):
+        try:
+            crew.run([fail, last])
+        finally:
+            ended_before = ended.is_set()
+    crew.rest()
+    assert ended_before
 
 
 def test_a_workers_thread_ends_with_the_rows() -> None:

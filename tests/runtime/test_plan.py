@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tandemrt.runtime.errors import PlanError, RequestError
@@ -90,6 +91,25 @@ def test_tandem_hands_over_after_the_large_models_steps() -> None:
     assert compiled.steps == (("unet", 10), ("unet_small", 15))
 
 
+def test_a_stored_split_runs_where_the_caller_names_no_steps() -> None:
+    split = (("unet", 5), ("unet_small", 15), ("unet", 5))
+    manifest = msgspec.structs.replace(MANIFEST, defaults=msgspec.structs.replace(MANIFEST.defaults, steps=split))
+    assert compile_plan(manifest, Schedule()).steps == split
+    assert compile_plan(manifest, Schedule(solver="ddim", guidance_scale=1.0)).steps == split
+    assert compile_plan(manifest, Schedule(steps=25)).steps == (("unet", 25),)
+    assert compile_plan(manifest, Schedule(steps={"unet_small": 3})).steps == (("unet_small", 3),)
+    assert compile_plan(manifest, Schedule(timesteps=[999, 499])).steps == (("unet", 2),)
+
+
+def test_a_stored_split_runs_the_time_steps_of_a_distilled_bundle() -> None:
+    defaults = msgspec.structs.replace(
+        MANIFEST.defaults, num_inference_steps=2, timesteps=(999, 499), steps=(("unet", 1), ("unet_small", 1))
+    )
+    manifest = msgspec.structs.replace(MANIFEST, defaults=defaults)
+    compiled = compile_plan(manifest, Schedule())
+    assert (compiled.steps, compiled.table.timesteps.tolist()) == (defaults.steps, [999, 499])
+
+
 def test_a_denoiser_may_come_back() -> None:
     compiled = plan(steps=[("unet", 2), ("unet_small", 3), ("unet", 1)])
     assert compiled.steps == (("unet", 2), ("unet_small", 3), ("unet", 1))
@@ -102,7 +122,6 @@ def test_pndm_calls_the_first_steps_denoiser_twice() -> None:
     assert compiled.steps == (("unet", 2), ("unet_small", 3))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["unet", "unet_small"]), st.integers(1, 4)), min_size=1, max_size=5))
 def test_steps_read_back_as_given(runs: list[tuple[str, int]]) -> None:
     merged: list[tuple[str, int]] = []

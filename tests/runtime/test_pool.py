@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,30 @@ def test_threads_find_what_threads_left(pipe: Pipeline, bound: list[Any]) -> Non
     assert len(bound) <= GENERATIONS * one
 
 
+def mapped(pipe: Pipeline) -> Callable[[], object]:
+    """The first of four fails; the second then has its texts, and others wait for their turn."""
+    outputs = pipe.map([HYBRID] * 4)
+    return lambda: next(outputs)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [lambda pipe: lambda: pipe(**HYBRID), lambda pipe: pipe.stream(**HYBRID).result, mapped],
+    ids=["call", "stream", "map"],
+)
 def test_what_a_failure_leaves_is_freed_at_once(
-    pipe: Pipeline, bound: list[Any], monkeypatch: pytest.MonkeyPatch
+    pipe: Pipeline,
+    bound: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    way: Callable[[Pipeline], Callable[[], object]],
 ) -> None:
     run, runs = OnnxRuntimeBinding.run, iter(range(100))
+    failed: list[weakref.ref[Any]] = []
 
     def failing(self: OnnxRuntimeBinding) -> None:
         run(self)
         if "sample" in self.inputs and next(runs) == 1:
+            failed.append(weakref.ref(self))
             raise ExecutionError("unet", "failed")
 
     monkeypatch.setattr(OnnxRuntimeBinding, "run", failing)
@@ -91,17 +107,26 @@ def test_what_a_failure_leaves_is_freed_at_once(
     gc.collect()
     gc.disable()
     try:
-        stream = pipe.stream(**HYBRID)
+        result = way(pipe)
         with pytest.raises(ExecutionError, match="unet: failed") as raised:
-            stream.result()
-        unet = [one for one in bound if one() is not None and "sample" in one().inputs]
-        assert unet
+            result()
         del raised
-        assert [one for one in unet if one() is not None] == []
-        with pytest.raises(ExecutionError, match="unet: failed"):
-            stream.result()  # the same again
+        assert len(failed) == 1
+        assert [one for one in bound if one() is not None and "sample" in one().inputs] == []
+        assert pipe._turns._running == []
     finally:
         gc.enable()
+
+
+def test_a_stream_that_failed_fails_again(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: OnnxRuntimeBinding) -> None:
+        raise ExecutionError("unet", "failed")
+
+    monkeypatch.setattr(OnnxRuntimeBinding, "run", failing)
+    stream = pipe.stream(**HYBRID)
+    for _ in range(2):
+        with pytest.raises(ExecutionError, match="unet: failed"):
+            stream.result()
 
 
 class Session:

@@ -52,7 +52,7 @@ class TestCpuGenerator:
     @example(0, [(1,), (16,), (1,), (0,), (3,), (17,), (2, 7), (15,)])
     @example(-1, [()])
     @example(2**64 - 1, [(31,), (5,), (33,)])
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     def test_calls_of_any_size_mixed(self, seed: int, shapes: list[tuple[int, ...]]) -> None:
         assert max_difference_from_torch_cpu(seed, shapes) <= TORCH_CPU_ATOL
 
@@ -166,7 +166,7 @@ class TestPhiloxGenerator:
     )
     @example(2**40 + 1, [1100, 0, 1025], (1, 256))
     @example(-5, [15, 1100], (1, 511))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_calls_of_any_size_against_the_kernel_thread_by_thread(
         self, seed: int, counts: list[int], gpu: tuple[int, int]
     ) -> None:

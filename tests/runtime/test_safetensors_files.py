@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from tandemrt.runtime.errors import CheckpointError
-from tandemrt.runtime.safetensors_files import read_header
+from tandemrt.runtime.safetensors_files import read_header, write_safetensors
 
 
 def written(path: Path, header: dict[str, Any], content: bytes) -> Path:
@@ -71,3 +72,22 @@ def test_tensors_of_nothing_may_lie_anywhere_between(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(range(6)))
     np.testing.assert_array_equal(read_header(path).array("b"), [4, 5])
+
+
+def test_what_is_written_is_read_here_and_elsewhere(tmp_path: Path) -> None:
+    tensors = {
+        "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "ids": np.array([[1, -2]], np.int64),
+        "halves": np.array([0.5, np.inf], np.float16),
+        "none": np.zeros((0, 3), np.float32),
+        "flags": np.array([True, False]),
+    }
+    path = tmp_path / "one.safetensors"
+    with path.open("wb") as stream:
+        write_safetensors(stream, tensors, {"prompt": "ein Würfel"})
+    ours, theirs = read_header(path), safe_open(path, "numpy")
+    assert ours.metadata == theirs.metadata() == {"prompt": "ein Würfel"}
+    for name, values in tensors.items():
+        for read in (ours.array(name), theirs.get_tensor(name)):
+            assert read.dtype == values.dtype
+            assert np.array_equal(read, values)

@@ -97,7 +97,7 @@ def latents(compiled: Plan, split: int | None = None) -> np.ndarray:
     return state.latents
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(SOLVERS), st.integers(1, 9), st.data())
 def test_splitting_anywhere_changes_no_bit(solver: str, steps: int, data: st.DataObject) -> None:
     compiled = plan(steps, solver, eta=0.3 if solver in ("ddim", "tcd") else 0.0)

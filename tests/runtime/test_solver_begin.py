@@ -188,7 +188,7 @@ WITHOUT_MEMORY = [case for case in ONE_OF_EACH if table_of(case, 10, 0).history 
 
 
 @given(case=st.sampled_from(WITHOUT_MEMORY), count=st.integers(1, 30), data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_without_memory_a_later_beginning_is_the_rest_of_the_table(case: Case, count: int, data: st.DataObject) -> None:
     begin = data.draw(st.integers(0, count - 1))
     whole, later = table_of(case, count, 0), table_of(case, count, begin)

@@ -36,7 +36,7 @@ def compiled(name: str, steps: int, config: Mapping[str, Any] | None = None, **a
     spacing=st.sampled_from(["leading", "linspace", "trailing"]),
     prediction_type=st.sampled_from(["epsilon", "v_prediction"]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_without_eta_nothing_draws_noise(name: str, steps: int, spacing: str, prediction_type: str) -> None:
     keys = {} if name == "flow_euler" else {"timestep_spacing": spacing, "prediction_type": prediction_type}
     table = compiled(name, steps, keys)
@@ -54,7 +54,7 @@ def test_with_noise_every_step_but_the_last_draws_it(name: str) -> None:
 
 
 @given(name=st.sampled_from(sorted(SOLVERS)), steps=st.integers(1, 12), data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_state_is_all_a_run_needs_to_go_on(name: str, steps: int, data: st.DataObject) -> None:
     """Stopping before any row and going on from the state with a table compiled anew repeats the run to the bit."""
     begin = data.draw(st.integers(0, steps - 1))

@@ -48,7 +48,7 @@ def test_the_second_half_of_the_stages_sees_the_conditional_text(stages: int, te
 
 
 def test_what_is_no_pipeline_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"model_n: stages of a pipeline, got 5, expected 2\.\.4"):
+    with pytest.raises(PlanError, match=r"placement_config: model_n: stages of a pipeline, got 5, expected 2\.\.4"):
         Pipelining(5)
-    with pytest.raises(PlanError, match="stride: out of range, got 3, expected 1 or 2"):
+    with pytest.raises(PlanError, match="placement_config: stride: out of range, got 3, expected 1 or 2"):
         Pipelining(2, stride=3)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import onnxruntime
 import pytest
 
@@ -15,7 +16,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import ArgumentError, TargetError
 from tandemrt.runtime.targets import Target, parse_target, probe_backends
 
-from .tiny_bundle import write_tiny_bundle
+from .tiny_bundle import quantization_in, write_tiny_bundle
 
 CPU = Target("onnxruntime", "cpu")
 OPENVINO = Target("openvino", "cpu", "fp32")
@@ -148,8 +149,33 @@ def test_what_is_asked_of_a_component(tiny: Path) -> None:
     unet, encoder = components["unet"], components["text_encoder"]
     assert str(parse_target("openvino:cpu").of_component(unet)) == "openvino:cpu:fp32"
     assert str(parse_target("openvino:cpu:bf16").of_component(encoder)) == "openvino:cpu:bf16"
-    assert str(parse_target("openvino:cpu:int8").of_component(unet)) == "openvino:cpu:int8"
     assert str(parse_target("openvino:cpu:int8").of_component(encoder)) == "openvino:cpu:fp32"
+    quantized = msgspec.structs.replace(unet, quantization=quantization_in("int8"))
+    for asked, own in (("", ":int8"), (":int8", ":int8"), (":fp32", ":fp32"), (":bf16", ":bf16")):
+        assert str(parse_target(f"openvino:cpu{asked}").of_component(quantized)) == f"openvino:cpu{own}"
+    weights = msgspec.structs.replace(unet, quantization=quantization_in("int8-weights"))
+    assert str(parse_target("openvino:cpu").of_component(weights)) == "openvino:cpu:fp32"
+
+
+def test_what_is_quantized_is_told_by_the_manifest(tiny: Path) -> None:
+    manifest = Bundle.open(tiny).manifest
+    unet = msgspec.structs.replace(manifest.components["unet"], quantization=quantization_in("int8"))
+    with_it = msgspec.structs.replace(manifest, components={**manifest.components, "unet": unet})
+    for target in ("openvino:cpu", "openvino:cpu:bf16", "onnxruntime:cpu:int8"):
+        parse_target(target).check_quantized("bundle", with_it)
+    parse_target("openvino:cpu").check_quantized("bundle", manifest)
+    for target, of, got in (
+        ("openvino:cpu:int8", manifest, "fp32"),
+        ("tensorrt-rtx:sm89:fp8", with_it, "fp32, int8"),
+    ):
+        device, precision = target.rsplit(":", 1)
+        told = (
+            f"bundle: nothing in it is quantized to {precision}, for target {target}, got '{got}'. Make one that is "
+            f"with `tandemrt calibrate quantize bundle --format {precision}`, or ask for {device}."
+        )
+        with pytest.raises(TargetError) as caught:
+            parse_target(target).check_quantized("bundle", of)
+        assert str(caught.value) == told
 
 
 def test_another_precision_than_the_model_s_is_refused() -> None:

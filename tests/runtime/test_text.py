@@ -125,7 +125,7 @@ def test_ids_are_those_of_transformers(prompt: str, shapes_tokenizer: PromptToke
     assert tokens.ids.tolist() == oracle_ids([prompt])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1, max_size=4))
 def test_ids_are_those_of_transformers_for_any_text(prompts: list[str], shapes_tokenizer: PromptTokenizer) -> None:
     assert shapes_tokenizer.tokenize(prompts).ids.tolist() == oracle_ids(prompts)
@@ -143,7 +143,7 @@ def test_dropped_text_is_the_exact_end_of_the_prompt(tiny: Bundle) -> None:
     assert prompts_to_ids.tokenize([exact + "  , red"]).dropped[0].text == ", red"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"]), min_size=20, max_size=200))
 @example(prompt="\u0344" * 60)
 def test_dropped_text_is_always_an_end_with_all_that_was_lost(prompt: str, shapes_tokenizer: PromptTokenizer) -> None:

@@ -169,6 +169,7 @@ def test_generate_writes_one(control_bundle: Path, tmp_path: Path, capsys: pytes
     assert main([*arguments, "--output-dir", str(out), "--trace", str(file)]) == 0
     assert Counter(span["name"] for span in read(file))["row 0"] == 2
     assert main([*arguments, "--output-dir", str(out), "--force", "--trace", str(control_bundle / "trace.json")]) == 2
+    assert main([*arguments, "--output-dir", str(out), "--force", "--trace", str(out)]) == 2
     assert "inside the bundle" in capsys.readouterr().err
     assert main([*arguments, "--output-dir", str(out), "--force", "--trace", "/proc/trace.json"]) == 1
     assert "Give another --trace." in capsys.readouterr().err

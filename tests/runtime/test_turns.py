@@ -108,6 +108,40 @@ def test_one_that_runs_is_waited_for(gate: Turns, monkeypatch: pytest.MonkeyPatc
     assert (len(begins), ended) == (1, [[1]])
 
 
+def test_who_is_advanced_beside_another_is_noticed(gate: Turns) -> None:
+    """As one sees it that is advanced itself."""
+    marks: list[int | None] = []
+
+    def watching(meanwhile: Callable[[], object]) -> list[int | None]:
+        def mark() -> Iterator[int]:
+            marks.append(gate.alone())
+            meanwhile()
+            marks.append(gate.alone())
+            yield 1
+
+        marks.clear()
+        next(gate.in_turn({}, mark(), lambda: None))  # type: ignore[arg-type]
+        return list(marks)
+
+    aside: Any = gate.in_turn({}, events(1, 2, 3), lambda: None)  # type: ignore[arg-type]
+    first, second = watching(lambda: None)
+    assert first is not None
+    assert first == second
+    for _ in range(2):  # it begins, and goes on
+        first, second = watching(lambda: next(aside))
+        assert first != second
+    first, second = watching(lambda: None)
+    assert first is not None
+    assert first == second
+
+    def both() -> Iterator[int]:
+        marks.append(gate.alone())
+        yield 1
+
+    watching(lambda: next(gate.in_turn({}, both(), lambda: None)))  # type: ignore[arg-type]
+    assert marks[1] is None
+
+
 def test_one_that_waits_asks_whether_it_is_to_end(gate: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "PATIENCE_S", 60.0)
     ahead = begun(gate, A)

@@ -159,9 +159,9 @@ def test_placements_on_one_gpu_share_an_engine(bundle: Path, cache: Path, gpus: 
         (TARGET, (0, True), ArgumentError, "devices: index of a GPU"),
         (TARGET, 1, ArgumentError, r"devices: type, got 1, expected indices of GPUs such as \(0, 1\)"),
         (TARGET, "01", ArgumentError, "devices: type, got '01'"),
-        ("onnxruntime:cpu", (0,), TargetError, r"devices: GPUs for a target that takes none, got 'onnxruntime:cpu'"),
-        ("auto", (0, 1), TargetError, "devices: GPUs for a target that takes none"),
-        ("onnxruntime:cuda", (1,), TargetError, "CUDA_VISIBLE_DEVICES chooses the GPU of ONNX Runtime"),
+        ("onnxruntime:cpu", (0,), ArgumentError, r"devices: GPUs for a target that takes none, got 'onnxruntime:cpu'"),
+        ("auto", (0, 1), ArgumentError, "devices: GPUs for a target that takes none"),
+        ("onnxruntime:cuda", (1,), ArgumentError, "CUDA_VISIBLE_DEVICES chooses the GPU of ONNX Runtime"),
     ],
 )
 def test_devices_that_cannot_be_are_refused_when_the_pipeline_is_opened(

@@ -25,6 +25,8 @@ from tandemrt.runtime.manifest import (
     FileRecord,
     LatentSpace,
     Manifest,
+    Quantization,
+    QuantizationFormat,
     SchedulerDefaults,
     Source,
     TensorSpec,
@@ -113,6 +115,33 @@ def resign(folder: Path, edit: Callable[[Manifest], Manifest] = lambda manifest:
     """List the files as they are now, as an author of a hostile bundle would, after `edit` of the manifest."""
     manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
     write(edit(msgspec.structs.replace(manifest, files=file_records(folder))), folder)
+
+
+def quantization_in(form: QuantizationFormat) -> Quantization:
+    """What a manifest says of a component in a format."""
+    computes = form in ("int8", "fp8")
+    return Quantization(
+        format=form,
+        tool="test",
+        version="1",
+        settings={},
+        layers=1,
+        float_model="ab" * 32,
+        trajectories="cd" * 32 if computes else None,
+    )
+
+
+def call_quantized(folder: Path, form: QuantizationFormat, *names: str) -> None:
+    """Let the manifest of the files as they are now say that components are in a format."""
+
+    def edit(manifest: Manifest) -> Manifest:
+        told = {
+            name: msgspec.structs.replace(manifest.components[name], quantization=quantization_in(form))
+            for name in names
+        }
+        return msgspec.structs.replace(manifest, components={**manifest.components, **told})
+
+    resign(folder, edit)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Scores: what is counted, and that they come out the same however pictures are painted."""
 
 import dataclasses
-import math
 import random
 
 import numpy as np
@@ -12,7 +11,6 @@ from tandemrt.bench.shapes.accuracy import (
     WAYS,
     Share,
     paint,
-    picture_psnr_db,
     score_pictures,
     score_ways,
     size_of,
@@ -59,13 +57,6 @@ def test_a_share_has_its_interval_and_none_without_trials():
     facts = Share(81, 263).facts()
     assert (facts["low"], facts["high"]) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert Share(0, 0).facts() == {"share": None, "low": None, "high": None, "successes": 0, "trials": 0}
-
-
-def test_psnr_is_that_of_eight_bit_pictures():
-    picture = np.full((64, 64, 3), 100, np.uint8)
-    assert picture_psnr_db(picture, picture + np.uint8(1)) == pytest.approx(20 * math.log10(255))
-    # Differences are taken as signed numbers, not modulo 256.
-    assert picture_psnr_db(np.zeros_like(picture), np.full_like(picture, 255)) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("split", ["train", "development"])

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tandemrt.bench.shapes.scenes import BACKGROUNDS, RELATIONS, Item, Scene, render, scenes, shape_mask
+from tandemrt.bench.shapes.scenes import BACKGROUNDS, RELATIONS, Item, Scene, render, scene_of, scenes, shape_mask
+from tandemrt.runtime.errors import ArgumentError
 
 # The first two scenes of each split. A change means that published weights, scores and pictures no longer belong to
 # these scenes: Pillow draws otherwise, or the recipe has changed.
@@ -127,3 +128,29 @@ def test_a_render_is_a_64_pixel_rgb_picture_of_its_background_and_item():
 
 def scenes_items():
     return [Item(color, shape) for color in ("red", "cyan", "orange") for shape in ("square", "cross", "triangle")]
+
+
+def test_a_caption_is_read_back():
+    for scene in scenes(5, 300, "train"):
+        told = scene_of(scene.caption)
+        assert told.caption == scene.caption
+        assert [item.name for item in told.items] == [item.name for item in scene.items]
+        assert (told.relation, told.names_background) == (scene.relation, scene.names_background)
+        assert told.background == (scene.background if scene.names_background else "white")
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a castle",
+        "a red circle left of",
+        "an red circle",
+        "a red circle on a pink background",
+        "a red circle on a tan",
+        "a red circle left of a blue square above a tan ring",
+    ],
+)
+def test_other_captions_are_refused(caption):
+    with pytest.raises(ArgumentError, match="no caption of the shapes family"):
+        scene_of(caption)

@@ -16,8 +16,8 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from ..runtime.errors import BundleError, ExportError
-from ..runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, decode
+from .errors import BundleError, ExportError
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, decode
 
 _PART = ".tandemrt-part-"
 _OLD = ".tandemrt-old-"

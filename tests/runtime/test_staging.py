@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tandemrt.export import publish
-from tandemrt.export.publish import Staging, require_free
+from tandemrt.runtime import staging as module
 from tandemrt.runtime.errors import ExportError
 from tandemrt.runtime.manifest import (
     FORMAT,
@@ -32,6 +31,7 @@ from tandemrt.runtime.manifest import (
     decode,
     encode,
 )
+from tandemrt.runtime.staging import Staging, require_free
 
 FILES = 60
 
@@ -56,7 +56,7 @@ def manifest(text: str, *files: str) -> str:
 PUBLISHER = f"""
 import sys
 from pathlib import Path
-from tandemrt.export.publish import Staging
+from tandemrt.runtime.staging import Staging
 out, manifest = Path(sys.argv[1]), sys.argv[2]
 for generation in range(1, 10_000):
     with Staging(out, force=True) as staging:
@@ -106,7 +106,7 @@ def test_what_exists_is_kept_without_force(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_force_replaces_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
     if not exchanges:
-        monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(module, "_exchange", lambda one, other: False)
     put(tmp_path / "out", "old")
     put(tmp_path / "out", "new", force=True)
     assert published(tmp_path / "out") == "new"
@@ -180,7 +180,7 @@ def test_a_failing_swap_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if publish._PART in self.name:
+        if module._PART in self.name:
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
@@ -189,7 +189,7 @@ def test_a_failing_swap_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest
             raise OSError(errno.EIO, "Input/output error")
         return False
 
-    monkeypatch.setattr(publish, "_exchange", refuse_exchange)
+    monkeypatch.setattr(module, "_exchange", refuse_exchange)
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(ExportError, match="Input/output error"):
         put(tmp_path / "out", "new", force=True)
@@ -199,7 +199,7 @@ def test_a_failing_swap_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest
 
 def test_a_swap_killed_half_way_is_undone_by_the_next_run(tmp_path: Path) -> None:
     put(tmp_path / "out", "old")
-    (tmp_path / "out").rename(tmp_path / f".out{publish._OLD}1234")
+    (tmp_path / "out").rename(tmp_path / f".out{module._OLD}1234")
     with pytest.raises(ExportError, match="exists already"):
         put(tmp_path / "out", "new")
     assert published(tmp_path / "out") == "old"
@@ -237,10 +237,10 @@ def test_a_file_system_without_locks_is_one_line_and_leaves_nothing(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    (tmp_path / f".other{publish._PART}dead").mkdir()
+    (tmp_path / f".other{module._PART}dead").mkdir()
     with pytest.raises(ExportError, match=r"deep/out: cannot be written \(No locks available\)"):
         put(tmp_path / "deep" / "out", "new")
-    assert [path.name for path in tmp_path.iterdir()] == [f".other{publish._PART}dead"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".other{module._PART}dead"]
 
 
 def test_parents_that_were_made_go_where_nothing_is_published(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_parents_that_were_made_go_where_nothing_is_published(tmp_path: Path) ->
 
 
 def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path: Path) -> None:
-    dead = tmp_path / f".other{publish._PART}dead"
+    dead = tmp_path / f".other{module._PART}dead"
     dead.mkdir()
     (dead / "model.onnx").touch()
     with Staging(tmp_path / "out", force=False) as living:
