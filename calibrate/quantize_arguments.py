@@ -1,0 +1,206 @@
+"""The arguments of `tandemrt calibrate quantize`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.arguments import thread_count
+from ..runtime.errors import ArgumentError
+from ..runtime.manifest import QuantizationFormat
+from .int8 import Int8Settings
+from .judged import Budget
+from .observers import OBSERVERS
+from .quantizers import FORMATS, NEEDS_SAMPLES, TOOLS
+
+PROMPTS = 16
+INT8 = Int8Settings()
+DESCRIPTION = (
+    "Make a bundle of another one with its denoisers, decoders and text encoders in eight or four bits. Held-out "
+    "prompts are painted with both, from the same noise, and what it took is in the new bundle's manifest. With a "
+    "budget, the layers that hurt most stay in floating point until it holds. The bundle it is made of stays as it is."
+)
+EPILOG = """\
+formats:
+  int8           activations and weights, computed in eight bits; needs --trajectories of `tandemrt calibrate collect`
+  fp8            both in E4M3, for TensorRT on GPUs from sm89 on; needs them too, takes no --observer nor --smoothing
+  int8-weights   weights alone, a quarter of fp32's size and half of fp16's, computed as before
+  int4-weights   those of matrix products in four bits, of convolutions in eight
+
+examples:
+  tandemrt calibrate quantize bundle/ --out bundle-int8/ --trajectories trajectories/ --prompts held-out.txt
+  tandemrt calibrate quantize bundle/ --out bundle-int8/ --trajectories trajectories/ --prompts held-out.txt \\
+      --component unet --min-psnr 30
+  tandemrt calibrate quantize bundle/ --out small/ --format int8-weights
+"""
+_ACCURACY = re.compile(r"(\d*\.?\d+)x")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizePlan:
+    """What to quantize, and how candidates are judged.
+
+    components: all that can be where none is named. steps: for a denoiser's pictures, as `collect` takes them.
+    """
+
+    bundle: Path
+    out: Path
+    force: bool
+    format: QuantizationFormat
+    tool: str | None
+    trajectories: Path | None
+    components: tuple[str, ...]
+    keep: tuple[str, ...]
+    int8: Int8Settings
+    budget: Budget
+    prompts: Path | None
+    count: int | None
+    scorer: str | None
+    steps: str | None
+    guidance_scale: float | None
+    target: str
+    threads: int | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tandemrt calibrate quantize`."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW", help="the new bundle's folder")
+    parser.add_argument("--force", action="store_true", help="replace a bundle at NEW")
+    _add_how(parser.add_argument_group("what to quantize, and how"))
+    _add_judging(parser.add_argument_group("how it is judged"))
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--format", choices=tuple(FORMATS), default="int8", help="see below (default: int8)")
+    group.add_argument(
+        "--tool",
+        choices=tuple(TOOLS),
+        metavar="NAME",
+        help="have this package make the graphs: nncf, Intel's, makes int8 (default: TandemRT itself)",
+    )
+    group.add_argument(
+        "--trajectories", type=Path, metavar="DIR", help="what the models are given, from `tandemrt calibrate collect`"
+    )
+    group.add_argument(
+        "--component",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a denoiser, decoder or text encoder; may be given several times (default: all that the trajectories are "
+        "of, without these all there are)",
+    )
+    group.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="a layer to leave in floating point, by its node's name or a pattern such as 'up_blocks.*'; may be given "
+        "several times",
+    )
+    group.add_argument(
+        "--observer",
+        choices=tuple(OBSERVERS),
+        default=INT8.observer,
+        help=f"where int8 clips activations (default: {INT8.observer})",
+    )
+    group.add_argument(
+        "--smoothing",
+        default=str(INT8.smoothing),
+        metavar="ALPHA",
+        help=f"how much of an outlier channel int8 moves into weights, 0 to 1, or off (default: {INT8.smoothing})",
+    )
+
+
+def _add_judging(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="held-out prompts, one a line or a .csv; none that was calibrated with (default: one empty prompt)",
+    )
+    group.add_argument(
+        "-n", dest="count", type=int, metavar="N", help=f"how many of them, the first ones (default: {PROMPTS})"
+    )
+    group.add_argument(
+        "--min-psnr", type=float, metavar="DB", help="what the median picture has to reach to the float bundle's"
+    )
+    group.add_argument(
+        "--min-accuracy",
+        metavar="SHAREx",
+        help="what the share of right pictures has to be of the float bundle's, such as 0.97x; needs --scorer",
+    )
+    group.add_argument("--scorer", metavar="MODULE:FUNCTION", help="what tells of prompts and pictures which are right")
+    group.add_argument(
+        "--steps",
+        metavar="STEPS",
+        help="what is run for these pictures, as in `generate` (default: as in the trajectories)",
+    )
+    group.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="default: the trajectories', else the bundle's"
+    )
+    group.add_argument("--target", default="auto", metavar="TARGET", help="where to paint (default: auto)")
+    group.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use")
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> QuantizePlan:
+    """The command line as a plan.
+
+    Raises:
+        ArgumentError: an option's value cannot be used, or options do not go together.
+    """
+    thread_count("--threads", namespace.threads)
+    if namespace.count is not None and namespace.count < 1:
+        raise ArgumentError("-n", "number of prompts", got=namespace.count, expected="1 or more")
+    if namespace.format in NEEDS_SAMPLES and namespace.trajectories is None:
+        remedy = "Make them with `tandemrt calibrate collect`, or ask for int8-weights, which needs none."
+        raise ArgumentError("--trajectories", f"not given, and {namespace.format} needs them", remedy=remedy)
+    if namespace.tool is not None and TOOLS[namespace.tool][0] != namespace.format:
+        remedy = f"It makes {TOOLS[namespace.tool][0]}."
+        raise ArgumentError("--tool", f"{namespace.tool} does not make {namespace.format}", remedy=remedy)
+    accuracy = None if namespace.min_accuracy is None else _accuracy(namespace.min_accuracy)
+    budget = Budget(min_psnr_db=namespace.min_psnr, min_accuracy=accuracy)
+    if accuracy is not None and namespace.scorer is None:
+        raise ArgumentError("--min-accuracy", "given without --scorer", remedy="Give what tells right pictures.")
+    if (budget.asks or namespace.scorer is not None) and namespace.prompts is None:
+        option = "--scorer" if namespace.scorer is not None else "--min-psnr"
+        raise ArgumentError(option, "given without --prompts", remedy="Give held-out prompts to judge by.")
+    return QuantizePlan(
+        bundle=namespace.bundle,
+        out=namespace.out,
+        force=namespace.force,
+        format=namespace.format,
+        tool=namespace.tool,
+        trajectories=namespace.trajectories,
+        components=tuple(dict.fromkeys(namespace.component)),
+        keep=tuple(namespace.keep),
+        int8=Int8Settings(observer=namespace.observer, smoothing=_smoothing(namespace.smoothing)),
+        budget=budget,
+        prompts=namespace.prompts,
+        count=namespace.count,
+        scorer=namespace.scorer,
+        steps=namespace.steps,
+        guidance_scale=namespace.guidance_scale,
+        target=namespace.target,
+        threads=namespace.threads,
+    )
+
+
+def _accuracy(text: str) -> float:
+    found = _ACCURACY.fullmatch(text)
+    if found is None or not 0 < float(found[1]) <= 1:
+        expected = "a share of the float bundle's accuracy, such as 0.97x"
+        raise ArgumentError("--min-accuracy", "not a share", got=text, expected=expected)
+    return float(found[1])
+
+
+def _smoothing(text: str) -> float | None:
+    if text == "off":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentError("--smoothing", "not a number", got=text, expected="0 to 1, or off") from None

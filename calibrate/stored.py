@@ -1,0 +1,59 @@
+"""What was measured becomes part of a bundle: its manifest and its seal are replaced, its models stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..runtime.bundle import Bundle
+from ..runtime.errors import BundleError
+from ..runtime.files import sweep_parts
+from ..runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, decode, encode, rewrite
+from ..runtime.manifest_checks import check_manifest
+
+
+def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
+    """Replace a bundle's manifest with what `change` makes of the one that is there; one process at a time does.
+
+    Another calibration may have stored defaults of its own since the bundle was opened: these stay. The digest of the
+    bundle is another one then; its engines, which are found by the graphs' content, and whatever else goes by
+    `Manifest.files_digest` hold for it as before.
+
+    Raises:
+        BundleError: the bundle's files are others than when it was opened, the manifest made cannot be used, or it
+            cannot be written; the one that was there stays.
+    """
+    where = str(bundle.path / MANIFEST_NAME)
+    try:
+        with _locked(bundle.path):
+            sweep_parts(bundle.path)
+            raw = (bundle.path / MANIFEST_NAME).read_bytes()
+            current = decode(raw, where)
+            if current.files_digest != bundle.manifest.files_digest:
+                remedy = "Calibrate the bundle that is there now."
+                raise BundleError(where, "lists other files than when it was opened", remedy=remedy)
+            changed = change(current)
+            raw = encode(changed)
+            if len(raw) > MAX_MANIFEST_BYTES:
+                raise BundleError(where, "size", got=len(raw), expected=f"at most {MAX_MANIFEST_BYTES} bytes")
+            check_manifest(decode(raw, where), where)
+            rewrite(changed, bundle.path)
+    except OSError as error:
+        remedy = "Free space, or give a bundle in a folder that can be written."
+        raise BundleError(where, f"cannot be written ({error.strerror or error})", remedy=remedy) from error
+    return Bundle(bundle.path, changed, hashlib.sha256(raw).hexdigest())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process has the folder, and have it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,33 @@
+"""Models that several files' tests measure with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights as transformers saves one, with a tokenizer of a few words."""
+    import torch  # noqa: PLC0415 (seconds)
+    from transformers import CLIPConfig, CLIPModel  # noqa: PLC0415 (seconds)
+
+    folder = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    texts = {**small, "vocab_size": 8, "eos_token_id": 1, "bos_token_id": 0}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=texts, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "red": 2, "blue": 3, "circle": 4, "square": 5, "a": 6, "?": 7}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,76 @@
+"""Static int8 of UNets of true topology: the shapes family's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandemrt.calibrate.int8 import Int8Settings, int8_plan, quantize_int8, watched
+from tandemrt.calibrate.layers import layers_of
+from tandemrt.calibrate.ranges import Limits, collect_ranges
+from tandemrt.calibrate.sensitivity import Sweep, worst_layers
+from tandemrt.engines.graph_files import read_graph
+from tandemrt.runtime.bundle import Bundle
+
+from .test_int8 import ran, relative_rms
+
+SETTINGS = Int8Settings(limits=Limits(threads=1))
+# Of the RMS of the float graph's prediction, for latents and texts that no picture comes of.
+MAX_RELATIVE_RMS = 0.03
+
+
+def samples_of(bundle: Bundle, name: str) -> Callable[[], Iterator[dict[str, Any]]]:
+    sizes: dict[int | str, int] = {"batch": 2, "steps": 1, "height": 8, "width": 8, "sequence": 16}
+
+    def samples() -> Iterator[dict[str, Any]]:
+        random = np.random.default_rng(0)
+        for timestep in (981, 741, 501, 261, 21):
+            made = {
+                one.name: random.standard_normal([sizes.get(size, size) for size in one.shape]).astype(np.float32)
+                for one in bundle.component(name).inputs
+            }
+            yield {**made, "timestep": np.array([timestep], np.float32)}
+
+    return samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet", "unet_small"])
+def test_a_unet_is_a_third_as_large_and_gives_the_same(name: str, shapes_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shapes_bundle)
+    model, samples = bundle.model_path(name), samples_of(bundle, name)
+    report = quantize_int8(model, samples, tmp_path / "model.onnx", SETTINGS)
+    assert all("time" in layer for layer in report.kept)
+    assert len(report.layers) > 50
+    feeds = next(iter(samples()))
+    assert 0 < relative_rms(ran(tmp_path / "model.onnx", feeds), ran(model, feeds)) < MAX_RELATIVE_RMS
+    sizes = [
+        sum(path.stat().st_size for path in folder.iterdir() if "onnx" in path.name)
+        for folder in (tmp_path, model.parent)
+    ]
+    assert sizes[0] < sizes[1] * 0.37
+
+
+@pytest.mark.slow
+def test_the_ends_of_a_unet_hurt_most_and_keeping_them_helps(shapes_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shapes_bundle)
+    model, samples = bundle.model_path("unet_small"), samples_of(bundle, "unet_small")
+    graph = read_graph(model)
+    layers = layers_of(graph, "unet_small")
+    ranges = collect_ranges(model, watched(layers), samples, SETTINGS.limits)
+    plan = int8_plan(graph, layers, ranges, SETTINGS, model.parent)
+    known: dict[str, float] = {}
+    sweep = Sweep(model, plan, list(islice(samples(), 2)), threads=1)
+    worst = [one.layer for one in islice(worst_layers(sweep, known), 3)]
+    assert {"conv_in/Conv", "conv_out/Conv"} & set(worst)
+    assert len(known) < len(plan.layers)
+    feeds, errors = next(iter(samples())), []
+    for keep in ((), tuple(worst)):
+        quantize_int8(model, samples, tmp_path / "model.onnx", Int8Settings(keep=keep), ranges)
+        errors.append(relative_rms(ran(tmp_path / "model.onnx", feeds), ran(model, feeds)))
+    assert errors[1] < errors[0] * 0.8, errors

@@ -1,0 +1,144 @@
+"""`tandemrt calibrate quantize` on the tiny bundle and on the shapes family: what it makes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+
+from ..runtime.tiny_bundle import resign, write_tiny_bundle
+
+TINY_PROMPTS = ("red", "blue red", "a red blue", "blue blue")
+HELD_OUT = ("red red red", "blue a")
+
+
+def command(*words: object) -> list[str]:
+    return [str(word) for word in ("calibrate", "quantize", *words)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny bundle, trajectories of it and prompts."""
+    folder = tmp_path_factory.mktemp("quantize")
+    write_tiny_bundle(folder / "bundle")
+    (folder / "prompts.txt").write_text("\n".join(TINY_PROMPTS))
+    (folder / "held-out.txt").write_text("\n".join(HELD_OUT))
+    words = ("collect", folder / "bundle", "--prompts", folder / "prompts.txt", "--steps", 4, "--out", folder / "kept")
+    assert main(["calibrate", *map(str, words)]) == 0
+    return folder
+
+
+def quantize(tiny: Path, out: Path, *words: object) -> int:
+    judged = ("--prompts", tiny / "held-out.txt", "--threads", 1)
+    return main(command(tiny / "bundle", "--out", out, "--trajectories", tiny / "kept", *judged, *words))
+
+
+def test_int8_is_published_with_what_it_took(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Bundle.open(tiny / "bundle")
+    assert quantize(tiny, tmp_path / "out", "--component", "unet", "--observer", "minmax", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    made = Bundle.open(tmp_path / "out")
+    assert told["digest"] == made.digest
+    quantization = made.component("unet").quantization
+    assert quantization is not None
+    assert quantization.format == "int8"
+    assert quantization.settings["observer"] == "minmax"
+    assert quantization.float_model == before.manifest.files["unet/model.onnx"].sha256
+    assert quantization.trajectories is not None
+    (loss,) = quantization.losses
+    assert (loss.metric, loss.at_least, loss.bundle, loss.prompts) == ("psnr_db", None, before.digest, 2)
+    assert loss.painted == "unet 4, vae_decoder, 64x64, onnxruntime:cpu"
+    assert made.component("unet_small") == before.component("unet_small")
+    assert Bundle.open(tiny / "bundle") == before
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "unet is quantized: int8 in" in shown
+    assert "2 held-out prompts, unet 4, vae_decoder, 64x64, onnxruntime:cpu" in shown
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert "not compared with PyTorch: unet, which is quantized" in capsys.readouterr().out
+
+
+def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path) -> None:
+    words = (tiny / "bundle", "--out", tmp_path / "out", "--component", "unet", "--format", "int8-weights")
+    assert main(command(*words, "--steps", 2)) == 0
+    quantization = Bundle.open(tmp_path / "out").component("unet").quantization
+    assert quantization is not None
+    assert quantization.trajectories is None
+    assert quantization.losses[0].painted.startswith("unet 2, ")
+    assert main(command(*words, "--steps", 2)) == 1
+    assert main(command(*words, "--steps", 3, "--force")) == 0
+    assert main(command(tmp_path / "out", "--out", tmp_path / "again", *words[3:])) == 2
+
+
+def test_the_bundle_itself_is_never_replaced(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Bundle.open(tiny / "bundle")
+    assert quantize(tiny, tiny / "bundle", "--component", "unet", "--force") == 2
+    assert "--out: the bundle that it is made of" in capsys.readouterr().err
+    assert Bundle.open(tiny / "bundle") == before
+
+
+def test_what_would_be_done_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tiny, tmp_path / "out", "--component", "unet", "--min-psnr", 20, "--print-plan", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["components"]["unet"]["painted"] == ["unet 4, vae_decoder"]
+    assert told["budget"] == {"min_psnr_db": 20.0, "min_accuracy": None}
+    assert told["prompts"] == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (("--keep", "nothing"), 2, "--keep: no such layer, got 'nothing', expected a layer or a pattern of unet"),
+        (("--component", "vae_encoder"), 2, "--component: "),
+        (("--component", "unet_large"), 2, "--component: no such component, got 'unet_large'"),
+        (("--min-accuracy", "0.97x"), 2, "--min-accuracy: given without --scorer"),
+        (("--min-accuracy", "2x"), 2, "--min-accuracy: not a share, got '2x', expected a share of the float"),
+        (("--smoothing", "much"), 2, "--smoothing: not a number, got 'much'"),
+        (("-n", "0"), 2, "-n: number of prompts, got 0"),
+        (("-n", "3"), 2, "held-out.txt: prompts, got 2, expected -n 3 or more"),
+        (("--scorer", "json:nothing"), 2, "--scorer: no function nothing in json"),
+        (("--format", "fp8"), 1, "unet: opset, got 18, expected 19 or newer, which has E4M3"),
+        (("--min-psnr", "98"), 1, r"layers in floating point, the nearest: budget of psnr_db, got '"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], status: int, told: str
+) -> None:
+    named = () if "--component" in words else ("--component", "unet")
+    assert quantize(tiny, tmp_path / "out", *named, *words) == status
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trajectories_have_to_fit(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ("--out", tmp_path / "out", "--component", "unet")
+    assert main(command(tiny / "bundle", *out)) == 2
+    assert "--trajectories: not given, and int8 needs them" in capsys.readouterr().err
+    assert main(command(tiny / "bundle", *out, "--trajectories", tmp_path)) == 1
+    assert "holds no trajectories" in capsys.readouterr().err
+    assert quantize(tiny, tmp_path / "out", "--component", "unet", "--prompts", tiny / "prompts.txt") == 2
+    assert "held out and calibrated with: 4 of them" in capsys.readouterr().err
+    write_tiny_bundle(tmp_path / "other")
+
+    def of_another(manifest: Any) -> Any:
+        import msgspec  # noqa: PLC0415
+
+        source = msgspec.structs.replace(manifest.components["unet"].source, sha256="1a" * 32)
+        unet = msgspec.structs.replace(manifest.components["unet"], source=source)
+        return msgspec.structs.replace(manifest, components={**manifest.components, "unet": unet})
+
+    resign(tmp_path / "other", of_another)
+    assert main(command(tmp_path / "other", *out, "--trajectories", tiny / "kept")) == 1
+    assert "trajectories of another bundle" in capsys.readouterr().err
+    words = ("collect", tiny / "bundle", "--prompts", tiny / "prompts.txt", "-n", 2, "--rows", 1, "--steps", 4,
+             "--denoiser", "unet", "--guidance-scale", 0, "--out", tmp_path / "few")  # fmt: skip
+    assert main(["calibrate", *map(str, words)]) == 0
+    assert main(command(tiny / "bundle", *out, "--trajectories", tmp_path / "few")) == 2
+    assert "samples, got 2, expected 4 or more" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,226 @@
+"""`tandemrt calibrate split`: measured, interrupted, resumed, drawn, and stored as what runs by default."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tandemrt.bench.shapes.scenes import scenes
+from tandemrt.calibrate import split
+from tandemrt.calibrate.quality import psnr_db
+from tandemrt.calibrate.split_plans import name_of
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+
+from ..runtime.tiny_bundle import write_tiny_bundle
+
+STEPS = ["--num-inference-steps", "4", "--points", "0,2", "--threads", "1", "--target", "onnxruntime:cpu"]
+PROMPTS = ["a blue red", "red", "blue blue red"]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_tiny_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture
+def measured(bundle: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command on the bundle with further arguments; its status, its JSON, and what it wrote to stderr."""
+
+    def run(*arguments: str) -> tuple[int, Any, str]:
+        told = ["calibrate", "split", str(bundle), "--prompts", str(prompts), "--out", str(tmp_path / "report"), *STEPS]
+        status = main([*told, *arguments, "--json"])
+        stdout, stderr = capsys.readouterr()
+        return status, json.loads(stdout) if stdout else None, stderr
+
+    return run
+
+
+def test_every_plan_is_measured_beside_the_large_denoiser(measured: Any, bundle: Path, tmp_path: Path) -> None:
+    status, result, _ = measured()
+    points = {point["plan"]: point for point in result["points"]}
+    assert status == 0
+    assert list(points) == [
+        "unet:4",
+        "unet:2,unet_small:2",
+        "unet_small:4",
+        "unet_small:2,unet:2",
+        "unet:1,unet_small:1,unet:1,unet_small:1",
+    ]
+    alone = points["unet:4"]
+    assert (alone["cost"], alone["latent_error"], alone["psnr_db"], alone["ssim"]) == (1, 0, 99, 1)
+    assert alone["front"]
+    large, small = (result["row_times"][name]["median_ms"] for name in ("unet", "unet_small"))
+    assert points["unet_small:4"]["cost"] == pytest.approx(small / large)
+    assert points["unet_small:2,unet:2"]["cost"] == pytest.approx((1 + small / large) / 2)
+    with Pipeline.open(bundle, "onnxruntime:cpu", threads=1) as pipe:
+        pictures = [
+            split._pixels(pipe(PROMPTS, steps=steps, seed=[0, 1, 2])) for steps in ({"unet": 4}, {"unet_small": 4})
+        ]
+    decibels = sorted(psnr_db(one, other) for one, other in zip(*pictures, strict=True))
+    assert points["unet_small:4"]["psnr_db"] == pytest.approx(decibels[1], abs=0.01)
+    drawn = ElementTree.parse(tmp_path / "report" / "split.svg").getroot()
+    titles = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    # In the panel of PSNR the large denoiser itself is beyond the axis.
+    assert len(titles) == 2 * len(points) - 1
+    assert any(title.startswith("unet_small:2,unet:2: cost ") for title in titles)
+    assert json.loads((tmp_path / "report" / "split.json").read_text())["points"] == result["points"]
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_figures(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painted: list[int] = []
+    real = split._painted
+
+    def interrupted(pipeline: Any, sweep: Any, runs: Any, chosen: Any) -> Any:
+        painted.extend(chosen)
+        if len(painted) == 7:
+            raise KeyboardInterrupt
+        return real(pipeline, sweep, runs, chosen)
+
+    monkeypatch.setattr(split, "_painted", interrupted)
+    assert measured("--batch", "1")[0] == 130
+    before = len(painted)
+    status, result, _ = measured("--batch", "1")
+    # The second prompt's reference once more, its four other plans, and the third prompt's five.
+    assert (status, len(painted) - before) == (0, 1 + 4 + 5)
+    before = len(painted)
+    _, again, _ = measured("--batch", "2")
+    assert (again["points"], len(painted)) == (result["points"], before)
+    _, anew, _ = measured("--batch", "1", "--discard")
+    assert len(painted) - before == 15
+    for name in ("latent_error", "psnr_db", "ssim"):
+        assert [point[name] for point in anew["points"]] == [point[name] for point in result["points"]]
+
+
+def test_more_plans_and_prompts_are_measured_beside_what_is_there(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, few, _ = measured("-n", "2")
+    painted: list[tuple[str, int]] = []
+    real = split._painted
+
+    def watched(pipeline: Any, sweep: Any, runs: Any, chosen: Any) -> Any:
+        painted.extend((name_of(runs), index) for index in chosen)
+        return real(pipeline, sweep, runs, chosen)
+
+    monkeypatch.setattr(split, "_painted", watched)
+    own = "unet_small:1,unet:2,unet_small:1"
+    status, more, _ = measured("--plan", own, "--batch", "1")
+    plans = [point["plan"] for point in few["points"]]
+    assert status == 0
+    assert [point["plan"] for point in more["points"]] == [*plans, own]
+    assert more["points"][-1]["order"] == "given"
+    # Of the two prompts that are there, the reference and the new plan.
+    assert painted == [("unet:4", 0), (own, 0), ("unet:4", 1), (own, 1), *((plan, 2) for plan in [*plans, own])]
+
+
+def test_the_best_plan_within_a_budget_runs_by_default(
+    measured: Any, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Bundle.open(bundle)
+    status, result, _ = measured("--budget", "1e9", "--by", "ssim", "--plan", "unet:3,unet_small:1")
+    after = Bundle.open(bundle)
+    assert status == 0
+    # Nothing is like the large denoiser's pictures as these themselves.
+    assert (after.manifest.defaults.steps, after.manifest.defaults.num_inference_steps) == ((("unet", 4),), 4)
+    assert result["stored"] == {"steps": "unet:4", "digest": after.digest}
+    assert after.digest != before.digest
+    split_ = after.manifest.calibrations.split
+    assert split_ is not None
+    assert (split_.chosen_by, split_.budget, split_.prompts) == ("ssim", 1e9, 3)
+    assert [point.cost for point in split_.points] == [point["cost"] for point in result["points"]]
+    # The sweep does not go by what sweeps store.
+    status, result, _ = measured("--budget", "1e9", "--by", "ssim", "--plan", "unet:3,unet_small:1")
+    assert (status, Bundle.open(bundle).digest) == (0, after.digest)
+    assert main(["inspect", str(bundle)]) == 0
+    assert "4 steps (unet 4)" in capsys.readouterr().out
+
+
+def test_a_budget_that_no_plan_meets_stores_nothing(measured: Any, bundle: Path) -> None:
+    before = Bundle.open(bundle)
+    status, result, stderr = measured("--budget", "1e-9")
+    assert status == 1
+    assert "--budget: no plan costs so little, got 1e-09, expected" in stderr
+    assert "Nothing was stored" in result["error"]["message"]
+    assert Bundle.open(bundle) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--points", "0,5"], "--points: steps of the large denoiser, got 5, expected 0 to 4"),
+        (["--points", "0;2"], "--points: not numbers"),
+        (["--plan", "unet:2,unet_small:3"], "--plan: number of steps in unet:2,unet_small:3, got 5, expected 4"),
+        (["--plan", "unet:2,unet_tiny:2"], "steps: unknown denoiser"),
+        (["--large", "unet_large"], "--large: unknown denoiser"),
+        (["--small", "vae_decoder"], "--small: unknown denoiser"),
+        (["--large", "unet", "--small", "unet"], "--small: the large denoiser itself"),
+        (["--budget", "0"], "--budget: not usable"),
+        (["--budget", "nan"], "--budget: not usable"),
+        (["--by", "accuracy"], "Give --scorer"),
+        (["-n", "0"], "-n: not usable"),
+        (["--batch", "0"], "--batch: not usable"),
+        (["--scorer", "nothing"], "--scorer: not a scorer"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(measured: Any, tmp_path: Path, arguments: list[str], words: str) -> None:
+    status, _, stderr = measured(*arguments)
+    assert (status, words in stderr) == (2, True), stderr
+    assert not (tmp_path / "report").exists()
+
+
+def test_prompts_that_are_held_out_are_refused(measured: Any, tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("RED\n")
+    status, _, stderr = measured("--held-out", str(tmp_path / "held.txt"))
+    assert status == 2
+    assert "held out and calibrated with" in stderr
+
+
+def test_the_report_does_not_go_into_the_bundle(measured: Any, bundle: Path) -> None:
+    status, _, stderr = measured("--out", str(bundle / "report"))
+    assert status == 2
+    assert "bundle" in stderr
+    Bundle.open(bundle)
+
+
+def test_the_plan_is_told(measured: Any) -> None:
+    status, facts, _ = measured("--print-plan")
+    assert (status, facts["prompts"], len(facts["plans"])) == (0, 3, 5)
+
+
+@pytest.mark.slow
+def test_the_shapes_bundle_is_split_by_its_scorer(
+    shapes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(shapes_bundle, tmp_path / "bundle")
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(scene.caption for scene in scenes(0, 4, "held_out")))
+    told = ["calibrate", "split", str(bundle), "--prompts", str(captions), "--out", str(tmp_path / "report")]
+    told += ["--num-inference-steps", "8", "--points", "0,4", "--threads", "1", "--target", "onnxruntime:cpu"]
+    assert main([*told, "--scorer", "tandemrt.bench.shapes.checker:shows", "--budget", "0.8"]) == 0
+    assert "by default from now on" in capsys.readouterr().out
+    manifest = Bundle.open(bundle).manifest
+    calibration = manifest.calibrations.split
+    assert calibration is not None
+    assert calibration.chosen_by == "accuracy"
+    chosen = next(point for point in calibration.points if point.steps == manifest.defaults.steps)
+    assert chosen.cost <= 0.8
+    assert chosen.right is not None and chosen.right >= 2
+    with Pipeline.open(bundle, "onnxruntime:cpu", threads=1) as pipe:
+        assert pipe("a red circle", seed=0, output_type="latent").plan.steps == chosen.steps

@@ -1,0 +1,85 @@
+"""What a calibration found becomes part of a bundle, or nothing changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tandemrt.calibrate.stored import store
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
+from tandemrt.runtime.errors import BundleError
+from tandemrt.runtime.manifest import MANIFEST_NAME, Manifest
+
+from ..runtime.tiny_bundle import resign, write_tiny_bundle
+
+SPLIT = (("unet", 4), ("unet_small", 6))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    write_tiny_bundle(tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
+
+
+def with_defaults(manifest: Manifest, **changes: object) -> Manifest:
+    return msgspec.structs.replace(manifest, defaults=msgspec.structs.replace(manifest.defaults, **changes))
+
+
+def test_what_is_stored_is_what_runs_by_default(bundle: Bundle) -> None:
+    stored = store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+    assert stored == Bundle.open(bundle.path) != bundle
+    with Pipeline.open(bundle.path, threads=1) as pipe:
+        output = pipe("a blue red", seed=1, output_type="latent")
+    assert output.plan.steps == SPLIT
+
+
+def test_two_calibrations_keep_what_each_other_stored(bundle: Bundle) -> None:
+    store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+    store(bundle, lambda manifest: with_defaults(manifest, guidance_scale=3.0))
+    defaults = Bundle.open(bundle.path).manifest.defaults
+    assert (defaults.steps, defaults.guidance_scale) == (SPLIT, 3.0)
+
+
+def test_engines_are_those_of_the_bundle_as_it_is_then(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = ["build-engine", str(bundle.path), "--target", "onnxruntime:cpu", "--component", "unet", "--json"]
+    build += ["--cache", str(tmp_path / "cache")]
+    assert main(build) == 0
+    store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+    capsys.readouterr()
+    assert main([*build, "--explain"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert engine["cached"]
+
+
+@pytest.mark.parametrize("steps", [(("unet", 9),), (("unet_large", 10),)])
+def test_a_manifest_that_could_not_be_used_is_not_stored(bundle: Bundle, steps: object) -> None:
+    with pytest.raises(BundleError, match=r"defaults\.steps"):
+        store(bundle, lambda manifest: with_defaults(manifest, steps=steps))
+    assert Bundle.open(bundle.path) == bundle
+
+
+def test_a_bundle_of_other_files_is_left_alone(bundle: Bundle) -> None:
+    (bundle.path / "model_index.json").write_text("{}")
+    resign(bundle.path)
+    with pytest.raises(BundleError, match="lists other files than when it was opened"):
+        store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+
+
+def test_a_folder_that_cannot_be_written_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(BundleError, match=r"cannot be written \(No space left on device\)"):
+        store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+    monkeypatch.undo()
+    assert Bundle.open(bundle.path) == bundle
+    assert [path.name for path in bundle.path.glob(".*")] == []
+    assert (bundle.path / MANIFEST_NAME).is_file()
