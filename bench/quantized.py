@@ -1,0 +1,198 @@
+"""A denoiser in int8 beside bf16 and fp32: `python -m tandemrt.bench.quantized DIR --json FILE`.
+
+What quantizing takes, in a process of its own, and what a call takes then on each target, in turns in one run. DIR is a
+denoiser's folder in an fp32 bundle, such as `unet` of `tandemrt export OUT --preset sdxs-512-0.9`. Samples are random
+latents and texts: they calibrate a speed, no picture. Take the figures on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tandemrt.calibrate.int8 import Int8Settings, quantize_int8
+from tandemrt.calibrate.ranges import Limits
+from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.engine_files import GRAPH_NAME
+from tandemrt.runtime.onnx_files import external_files, graph_tensors
+from tandemrt.runtime.targets import parse_target
+
+from .figures import markdown_table, spread, write_json, write_text
+from .loops import Float32
+from .machine import described, machine_facts
+from .program import run_program
+
+TARGETS = (
+    "openvino:cpu:fp32",
+    "openvino:cpu:bf16",
+    "openvino:cpu:int8",
+    "onnxruntime:cpu:fp32",
+    "onnxruntime:cpu:int8",
+)
+GOALS = {"openvino int8 over bf16, SDXS-512": 1.5, "calibration peak_gib, sd15": 20}
+TOKENS = 77
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Height and width of the latent, samples to calibrate on, threads of a model, rounds before and that count."""
+
+    latent: int
+    samples: int
+    threads: int | None
+    warm_up: int
+    repeats: int
+
+
+def samples_of(model: Path, options: Options) -> Iterator[dict[str, Float32]]:
+    """Random inputs of a denoiser, one row each, the time steps spread over all."""
+    inputs, _ = graph_tensors(model)
+    sizes: dict[int | str, int] = {"batch": 1, "steps": 1, "sequence": TOKENS}
+    sizes |= {"height": options.latent, "width": options.latent}
+    random = np.random.default_rng(0)
+    for timestep in np.linspace(999, 1, options.samples):
+        shapes = {spec.name: [int(sizes.get(size, size)) for size in spec.shape] for spec in inputs}
+        sample = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        yield {**sample, "timestep": np.full(shapes["timestep"], timestep, np.float32)}
+
+
+def calibration_figures(model: Path, out: Path, options: Options) -> dict[str, Any]:
+    """Quantize a denoiser; seconds and the peak of resident memory, mapped parts of files among it."""
+    began = time.perf_counter()
+    settings = Int8Settings(limits=Limits(least_samples=options.samples, threads=options.threads))
+    report = quantize_int8(model, lambda: samples_of(model, options), out, settings)
+    return {
+        "seconds": time.perf_counter() - began,
+        "peak_gib": _peak_gib(),
+        "samples": options.samples,
+        "layers": len(report.layers),
+        "kept": len(report.kept),
+        "settings": dict(report.settings),
+    }
+
+
+def latency_figures(models: Mapping[str, Path], feeds: Mapping[str, Float32], options: Options) -> list[dict[str, Any]]:
+    """Milliseconds a call of each target, all of one backend loaded at once and called in turns.
+
+    models: the graph's file by target.
+    """
+    rows = []
+    for backend in dict.fromkeys(parse_target(target).backend for target in models):
+        targets = [target for target in models if parse_target(target).backend == backend]
+        sessions = [open_session(models[one], parse_target(one), threads=options.threads) for one in targets]
+        bindings = [session.bind({name: array.shape for name, array in feeds.items()}) for session in sessions]
+        taken: list[list[float]] = [[] for _ in bindings]
+        for round_ in range(options.warm_up + options.repeats):
+            for binding, kept in zip(bindings, taken, strict=True):
+                for name, array in feeds.items():
+                    binding.inputs[name][...] = array
+                began = time.perf_counter()
+                binding.run()
+                if round_ >= options.warm_up:
+                    kept.append((time.perf_counter() - began) * 1e3)
+        meant = next(iter(bindings[0].outputs.values()))
+        for target, binding, kept in zip(targets, bindings, taken, strict=True):
+            made = next(iter(binding.outputs.values()))
+            rows.append(
+                {
+                    "target": target,
+                    "call_ms": spread(kept),
+                    "speed_over": {
+                        other: spread(np.divide(times, kept).tolist())
+                        for other, times in zip(targets, taken, strict=True)
+                        if other != target
+                    },
+                    "relative_rms": float(np.linalg.norm(made - meant) / np.linalg.norm(meant)),
+                    "model_mib": _model_bytes(models[target]) / 2**20,
+                }
+            )
+        for session in sessions:
+            session.close()
+    return rows
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The figures as Markdown tables: medians with the 10th to 90th percentile."""
+    rows = [
+        [
+            f"`{row['target']}`",
+            _cell(row["call_ms"], 0),
+            *(_speed(row, precision) for precision in ("fp32", "bf16")),
+            f"{row['relative_rms']:.4f}",
+            f"{row['model_mib']:.0f}",
+        ]
+        for row in facts["rows"]
+    ]
+    made = facts["calibration"]
+    head = (
+        f"Quantizing {made['layers']} layers on {made['samples']} samples: {made['seconds']:.0f} s, "
+        f"{made['peak_gib']:.1f} GiB at the peak; latent {facts['latent']}.\n\n"
+    )
+    note = (
+        "\nMedians, in brackets the 10th to 90th percentile; speeds are ratios within a round; the error is the RMS of "
+        "the difference to the output of the backend's first target over the RMS of that. Random weights. "
+    )
+    heads = ("a call", "ms", "speed over fp32", "over bf16", "relative error", "model, MiB")
+    table = markdown_table(heads, rows) + note if rows else ""
+    return head + table + described(facts["machine"]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="DIR", help="a denoiser's folder in an fp32 bundle")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    parser.add_argument("--target", action="append", help=f"by default {', '.join(TARGETS)}")
+    parser.add_argument("--calibrate-only", action="store_true", help="quantize, and measure no call; fp16 will do")
+    parser.add_argument("--latent", type=int, default=64, help="height and width of the latent")
+    parser.add_argument("--samples", type=int, default=8, help="what is calibrated on")
+    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds before the first that counts")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
+    parser.add_argument("--scratch", type=Path, help="a folder with space for the quantized model")
+    given = parser.parse_args(arguments)
+    options = Options(given.latent, given.samples, given.threads, given.warm_up, given.repeats)
+    model = given.model / GRAPH_NAME
+    facts: dict[str, Any] = {"machine": machine_facts(), "goals": GOALS, "latent": f"{given.latent}x{given.latent}"}
+    with TemporaryDirectory(dir=given.scratch) as scratch:
+        out = Path(scratch, "int8", GRAPH_NAME)
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            facts["calibration"] = fresh.submit(calibration_figures, model, out, options).result()
+        targets = given.target or TARGETS
+        models = {one: out if parse_target(one).precision == "int8" else model for one in targets}
+        feeds = next(samples_of(model, options))
+        facts["rows"] = [] if given.calibrate_only else latency_figures(models, feeds, options)
+    write_json(given.json, facts)
+    table = markdown(facts)
+    write_text(given.json.with_suffix(".md"), table)
+    print(table)
+
+
+def _speed(row: Mapping[str, Any], precision: str) -> str:
+    over = [figures for target, figures in row["speed_over"].items() if parse_target(target).precision == precision]
+    return _cell(over[0], 2) if over else ""
+
+
+def _model_bytes(model: Path) -> int:
+    return sum(path.stat().st_size for path in (model, *(model.parent / name for name in external_files(model))))
+
+
+def _peak_gib() -> float:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        return next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
+
+
+def _cell(figures: dict[str, float], digits: int) -> str:
+    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
+
+
+if __name__ == "__main__":
+    run_program(main)
