@@ -17,8 +17,9 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.targets import installed_version
 from .collect_arguments import PROMPTS, CollectPlan, add_arguments, plan_from_arguments
-from .collection import alone, begun, there, writing
+from .collection import alone, begun, there
 from .course import course_of
+from .ledger import writing
 from .prompts import read_prompts, require_apart
 from .strata import Runs, kept_rows
 from .trajectories import (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.cli.pictures import unwritable
 from ..runtime.errors import ArgumentError, CalibrationError
 from ..runtime.files import sweep_parts
+from .ledger import writing
 from .trajectories import RECORD_NAME, Record, is_whole, read_record, write_record
 
 _FILES = "prompt-[0-9][0-9][0-9][0-9][0-9].safetensors"
@@ -38,15 +38,6 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(held)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raise TandemError, with what helps, where the system refuses to write."""
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(folder, error, "--out") from error
 
 
 def begun(folder: Path, wanted: Record, *, discard: bool, warn: Callable[[str], None]) -> Record:

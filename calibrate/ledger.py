@@ -1,25 +1,34 @@
-"""What a long measurement has found so far, a line for each thing, so that one that was interrupted goes on."""
+"""What a long run has found so far, a line for each thing, so that one that was interrupted goes on."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..runtime.errors import ArgumentError
-from .collection import writing
+from ..runtime.cli.pictures import unwritable
+from ..runtime.errors import ArgumentError, CalibrationError
+from ..runtime.files import sync_folder
+
+_REMEDY = "Give another --out, or --discard to start over."
 
 
 class Ledger:
-    """A file of JSON lines, the first of which says what all rests on; a context manager.
+    """A file of JSON lines, the first of which says what all rests on; a context manager, one process at a time.
+
+    What was put is on the disk: no crash, full disk or second process loses it.
 
     ground: JSON-able facts; a file on another ground is refused. discard: begin anew, whatever is there.
 
     Raises, on entering:
-        ArgumentError: the file is of something else, or rests on another ground.
+        ArgumentError: the file rests on another ground.
+        CalibrationError: the file is of something else, or another process has it.
         TandemError: it cannot be written.
     """
 
@@ -27,70 +36,155 @@ class Ledger:
         self._path, self._discard = path, discard
         self._ground: dict[str, Any] = json.loads(json.dumps(ground))  # as it is read again
         self._found: dict[str, Any] = {}
-        self._stream: BinaryIO | None = None
+        self._file: FileIO | None = None
 
     def __enter__(self) -> Ledger:
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            there = b"" if self._discard or not self._path.exists() else self._path.read_bytes()
-        whole = there[: there.rfind(b"\n") + 1]
-        lines = self._decoded(whole)
-        if lines:
-            self._require_same(lines[0])
-        self._found = {key: facts for line in lines[1:] for key, facts in line.items()}
-        with writing(self._path):
-            self._stream = self._path.open("r+b" if self._path.exists() else "w+b")
-            self._stream.truncate(len(whole))
-            self._stream.seek(len(whole))
-        if not lines:
-            self._write(self._ground)
+            # Made, but never cut: what it holds is another's until it is locked. Unbuffered: nothing is left to write.
+            self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), "a+")
+        try:
+            self._lock(self._file)
+            with writing(self._path):
+                self._resume(self._file)
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        self._close()
 
     def __len__(self) -> int:
         return len(self._found)
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys of what was found, in the order it was put in."""
+        return iter(self._found)
+
     def get(self, key: str) -> Any:
-        """What was found before; None where nothing was."""
+        """What was found, as JSON has it; None where nothing was."""
         return self._found.get(key)
 
     def put(self, key: str, facts: Any) -> None:
-        """Keep what was found, on the disk too."""
-        self._write({key: facts})
-        self._found[key] = facts
+        """Keep what was found, JSON-able, on the disk too; what was found under this key before counts no longer.
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self._stream is None:
-            raise ValueError("the ledger is not open")
-        with writing(self._path):
-            self._stream.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+        Raises:
+            TandemError: it cannot be written; what was put before stays.
+        """
+        line = _encoded({key: facts})
+        found = json.loads(line)
+        if found != {key: self._found.get(key)}:
+            self._write(line)
+            self._found |= found
 
-    def _decoded(self, whole: bytes) -> list[dict[str, Any]]:
+    def _lock(self, file: FileIO) -> None:
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except (ValueError, RecursionError) as error:
-            raise self._refused(f"not what a measurement left ({error})") from error
-        if not all(isinstance(line, dict) for line in lines):
-            raise self._refused("not what a measurement left")
-        return lines
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "Wait for its end, or give another --out."
+            raise CalibrationError(str(self._path), "another run is writing it", remedy=remedy) from error
+
+    def _resume(self, file: FileIO) -> None:
+        """Take what is there up to the last whole line, and be ready to write behind it."""
+        if self._discard:
+            file.truncate(0)
+        file.seek(0)
+        there, first = file.readall(), _encoded(self._ground)
+        whole = there[: there.rfind(b"\n") + 1]
+        if whole:
+            ground, self._found = _decoded(whole, self._path)
+            self._require_same(ground)
+        elif not first.startswith(there):
+            raise _foreign(self._path)
+        file.truncate(len(whole))
+        if not whole:
+            self._write(first)
+            sync_folder(self._path.parent)
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None:
+            raise ValueError("the ledger is not open")
+        before, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
+        with writing(self._path):
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
     def _require_same(self, ground: Mapping[str, Any]) -> None:
-        names = dict.fromkeys((*self._ground, *ground))
-        other = [name for name in names if ground.get(name) != self._ground.get(name)]
-        if other:
-            told = ", ".join(
-                f"{name} is {ground.get(name)!r:.60} there, {self._ground.get(name)!r:.60} here" for name in other
-            )
-            raise self._refused(f"holds another measurement: {told}")
+        told = "; ".join(_differences(ground, self._ground))
+        if told:
+            remedy = f"Give the same arguments to go on. {_REMEDY}"
+            raise ArgumentError(str(self._path), f"holds another run: {told}", remedy=remedy)
 
-    def _refused(self, what: str) -> ArgumentError:
-        remedy = "Give the same arguments to go on, another --out, or --discard to start over."
-        return ArgumentError(str(self._path), what, remedy=remedy)
+    def _close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # all that was put is on the disk
+                self._file.close()
+            self._file = None
+
+
+def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The ground that a ledger rests on, and what was found by key; None where there is none, or nothing in it yet.
+
+    Raises:
+        CalibrationError: it cannot be read, or is of something else.
+    """
+    try:
+        there = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        raise CalibrationError(str(path), what, remedy="Check the path.") from error
+    whole = there[: there.rfind(b"\n") + 1]
+    return _decoded(whole, path) if whole else None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise TandemError, with what helps, where the system refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error, "--out") from error
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+def _decoded(whole: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        ground, *lines = (json.loads(line) for line in whole.splitlines())
+    except (ValueError, RecursionError) as error:
+        raise _foreign(path, f" ({error})") from error
+    if not all(isinstance(line, dict) for line in (ground, *lines)):
+        raise _foreign(path)
+    return ground, {key: facts for line in lines for key, facts in line.items()}
+
+
+def _foreign(path: Path, why: str = "") -> CalibrationError:
+    return CalibrationError(str(path), f"not what a run left{why}", remedy=_REMEDY)
+
+
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs in two grounds, in words; of a mapping its keys that do, of a list the first that does."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*now, *then)):
+            yield from _differences(then.get(key), now.get(key), key)
+    elif isinstance(then, list) and isinstance(now, list) and len(then) != len(now):
+        yield f"{name} are {len(then)} there, {len(now)} here"
+    elif isinstance(then, list) and isinstance(now, list):
+        first = next((pair for pair in enumerate(zip(then, now, strict=True), 1) if pair[1][0] != pair[1][1]), None)
+        if first is not None:
+            yield from _differences(*first[1], f"{name}, number {first[0]},")
+    elif then != now:
+        yield f"{name} is {then!r:.80} there, {now!r:.80} here"

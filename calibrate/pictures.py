@@ -21,7 +21,8 @@ from ..runtime.errors import ArgumentError
 from ..runtime.output import Output
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan_steps import parse_steps
-from .collection import alone, writing
+from .collection import alone
+from .ledger import writing
 from .prompts import read_prompts
 from .run_folder import RUN_FILE, begin_run
 

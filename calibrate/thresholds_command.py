@@ -22,14 +22,13 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.plan_steps import parse_steps
 from ..runtime.targets import installed_version
-from .collection import alone, writing
 from .curves import Curve
 from .guidance_judged import Judgement, settled
 from .guidance_loss import Loss, Tally, front_of, walked
 from .guidance_report import write_report
 from .guidance_runs import Painter, Series
 from .guidance_stored import store_guidance
-from .ledger import Ledger
+from .ledger import Ledger, writing
 from .prompts import read_prompts, require_apart
 from .quality import Scorer, scorer_of
 from .thresholds import (
@@ -61,7 +60,7 @@ def run(plan: GuidancePlan, reporter: Reporter) -> dict[str, Any]:
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
         job = _job(plan, pipe)
         check_folder((plan.out / _LEDGER,), force=True, option="--out")
-        with alone(plan.out), Ledger(plan.out / _LEDGER, job.ground(plan), discard=plan.discard) as ledger:
+        with Ledger(plan.out / _LEDGER, job.ground(plan), discard=plan.discard) as ledger:
             if len(ledger):
                 reporter.note(f"goes on with {len(ledger)} things measured before")
             facts, curves = _measured(plan, job, ledger, reporter)
