@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -12,7 +11,6 @@ import msgspec
 
 from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
-from ..runtime.errors import ArgumentError
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.targets import installed_version
@@ -20,7 +18,7 @@ from .collect_arguments import PROMPTS, CollectPlan, add_arguments, plan_from_ar
 from .collection import alone, begun, there
 from .course import course_of
 from .ledger import writing
-from .prompts import read_prompts, require_apart
+from .prompts import chosen_prompts, prompts_sha256
 from .strata import Runs, kept_rows
 from .trajectories import (
     RECORD_NAME,
@@ -184,7 +182,8 @@ def _opened(plan: CollectPlan, seen: _Seen) -> Pipeline:
 
 def _job(plan: CollectPlan, pipe: Pipeline, seen: _Seen) -> _Job:
     """All that can be refused before a model is loaded."""
-    manifest, prompts = pipe.bundle.manifest, _prompts(plan)
+    manifest = pipe.bundle.manifest
+    prompts = chosen_prompts(plan.prompts, plan.column, plan.count, PROMPTS, plan.held_out)
     seen.denoisers = frozenset(manifest.names("denoiser"))
     course = course_of(plan, pipe.bundle, len(prompts))
     schedule: dict[str, Any] = {"guidance_scale": plan.guidance_scale, "timesteps": course.timesteps}
@@ -235,22 +234,9 @@ def _record(pipe: Pipeline, denoisers: Sequence[str], settings: dict[str, Any], 
         settings=settings,
         versions={"tandemrt": version("tandemrt"), backend: installed_version(backend)},
         prompts=prompts,
-        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        prompts_sha256=prompts_sha256(prompts),
         files={},
     )
-
-
-def _prompts(plan: CollectPlan) -> tuple[str, ...]:
-    """Those to paint, none of which is held out."""
-    every = read_prompts(plan.prompts, plan.column)
-    if plan.count is not None and len(every) < plan.count:
-        remedy = f"Give -n {len(every)}, or more prompts."
-        raise ArgumentError(str(plan.prompts), "prompts", got=len(every), expected=f"-n {plan.count}", remedy=remedy)
-    prompts = every[: PROMPTS if plan.count is None else plan.count]
-    if plan.held_out is not None:
-        alike = plan.held_out.suffix == plan.prompts.suffix
-        require_apart(prompts, read_prompts(plan.held_out, plan.column if alike else None))
-    return prompts
 
 
 def _collected(plan: CollectPlan, job: _Job, reporter: Reporter) -> dict[str, Any]:

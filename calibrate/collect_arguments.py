@@ -6,13 +6,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.arguments import thread_count
 from ..runtime.cli.prompts import require_text
 from ..runtime.errors import ArgumentError
+from .shared_arguments import add_bundle, add_discard, add_held_out, add_place, add_prompts, add_seed, check_shared
 
 PROMPTS = 64
 ROWS = 4
-MAX_PROMPTS = 100_000
 DESCRIPTION = (
     "Paint prompts with a bundle and keep what its models are given: the denoisers at time steps spread evenly, in "
     "both branches of guidance, the text encoders, and the decoders. What is kept is for the other calibrations. The "
@@ -59,48 +58,22 @@ class CollectPlan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt calibrate collect`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
-    _add_what(parser.add_argument_group("what to paint, and what to keep"))
-    _add_how(parser.add_argument_group("how to paint it"))
-    group = parser.add_argument_group("where to run, where to write")
-    group.add_argument(
-        "--target", default="auto", metavar="TARGET", help="backend:device[:precision], or auto (default)"
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use")
-    group.add_argument("--cache", type=Path, metavar="DIR", help="where engines are looked for; see build-engine")
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for what is kept")
-    group.add_argument(
-        "--discard", action="store_true", help="start over where --out holds what was collected before, in any way"
-    )
-
-
-def _add_what(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="one a line, or a .csv or .tsv with a column of them",
-    )
-    group.add_argument(
-        "--column",
-        metavar="NAME",
-        help="the column, of --held-out too where that is of the same kind (default: the first there is of caption, "
-        "prompt and text)",
-    )
-    group.add_argument(
-        "-n", dest="count", type=int, metavar="N", help=f"how many of the prompts, the first ones (default: {PROMPTS})"
-    )
-    group.add_argument(
-        "--held-out", type=Path, metavar="FILE", help="prompts to judge by later; it is an error if one is painted here"
-    )
-    group.add_argument(
+    add_bundle(parser)
+    what = parser.add_argument_group("what to paint, and what to keep")
+    add_prompts(what, "to paint", PROMPTS)
+    add_held_out(what)
+    what.add_argument(
         "--rows",
         type=int,
         default=ROWS,
         metavar="N",
         help=f"how many rows of the schedule, at as many time steps, are kept of a prompt (default: {ROWS})",
     )
+    _add_how(parser.add_argument_group("how to paint it"))
+    where = parser.add_argument_group("where to run, where to write")
+    add_place(where)
+    where.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for what is kept")
+    add_discard(where)
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
@@ -117,9 +90,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--negative-prompt", metavar="TEXT", help="for every prompt (default: none)")
     group.add_argument("--height", type=int, metavar="PIXELS", help="default: the bundle's")
     group.add_argument("--width", type=int, metavar="PIXELS", help="default: the bundle's")
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt; each next one has the next (default: 0)"
-    )
+    add_seed(group)
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> CollectPlan:
@@ -128,9 +99,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> CollectPlan:
     Raises:
         ArgumentError: an option's value cannot be used.
     """
-    thread_count("--threads", namespace.threads)
-    if namespace.count is not None and not 1 <= namespace.count <= MAX_PROMPTS:
-        raise ArgumentError("-n", "number of prompts", got=namespace.count, expected=f"1 to {MAX_PROMPTS}")
+    check_shared(namespace)
     if namespace.rows < 1:
         raise ArgumentError("--rows", "number of rows", got=namespace.rows, expected="1 or more")
     if namespace.negative_prompt is not None:

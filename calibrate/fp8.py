@@ -20,13 +20,14 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from ..engines.graph_files import read_graph, require_opset
+from ..engines.job import Progress
 from ..runtime.errors import BundleError
 from .graph_writing import write_edited
 from .int8 import EightBits, Int8Settings, int8_plan, watched, with_pairs
 from .layers import layers_of, require_layers
 from .observers import LEVELS
 from .quantized import Quantized
-from .ranges import LIMITS, Limits, Progress, Ranges, Samples, collect_ranges, silent
+from .ranges import LIMITS, Limits, Ranges, Samples, collect_ranges, silent
 
 LARGEST = 448.0  # of E4M3 without infinities: OCP 8-bit Floating Point Specification, 2023
 _E4M3_OPSET = 19

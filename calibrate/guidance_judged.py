@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.job import Progress
 from .guidance_loss import Loss, Tally
-from .guidance_runs import Painter, Progress
+from .guidance_runs import Painter
 from .thresholds import Candidate
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..runtime.files import write_whole
 from .curves import Curve
-from .svg import COLORS, Axis, Chart
+from .svg import COLORS, Axis, Chart, Marker
 
 FIGURES, CURVES, CURVES_PLOT, FRONT_PLOT = "guidance.json", "curves.json", "curves.svg", "front.svg"
 
@@ -44,8 +44,8 @@ def curves_chart(curves: Sequence[Curve]) -> Chart:
     for curve in values:
         chart.line(list(enumerate(curve.tolist())), COLORS[0], width=1, opacity=0.25)
     chart.line(list(enumerate(np.median(values, axis=0).tolist())), COLORS[1], width=3)
-    chart.legend("a prompt", COLORS[0])
-    chart.legend("the median", COLORS[1])
+    chart.legend("a prompt", Marker(COLORS[0]))
+    chart.legend("the median", Marker(COLORS[1]))
     return chart
 
 
@@ -63,10 +63,10 @@ def front_chart(facts: Mapping[str, Any]) -> Chart:
         Axis.around("PSNR to full guidance, dB", decibels),
     )
     for (kind, ones), color in zip(whole.items(), COLORS, strict=False):
-        chart.legend(kind, color)
+        chart.legend(kind, Marker(color))
         at = {index: (one["branches"] / facts["full_branches"], one["psnr_db"]) for index, one in enumerate(ones)}
         chart.line([at[index] for index, one in enumerate(ones) if one["front"]], color)
         for index, one in enumerate(ones):
             told = ", ".join(f"{name} {value:g}" for name, value in one["numbers"].items())
-            chart.dot(at[index], color, f"{kind}: {told}", filled=one["front"])
+            chart.mark(at[index], Marker(color, filled=one["front"]), f"{kind}: {told}")
     return chart

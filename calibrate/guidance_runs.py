@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from .guidance_loss import Painted
 from .ledger import Ledger
 from .quality import Pixels, Scorer, psnr_db
 
-Progress = Callable[[str, int, int], None]
 _IN_FULL: Mapping[str, Any] = {"guidance_interval": (0.0, 1.0)}
 
 

@@ -46,13 +46,15 @@ def with_numbers(defaults: Defaults, kind: str, numbers: Mapping[str, float]) ->
 
 
 def _evidence(facts: Mapping[str, Any], one: Mapping[str, Any]) -> GuidanceCalibration:
-    loss = facts["loss"]
+    loss, scorer = facts["loss"], facts["scorer"] or {}
     figures = ("branches", "full_branches", "time_ratio", "psnr_db", "worst_psnr_db", "right", "right_in_full")
     return GuidanceCalibration(
+        files_sha256=facts["bundle"],
         numbers=dict(one["numbers"]),
         steps=tuple((name, count) for name, count in facts["steps"]),
         guidance_scale=facts["guidance_scale"],
         target=facts["target"],
+        threads=facts["threads"],
         machine=tuple(facts["machine"]),
         versions=dict(facts["versions"]),
         seed=facts["seed"],
@@ -61,7 +63,8 @@ def _evidence(facts: Mapping[str, Any], one: Mapping[str, Any]) -> GuidanceCalib
         held_out=facts["held_out"]["count"],
         held_out_sha256=facts["held_out"]["sha256"],
         min_psnr_db=loss["min_psnr_db"],
-        scorer=facts["scorer"],
+        scorer=scorer.get("name"),
+        scorer_sha256=scorer.get("sha256"),
         max_lost=loss["max_lost"],
         **{name: one[name] for name in figures},
     )

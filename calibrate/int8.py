@@ -18,12 +18,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..engines.graph_files import read_graph, replace_all, weight
+from ..engines.job import Progress
 from ..runtime.errors import ArgumentError
 from .graph_writing import Edit, write_edited
 from .layers import Layer, layers_of, of_time_alone, require_layers
 from .observers import LEVELS, OBSERVERS, clipping_threshold
 from .quantized import Quantized
-from .ranges import LIMITS, Limits, Progress, Ranges, Samples, collect_ranges, silent
+from .ranges import LIMITS, Limits, Ranges, Samples, collect_ranges, silent
 from .smoothing import Smoothing, affine_before, divisors_of, outlier_ratio, smoothed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.job import Progress
 from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
 from ..runtime.manifest import Loss
+from .prompts import prompts_sha256
 from .quality import Pixels, Scorer, psnr_db
-from .ranges import Progress, silent
+from .ranges import silent
+from .strata import Runs
 
-Runs = tuple[tuple[str, int], ...]
 _PIXELS_AT_ONCE = 1 << 17  # of the pictures that are painted together: 32 of 64x64, one of 512x512
 
 
@@ -59,7 +60,7 @@ class Painting:
     @property
     def prompts_sha256(self) -> str:
         """The digest of the prompts, a line each."""
-        return hashlib.sha256("".join(f"{prompt}\n" for prompt in self.prompts).encode()).hexdigest()
+        return prompts_sha256(self.prompts)
 
 
 class Judge:

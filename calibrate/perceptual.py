@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from ..runtime.backends.buffers import one_line
 from ..runtime.errors import TandemError
+from .quality import Float32, Pixels
 
 if TYPE_CHECKING:
     import torch
 
-Pixels = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET}"

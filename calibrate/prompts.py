@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..runtime.cli.prompts import read_text
 from ..runtime.errors import ArgumentError
 from ..runtime.tokenizer import MAX_PROMPT_BYTES
 
+MAX_PROMPTS = 100_000
 COLUMNS = ("caption", "prompt", "text")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -54,6 +56,44 @@ def read_prompts(path: str | Path, column: str | None = None, *, repeats: bool =
         expected = "one a line" if delimiter is None else "one a row below the columns' names"
         raise ArgumentError(where, "holds no prompt", expected=expected)
     return tuple(prompts.values())
+
+
+def chosen_prompts(
+    path: Path, column: str | None, count: int | None, default: int | None, held_out: Path | None = None
+) -> tuple[str, ...]:
+    """The first `count` prompts of a file; without a count the first `default`, or as many as there are.
+
+    column: of a table; of `held_out` too where both files are of one kind. held_out: has prompts, none of which may be
+    chosen.
+
+    Raises:
+        ArgumentError: as `read_prompts`; there are fewer than `count`, or some are held out.
+    """
+    prompts = _first(path, column, "-n", count, default)
+    if held_out is not None:
+        require_apart(prompts, held_out_prompts(held_out, path, column))
+    return prompts
+
+
+def held_out_prompts(
+    held_out: Path, path: Path, column: str | None, count: int | None = None, default: int | None = None
+) -> tuple[str, ...]:
+    """The prompts of a file that are held out of `path`; --judge says how many, otherwise as `chosen_prompts`."""
+    column = column if held_out.suffix.lower() == path.suffix.lower() else None
+    return _first(held_out, column, "--judge", count, default)
+
+
+def _first(path: Path, column: str | None, option: str, count: int | None, default: int | None) -> tuple[str, ...]:
+    every = read_prompts(path, column)
+    if count is not None and len(every) < count:
+        remedy = f"Give {option} {len(every)}, or more prompts."
+        raise ArgumentError(str(path), "prompts", got=len(every), expected=f"{option} {count}", remedy=remedy)
+    return every[: default if count is None else count]
+
+
+def prompts_sha256(prompts: Iterable[str]) -> str:
+    """The digest of prompts: that of a file of them, one a line."""
+    return hashlib.sha256("".join(f"{prompt}\n" for prompt in prompts).encode()).hexdigest()
 
 
 def require_apart(prompts: Iterable[str], held_out: Iterable[str]) -> None:

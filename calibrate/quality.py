@@ -1,17 +1,12 @@
-"""How good pictures are: their distance from a reference, and scorers that say whether they show their prompts."""
+"""How good pictures are: their distance from a reference, and how sure a share of right ones is."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
-from ..runtime.errors import ArgumentError
 
 Pixels = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -80,46 +75,6 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return middle - half, middle + half
-
-
-def scorer_of(text: str) -> Scorer:
-    """The scorer that `MODULE:FUNCTION` names; the module is imported, also from the current folder.
-
-    What the scorer returns is checked when it is called: one answer for each picture, or ArgumentError.
-
-    Raises:
-        ArgumentError: not of this form, no such module or function, or the module cannot be imported.
-    """
-    module, colon, name = text.partition(":")
-    if not (colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ArgumentError("--scorer", "not a scorer", got=text, expected="MODULE:FUNCTION such as my_scores:shows")
-    found = getattr(_imported(module, text), name, None)
-    if not callable(found):
-        what, expected = f"no function {name} in {module}", "a function of prompts and pictures"
-        raise ArgumentError("--scorer", what, got=text, expected=expected)
-    function: Scorer = found
-
-    def scorer(prompts: Sequence[str], pictures: Pixels) -> tuple[bool, ...]:
-        answers = tuple(bool(answer) for answer in function(prompts, pictures))
-        if len(answers) != len(prompts):
-            expected = f"{len(prompts)}, one for each picture"
-            raise ArgumentError(f"--scorer {text}", "how many answers it gave", got=len(answers), expected=expected)
-        return answers
-
-    return scorer
-
-
-def _imported(module: str, text: str) -> object:
-    here = str(Path.cwd())
-    sys.path.append(here)  # behind everything else, so that a file here hides no package
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a module's code can fail in any way
-        what = f"{module} cannot be imported ({type(error).__name__}: {error})"
-        remedy = "Run in the folder where it lies, or install it."
-        raise ArgumentError("--scorer", what, got=text, remedy=remedy) from error
-    finally:
-        sys.path.remove(here)
 
 
 def _require_pictures(picture: Pixels, reference: Pixels) -> None:

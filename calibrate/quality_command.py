@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..runtime.cli.picture_files import read_picture
 from ..runtime.cli.reporter import Reporter
@@ -19,9 +18,8 @@ from ..runtime.errors import ArgumentError, TandemError
 from .frechet import FeatureStatistics, frechet_distance
 from .perceptual import clip_likeness, inception_features, lpips_distance
 from .prompts import read_prompts
-from .quality import Scorer, psnr_db, scorer_of, ssim, wilson_interval
-
-Pixels = npt.NDArray[np.uint8]
+from .quality import Pixels, Scorer, psnr_db, ssim, wilson_interval
+from .scorers import scorer_of
 
 DESCRIPTION = (
     "Measure the pictures of a folder: beside those of another, of the same names (psnr, ssim, lpips) or as a whole "

@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.arguments import thread_count
 from ..runtime.errors import ArgumentError
 from ..runtime.manifest import QuantizationFormat
 from .int8 import Int8Settings
 from .judged import Budget
 from .observers import OBSERVERS
 from .quantizers import FORMATS, NEEDS_SAMPLES, TOOLS
+from .shared_arguments import add_bundle, add_place, add_prompts, add_scorer, check_shared
 
 PROMPTS = 16
 INT8 = Int8Settings()
@@ -56,6 +56,7 @@ class QuantizePlan:
     int8: Int8Settings
     budget: Budget
     prompts: Path | None
+    column: str | None
     count: int | None
     scorer: str | None
     steps: str | None
@@ -67,7 +68,7 @@ class QuantizePlan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt calibrate quantize`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    add_bundle(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="NEW", help="the new bundle's folder")
     parser.add_argument("--force", action="store_true", help="replace a bundle at NEW")
     _add_how(parser.add_argument_group("what to quantize, and how"))
@@ -116,15 +117,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_judging(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="held-out prompts, one a line or a .csv; none that was calibrated with (default: one empty prompt)",
-    )
-    group.add_argument(
-        "-n", dest="count", type=int, metavar="N", help=f"how many of them, the first ones (default: {PROMPTS})"
-    )
+    add_prompts(group, "to judge by, held out: none that was calibrated with", PROMPTS, required=False)
     group.add_argument(
         "--min-psnr", type=float, metavar="DB", help="what the median picture has to reach to the float bundle's"
     )
@@ -133,7 +126,7 @@ def _add_judging(group: argparse._ArgumentGroup) -> None:
         metavar="SHAREx",
         help="what the share of right pictures has to be of the float bundle's, such as 0.97x; needs --scorer",
     )
-    group.add_argument("--scorer", metavar="MODULE:FUNCTION", help="what tells of prompts and pictures which are right")
+    add_scorer(group)
     group.add_argument(
         "--steps",
         metavar="STEPS",
@@ -142,8 +135,7 @@ def _add_judging(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--guidance-scale", type=float, metavar="X", help="default: the trajectories', else the bundle's"
     )
-    group.add_argument("--target", default="auto", metavar="TARGET", help="where to paint (default: auto)")
-    group.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use")
+    add_place(group, cache=False)
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> QuantizePlan:
@@ -152,9 +144,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> QuantizePlan:
     Raises:
         ArgumentError: an option's value cannot be used, or options do not go together.
     """
-    thread_count("--threads", namespace.threads)
-    if namespace.count is not None and namespace.count < 1:
-        raise ArgumentError("-n", "number of prompts", got=namespace.count, expected="1 or more")
+    check_shared(namespace)
     if namespace.format in NEEDS_SAMPLES and namespace.trajectories is None:
         remedy = "Make them with `tandemrt calibrate collect`, or ask for int8-weights, which needs none."
         raise ArgumentError("--trajectories", f"not given, and {namespace.format} needs them", remedy=remedy)
@@ -180,6 +170,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> QuantizePlan:
         int8=Int8Settings(observer=namespace.observer, smoothing=_smoothing(namespace.smoothing)),
         budget=budget,
         prompts=namespace.prompts,
+        column=namespace.column,
         count=namespace.count,
         scorer=namespace.scorer,
         steps=namespace.steps,

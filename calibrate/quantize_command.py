@@ -21,11 +21,12 @@ from ..runtime.plan_steps import parse_steps
 from ..runtime.staging import require_free
 from .budget import fewest_kept
 from .derived import Derived, require_another
-from .judged import Judge, Painting, Runs, Way, missed, ways_of
-from .prompts import read_prompts, require_apart
-from .quality import scorer_of
+from .judged import Judge, Painting, Way, missed, ways_of
+from .prompts import chosen_prompts, require_apart
 from .quantize_arguments import PROMPTS, QuantizePlan, add_arguments, plan_from_arguments
 from .quantizers import FORMATS, NEEDS_SAMPLES, TOOLS, Quantizer, Work, layer_names
+from .scorers import scorer_of
+from .strata import Runs
 from .trajectories import Trajectories
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "summary"]
@@ -265,10 +266,7 @@ def _prompts(plan: QuantizePlan, trajectories: Trajectories | None) -> tuple[str
     """Those to judge by, none of which was calibrated with."""
     if plan.prompts is None:
         return ("",)
-    every = read_prompts(plan.prompts)
-    if plan.count is not None and len(every) < plan.count:
-        raise ArgumentError(str(plan.prompts), "prompts", got=len(every), expected=f"-n {plan.count} or more")
-    prompts = every[: PROMPTS if plan.count is None else plan.count]
+    prompts = chosen_prompts(plan.prompts, plan.column, plan.count, PROMPTS)
     if trajectories is not None:
         require_apart(trajectories.prompts, prompts)
     return prompts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..engines.graph_files import read_graph
+from ..engines.job import Progress
 from ..runtime.manifest import QuantizationFormat
 from .fp8 import Fp8Settings, quantize_fp8
 from .graph_runs import Array
@@ -16,7 +17,7 @@ from .int8 import Int8Plan, Int8Settings, int8_plan, quantize_int8, watched
 from .layers import layers_of
 from .nncf_int8 import NncfSettings, quantize_nncf, require_nncf
 from .quantized import Quantized
-from .ranges import Progress, Ranges, Samples, collect_ranges
+from .ranges import Ranges, Samples, collect_ranges
 from .sensitivity import Sweep, worst_layers
 from .weights_only import WeightSettings, quantize_weights, ranked_by_error, weight_readers
 

@@ -12,6 +12,7 @@ import onnx
 from onnx import helper
 
 from ..engines.graph_files import read_graph
+from ..engines.job import Progress
 from ..engines.layer_graphs import batches, giving, values_of
 from ..runtime.errors import ArgumentError, ExecutionError
 from .graph_runs import Array, GraphRun
@@ -23,7 +24,6 @@ _LEAST_EXPONENT = -100
 _PICTURE_RANK = 4
 
 Samples = Callable[[], Iterable[Mapping[str, Array]]]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +86,22 @@ def collect_ranges(
     if first is None:
         raise ArgumentError(where, "samples", got=0, expected=f"{limits.least_samples} or more")
     parts = list(_parts(graph, values, checked(first, 0, graph, where), limits.most_bytes, where))
-    count = 0
+    count, total = 0, limits.least_samples
     for part, instrumented in enumerate(parts):
         run = GraphRun(instrumented, model.parent, where, limits.threads)
         label = f"{where}: ranges, part {part + 1} of {len(parts)}"
         count = 0
         for index, sample in enumerate(samples()):
-            progress(label, index, limits.least_samples)
+            # How many there are is known when they have been read once.
+            progress(label, index, max(total, index + 1))
             feeds = checked(sample, index, graph, where)
             given = {name: feeds[name] for name in values if name in feeds} if part == 0 else {}
             for name, array in {**run(feeds), **given}.items():
                 if not seen[name].add(array):
                     raise ExecutionError(where, f"{name!r} has NaN or Inf when it is given sample {index}")
             count = index + 1
+        progress(label, count, count)
+        total = count
         if count < limits.least_samples:
             remedy = "Ask for fewer, or collect more; few samples tell little of what the others reach."
             raise ArgumentError(where, "samples", got=count, expected=f"{limits.least_samples} or more", remedy=remedy)

@@ -19,10 +19,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..engines.graph_files import read_graph, replace_all, weight
+from ..engines.job import Progress
 from .graph_runs import Array, GraphRun
 from .int8 import Int8Plan, quantized_weight, scale_of
 from .layers import Layer
-from .ranges import Progress, checked, silent
+from .ranges import checked, silent
 from .smoothing import along
 
 _SWITCHES, _ZERO = "int8/switches", "int8/zero"

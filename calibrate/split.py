@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from ..engines.job import Progress
 from ..runtime import Pipeline
 from ..runtime.architecture import cpu_architecture, usable_cpus
 from ..runtime.backends import gpu_names
 from ..runtime.bundle import Bundle
 from ..runtime.calibrations import Calibrations, RowTime, SplitPoint
-from ..runtime.manifest import Manifest
+from ..runtime.manifest import Frozen, Manifest
 from ..runtime.output import Output
 from ..runtime.plan import Schedule, compile_plan
 from ..runtime.targets import Target, installed_version
-from .quality import Pixels, Scorer, latent_error, psnr_db, ssim
-from .split_plans import Runs, SplitPlan, plan_cost
-from .sweep_file import FORMAT, Ground, PictureQuality, RowTimes, SweepFile
+from .ledger import Ledger
+from .prompts import prompts_sha256
+from .quality import Pixels, latent_error, psnr_db, ssim
+from .scorers import NamedScorer
+from .split_plans import SplitPlan, plan_cost
+from .strata import Runs
 
-Progress = Callable[[str, int, int], None]
-
+FORMAT = 2
+_ROW_TIMES = "row times"
 _UNGUIDED = " unguided"
 _ROUNDS = 9
 _ROWS = 4
@@ -42,8 +47,7 @@ class Sweep:
     plans: tuple[SplitPlan, ...]
     prompts: tuple[str, ...]
     seed: int
-    scorer_name: str | None = None
-    scorer: Scorer | None = None
+    scorer: NamedScorer | None = None
     batch: int = 4
 
     @property
@@ -52,30 +56,43 @@ class Sweep:
 
     @property
     def prompts_sha256(self) -> str:
-        return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        return prompts_sha256(self.prompts)
 
-    def ground(self, bundle: Bundle, target: Target, threads: int | None) -> Ground:
-        """All that the figures rest on."""
+    def ground(self, bundle: Bundle, target: Target, threads: int | None) -> dict[str, Any]:
+        """All that the figures rest on but plans, prompts and seeds, which stand beside each picture's figures.
+
+        bundle: `Manifest.files_digest`. facts: the sha256 of what else the manifest says, without the defaults that
+        sweeps store.
+        """
         manifest = bundle.manifest
         defaults = msgspec.structs.replace(manifest.defaults, steps=None, num_inference_steps=self.num_inference_steps)
         facts = msgspec.structs.replace(manifest, defaults=defaults, calibrations=Calibrations())
-        return Ground(
-            format=FORMAT,
-            bundle=manifest.files_digest,
-            facts=hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest(),
-            target=str(target),
-            threads=threads,
-            machine=(cpu_architecture(), f"{usable_cpus()} CPUs", *gpu_names(target)),
-            versions={"tandemrt": version("tandemrt"), target.backend: installed_version(target.backend)},
-            large=self.large,
-            small=self.small,
-            num_inference_steps=self.num_inference_steps,
-            scorer=self.scorer_name,
-        )
+        return {
+            "format": FORMAT,
+            "bundle": manifest.files_digest,
+            "facts": hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest(),
+            "target": str(target),
+            "threads": threads,
+            "machine": [cpu_architecture(), f"{usable_cpus()} CPUs", *gpu_names(target)],
+            "versions": {"tandemrt": version("tandemrt"), target.backend: installed_version(target.backend)},
+            "large": self.large,
+            "small": self.small,
+            "num_inference_steps": self.num_inference_steps,
+            "scorer": None if self.scorer is None else self.scorer.facts(),
+        }
 
-    def key(self, plan: SplitPlan, index: int) -> tuple[str, str, int]:
+    def key(self, plan: SplitPlan, index: int) -> str:
         """What one picture of a plan is kept by."""
-        return plan.name, self.prompts[index], self.seed + index
+        return f"{plan.name}, seed {self.seed + index}: {self.prompts[index]}"
+
+
+class PictureQuality(Frozen, frozen=True, kw_only=True):
+    """One picture of a plan beside the large denoiser's of the same prompt and seed."""
+
+    latent_error: float
+    psnr_db: float
+    ssim: float
+    right: bool | None
 
 
 def row_kinds(manifest: Manifest, plan: SplitPlan) -> tuple[str, ...]:
@@ -86,12 +103,13 @@ def row_kinds(manifest: Manifest, plan: SplitPlan) -> tuple[str, ...]:
     )
 
 
-def measured_rows(pipeline: Pipeline, sweep: Sweep, kept: SweepFile) -> Mapping[str, RowTime]:
+def measured_rows(pipeline: Pipeline, sweep: Sweep, kept: Ledger) -> Mapping[str, RowTime]:
     """How long a row of each kind takes for one picture, in turns; from `kept` where all were measured before."""
     manifest = pipeline.bundle.manifest
     kinds = dict.fromkeys(kind for plan in sweep.plans for kind in row_kinds(manifest, plan))
-    if kept.row_times is not None and kinds.keys() <= kept.row_times.keys():
-        return kept.row_times
+    known = msgspec.convert(kept.get(_ROW_TIMES) or {}, dict[str, RowTime])
+    if kinds.keys() <= known.keys():
+        return known
     rounds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for round_ in range(1 + _ROUNDS):
         for kind, taken in rounds.items():
@@ -108,7 +126,7 @@ def measured_rows(pipeline: Pipeline, sweep: Sweep, kept: SweepFile) -> Mapping[
         kind: RowTime(median_ms=float(np.median(taken)), least_ms=min(taken), most_ms=max(taken))
         for kind, taken in rounds.items()
     }
-    kept.keep([RowTimes(by_kind=times)])
+    kept.put(_ROW_TIMES, msgspec.to_builtins(times))
     return times
 
 
@@ -125,20 +143,21 @@ def own_timesteps(manifest: Manifest) -> tuple[int, ...] | None:
     return manifest.defaults.timesteps if first.scheduler is None else None
 
 
-def measure_pictures(pipeline: Pipeline, sweep: Sweep, kept: SweepFile, progress: Progress) -> None:
+def measure_pictures(pipeline: Pipeline, sweep: Sweep, kept: Ledger, progress: Progress) -> None:
     """Paint what `kept` lacks, and keep how far each picture and latent is from the large denoiser's of its noise."""
     prompts = len(sweep.prompts)
     for first in range(0, prompts, sweep.batch):
         chosen = range(first, min(first + sweep.batch, prompts))
-        missing = [plan for plan in sweep.plans if any(sweep.key(plan, index) not in kept.pictures for index in chosen)]
+        missing = [plan for plan in sweep.plans if any(kept.get(sweep.key(plan, index)) is None for index in chosen)]
         if not missing:
             continue
         alone = sweep.plans[0]
         reference = _painted(pipeline, sweep, alone.runs, chosen)
         for plan in missing:
             output = reference if plan is alone else _painted(pipeline, sweep, plan.runs, chosen)
-            kept.keep(_compared(sweep, plan, chosen, output, reference))
-            done = sum(sweep.key(each, index) in kept.pictures for each in sweep.plans for index in range(prompts))
+            for index, quality in zip(chosen, _compared(sweep, chosen, output, reference), strict=True):
+                kept.put(sweep.key(plan, index), msgspec.to_builtins(quality))
+            done = sum(kept.get(sweep.key(each, at)) is not None for each in sweep.plans for at in range(prompts))
             progress("plans x prompts", done, prompts * len(sweep.plans))
 
 
@@ -151,24 +170,19 @@ def _painted(pipeline: Pipeline, sweep: Sweep, runs: Runs, chosen: Sequence[int]
     )
 
 
-def _compared(
-    sweep: Sweep, plan: SplitPlan, chosen: Sequence[int], output: Output, reference: Output
-) -> list[PictureQuality]:
+def _compared(sweep: Sweep, chosen: Sequence[int], output: Output, reference: Output) -> list[PictureQuality]:
     pictures, references = _pixels(output), _pixels(reference)
     right: Sequence[bool | None] = [None] * len(chosen)
     if sweep.scorer is not None:
         right = sweep.scorer([sweep.prompts[index] for index in chosen], pictures)
     return [
         PictureQuality(
-            plan=plan.name,
-            prompt=sweep.prompts[index],
-            seed=sweep.seed + index,
             latent_error=latent_error(output.latents[place], reference.latents[place]),
             psnr_db=psnr_db(pictures[place], references[place]),
             ssim=ssim(pictures[place], references[place]),
             right=right[place],
         )
-        for place, index in enumerate(chosen)
+        for place in range(len(chosen))
     ]
 
 
@@ -176,11 +190,12 @@ def _pixels(output: Output) -> Pixels:
     return np.stack([np.asarray(image) for image in output.images])
 
 
-def split_points(sweep: Sweep, kept: SweepFile, costs: Sequence[float]) -> tuple[SplitPoint, ...]:
+def split_points(sweep: Sweep, kept: Ledger, costs: Sequence[float]) -> tuple[SplitPoint, ...]:
     """What was measured of each plan, once everything is."""
     points = []
     for plan, cost in zip(sweep.plans, costs, strict=True):
-        pictures = [kept.pictures[sweep.key(plan, index)] for index in range(len(sweep.prompts))]
+        found = [kept.get(sweep.key(plan, index)) for index in range(len(sweep.prompts))]
+        pictures = msgspec.convert(found, list[PictureQuality])
         points.append(
             SplitPoint(
                 steps=plan.runs,

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ..runtime.arguments import thread_count
 from ..runtime.calibrations import QualityMeasure
 from ..runtime.errors import ArgumentError
+from .shared_arguments import (
+    add_bundle,
+    add_discard,
+    add_held_out,
+    add_place,
+    add_prompts,
+    add_scorer,
+    add_seed,
+    check_number,
+    check_shared,
+)
 
 PROMPTS = 64
-MAX_STEPS = 1000
-REPORT, PLOT = "split.json", "split.svg"
+MAX_STEPS, MAX_BATCH = 1000, 1024
 DESCRIPTION = (
     "Measure which steps are best given to the large denoiser and which to the small one: the large one first, as in "
     "Hybrid-SD, the small one first, or both in turns. What a plan costs is told as a share of the large denoiser "
@@ -37,7 +46,7 @@ class SplitSettings:
     bundle: Path
     prompts: Path
     column: str | None
-    count: int
+    count: int | None
     held_out: Path | None
     large: str | None
     small: str | None
@@ -64,40 +73,24 @@ class SplitSettings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt calibrate split`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    add_bundle(parser)
     _add_what(parser.add_argument_group("what to measure"))
     _add_choice(parser.add_argument_group("what to store"))
-    group = parser.add_argument_group("where to run, where to write")
-    group.add_argument(
-        "--target", default="auto", metavar="TARGET", help="backend:device[:precision], or auto (default)"
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use")
-    group.add_argument("--cache", type=Path, metavar="DIR", help="where engines are looked for; see build-engine")
-    group.add_argument("--batch", type=int, default=4, metavar="N", help="pictures painted at once (default: 4)")
-    group.add_argument(
+    where = parser.add_argument_group("where to run, where to write")
+    add_place(where)
+    where.add_argument("--batch", type=int, default=4, metavar="N", help="pictures painted at once (default: 4)")
+    where.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"the folder for what is measured, for {REPORT} and {PLOT} (default: one in the cache)",
+        help="the folder for what is measured, the figures and the plot (default: one in the cache)",
     )
-    group.add_argument("--discard", action="store_true", help="start over where there is a sweep that was interrupted")
+    add_discard(where)
 
 
 def _add_what(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="one a line, or a .csv or .tsv with a column of them",
-    )
-    group.add_argument("--column", metavar="NAME", help="the column; see collect")
-    group.add_argument(
-        "-n", dest="count", type=int, default=PROMPTS, metavar="N", help=f"how many, the first (default: {PROMPTS})"
-    )
-    group.add_argument(
-        "--held-out", type=Path, metavar="FILE", help="prompts to judge by later; it is an error if one is painted here"
-    )
+    add_prompts(group, "to paint", PROMPTS)
+    add_held_out(group)
     group.add_argument("--large", metavar="NAME", help="the large denoiser (default: the bundle's first)")
     group.add_argument("--small", metavar="NAME", help="the small one (default: the bundle's second)")
     group.add_argument("--num-inference-steps", type=int, metavar="N", help="of every plan (default: the bundle's)")
@@ -114,15 +107,8 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="another plan, such as unet:5,unet_small:20; may be given several times",
     )
-    group.add_argument(
-        "--scorer",
-        metavar="MODULE:FUNCTION",
-        help="a Python function that is given prompts and their pictures, (B, H, W, 3) uint8, and says of each whether "
-        "it is right",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt; each next one has the next (default: 0)"
-    )
+    add_scorer(group)
+    add_seed(group)
 
 
 def _add_choice(group: argparse._ArgumentGroup) -> None:
@@ -145,12 +131,9 @@ def plan_from_arguments(namespace: argparse.Namespace) -> SplitSettings:
     Raises:
         ArgumentError: an option's value cannot be used.
     """
-    thread_count("--threads", namespace.threads)
-    steps = namespace.num_inference_steps
-    for option, number, most in (("-n", namespace.count, 100_000), ("--batch", namespace.batch, 1024),
-                                 ("--num-inference-steps", 1 if steps is None else steps, MAX_STEPS)):  # fmt: skip
-        if not 1 <= number <= most:
-            raise ArgumentError(option, "not usable", got=number, expected=f"1 to {most}")
+    check_shared(namespace)
+    check_number("--batch", namespace.batch, MAX_BATCH)
+    check_number("--num-inference-steps", namespace.num_inference_steps, MAX_STEPS)
     if namespace.budget is not None and not 0 < namespace.budget < math.inf:
         raise ArgumentError("--budget", "not usable", got=namespace.budget, expected="a share such as 0.6")
     if namespace.by == "accuracy" and namespace.scorer is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -13,25 +14,27 @@ import msgspec
 from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
 from ..runtime.cache import cache_folder
-from ..runtime.calibrations import SplitCalibration, SplitPoint
+from ..runtime.calibrations import RowTime, SplitCalibration, SplitPoint
 from ..runtime.cli.columns import aligned
-from ..runtime.cli.pictures import check_folder, unwritable
+from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
-from ..runtime.files import write_whole
 from ..runtime.manifest import Manifest
 from ..runtime.plan_steps import parse_steps, runs_of
-from .pareto_plot import drawn
-from .prompts import read_prompts, require_apart
-from .quality import scorer_of, wilson_interval
+from .ledger import Ledger, writing
+from .prompts import chosen_prompts
+from .quality import wilson_interval
+from .scorers import scorer_of
 from .split import Sweep, measure_pictures, measured_rows, own_timesteps, plan_costs, split_points
-from .split_arguments import PLOT, REPORT, SplitSettings, add_arguments, plan_from_arguments
-from .split_plans import QUALITIES, Runs, best_within, merged, name_of, pareto_front, require_affordable, split_plans
+from .split_arguments import PROMPTS, SplitSettings, add_arguments, plan_from_arguments
+from .split_plans import QUALITIES, best_within, merged, name_of, pareto_front, require_affordable, split_plans
+from .split_report import PLOT, REPORT, write_report
 from .stored import store
-from .sweep_file import SweepFile
+from .strata import Runs
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "summary"]
 
+LEDGER = "sweep.jsonl"
 SEGMENTS = 5
 
 
@@ -65,56 +68,84 @@ def run(plan: SplitSettings, reporter: Reporter) -> dict[str, Any]:
         BundleError: the bundle cannot be used, or its manifest not be written.
         TandemError: a model failed, or the report cannot be written.
     """
-    with ExitStack() as entered:
-        pipeline = entered.enter_context(
-            Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache)
-        )
-        bundle, sweep = pipeline.bundle, _sweep(plan, pipeline.bundle.manifest)
-        ground = sweep.ground(bundle, pipeline.target, plan.threads)
-        folder = plan.out or cache_folder(plan.cache) / "splits" / ground.key
+    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipeline:
+        sweep = _sweep(plan, pipeline.bundle.manifest)
+        ground = sweep.ground(pipeline.bundle, pipeline.target, plan.threads)
+        folder = plan.out or cache_folder(plan.cache) / "splits" / _name_of(ground)
         check_folder((folder / REPORT, folder / PLOT), force=True, option="--out")
-        kept = entered.enter_context(SweepFile(folder, ground, discard=plan.discard))
-        rows = measured_rows(pipeline, sweep, kept)
-        costs = plan_costs(bundle.manifest, sweep, rows)
-        if plan.budget is not None:
-            require_affordable(sweep.plans, costs, plan.budget)
-        measure_pictures(pipeline, sweep, kept, reporter.progress)
-        points = split_points(sweep, kept, costs)
+        with Ledger(folder / LEDGER, ground, discard=plan.discard) as kept:
+            measured = _measured(plan, sweep, pipeline, kept, reporter)
+            result = {**_result(plan, sweep, ground, measured), "report": str(folder)}
+            with writing(folder):
+                write_report(folder, result)
+    if measured.best is None:
+        return result
+    evidence, best = _evidence(plan, sweep, ground, measured), measured.best
+    stored = store(pipeline.bundle, lambda manifest: _with_split(manifest, best.steps, evidence))
+    return {**result, "stored": {"steps": name_of(best.steps), "digest": stored.digest}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What was measured. best: the plan to store, None where no budget is given."""
+
+    rows: Mapping[str, RowTime]
+    points: tuple[SplitPoint, ...]
+    best: SplitPoint | None
+
+
+def _measured(plan: SplitSettings, sweep: Sweep, pipeline: Pipeline, kept: Ledger, reporter: Reporter) -> _Measured:
+    """Measure what `kept` lacks.
+
+    Raises:
+        CalibrationError: no plan is within the budget, which is known before a picture is painted.
+    """
+    rows = measured_rows(pipeline, sweep, kept)
+    costs = plan_costs(pipeline.bundle.manifest, sweep, rows)
+    if plan.budget is not None:
+        require_affordable(sweep.plans, costs, plan.budget)
+    measure_pictures(pipeline, sweep, kept, reporter.progress)
+    points = split_points(sweep, kept, costs)
     best = None if plan.budget is None else best_within(points, plan.budget, QUALITIES[plan.chosen_by])
-    result = {
-        **msgspec.to_builtins(ground),
-        "bundle": {"path": str(plan.bundle), "files_digest": ground.bundle},
+    return _Measured(rows, points, best)
+
+
+def _result(plan: SplitSettings, sweep: Sweep, ground: Mapping[str, Any], measured: _Measured) -> dict[str, Any]:
+    """What was measured, and on what it rests, JSON-able."""
+    return {
+        **ground,
+        "bundle": {"path": str(plan.bundle), "files_digest": ground["bundle"]},
         "prompts": len(sweep.prompts),
         "prompts_sha256": sweep.prompts_sha256,
         "seed": sweep.seed,
-        "row_times": msgspec.to_builtins(rows),
+        "row_times": msgspec.to_builtins(measured.rows),
         "chosen_by": plan.chosen_by,
         "budget": plan.budget,
-        "points": _point_facts(plan, sweep, points, best),
-        "report": str(folder),
+        "points": _point_facts(plan, sweep, measured),
     }
-    _write(folder / PLOT, drawn(result))
-    _write(folder / REPORT, msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
-    if best is None or plan.budget is None:
-        return result
-    evidence = SplitCalibration(
-        files_sha256=ground.bundle,
-        large=ground.large,
-        small=ground.small,
-        target=ground.target,
-        machine=ground.machine,
-        versions=dict(ground.versions),
-        row_times=dict(rows),
-        prompts=len(sweep.prompts),
-        prompts_sha256=sweep.prompts_sha256,
-        seed=sweep.seed,
-        scorer=ground.scorer,
-        budget=plan.budget,
-        chosen_by=plan.chosen_by,
-        points=points,
-    )
-    stored = store(bundle, lambda manifest: _with_split(manifest, best.steps, evidence))
-    return {**result, "stored": {"steps": name_of(best.steps), "digest": stored.digest}}
+
+
+def _evidence(plan: SplitSettings, sweep: Sweep, ground: Mapping[str, Any], measured: _Measured) -> SplitCalibration:
+    """What the manifest keeps of it."""
+    facts = {
+        **{name: ground[name] for name in ("large", "small", "target", "threads", "machine", "versions")},
+        "files_sha256": ground["bundle"],
+        "row_times": measured.rows,
+        "prompts": len(sweep.prompts),
+        "prompts_sha256": sweep.prompts_sha256,
+        "seed": sweep.seed,
+        "scorer": plan.scorer,
+        "scorer_sha256": None if sweep.scorer is None else sweep.scorer.sha256,
+        "budget": plan.budget,
+        "chosen_by": plan.chosen_by,
+        "points": measured.points,
+    }
+    return msgspec.convert(msgspec.to_builtins(facts), SplitCalibration)
+
+
+def _name_of(ground: Mapping[str, Any]) -> str:
+    """The folder's name in the cache, by all that the figures rest on."""
+    return hashlib.sha256(json.dumps(ground, sort_keys=True).encode()).hexdigest()
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
@@ -158,9 +189,7 @@ def _told(point: Mapping[str, Any]) -> str:
 def _sweep(plan: SplitSettings, manifest: Manifest) -> Sweep:
     """What is to be measured of a bundle."""
     large, small = _denoisers(plan, manifest)
-    prompts = read_prompts(plan.prompts, plan.column)
-    if plan.held_out is not None:
-        require_apart(prompts, read_prompts(plan.held_out, plan.column))
+    prompts = chosen_prompts(plan.prompts, plan.column, plan.count, PROMPTS, plan.held_out)
     total = plan.num_inference_steps or manifest.defaults.num_inference_steps
     distilled = own_timesteps(manifest)
     if distilled is not None and total != len(distilled):
@@ -174,9 +203,8 @@ def _sweep(plan: SplitSettings, manifest: Manifest) -> Sweep:
         large=large,
         small=small,
         plans=split_plans(large, small, total, points, given),
-        prompts=prompts[: plan.count],
+        prompts=prompts,
         seed=plan.seed,
-        scorer_name=plan.scorer,
         scorer=None if plan.scorer is None else scorer_of(plan.scorer),
         batch=plan.batch,
     )
@@ -206,20 +234,18 @@ def _given(text: str, manifest: Manifest, total: int) -> Runs:
     return runs
 
 
-def _point_facts(
-    plan: SplitSettings, sweep: Sweep, points: Sequence[SplitPoint], best: SplitPoint | None
-) -> list[dict[str, Any]]:
+def _point_facts(plan: SplitSettings, sweep: Sweep, measured: _Measured) -> list[dict[str, Any]]:
     """The points with what follows from them."""
     quality = QUALITIES[plan.chosen_by]
-    front = pareto_front([(point.cost, quality(point)[0]) for point in points])
+    front = pareto_front([(point.cost, quality(point)[0]) for point in measured.points])
     facts = []
-    for each, point, on_front in zip(sweep.plans, points, front, strict=True):
+    for each, point, on_front in zip(sweep.plans, measured.points, front, strict=True):
         accuracy = None
         if point.right is not None:
             low, high = wilson_interval(point.right, len(sweep.prompts))
             accuracy = {"share": point.right / len(sweep.prompts), "low": low, "high": high}
         stated = {"plan": each.name, "order": each.order, **msgspec.to_builtins(point), "accuracy": accuracy}
-        facts.append({**stated, "front": on_front, "best": point is best})
+        facts.append({**stated, "front": on_front, "best": point is measured.best})
     return facts
 
 
@@ -228,10 +254,3 @@ def _with_split(manifest: Manifest, steps: Runs, evidence: SplitCalibration) -> 
     defaults = msgspec.structs.replace(manifest.defaults, steps=steps, num_inference_steps=total)
     calibrations = msgspec.structs.replace(manifest.calibrations, split=evidence)
     return msgspec.structs.replace(manifest, defaults=defaults, calibrations=calibrations)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, operator.methodcaller("write", text.encode()))
-    except OSError as error:
-        raise unwritable(path, error, "--out") from error

@@ -10,8 +10,8 @@ from typing import Literal
 
 from ..runtime.calibrations import SplitPoint
 from ..runtime.errors import ArgumentError, CalibrationError
+from .strata import Runs
 
-Runs = tuple[tuple[str, int], ...]
 Order = Literal["large first", "small first", "interleaved", "given"]
 ORDERS: tuple[Order, ...] = ("large first", "small first", "interleaved")
 

@@ -6,13 +6,25 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.arguments import finite_number, thread_count
+from ..runtime.arguments import finite_number
 from ..runtime.errors import ArgumentError
+from .prompts import MAX_PROMPTS
+from .shared_arguments import (
+    add_bundle,
+    add_discard,
+    add_held_out,
+    add_place,
+    add_prompts,
+    add_scorer,
+    add_seed,
+    check_number,
+    check_shared,
+)
 from .thresholds import KINDS
 
 PROMPTS, JUDGED, CANDIDATES = 64, 100, 60
 MIN_PSNR_DB, MAX_LOSS = 30.0, 0.01
-MAX_PROMPTS = 100_000
+MAX_CANDIDATES = 100_000
 # What changes nothing until a request asks for it.
 STORED = "adaptive,hybridiff"
 DESCRIPTION = (
@@ -45,9 +57,9 @@ class GuidancePlan:
     bundle: Path
     prompts: Path
     column: str | None
-    count: int
+    count: int | None
     held_out: Path
-    judged: int
+    judged: int | None
     steps: str | None
     guidance_scale: float | None
     min_psnr_db: float | None
@@ -67,14 +79,14 @@ class GuidancePlan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt calibrate guidance`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
-    _add_prompts(parser.add_argument_group("what to paint"))
+    add_bundle(parser)
+    _add_what(parser.add_argument_group("what to paint"))
     _add_loss(parser.add_argument_group("what to look for"))
-    group = parser.add_argument_group("where to run, where to write")
-    group.add_argument(
-        "--target", default="auto", metavar="TARGET", help="backend:device[:precision], or auto (default)"
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use")
+    _add_where(parser.add_argument_group("where to run, where to write"))
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    add_place(group, cache=False)
     group.add_argument(
         "--cache",
         type=Path,
@@ -84,9 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder for figures, curves and plots"
     )
-    group.add_argument(
-        "--discard", action="store_true", help="start over where --out holds what was measured before, in any way"
-    )
+    add_discard(group)
     group.add_argument(
         "--store",
         nargs="?",
@@ -99,34 +109,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_prompts(group: argparse._ArgumentGroup) -> None:
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    add_prompts(group, "to choose with", PROMPTS)
+    add_held_out(group, required=True)
     group.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="to choose with: one a line, or a .csv or .tsv"
-    )
-    group.add_argument(
-        "--column", metavar="NAME", help="the column (default: the first there is of caption, prompt and text)"
-    )
-    group.add_argument(
-        "-n", dest="count", type=int, default=PROMPTS, metavar="N", help=f"how many, the first (default {PROMPTS})"
-    )
-    group.add_argument(
-        "--held-out", type=Path, required=True, metavar="FILE", help="to judge by: none of them may be chosen with"
-    )
-    group.add_argument(
-        "--judge", dest="judged", type=int, default=JUDGED, metavar="N", help=f"how many (default {JUDGED})"
+        "--judge",
+        dest="judged",
+        type=int,
+        metavar="N",
+        help=f"how many of these, the first ones (default: {JUDGED}, or as many as there are)",
     )
     group.add_argument(
         "--steps", "--num-inference-steps", metavar="STEPS", help="as of `generate` (default: the bundle's)"
     )
     group.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the first prompt; each next one has the next (default 0)"
-    )
+    add_seed(group)
 
 
 def _add_loss(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-psnr", dest="min_psnr_db", type=float, metavar="DB", help="see below")
-    group.add_argument("--scorer", metavar="MODULE:FUNCTION", help="see below")
+    add_scorer(group)
     group.add_argument("--max-loss", type=float, metavar="X", help="see below")
     group.add_argument(
         "--kinds", default=",".join(KINDS), metavar="KINDS", help=f"of {', '.join(KINDS)} (default: all)"
@@ -146,11 +148,9 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GuidancePlan:
     Raises:
         ArgumentError: an option's value cannot be used.
     """
-    thread_count("--threads", namespace.threads)
-    for name, option in (("count", "-n"), ("judged", "--judge"), ("candidates", "--candidates")):
-        if not 1 <= getattr(namespace, name) <= MAX_PROMPTS:
-            got = getattr(namespace, name)
-            raise ArgumentError(option, "how many", got=got, expected=f"1 to {MAX_PROMPTS}")
+    check_shared(namespace)
+    check_number("--judge", namespace.judged, MAX_PROMPTS)
+    check_number("--candidates", namespace.candidates, MAX_CANDIDATES)
     given = {name: getattr(namespace, name) for name in GuidancePlan.__slots__}
     kinds = _kinds("--kinds", namespace.kinds)
     store = _kinds("--store", namespace.store) if namespace.store else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,8 +28,8 @@ from .guidance_report import write_report
 from .guidance_runs import Painter, Series
 from .guidance_stored import store_guidance
 from .ledger import Ledger, writing
-from .prompts import read_prompts, require_apart
-from .quality import Scorer, scorer_of
+from .prompts import chosen_prompts, held_out_prompts, prompts_sha256
+from .scorers import NamedScorer, scorer_of
 from .thresholds import (
     Candidate,
     adaptive_candidate,
@@ -39,7 +38,7 @@ from .thresholds import (
     hybridiff_candidates,
     interval_candidates,
 )
-from .thresholds_arguments import GuidancePlan, add_arguments, plan_from_arguments
+from .thresholds_arguments import JUDGED, PROMPTS, GuidancePlan, add_arguments, plan_from_arguments
 
 __all__ = ["add_arguments", "plan_from_arguments", "run", "status", "summary"]
 
@@ -117,7 +116,7 @@ class _Job:
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
     loss: Loss
-    scorer: Scorer | None
+    scorer: NamedScorer | None
 
     @property
     def full(self) -> int:
@@ -134,25 +133,21 @@ class _Job:
             "versions": {"tandemrt": version("tandemrt"), backend: installed_version(backend)},
             "plan": self.compiled.facts(),
             "seed": plan.seed,
-            "scorer": plan.scorer,
+            "scorer": None if self.scorer is None else self.scorer.facts(),
             "prompts": _prompt_facts(self.prompts),
             "held_out": _prompt_facts(self.held_out),
         }
 
 
 def _prompt_facts(prompts: Sequence[str]) -> dict[str, Any]:
-    return {
-        "count": len(prompts),
-        "sha256": hashlib.sha256("".join(f"{one}\n" for one in prompts).encode()).hexdigest(),
-    }
+    return {"count": len(prompts), "sha256": prompts_sha256(prompts)}
 
 
 def _job(plan: GuidancePlan, pipe: Pipeline) -> _Job:
     """All that can be refused before a model is loaded."""
     manifest = pipe.bundle.manifest
-    prompts = read_prompts(plan.prompts, plan.column)[: plan.count]
-    held_out = read_prompts(plan.held_out)[: plan.judged]
-    require_apart(prompts, held_out)
+    prompts = chosen_prompts(plan.prompts, plan.column, plan.count, PROMPTS, plan.held_out)
+    held_out = held_out_prompts(plan.held_out, plan.prompts, plan.column, plan.judged, JUDGED)
     steps = None if plan.steps is None else parse_steps(plan.steps, manifest.names("denoiser"))
     whole = Schedule(steps=steps, guidance_scale=plan.guidance_scale, guidance_interval=(0.0, 1.0))
     compiled = compile_plan(manifest, whole)

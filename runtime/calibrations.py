@@ -41,13 +41,15 @@ class SplitCalibration(_Record, frozen=True, kw_only=True):
 
     `files_sha256` is `Manifest.files_digest` as it was: where it is no longer, other models have taken its place.
     `row_times` are by denoiser, with ` unguided` behind it where one branch of guidance ran. `prompts_sha256` is of the
-    prompts with line breaks between them; prompt i had `seed` + i. `machine` is what it ran on.
+    prompts, one a line; prompt i had `seed` + i. `machine` is what it ran on, `threads` how many a model was given,
+    None where the backend chose. `scorer_sha256` is of the scorer's source.
     """
 
     files_sha256: str
     large: str
     small: str
     target: str
+    threads: int | None
     machine: tuple[str, ...]
     versions: dict[str, str]
     row_times: dict[str, RowTime]
@@ -55,6 +57,7 @@ class SplitCalibration(_Record, frozen=True, kw_only=True):
     prompts_sha256: str
     seed: int
     scorer: str | None
+    scorer_sha256: str | None
     budget: float
     chosen_by: QualityMeasure
     points: tuple[SplitPoint, ...]
@@ -64,16 +67,19 @@ class GuidanceCalibration(_Record, frozen=True, kw_only=True):
     """What a stored way to leave guidance out came to, on `held_out` prompts that it was not chosen with.
 
     `numbers` are what is stored, chosen with `prompts` prompts for a plan of these runs of `steps` and this guidance.
+    `files_sha256`, `threads`, `machine`, `prompts_sha256` and `scorer_sha256` are as in `SplitCalibration`.
     A way was good enough where the PSNR of the pictures' mean squared error to full guidance is `min_psnr_db`, and
     where the share of pictures that `scorer` lets pass is lower by `max_lost`, at most; either may be absent.
     `branches`: runs of one branch of the denoiser a picture, the mean, of `full_branches` with full guidance.
     `time_ratio`: the time of the rows by that with full guidance in the same turn, the median.
     """
 
+    files_sha256: str
     numbers: dict[str, float]
     steps: tuple[tuple[str, int], ...]
     guidance_scale: float
     target: str
+    threads: int | None
     machine: tuple[str, ...]
     versions: dict[str, str]
     seed: int
@@ -83,6 +89,7 @@ class GuidanceCalibration(_Record, frozen=True, kw_only=True):
     held_out_sha256: str
     min_psnr_db: float | None
     scorer: str | None
+    scorer_sha256: str | None
     max_lost: float | None
     branches: float
     full_branches: int
@@ -101,3 +108,9 @@ class Calibrations(_Record, frozen=True, kw_only=True):
 
     split: SplitCalibration | None = None
     guidance: dict[str, GuidanceCalibration] = {}
+
+    def outdated(self, files_digest: str) -> tuple[str, ...]:
+        """What was measured with other files than those with this `Manifest.files_digest`: `split`, or of guidance."""
+        split = {} if self.split is None else {"split": self.split.files_sha256}
+        measured = {**split, **{name: one.files_sha256 for name, one in self.guidance.items()}}
+        return tuple(name for name, files_sha256 in measured.items() if files_sha256 != files_digest)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
+from ..guidance_defaults import stored_interval
 from ..lora_files import read_lora
 from ..manifest import Manifest, file_sha256
 from ..output import Output
@@ -26,7 +27,7 @@ from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
-from .generate_told import guidance_line, plan_lines, summary
+from .generate_told import guidance_line, outdated_line, plan_lines, summary
 from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, png_facts, unwritable, write_picture
 from .reporter import Reporter
@@ -54,6 +55,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
             "plan": checked.compiled.facts(),
+            "outdated": list(_outdated(plan, pipe.bundle.manifest)),
             "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
             "files": [str(path) for path in files] if seeded else None,
         }
@@ -89,6 +91,8 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
         }
+        for name in _outdated(plan, pipe.bundle.manifest):
+            reporter.warn(outdated_line(name))
         for dropped in checked.dropped_text:
             reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
         job, count = _Job(plan, pipe, checked.pictures.arguments(), facts, reporter), len(checked.named)
@@ -207,9 +211,28 @@ def _own_steps(plan: GeneratePlan, manifest: Manifest) -> tuple[tuple[str, int],
     return None if named else defaults.steps
 
 
+def _interval(plan: GeneratePlan, manifest: Manifest) -> tuple[float, float] | None:
+    """The interval asked for, or the bundle's, where it holds for this guidance and placement."""
+    if plan.guidance_interval is not None or manifest.defaults.guidance_interval is None:
+        return plan.guidance_interval
+    return stored_interval(manifest, plan.guidance, plan.placement)
+
+
+def _outdated(plan: GeneratePlan, manifest: Manifest) -> tuple[str, ...]:
+    """The calibrations that give this run its defaults, and were measured with other models than the bundle's."""
+    fixed = plan.guidance == "fixed" and plan.placement != "hybridiff"
+    used = {
+        "split": plan.steps is None and _own_steps(plan, manifest) is not None,
+        "interval": fixed and plan.guidance_interval is None,
+        "adaptive": plan.guidance == "adaptive",
+        "hybridiff": plan.placement == "hybridiff",
+    }
+    return tuple(name for name in manifest.calibrations.outdated(manifest.files_digest) if used.get(name))
+
+
 def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:
     """For each prompt the arguments of `Request` that decide its pictures, but for pictures; JSON-able."""
-    steps, interval = _own_steps(plan, manifest), plan.guidance_interval or manifest.defaults.guidance_interval
+    steps, interval = _own_steps(plan, manifest), _interval(plan, manifest)
     return [
         {
             "prompt": prompt,

@@ -7,6 +7,14 @@ from typing import Any
 
 from ..plan import Plan
 
+# What each calibration gives a run, and which command measures it.
+_CALIBRATED = {
+    "split": ("split of the steps", "split"),
+    "interval": ("guidance interval", "guidance"),
+    "adaptive": ("adaptive guidance", "guidance"),
+    "hybridiff": ("window of hybridiff", "guidance"),
+}
+
 
 def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """What `--print-plan` shows of `plan_facts`: bundle, target and plan, then every prompt with its files."""
@@ -16,6 +24,7 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     steps, rows = ", ".join(f"{count} of {name}" for name, count in plan["steps"]), len(plan["timesteps"])
     yield f"steps: {steps}; {plan['solver']}, {rows} model calls, time steps {_ends(plan['timesteps'])}"
     yield f"guidance: {_guidance(plan, rows)}"
+    yield from map(outdated_line, facts["outdated"])
     yield from (f"{name}: {picture}" for name, picture in _named(facts["pictures"]))
     scales = facts["requests"][0]["loras"] or {}
     yield from (f"LoRA {path}, times {scales[path]:g}" for path in facts["loras"])
@@ -55,6 +64,14 @@ def guidance_line(plan: Plan, tried: Mapping[str, float]) -> str:
     times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in tried.items())
     chosen = f" ({times} a row when auto tried them)" if tried else ""
     return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{chosen}{window}"
+
+
+def outdated_line(name: str) -> str:
+    """What is said where a default was measured with other models. name: of `Calibrations.outdated`."""
+    what, command = _CALIBRATED[name]
+    return (
+        f"the bundle's {what} was measured with other models than it has now: run `tandemrt calibrate {command}` again"
+    )
 
 
 def _guidance(plan: Mapping[str, Any], rows: int) -> str:

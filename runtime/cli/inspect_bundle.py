@@ -21,6 +21,7 @@ from .columns import aligned
 from .inspect_engines import engine_facts, engine_lines
 from .reporter import Reporter
 
+_OTHER_MODELS = "; measured with other models than these"
 EPILOG = """\
 examples:
   tandemrt inspect bundle/
@@ -79,6 +80,7 @@ def run(plan: InspectPlan, reporter: Reporter) -> dict[str, Any]:
         "digest": bundle.digest,
         "files": len(manifest.files),
         "files_digest": manifest.files_digest,
+        "outdated": list(manifest.calibrations.outdated(manifest.files_digest)),
         "size_bytes": sum(record.size for record in manifest.files.values()),
         **facts,
         "components": components,
@@ -140,15 +142,23 @@ def _steps(defaults: Mapping[str, Any]) -> str:
 
 def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, str]]:
     """What was measured for the defaults, a row each."""
-    split = result["calibrations"]["split"]
+    split, outdated = result["calibrations"]["split"], result["outdated"]
     if split is not None:
         chosen = next((point for point in split["points"] if point["steps"] == steps), None)
         cost = "" if chosen is None else f"; the default costs {chosen['cost']:.2f} of {split['large']} alone"
-        others = "" if split["files_sha256"] == result["files_digest"] else "; measured with other models than these"
-        yield (
-            "split",
-            (f"of {len(split['points'])} plans, {split['prompts']} prompts, on {split['target']}{cost}{others}"),
-        )
+        told = f"of {len(split['points'])} plans, {split['prompts']} prompts, on {_where(split)}{cost}"
+        yield "split", told + _OTHER_MODELS * ("split" in outdated)
+    for name, one in result["calibrations"]["guidance"].items():
+        saved = 1 - one["branches"] / one["full_branches"]
+        told = f"{saved:.1%} of the branches' runs saved at {one['psnr_db']:.1f} dB to full guidance"
+        told += f", {one['held_out']} held-out prompts, guidance {one['guidance_scale']:g}, on {_where(one)}"
+        yield name, told + _OTHER_MODELS * (name in outdated)
+
+
+def _where(measured: Mapping[str, Any]) -> str:
+    """The target that something was measured on, and how many threads, where that was said."""
+    threads = measured["threads"]
+    return str(measured["target"]) + ("" if threads is None else f", {threads} thread{'s' * (threads != 1)}")
 
 
 def _distilled(defaults: Mapping[str, Any]) -> str:

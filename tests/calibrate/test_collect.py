@@ -329,7 +329,7 @@ def test_every_family_s_inputs_are_kept(
     ("arguments", "words"),
     [
         (("-n", 7), "prompts.txt: prompts, got 6, expected -n 7. Give -n 6, or more prompts."),
-        (("-n", 0), "-n: number of prompts, got 0, expected 1 to 100000."),
+        (("-n", 0), "-n: not usable, got 0, expected 1 to 100000."),
         (("-n", 1), "-n: number of prompts, got 1, expected 2 or more, one for each of unet, unet_small."),
         (("--rows", 0), "--rows: number of rows, got 0, expected 1 or more."),
         (("--steps", "0"), "number of steps in all, got 0"),

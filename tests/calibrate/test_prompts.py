@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from tandemrt.calibrate.prompts import read_prompts, require_apart
+from tandemrt.calibrate.prompts import chosen_prompts, held_out_prompts, prompts_sha256, read_prompts, require_apart
 from tandemrt.runtime.errors import ArgumentError
 
 
@@ -86,3 +87,30 @@ def test_held_out_prompts_are_kept_apart_in_whatever_case_and_space() -> None:
     require_apart(["a red circle"], ["a red circles", "red circle"])
     with pytest.raises(ArgumentError, match="held out and calibrated with: 2 of them, the first is 'A red  circle'"):
         require_apart(["x", "A red  circle", "y"], ["a  RED circle", "Y", "z"])
+
+
+def test_the_first_prompts_are_chosen(tmp_path: Path) -> None:
+    path = written(tmp_path, "red\nblue\nRED\ngreen\n", "prompts.txt")
+    assert chosen_prompts(path, None, 2, 64) == ("red", "blue")
+    assert chosen_prompts(path, None, None, 2) == ("red", "blue")
+    assert chosen_prompts(path, None, None, 64) == chosen_prompts(path, None, None, None) == ("red", "blue", "green")
+    with pytest.raises(ArgumentError, match=r"prompts, got 3, expected -n 4\. Give -n 3, or more prompts"):
+        chosen_prompts(path, None, 4, 2)
+
+
+def test_what_is_held_out_is_of_the_prompts_that_are_chosen(tmp_path: Path) -> None:
+    """A column holds for both files where they are of one kind."""
+    path = written(tmp_path, "said,text\nred,x\nblue,y\n", "prompts.csv")
+    for name, content in (("held.csv", "text,said\nz,BLUE\n"), ("held.txt", "Blue\n")):
+        held_out = written(tmp_path, content, name)
+        assert chosen_prompts(path, "said", 1, 64, held_out) == ("red",)
+        with pytest.raises(ArgumentError, match="1 of them, the first is 'blue'"):
+            chosen_prompts(path, "said", None, 64, held_out)
+    assert held_out_prompts(tmp_path / "held.csv", path, "said") == ("BLUE",)
+    with pytest.raises(ArgumentError, match=r"prompts, got 1, expected --judge 2"):
+        held_out_prompts(tmp_path / "held.csv", path, "said", 2)
+
+
+def test_the_digest_of_prompts_is_that_of_a_file_of_them() -> None:
+    assert prompts_sha256(["red", "blau ü"]) == hashlib.sha256("red\nblau ü\n".encode()).hexdigest()
+    assert prompts_sha256(["red", "blue"]) != prompts_sha256(["red\nblue", ""])

@@ -1,17 +1,13 @@
-"""Measures of quality: against values computed elsewhere, and scorers that are asked for by name."""
+"""Measures of quality: against values computed elsewhere."""
 
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tandemrt.bench.shapes.scenes import render, scenes
-from tandemrt.calibrate.quality import latent_error, psnr_db, scorer_of, ssim, wilson_interval
-from tandemrt.runtime.errors import ArgumentError
+from tandemrt.calibrate.quality import latent_error, psnr_db, ssim, wilson_interval
 
 
 def waves(phase: float) -> np.ndarray:
@@ -68,42 +64,3 @@ def test_wilson_interval_is_the_published_one():
     }
     for (successes, trials), interval in published.items():
         assert wilson_interval(successes, trials) == pytest.approx(interval, abs=5e-5)
-
-
-def test_the_shapes_scorer_is_found_by_its_name():
-    chosen = scenes(3, 3, "held_out")
-    pictures = np.stack([render(scene) for scene in chosen])
-    scorer = scorer_of("tandemrt.bench.shapes.checker:shows")
-    assert scorer([scene.caption for scene in chosen], pictures) == (True, True, True)
-    with pytest.raises(ArgumentError, match="no caption of the shapes family"):
-        scorer(["a castle"], pictures[:1])
-
-
-def test_a_scorer_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_scores.py").write_text(
-        "def bright(prompts, pictures):\n    return [p.mean() > 127 for p in pictures]\n"
-    )
-    path = list(sys.path)
-    scorer = scorer_of("own_scores:bright")
-    pictures = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255)])
-    assert scorer(["a", "b"], pictures) == (False, True)
-    assert sys.path == path
-    with pytest.raises(ArgumentError, match="how many answers it gave, got 2, expected 1"):
-        scorer(["a"], pictures)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tandemrt.bench.shapes.checker", "not a scorer"),
-        ("os; x:y", "not a scorer"),
-        ("tandemrt.bench.shapes.checker:", "not a scorer"),
-        ("tandemrt.bench.shapes.checker:sees", "no function sees"),
-        ("tandemrt.bench.shapes.checker:MINIMUM_IOU", "no function MINIMUM_IOU"),
-        ("no_such_module:shows", "cannot be imported .ModuleNotFoundError"),
-    ],
-)
-def test_what_is_no_scorer_is_refused(text, message):
-    with pytest.raises(ArgumentError, match=message):
-        scorer_of(text)

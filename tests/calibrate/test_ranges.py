@@ -69,6 +69,14 @@ def test_parts_that_fit_the_memory_find_the_same(block: Path) -> None:
         np.testing.assert_array_equal(whole.values[name].histogram.counts, parts.values[name].histogram.counts)
 
 
+def test_progress_never_tells_of_more_than_there_is(block: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    few = Limits(least_samples=3, most_bytes=1, threads=1)
+    collect_ranges(block, {"normal": True, "attended": True}, samples_of(5), few, lambda *one: told.append(one))
+    assert all(done <= total for _, done, total in told)
+    assert {(done, total) for label, done, total in told if "part 2" in label} == {(at, 5) for at in range(6)}
+
+
 def test_a_range_grows_with_what_comes(block: Path) -> None:
     """A histogram is of the same width and counts whichever sample came first."""
     growing = [{**next(samples_of(1, seed)()), "timestep": np.array([10.0**seed], np.float32)} for seed in range(4)]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tandemrt.calibrate.svg import COLORS, Axis, Chart
+from tandemrt.calibrate.svg import COLORS, Axis, Chart, Marker, side_by_side
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -16,8 +16,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 def test_a_chart_is_well_formed_and_shows_what_it_was_given() -> None:
     chart = Chart("a < b & c", Axis("rows", 0, 10), Axis("dB", 20, 40))
     chart.line([(0, 20), (10, 40)], COLORS[0])
-    chart.dot((5, 30), COLORS[1], 'a "dot" <here>', filled=False)
-    chart.legend("one", COLORS[0])
+    chart.mark((5, 30), Marker(COLORS[1], filled=False), 'a "dot" <here>', label="5 & 30")
+    chart.legend("one", Marker(COLORS[0], "square"))
     root = ElementTree.fromstring(str(chart))
     assert root.attrib["aria-label"] == "a < b & c"
     (line,) = root.findall(f"{SVG}polyline")
@@ -25,7 +25,20 @@ def test_a_chart_is_well_formed_and_shows_what_it_was_given() -> None:
     (dot,) = root.findall(f"{SVG}circle")
     assert (dot.attrib["cx"], dot.attrib["cy"]) == ("382.0", "202.0")
     assert [title.text for title in dot] == ['a "dot" <here>']
-    assert "one" in [text.text for text in root.findall(f"{SVG}text")]
+    texts = {text.text for text in root.findall(f"{SVG}text")}
+    assert {"one", "5 & 30"} <= texts
+    assert len(root.findall(f"{SVG}polygon")) == 1
+
+
+def test_charts_stand_side_by_side() -> None:
+    charts = [Chart(title, Axis("x", 0, 1), Axis("y", 0, 1), width=width) for title, width in (("a", 300), ("b", 200))]
+    root = ElementTree.fromstring(side_by_side(charts))
+    inner = root.findall(f"{SVG}svg")
+    assert root.attrib["viewBox"].split()[2] == "500"
+    assert [(one.attrib["x"], one.attrib["width"], one.attrib["aria-label"]) for one in inner] == [
+        ("0", "300", "a"),
+        ("300", "200", "b"),
+    ]
 
 
 @example(1.0, 120001.0)

@@ -133,7 +133,7 @@ def test_a_loss_that_nothing_keeps_to_is_told(folder: Path, capsys: pytest.Captu
         (("--kinds", "interval,taus"), "--kinds: unknown kind, got 'taus'"),
         (("--kinds", "interval", "--store"), "--store: not measured"),
         (("--kinds", "adaptive", "--store", "interval"), "--store: not measured"),
-        (("--candidates", "0"), "--candidates: how many, got 0"),
+        (("--candidates", "0"), "--candidates: not usable, got 0"),
         (("--scorer", "no_such_module:f"), "--scorer"),
         (("--held-out", "PROMPTS"), "held out and calibrated with: 3 of them, the first is 'red'"),
     ],

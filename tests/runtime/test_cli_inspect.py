@@ -67,8 +67,9 @@ def test_inspect_tells_the_split_that_runs_by_default(bundle: Path, capsys: pyte
     point = SplitPoint(steps=(("unet", 4), ("unet_small", 6)), cost=0.58, latent_error=0.1, psnr_db=20.0, ssim=0.9)
     split = SplitCalibration(
         files_sha256=Bundle.open(bundle).manifest.files_digest,
-        large="unet", small="unet_small", target="onnxruntime:cpu:fp32", machine=(), versions={}, row_times={},
-        prompts=64, prompts_sha256="0" * 64, seed=0, scorer=None, budget=0.6, chosen_by="latent_error", points=(point,),
+        large="unet", small="unet_small", target="onnxruntime:cpu:fp32", threads=2, machine=(), versions={},
+        row_times={}, prompts=64, prompts_sha256="0" * 64, seed=0, scorer=None, scorer_sha256=None, budget=0.6,
+        chosen_by="latent_error", points=(point,),
     )  # fmt: skip
 
     def stored(manifest: Manifest) -> Manifest:
@@ -80,7 +81,7 @@ def test_inspect_tells_the_split_that_runs_by_default(bundle: Path, capsys: pyte
     stdout = capsys.readouterr().out
     assert "other models" not in stdout
     assert "10 steps (unet 4, unet_small 6)" in stdout
-    assert "of 1 plans, 64 prompts, on onnxruntime:cpu:fp32; the default costs 0.58 of unet alone" in stdout
+    assert "of 1 plans, 64 prompts, on onnxruntime:cpu:fp32, 2 threads; the default costs 0.58 of unet alone" in stdout
     (bundle / "model_index.json").write_text("{}")
     resign(bundle)
     assert main(["inspect", str(bundle)]) == 0

@@ -1,0 +1,97 @@
+"""Scorers are found by their names, and known by their source."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandemrt.bench.shapes import checker
+from tandemrt.bench.shapes import scenes as shapes_scenes
+from tandemrt.bench.shapes.scenes import render, scenes
+from tandemrt.calibrate import scorers
+from tandemrt.calibrate.scorers import scorer_of
+from tandemrt.runtime.errors import ArgumentError
+
+
+def test_the_shapes_scorer_is_found_by_its_name():
+    chosen = scenes(3, 3, "held_out")
+    pictures = np.stack([render(scene) for scene in chosen])
+    scorer = scorer_of("tandemrt.bench.shapes.checker:shows")
+    assert scorer([scene.caption for scene in chosen], pictures) == (True, True, True)
+    with pytest.raises(ArgumentError, match="no caption of the shapes family"):
+        scorer(["a castle"], pictures[:1])
+
+
+def test_a_scorer_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_scores.py").write_text(
+        "def bright(prompts, pictures):\n    return [p.mean() > 127 for p in pictures]\n"
+    )
+    path = list(sys.path)
+    scorer = scorer_of("own_scores:bright")
+    pictures = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255)])
+    assert scorer(["a", "b"], pictures) == (False, True)
+    assert sys.path == path
+    with pytest.raises(ArgumentError, match="how many answers it gave, got 2, expected 1"):
+        scorer(["a"], pictures)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tandemrt.bench.shapes.checker", "not a scorer"),
+        ("os; x:y", "not a scorer"),
+        ("tandemrt.bench.shapes.checker:", "not a scorer"),
+        ("tandemrt.bench.shapes.checker:sees", "no function sees"),
+        ("tandemrt.bench.shapes.checker:MINIMUM_IOU", "no function MINIMUM_IOU"),
+        ("no_such_module:shows", "cannot be imported .ModuleNotFoundError"),
+    ],
+)
+def test_what_is_no_scorer_is_refused(text, message):
+    with pytest.raises(ArgumentError, match=message):
+        scorer_of(text)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with a scorer that uses a module and a package beside it, and one that it does not use."""
+    (tmp_path / "my_scores.py").write_text(
+        "import my_limits\n\ndef bright(prompts, pictures):\n    from my_net.layers import add\n    return []\n"
+    )
+    (tmp_path / "my_limits.py").write_text("LIMIT = 127\n")
+    (tmp_path / "my_net").mkdir()
+    (tmp_path / "my_net" / "__init__.py").touch()
+    (tmp_path / "my_net" / "layers.py").write_text("from . import sums\nadd = sums.add\n")
+    (tmp_path / "my_net" / "sums.py").write_text("def add(): pass\n")
+    (tmp_path / "others.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["my_scores.py", "my_limits.py", "my_net/layers.py", "my_net/sums.py"])
+def test_a_scorer_that_was_changed_is_another_one(here: Path, name: str) -> None:
+    """Whatever of its own it uses, and wherever it imports that."""
+    before = scorer_of("my_scores:bright")
+    assert (before.name, len(before.sha256)) == ("my_scores:bright", 64)
+    (here / "others.py").write_text("x = 2\n")
+    assert scorer_of("my_scores:bright").sha256 == before.sha256
+    (here / name).write_text((here / name).read_text() + "# other\n")
+    importlib.invalidate_caches()
+    assert scorer_of("my_scores:bright").sha256 != before.sha256
+
+
+def test_the_shapes_scorer_is_knmy_by_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    digest = scorers.file_sha256
+    monkeypatch.setattr(scorers, "file_sha256", lambda path: read.append(path) or digest(path))
+    scorer_of("tandemrt.bench.shapes.checker:shows")
+    assert {Path(checker.__file__), Path(shapes_scenes.__file__)} <= set(read)
+    assert all(path.parent == Path(checker.__file__).parent for path in read)
