@@ -18,6 +18,7 @@ from .quality import Pixels, Scorer, psnr_db
 from .ranges import silent
 from .strata import Runs
 
+NO_PROMPTS = ("",)  # what is painted where none are given: the empty one, which no file of prompts holds
 _PIXELS_AT_ONCE = 1 << 17  # of the pictures that are painted together: 32 of 64x64, one of 512x512
 
 
@@ -100,6 +101,7 @@ class Judge:
             "bundle": self._bundle.digest,
             "prompts": len(pictures),
             "prompts_sha256": self._painting.prompts_sha256,
+            "held_out": self._painting.prompts != NO_PROMPTS,
             "painted": f"{way}, {references.shape[2]}x{references.shape[1]}, {self._target}",
         }
         pairs = zip(pictures, references, strict=True)

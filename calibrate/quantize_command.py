@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ..runtime.bundle import Bundle
-from ..runtime.cli.inspect_bundle import size_text
+from ..runtime.cli.inspect_bundle import prompts_text, size_text
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import origin_of, weights_of
 from ..runtime.errors import ArgumentError, CalibrationError
@@ -21,7 +21,7 @@ from ..runtime.plan_steps import parse_steps
 from ..runtime.staging import require_free
 from .budget import fewest_kept
 from .derived import Derived, require_another
-from .judged import Judge, Painting, Way, missed, ways_of
+from .judged import NO_PROMPTS, Judge, Painting, Way, missed, ways_of
 from .prompts import chosen_prompts, require_apart
 from .quantize_arguments import PROMPTS, QuantizePlan, add_arguments, plan_from_arguments
 from .quantizers import FORMATS, NEEDS_SAMPLES, TOOLS, Quantizer, Work, layer_names
@@ -74,6 +74,7 @@ def plan_facts(plan: QuantizePlan) -> dict[str, Any]:
             for name in job.names
         },
         "prompts": len(job.painting.prompts),
+        "held_out": job.painting.prompts != NO_PROMPTS,
         "target": plan.target,
         "budget": {"min_psnr_db": plan.budget.min_psnr_db, "min_accuracy": plan.budget.min_accuracy},
     }
@@ -86,7 +87,8 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         kept = f", {len(one['kept'])} of them kept" if one["kept"] else ""
         samples = "" if one["samples"] is None else f", {one['samples']} samples"
         yield f"{name}: {one['layers']} layers{kept}{samples}; painted with {'; '.join(one['painted'])}"
-    yield f"judged by {facts['prompts']} prompts on {facts['target']}"
+    judged = f"{facts['prompts']} held-out prompts" if facts["held_out"] else "the empty prompt, as none are given,"
+    yield f"judged by {judged} on {facts['target']}"
 
 
 def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         for loss in one["losses"]:
             beside = "" if loss["reference"] is None else f", the float bundle's {loss['reference']:.1%}"
             value = f"{loss['value']:.1f} dB" if loss["metric"] == "psnr_db" else f"{loss['value']:.1%}"
-            yield f"  {loss['metric']} {value}{beside}, {loss['prompts']} prompts, {loss['painted']}"
+            yield f"  {loss['metric']} {value}{beside}, {prompts_text(loss)}, {loss['painted']}"
     yield f"{result['out']}: digest {result['digest']}"
 
 
@@ -265,7 +267,7 @@ def _keep(plan: QuantizePlan, bundle: Bundle, names: Sequence[str]) -> dict[str,
 def _prompts(plan: QuantizePlan, trajectories: Trajectories | None) -> tuple[str, ...]:
     """Those to judge by, none of which was calibrated with."""
     if plan.prompts is None:
-        return ("",)
+        return NO_PROMPTS
     prompts = chosen_prompts(plan.prompts, plan.column, plan.count, PROMPTS)
     if trajectories is not None:
         require_apart(trajectories.prompts, prompts)

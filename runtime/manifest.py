@@ -83,13 +83,14 @@ class SchedulerDefaults(Frozen, frozen=True, kw_only=True):
 
 
 class Loss(Frozen, frozen=True, kw_only=True):
-    """What quantization took, by pictures of held-out prompts, painted from the same noise as the float bundle's.
+    """What quantization took, by pictures of prompts that were painted from the same noise as the float bundle's.
 
     `metric`: `psnr_db`, the median PSNR of the quantized bundle's pictures to the float bundle's; or `accuracy`, the
     share of its pictures that a scorer accepts, of which `reference` is the float bundle's.
     `at_least` is the budget that had to hold, None where none was asked for.
     `bundle` is the float bundle's digest; there were so many `prompts`, `prompts_sha256` is that of their lines;
-    `painted` says how: target, denoiser and its steps, decoder, guidance, size.
+    `held_out` is off where none were given, and the empty prompt alone was painted; `painted` says how: target,
+    denoiser and its steps, decoder, guidance, size.
     """
 
     metric: Literal["psnr_db", "accuracy"]
@@ -99,6 +100,7 @@ class Loss(Frozen, frozen=True, kw_only=True):
     bundle: str
     prompts: int
     prompts_sha256: str
+    held_out: bool = True
     painted: str
 
     @property

@@ -180,6 +180,11 @@ def _guidance(defaults: Mapping[str, Any]) -> Iterator[str]:
         yield "; ".join(told)
 
 
+def prompts_text(loss: Mapping[str, Any]) -> str:
+    """What a loss of quantization was judged by."""
+    return f"{loss['prompts']} held-out prompts" if loss["held_out"] else "the empty prompt, as none were given"
+
+
 def size_text(size_bytes: int) -> str:
     """A size in kB, MB or GB, powers of ten."""
     unit, divisor = next(
@@ -242,7 +247,7 @@ def _quantized(quantization: Mapping[str, Any]) -> str:
         value = f"{loss['value']:.1f} dB" if loss["metric"] == "psnr_db" else f"{loss['value']:.1%}"
         beside = "" if loss["reference"] is None else f" beside the float bundle's {loss['reference']:.1%}"
         asked = "" if loss["at_least"] is None else f", at least {loss['at_least']:.4g} asked for"
-        told.append(f"{loss['metric']} {value}{beside}{asked}, {loss['prompts']} held-out prompts, {loss['painted']}")
+        told.append(f"{loss['metric']} {value}{beside}{asked}, {prompts_text(loss)}, {loss['painted']}")
     return "; ".join(told)
 
 

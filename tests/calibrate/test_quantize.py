@@ -63,13 +63,20 @@ def test_int8_is_published_with_what_it_took(tiny: Path, tmp_path: Path, capsys:
     assert "not compared with PyTorch: unet, which is quantized" in capsys.readouterr().out
 
 
-def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path) -> None:
+def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (tiny / "bundle", "--out", tmp_path / "out", "--component", "unet", "--format", "int8-weights")
     assert main(command(*words, "--steps", 2)) == 0
     quantization = Bundle.open(tmp_path / "out").component("unet").quantization
     assert quantization is not None
     assert quantization.trajectories is None
     assert quantization.losses[0].painted.startswith("unet 2, ")
+    # The empty prompt is not passed off as one that was held out.
+    assert (quantization.losses[0].prompts, quantization.losses[0].held_out) == (1, False)
+    assert "dB, the empty prompt, as none were given, unet 2" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "dB, the empty prompt, as none were given, unet 2" in shown
+    assert "held-out" not in shown
     assert main(command(*words, "--steps", 2)) == 1
     assert main(command(*words, "--steps", 3, "--force")) == 0
     assert main(command(tmp_path / "out", "--out", tmp_path / "again", *words[3:])) == 2
