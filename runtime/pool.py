@@ -21,7 +21,8 @@ class Pool:
     """What generations left, those that were used last at the end; safe to share between threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Garbage may be collected while it is held, and a stream in it be closed, which gives back what it has leased.
+        self._lock = threading.RLock()
         self._left: list[Things] = []
         self._closed = False
 
@@ -43,8 +44,11 @@ class Pool:
     def adopt(self, key: Hashable) -> Things:
         """All that one generation left, which had something of this key if any had; it is the caller's then."""
         with self._lock:
-            having = [index for index, left in enumerate(self._left) if any(one == key for one, _ in left)]
-            return self._left.pop(having[-1] if having else -1) if self._left else []
+            last_used = [*reversed(self._left)]
+            having = (left for left in last_used if any(one == key for one, _ in left))
+            adopted = next(having, last_used[0] if last_used else None)
+            self._left = [left for left in self._left if left is not adopted]
+            return adopted or []
 
     def keep(self, things: Things) -> None:
         """Take back what a generation leaves, with the keys it was had under."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,3 +171,32 @@ def test_as_much_is_kept_as_generations_use_at_once() -> None:
     with pool.lease() as lease:
         lease.take("late", object)
     assert pool._left == []
+
+
+def test_a_stream_that_is_collected_as_garbage_may_give_back_at_any_moment(pipe: Pipeline) -> None:
+    """Also to a pool that the collecting thread is looking through: it does not wait for itself."""
+
+    class Collecting:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            return gc.collect() < 0
+
+    pipe(**HYBRID)
+    gc.disable()
+    try:
+        stream = pipe.stream(**HYBRID)
+        next(stream)
+        put_aside = weakref.ref(stream)
+        cycle = [stream]
+        cycle.append(cycle)  # type: ignore[arg-type]
+        del stream, cycle
+        pool, pipe._pool = pipe._pool, Pool()  # the pipeline's closing need not wait for one that is stuck
+        pool.keep([("left", object())])
+        looking = threading.Thread(target=pool.adopt, args=(Collecting(),), daemon=True)
+        looking.start()
+        looking.join(60)
+        assert not looking.is_alive()
+        assert put_aside() is None
+    finally:
+        gc.enable()
