@@ -76,11 +76,15 @@ class _UnderWay:
         self._begun.popleft()
         return made
 
-    def close(self) -> None:
-        """Cancel all, and have each let go of what it has."""
+    def cancel(self) -> None:
+        """Have all end as soon as they can."""
         for part in self._parts:
             part.drop()
         self._cancelled.set()
+
+    def close(self) -> None:
+        """Cancel all, and have each let go of what it has."""
+        self.cancel()
         for part in self._parts:
             part.close()
         while self._begun:  # none is left behind here, which an error's traceback holds
@@ -93,15 +97,22 @@ def overlapped(generations: Iterable[Begin]) -> Iterator[Output]:
     """What generations make, in their order; three at most are under way, each in another part.
 
     generations: each is begun by a call with an event that cancels it; the next is asked for when there is room. An
-    error, also of the iterable itself, is raised in its turn, and ends the others; so does closing the iterator.
+    error, also of the iterable itself, is raised in its turn, and ends the others. Closing the iterator cancels them,
+    and waits for none.
     """
     under_way, failed = _UnderWay(), list[TandemError]()
     try:
         yield from _outputs(generations, under_way)
+    except GeneratorExit:
+        # Put aside, it may be garbage that is collected amid anything, also on a thread that what runs waits for.
+        under_way.cancel()
+        raise
     except TandemError as error:
         failed.append(error.again())  # apart from what ran, whose memory a next try may need
-    finally:
+    except BaseException:
         under_way.close()
+        raise
+    under_way.close()
     if failed:
         raise failed.pop()  # held by no frame of its own traceback
 

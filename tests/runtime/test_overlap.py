@@ -185,6 +185,38 @@ def test_what_has_not_begun_when_one_fails_never_does() -> None:
     assert begun == ["first", "second"]
 
 
+def test_what_is_put_aside_is_cancelled_and_not_waited_for() -> None:
+    """As garbage it may be collected on a thread that holds a lock which the next request waits for."""
+    lock, begun, ended = threading.Lock(), threading.Event(), threading.Event()
+
+    def first(_: threading.Event) -> Events:
+        yield Stage.ENCODED
+        assert begun.wait(60)
+        yield Stage.SAMPLED
+        return None  # type: ignore[return-value]
+
+    def second(cancelled: threading.Event) -> Events:
+        begun.set()
+        with lock:
+            if cancelled.is_set():
+                ended.set()
+            raise ExecutionError("generation", "cancelled")
+        yield Stage.ENCODED
+
+    def third(_: threading.Event) -> Events:
+        raise AssertionError("never begins")
+
+    outputs = overlapped([first, second, third])
+    with lock:
+        next(outputs)
+        closing = threading.Thread(target=outputs.close, daemon=True)  # type: ignore[attr-defined]
+        closing.start()
+        closing.join(60)
+        waited = closing.is_alive()
+    assert not waited
+    assert ended.wait(60)
+
+
 def test_closing_the_pipeline_cancels_what_is_under_way(control_pipe: Pipeline) -> None:
     outputs = control_pipe.map([JOBS[0], *[{"prompt": "red", "num_inference_steps": 999}] * 3])
     next(outputs)
