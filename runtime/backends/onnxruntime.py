@@ -136,7 +136,8 @@ class OnnxRuntimeBinding:
         self._session.run(self._buffers)
 
 
-def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_of: str | None) -> Any:
+def session_options(ort: Any, threads: int | None) -> Any:
+    """What a session is opened with; threads: of its pool, the caller's among them, ONNX Runtime's choice for None."""
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.use_deterministic_compute = True
@@ -147,6 +148,11 @@ def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_o
     options.add_session_config_entry("session.load_model_format", "ONNX")
     # Products with weights in 8 or 4 bits would be computed in int8, which nothing asked for.
     options.add_session_config_entry(*EXACT_PRODUCTS)
+    return options
+
+
+def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_of: str | None) -> Any:
+    options = session_options(ort, threads)
     try:
         try:
             return opened(ort, model, options, target)
