@@ -11,25 +11,26 @@ import msgspec
 
 from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
+from ..runtime.errors import CalibrationError
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.targets import installed_version
 from .collect_arguments import PROMPTS, CollectPlan, add_arguments, plan_from_arguments
-from .collection import alone, begun, there
 from .course import course_of
-from .ledger import writing
 from .prompts import chosen_prompts, prompts_sha256
+from .run_folder import RunFolder
 from .strata import Runs, kept_rows
 from .trajectories import (
+    AGAIN,
+    FILE_NAMES,
     RECORD_NAME,
     Array,
     Record,
     Run,
+    encoded_runs,
     file_name,
     models_digest,
     read_record,
-    write_record,
-    write_runs,
 )
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "summary"]
@@ -44,13 +45,13 @@ def plan_facts(plan: CollectPlan) -> dict[str, Any]:
     seen = _Seen()
     with _opened(plan, seen) as pipe:
         job = _job(plan, pipe, seen)
-        found = None if plan.discard else there(plan.out, job.record)
+        found = job.folder(plan).there()
         return {
             "out": str(plan.out),
             "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
             "settings": job.record.settings,
             "prompts": len(job.record.prompts),
-            "there": 0 if found is None else len(found.files),
+            "there": len(found),
             "steps": [list(map(list, runs)) for runs in dict.fromkeys(job.steps)],
             "kept": job.kept_by_row(),
         }
@@ -83,8 +84,8 @@ def run(plan: CollectPlan, reporter: Reporter) -> dict[str, Any]:
     with _opened(plan, seen) as pipe:
         job = _job(plan, pipe, seen)
         check_folder((plan.out / RECORD_NAME,), force=True, option="--out")
-        with alone(plan.out):
-            return _collected(plan, job, reporter)
+        with job.folder(plan) as folder:
+            return _collected(folder, job, reporter)
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
@@ -148,6 +149,12 @@ class _Job:
                 self.dropped.add(cut.prompt)
                 reporter.warn(f"{cut.tokens} tokens too many, not painted: {cut.text!r} of {cut.prompt!r}")
         return list(self._runs(index, plan))
+
+    def folder(self, plan: CollectPlan) -> RunFolder:
+        """Where it is collected."""
+        ground = msgspec.to_builtins(self.record)
+        del ground["files"]
+        return RunFolder(plan.out, RECORD_NAME, FILE_NAMES, ground, discard=plan.discard)
 
     def seed(self, index: int) -> int:
         """The seed of a prompt."""
@@ -239,32 +246,28 @@ def _record(pipe: Pipeline, denoisers: Sequence[str], settings: dict[str, Any], 
     )
 
 
-def _collected(plan: CollectPlan, job: _Job, reporter: Reporter) -> dict[str, Any]:
+def _collected(folder: RunFolder, job: _Job, reporter: Reporter) -> dict[str, Any]:
     """Paint the prompts whose files are not there."""
-    record = begun(plan.out, job.record, discard=plan.discard, warn=reporter.warn)
-    before = len(record.files)
-    if before:
-        reporter.note(f"goes on with {before} of {len(record.prompts)} prompts there")
-    for index in range(len(record.prompts)):
-        name = file_name(index)
-        if name in record.files:
-            continue
-        facts = {"prompt": record.prompts[index], "seed": str(job.seed(index))}
-        runs = job.paint(index, reporter)
-        with writing(plan.out):
-            kept = write_runs(plan.out / name, runs, facts)
-            record = msgspec.structs.replace(record, files={**record.files, name: kept})
-            write_record(plan.out, record)
-    whole = read_record(plan.out)
+    prompts = job.record.prompts
+    names = [file_name(index) for index in range(len(prompts))]
+    missing = folder.missing(names, "prompts", reporter)
+    for index in missing:
+        facts = {"prompt": prompts[index], "seed": str(job.seed(index))}
+        content, places = encoded_runs(job.paint(index, reporter), facts)
+        folder.add(names[index], content, {"runs": places})
+    found = read_record(folder.path)
+    if found is None:
+        raise CalibrationError(str(folder.path / RECORD_NAME), "was removed", remedy=AGAIN)
+    record, digest = found
     counts = {name: sum(len(kept.runs.get(name, ())) for kept in record.files.values()) for name in record.components}
     return {
-        "out": str(plan.out),
+        "out": str(folder.path),
         "bundle": record.bundle,
-        "prompts": len(record.prompts),
-        "painted": len(record.files) - before,
+        "prompts": len(prompts),
+        "painted": len(missing),
         "runs": counts,
         "kept": job.kept_by_row(),
         "size_bytes": sum(kept.size for kept in record.files.values()),
         "settings": record.settings,
-        "digest": None if whole is None else whole[1],
+        "digest": digest,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -25,6 +25,7 @@ class Ledger:
     What was put is on the disk: no crash, full disk or second process loses it.
 
     ground: JSON-able facts; a file on another ground is refused. discard: begin anew, whatever is there.
+    forget: is given the key of each thing that is discarded, before that is so.
 
     Raises, on entering:
         ArgumentError: the file rests on another ground.
@@ -32,8 +33,15 @@ class Ledger:
         TandemError: it cannot be written.
     """
 
-    def __init__(self, path: Path, ground: Mapping[str, Any], *, discard: bool = False) -> None:
-        self._path, self._discard = path, discard
+    def __init__(
+        self,
+        path: Path,
+        ground: Mapping[str, Any],
+        *,
+        discard: bool = False,
+        forget: Callable[[str], None] = lambda key: None,
+    ) -> None:
+        self._path, self._discard, self._forget = path, discard, forget
         self._ground: dict[str, Any] = json.loads(json.dumps(ground))  # as it is read again
         self._found: dict[str, Any] = {}
         self._file: FileIO | None = None
@@ -89,16 +97,16 @@ class Ledger:
 
     def _resume(self, file: FileIO) -> None:
         """Take what is there up to the last whole line, and be ready to write behind it."""
-        if self._discard:
-            file.truncate(0)
         file.seek(0)
         there, first = file.readall(), _encoded(self._ground)
+        if self._discard:
+            for key in _keys(there):
+                self._forget(key)
+            there = b""
         whole = there[: there.rfind(b"\n") + 1]
-        if whole:
-            ground, self._found = _decoded(whole, self._path)
-            self._require_same(ground)
-        elif not first.startswith(there):
+        if not whole and not first.startswith(there):
             raise _foreign(self._path)
+        self._found = _found(whole, self._path, self._ground)
         file.truncate(len(whole))
         if not whole:
             self._write(first)
@@ -118,17 +126,21 @@ class Ledger:
                     self._file.truncate(before)
                 raise
 
-    def _require_same(self, ground: Mapping[str, Any]) -> None:
-        told = "; ".join(_differences(ground, self._ground))
-        if told:
-            remedy = f"Give the same arguments to go on. {_REMEDY}"
-            raise ArgumentError(str(self._path), f"holds another run: {told}", remedy=remedy)
-
     def _close(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # all that was put is on the disk
                 self._file.close()
             self._file = None
+
+
+def found_on(path: Path, ground: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ledger would find on a ground, by key; it is only read.
+
+    Raises:
+        ArgumentError, CalibrationError: as `Ledger`, but for another process.
+    """
+    whole = _read(path)
+    return _found(whole, path, json.loads(json.dumps(ground)))
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -137,14 +149,7 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     Raises:
         CalibrationError: it cannot be read, or is of something else.
     """
-    try:
-        there = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        raise CalibrationError(str(path), what, remedy="Check the path.") from error
-    whole = there[: there.rfind(b"\n") + 1]
+    whole = _read(path)
     return _decoded(whole, path) if whole else None
 
 
@@ -155,6 +160,38 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(path, error, "--out") from error
+
+
+def _read(path: Path) -> bytes:
+    """The whole lines of a ledger; none where there is none."""
+    try:
+        there = path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        raise CalibrationError(str(path), what, remedy="Check the path.") from error
+    return there[: there.rfind(b"\n") + 1]
+
+
+def _found(whole: bytes, path: Path, ground: Mapping[str, Any]) -> dict[str, Any]:
+    """What whole lines say, whose first has to be `ground`."""
+    if not whole:
+        return {}
+    then, found = _decoded(whole, path)
+    told = "; ".join(_differences(then, ground))
+    if told:
+        remedy = f"Give the same arguments to go on. {_REMEDY}"
+        raise ArgumentError(str(path), f"holds another run: {told}", remedy=remedy)
+    return found
+
+
+def _keys(there: bytes) -> Iterator[str]:
+    """The keys of what can be read of a ledger, damaged or not."""
+    for line in there.splitlines()[1:]:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            yield from found if isinstance(found, dict) else ()
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

@@ -1,87 +1,116 @@
-"""A folder that a long run fills file by file: what the run is, so that it can go on when it was interrupted."""
+"""A folder that a long run fills file by file, so that one that was interrupted goes on."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+import operator
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
 from ..runtime.files import sweep_parts, write_whole
+from ..runtime.manifest import file_sha256
+from .ledger import Ledger, found_on, writing
 
-RUN_FILE = "run.json"
 
+class RunFolder:
+    """A folder with a ledger of its files; a context manager that one process at a time enters.
 
-def begin_run(
-    folder: Path,
-    facts: Mapping[str, Any],
-    files_of: Callable[[Mapping[str, Any]], Iterable[str]],
-    *,
-    discard: bool = False,
-) -> None:
-    """Make a folder that is there ready for the run that `facts` describe: its own that was interrupted, or a new one.
+    A file's line, with its size and digest, is written before the file, so that every file of the run is known for
+    one, whenever it was interrupted. Which files need not be made again is decided by digest.
 
-    facts: all that decides what the files hold, as JSON can hold it; kept as `run.json`.
-    files_of: the names of the files of a run of such facts.
-    discard: whether to begin anew in any case; the files of the run that is there are then removed, and no others.
+    ledger: the ledger's name. names: a pattern that the names of the run's files match in full, and of no other's.
+    ground: see `Ledger`. discard: begin anew; the files of the run that is there are removed, and no others.
 
-    Raises:
-        ArgumentError: another run is in the folder and `discard` is off; or, in any case, other files and no such run.
-        OSError: the folder cannot be written.
+    Raises, on entering:
+        ArgumentError: another run is there, or other files and no run.
+        CalibrationError: the ledger is damaged, or another process has it.
+        TandemError: the folder cannot be written.
     """
-    raw = json.dumps(facts, indent=2).encode()
-    wanted = json.loads(raw)
-    sweep_parts(folder)
-    former = _read(folder)
-    if former is None:
-        _require_empty(folder)
-    elif former.keys() != wanted.keys() or former["format"] != wanted["format"]:
-        what = f"holds a {RUN_FILE} that is of no such run"
-        raise ArgumentError(str(folder), what, expected="a new folder", remedy="Give another --out.")
-    elif discard:
-        _remove(folder, files_of(former))
-    elif former != wanted:
-        raise _another_run(folder, former, wanted)
-    else:
-        return
-    write_whole(folder / RUN_FILE, lambda stream: stream.write(raw))
+
+    def __init__(
+        self, folder: Path, ledger: str, names: str, ground: Mapping[str, Any], *, discard: bool = False
+    ) -> None:
+        self.path = folder
+        self._record, self._names, self._ground, self._discard = folder / ledger, re.compile(names), ground, discard
+        self._ledger = Ledger(self._record, ground, discard=discard, forget=self._forget)
+
+    def __enter__(self) -> RunFolder:
+        self._require_own()
+        self._ledger.__enter__()
+        sweep_parts(self.path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ledger.__exit__(kind, error, traceback)
+
+    def there(self) -> dict[str, Any]:
+        """What a run would find by name, of files that are there and whole; nothing is made, nor is it entered.
+
+        Raises:
+            ArgumentError, CalibrationError: as on entering, but for another process.
+        """
+        self._require_own()
+        found = {} if self._discard else found_on(self._record, self._ground)
+        return {name: facts for name, facts in found.items() if _is_whole(self.path / name, facts)}
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What the lines say, by name."""
+        return {name: self._ledger.get(name) for name in self._ledger}
+
+    def missing(self, names: Sequence[str], what: str, reporter: Reporter) -> list[int]:
+        """The indices of the names whose files are to be made, which is told of those that are damaged.
+
+        Raises:
+            ArgumentError: a file of that name is there, and is not the run's.
+        """
+        missing = []
+        for index, name in enumerate(names):
+            facts, path = self._ledger.get(name), self.path / name
+            if facts is None and path.exists():
+                raise ArgumentError(
+                    str(path), "is there, and not of this run", remedy="Move it, or give another --out."
+                )
+            if facts is None or not _is_whole(path, facts):
+                missing.append(index)
+                if facts is not None:
+                    reporter.warn(f"{path}: missing or damaged, it is made again")
+        if len(missing) < len(names):
+            reporter.note(f"goes on with {len(names) - len(missing)} of {len(names)} {what} there")
+        return missing
+
+    def add(self, name: str, content: bytes, facts: Mapping[str, Any]) -> None:
+        """Keep a file whole, and facts about it beside its size and digest; raises TandemError."""
+        digest = hashlib.sha256(content).hexdigest()
+        self._ledger.put(name, {"size": len(content), "sha256": digest, **facts})
+        with writing(self.path / name):
+            write_whole(self.path / name, operator.methodcaller("write", content))
+
+    def _forget(self, name: str) -> None:
+        if self._names.fullmatch(name):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _require_own(self) -> None:
+        """Raise ArgumentError where the folder holds files and no ledger."""
+        if self.path.is_dir() and not self._record.exists():
+            other = next((path.name for path in sorted(self.path.iterdir()) if not path.name.startswith(".")), None)
+            if other is not None:
+                what = f"holds other files and no {self._record.name}"
+                raise ArgumentError(
+                    str(self.path), what, got=other, expected="a new folder", remedy="Give another --out."
+                )
 
 
-def _read(folder: Path) -> Mapping[str, Any] | None:
-    """The run that is in a folder; an empty one where its file is damaged."""
+def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a file is there and what its line says."""
     try:
-        found = json.loads((folder / RUN_FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _require_empty(folder: Path) -> None:
-    other = next((path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")), None)
-    if other is not None:
-        raise ArgumentError(str(folder), f"holds other files and no {RUN_FILE}", got=other, expected="a new folder")
-
-
-def _another_run(folder: Path, former: Mapping[str, Any], wanted: Mapping[str, Any]) -> ArgumentError:
-    names = [name for name in {**wanted, **former} if former.get(name) != wanted.get(name)]
-    differing = "; ".join(_shown(name, former.get(name), wanted.get(name)) for name in names)
-    remedy = "Give the same arguments to go on, another --out, or --discard to start over."
-    return ArgumentError(str(folder), f"holds a run of other settings: {differing}", remedy=remedy)
-
-
-def _shown(name: str, then: object, now: object) -> str:
-    """What differs; of a mapping its keys that do."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
-        return ", ".join(_shown(key, then.get(key), now.get(key)) for key in keys)
-    return f"{name} is {then!r} there, {now!r} here"
-
-
-def _remove(folder: Path, names: Iterable[str]) -> None:
-    """The former run's files, and last what says that there was one."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    (folder / RUN_FILE).unlink()
+        return (path.stat().st_size, file_sha256(path)) == (facts["size"], facts["sha256"])
+    except (OSError, LookupError, TypeError):
+        return False

@@ -1,6 +1,6 @@
 """What a bundle's models were given while they painted: a safetensors file for each prompt, and a record of all.
 
-    <folder>/trajectories.json          what was collected and how; lists the files with their digests
+    <folder>/trajectories.jsonl         what was collected and how, then a line for each file, with its digest
     <folder>/prompt-00000.safetensors   tensors "<component>/<run>/<input>"
 
 A folder is complete when every prompt has its file.
@@ -9,11 +9,12 @@ A folder is complete when every prompt has its file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,14 +22,14 @@ import numpy.typing as npt
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CalibrationError
-from ..runtime.files import write_whole
 from ..runtime.manifest import Frozen, Manifest, file_sha256
 from ..runtime.safetensors_files import read_header, write_safetensors
+from .ledger import read_ledger
 from .strata import evenly, place
 
 FORMAT = 1
-RECORD_NAME = "trajectories.json"
-MAX_RECORD_BYTES = 64 << 20
+RECORD_NAME = "trajectories.jsonl"
+FILE_NAMES = r"prompt-[0-9]{5}\.safetensors"
 AGAIN = "Run the same `tandemrt calibrate collect` again: it makes what is missing."
 
 BRANCHES = ("conditional", "unconditional")
@@ -79,7 +80,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """A complete folder of trajectories, which fit a bundle. digest: the sha256 of the record, and so of everything."""
+    """A complete folder of trajectories, which fit a bundle. digest: of the record, and so of everything."""
 
     folder: Path
     record: Record
@@ -178,41 +179,26 @@ def models_digest(manifest: Manifest, components: Sequence[str]) -> str:
 
 
 def read_record(folder: Path) -> tuple[Record, str] | None:
-    """A folder's record with the sha256 of its bytes; None where there is none.
+    """A folder's record, its files in the prompts' order, with a sha256 over it; None where there is none.
 
     Raises:
         CalibrationError: it cannot be read, is no record, or one of a newer format.
     """
-    path = folder / RECORD_NAME
-    remedy = "Collect them anew, with --discard."
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_RECORD_BYTES + 1)
-        if len(raw) > MAX_RECORD_BYTES:
-            raise CalibrationError(str(path), "size", got=len(raw), expected=f"at most {MAX_RECORD_BYTES} bytes")
-        stated = msgspec.json.decode(raw, type=_FormatOnly).format
-        if stated != FORMAT:
-            raise CalibrationError(str(path), "format", got=stated, expected=str(FORMAT), remedy=remedy)
-        record = msgspec.json.decode(raw, type=Record)
-    except FileNotFoundError:
+    path, remedy = folder / RECORD_NAME, "Collect them anew, with --discard."
+    found = read_ledger(path)
+    if found is None:
         return None
-    except OSError as error:
-        raise CalibrationError(
-            str(path), f"cannot be read ({error.strerror or error})", remedy="Check the path."
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    ground, files = found
+    if ground.get("format") != FORMAT:
+        raise CalibrationError(str(path), "format", got=ground.get("format"), expected=str(FORMAT), remedy=remedy)
+    try:
+        record = msgspec.convert({**ground, "files": dict(sorted(files.items()))}, Record)
+    except msgspec.ValidationError as error:
         raise CalibrationError(str(path), f"not a record of trajectories ({error})", remedy=remedy) from error
     odd = record.files.keys() - set(map(file_name, range(len(record.prompts))))
     if odd:
         raise CalibrationError(str(path), "a file that belongs to no prompt", got=min(odd), remedy=remedy)
-    return record, hashlib.sha256(raw).hexdigest()
-
-
-def write_record(folder: Path, record: Record) -> None:
-    """Write a folder's record whole, its files in the prompts' order; raises OSError."""
-    record = msgspec.structs.replace(record, files=dict(sorted(record.files.items())))
-    raw = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
-    write_whole(folder / RECORD_NAME, lambda stream: stream.write(raw))
+    return record, hashlib.sha256(msgspec.json.encode(record, order="deterministic")).hexdigest()
 
 
 def file_name(prompt: int) -> str:
@@ -220,8 +206,8 @@ def file_name(prompt: int) -> str:
     return f"prompt-{prompt:05d}.safetensors"
 
 
-def write_runs(path: Path, runs: Sequence[Run], facts: Mapping[str, str]) -> KeptFile:
-    """Write a prompt's runs whole, with facts about them in the header; raises OSError."""
+def encoded_runs(runs: Sequence[Run], facts: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, ...]]]:
+    """A prompt's runs as a safetensors file, facts about them in its header; and by component their places."""
     places: dict[str, tuple[int, ...]] = {}
     tensors: dict[str, Array] = {}
     told = []
@@ -230,25 +216,9 @@ def write_runs(path: Path, runs: Sequence[Run], facts: Mapping[str, str]) -> Kep
         places[run.component] = (*before, 0 if run.row is None else place(run.row, run.branch))
         tensors |= {f"{run.component}/{len(before)}/{name}": values for name, values in run.inputs.items()}
         told.append([run.component, run.row, run.timestep, None if run.row is None else BRANCHES[run.branch]])
-    metadata = {**facts, "runs": json.dumps(told)}
-
-    def write(stream: BinaryIO) -> None:
-        write_safetensors(stream, tensors, metadata)
-
-    write_whole(path, write)
-    return KeptFile(size=path.stat().st_size, sha256=file_sha256(path), runs=places)
-
-
-def is_whole(path: Path, kept: KeptFile) -> bool:
-    """Whether a file is there and what it was when it was written."""
-    try:
-        return path.stat().st_size == kept.size and file_sha256(path) == kept.sha256
-    except OSError:
-        return False
-
-
-class _FormatOnly(msgspec.Struct):
-    format: int
+    stream = io.BytesIO()
+    write_safetensors(stream, tensors, {**facts, "runs": json.dumps(told)})
+    return stream.getvalue(), places
 
 
 def _require_bundle(folder: Path, record: Record, bundle: Bundle) -> None:

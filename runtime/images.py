@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,13 +28,19 @@ def image_from_pixels(pixels: Float32) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, str], *, replace: bool = True) -> None:
-    """Write a PNG whose text chunks hold `facts`; the file appears whole or not at all.
+    """Write the PNG that `png_bytes` makes; the file appears whole or not at all.
 
     Raises:
         FileExistsError: a file of that name is there, and `replace` is off.
         OSError: the folder cannot be written or is full.
     """
-    info = PngImagePlugin.PngInfo()
+    write_whole(path, operator.methodcaller("write", png_bytes(image, facts)), replace=replace)
+
+
+def png_bytes(image: Image.Image, facts: Mapping[str, str]) -> bytes:
+    """A PNG whose text chunks hold `facts`."""
+    info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in facts.items():
         info.add_itxt(key, value)
-    write_whole(path, lambda stream: image.save(stream, "PNG", pnginfo=info), replace=replace)
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()

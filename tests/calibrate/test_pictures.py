@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tandemrt.calibrate import pictures as command
-from tandemrt.calibrate.collection import alone
+from tandemrt.calibrate.ledger import Ledger
+from tandemrt.calibrate.run_folder import RunFolder
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.picture_files import read_picture
@@ -67,16 +66,16 @@ def test_an_interrupted_run_goes_on(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is there stays as it is, byte for byte; the rest is what a run at once makes."""
-    write = command.write_picture
+    add = RunFolder.add
 
-    def interrupted(image: Image.Image, path: Path, *args: Any, **options: Any) -> None:
-        if path.name == "000003.png":
+    def interrupted(self: RunFolder, name: str, *given: Any) -> None:
+        if name == "000003.png":
             raise KeyboardInterrupt
-        write(image, path, *args, **options)
+        add(self, name, *given)
 
     assert run(out="at-once") == 0
     with monkeypatch.context() as patched:
-        patched.setattr(command, "write_picture", interrupted)
+        patched.setattr(RunFolder, "add", interrupted)
         assert run() == 130
     out = tmp_path / "out"
     assert sorted(path.name for path in out.glob("*.png")) == ["000000.png", "000001.png", "000002.png"]
@@ -92,12 +91,58 @@ def test_an_interrupted_run_goes_on(
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_picture_that_is_not_what_was_painted_is_painted_again(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reuse is decided by digest, not by a file's existence."""
+    assert run() == 0
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "000001.png").write_bytes(before["000002.png"])
+    (out / "000003.png").write_bytes(before["000003.png"][:-9])
+    capsys.readouterr()
+    assert run("--print-plan", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["missing"] == 2
+    assert run("--json") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["made"] == 2
+    assert all(f"{name}: missing or damaged, it is made again" in told.err for name in ("000001.png", "000003.png"))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_more_prompts_are_painted_beside_what_is_there(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-n", "2") == 0
+    capsys.readouterr()
+    assert run("-n", "4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["made"] == 2
+    assert run("--json") == 0
+    assert json.loads(capsys.readouterr().out)["made"] == 1
+    assert run(out="at-once") == 0
+    for path in (tmp_path / "at-once").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    (tmp_path / "captions.csv").write_text("id,caption\n0,a red square\n1,red\n")
+    assert run() == 2
+    assert "holds 000001.png of another prompt, got 'a blue circle, large', expected red" in capsys.readouterr().err
+
+
+def test_a_picture_of_somebody_else_is_not_replaced(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-n", "2") == 0
+    (tmp_path / "out" / "000002.png").write_bytes(b"mine")
+    assert run() == 2
+    assert "000002.png: is there, and not of this run" in capsys.readouterr().err
+    assert (tmp_path / "out" / "000002.png").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize(
     ("other", "told"),
     [
         (("--seed", "1"), "seed is 0 there, 1 here"),
         (("--guidance-scale", "3"), "guidance_scale is None there, 3.0 here"),
-        (("-n", "3"), "count is 5 there, 3 here"),
+        (("-n", "3"), "holds 000003.png, beyond the last prompt"),
         (("--steps", "3"), "steps is '2' there, '3' here"),
     ],
 )
@@ -110,7 +155,6 @@ def test_other_settings_are_refused_unless_they_begin_anew(
     capsys.readouterr()
     assert run(*other) == 2
     refusal = capsys.readouterr().err
-    assert "holds a run of other settings" in refusal
     assert told in refusal
     assert "--discard to start over" in refusal
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -124,7 +168,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, run: Run, capsys:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "holiday.png").write_bytes(b"mine")
     assert run("--discard") == 2
-    assert "holds other files and no run.json, got 'holiday.png'" in capsys.readouterr().err
+    assert "holds other files and no run.jsonl, got 'holiday.png'" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["holiday.png"]
 
 
@@ -136,20 +180,14 @@ def test_only_the_files_of_a_run_are_discarded(tmp_path: Path, run: Run, capsys:
         (out / name).write_bytes(b"mine")
     assert run("--seed", "1", "--discard") == 0
     assert all((out / name).read_bytes() == b"mine" for name in mine)
-    (out / "run.json").write_text('{"project": "mine"}')
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    capsys.readouterr()
-    assert run("--discard") == 2
-    assert "holds a run.json that is of no such run" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
-    with alone(tmp_path / "out"):
-        assert run() == 1
-    assert "another run writes to it" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    with Ledger(tmp_path / "out" / "run.jsonl", {}):
+        assert run("--discard") == 1
+    assert "another run is writing it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.jsonl"]
 
 
 @pytest.mark.parametrize(
