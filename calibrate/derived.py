@@ -73,8 +73,7 @@ class Derived:
         self._require_own_files(name)
         path = self.folder / self._components[name].model
         try:
-            for file in {path.name, *(external_files(path) if path.exists() else ())}:
-                (path.parent / file).unlink(missing_ok=True)
+            _remove(path)
             quantization = make(path)
         except OSError as error:
             raise writing_failed(self._staging.out, error) from error
@@ -82,6 +81,22 @@ class Derived:
         changed = msgspec.structs.replace(self._components[name], evidence=(), quantization=quantization)
         self._components[name] = changed
         return quantization
+
+    def restore(self, name: str) -> None:
+        """Put the graph of component `name` back that the other bundle has.
+
+        Raises:
+            ExportError: the folder cannot be written or is full.
+        """
+        original = self._bundle.model_path(name)
+        path = self.folder / self._components[name].model
+        try:
+            _remove(path)
+            for file in {original.name, *weights_of(self._bundle, name)}:
+                shutil.copyfile(original.parent / file, path.parent / file)
+        except OSError as error:
+            raise writing_failed(self._staging.out, error) from error
+        self._components[name] = self._bundle.manifest.components[name]
 
     def tell_losses(self, name: str, losses: Sequence[Loss]) -> None:
         """Say what the quantization of component `name` took."""
@@ -128,6 +143,12 @@ class Derived:
             theirs = {Path(component.model).parent / file for file in weights_of(self._bundle, other)}
             if other != name and not own.isdisjoint(theirs):
                 raise BundleError(str(self._bundle.path), f"{name} and {other} share a file of weights")
+
+
+def _remove(model: Path) -> None:
+    """Remove a graph, where there is one, and its weights."""
+    for file in {model.name, *(external_files(model) if model.exists() else ())}:
+        (model.parent / file).unlink(missing_ok=True)
 
 
 def require_another(bundle: Path, out: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnx import TensorProto, helper
 
 from ..engines.graph_files import read_graph, require_opset
@@ -64,9 +65,7 @@ def quantize_fp8(
         BundleError: as `quantize_int8`, or the opset has no E4M3.
     """
     graph, where = read_graph(model), model.parent.name
-    if (opset := require_opset(graph, where)) < _E4M3_OPSET:
-        expected = f"{_E4M3_OPSET} or newer, which has E4M3"
-        raise BundleError(where, "opset", got=opset, expected=expected, remedy="Export it again.")
+    require_e4m3(graph, where)
     layers = layers_of(graph, where)
     require_layers(settings.keep, layers, where)
     if ranges is None:
@@ -78,6 +77,13 @@ def quantize_fp8(
     write_edited(edited, edits, out, model.parent)
     facts: dict[str, Any] = {"method": "static E4M3, weights by channel", "samples": ranges.samples}
     return Quantized(tuple(one.name for one in plan.layers), plan.kept, facts)
+
+
+def require_e4m3(graph: onnx.ModelProto, where: str) -> None:
+    """Raise BundleError where a graph's opset has no E4M3."""
+    if (opset := require_opset(graph, where)) < _E4M3_OPSET:
+        expected = f"{_E4M3_OPSET} or newer, which has E4M3"
+        raise BundleError(where, "opset", got=opset, expected=expected, remedy="Export it again.")
 
 
 def _stored(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

@@ -27,6 +27,8 @@ from .quantized import Quantized
 from .ranges import LIMITS, Limits, Ranges, Samples, collect_ranges, silent
 from .smoothing import Smoothing, affine_before, divisors_of, outlier_ratio, smoothed
 
+_OUTLIER_RATIO = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class EightBits:
@@ -48,8 +50,8 @@ class Int8Settings:
     """How a graph is quantized.
 
     observer: where activations are clipped, one of `observers.OBSERVERS`; percentile: for the one of that name.
-    smoothing: SmoothQuant's alpha in [0, 1], None for none. outlier_ratio: what a matrix product reads is smoothed
-        where its largest channel is so many times the median one; it is then not clipped.
+    smoothing: SmoothQuant's alpha in [0, 1], None for none. What a matrix product reads is smoothed where its largest
+        channel is ten times the median one; it is then not clipped.
     keep: layers that stay in floating point. Those that read nothing but the time step stay so anyway: they are no
         work, and every other layer depends on them.
 
@@ -59,7 +61,6 @@ class Int8Settings:
     observer: str = "mse"
     percentile: float = 99.99
     smoothing: float | None = 0.5
-    outlier_ratio: float = 10.0
     keep: tuple[str, ...] = ()
     limits: Limits = LIMITS
 
@@ -230,7 +231,7 @@ def _smoothings(
         elsewhere = any(one.weight in weights and one.reads != value for one in layers)
         if channels is None or elsewhere or any(one.kind == "Conv" for one in users):
             continue
-        if outlier_ratio(channels) < settings.outlier_ratio:
+        if outlier_ratio(channels) < _OUTLIER_RATIO:
             continue
         largest = np.max(
             [np.abs(weight(tensors[one.weight], folder).astype(np.float32)).max(one.axis) for one in users], axis=0

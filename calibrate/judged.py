@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,12 +14,14 @@ from ..engines.job import Progress
 from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
 from ..runtime.manifest import Loss
+from .guidance_loss import pooled_db
 from .prompts import prompts_sha256
-from .quality import Pixels, Scorer, psnr_db
+from .quality import Float32, Pixels, Scorer, latent_error, psnr_db, ssim
 from .ranges import silent
 from .strata import Runs
 
 NO_PROMPTS = ("",)  # what is painted where none are given: the empty one, which no file of prompts holds
+_ALL_LOST = 1e6  # as a latent error, of latents that are no numbers
 _PIXELS_AT_ONCE = 1 << 17  # of the pictures that are painted together: 32 of 64x64, one of 512x512
 
 
@@ -26,7 +29,8 @@ _PIXELS_AT_ONCE = 1 << 17  # of the pictures that are painted together: 32 of 64
 class Budget:
     """What a candidate has to reach; None where nothing is asked for.
 
-    min_psnr_db: median PSNR to the float bundle's pictures. min_accuracy: a share of the float bundle's accuracy.
+    min_psnr_db: PSNR of the mean squared error of all pictures to the float bundle's. min_accuracy: a share of the
+    float bundle's accuracy.
     """
 
     min_psnr_db: float | None = None
@@ -51,17 +55,27 @@ class Way:
 
 @dataclass(frozen=True)
 class Painting:
-    """How pictures are painted: prompt i has seed i. arguments: of `Request`, the same for all ways."""
+    """How pictures are painted: prompt i with seed `seed` + i. arguments: of `Request`, the same for all ways."""
 
     prompts: tuple[str, ...]
+    seed: int = 0
     target: str = "auto"
     threads: int | None = None
+    cache: Path | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompts_sha256(self) -> str:
         """The digest of the prompts, a line each."""
         return prompts_sha256(self.prompts)
+
+
+class _Painted(NamedTuple):
+    """pixels: (prompts, H, W, 3). latents: (prompts, C, h, w). target: what painted."""
+
+    pixels: Pixels
+    latents: Float32
+    target: str
 
 
 class Judge:
@@ -76,12 +90,11 @@ class Judge:
         progress: Progress = silent,
     ) -> None:
         """scorer: tells accuracy; needed where the budget has one."""
-        self._bundle, self._painting, self._budget = bundle, painting, budget
-        self._scorer, self._progress = scorer, progress
-        self._references: dict[Way, tuple[Pixels, float | None]] = {}
-        self._target = ""
+        self.painting = painting
+        self._bundle, self._budget, self._scorer, self._progress = bundle, budget, scorer, progress
+        self._references: dict[Way, tuple[_Painted, float | None]] = {}
 
-    def losses(self, candidate: Bundle, ways: Iterable[Way]) -> dict[Way, tuple[Loss, ...]]:
+    def losses(self, candidate: Bundle, ways: Iterable[Way]) -> dict[Way, Loss]:
         """What a candidate takes, in each way that is named.
 
         Raises:
@@ -90,56 +103,56 @@ class Judge:
         found = {}
         for way in dict.fromkeys(ways):
             if way not in self._references:
-                pictures = self._painted(self._bundle, way, "the float bundle")
-                self._references[way] = pictures, self._accuracy(pictures)
+                meant = self._painted(self._bundle, way, "the float bundle")
+                self._references[way] = meant, self._accuracy(meant.pixels)
             found[way] = self._compared(self._painted(candidate, way, "a candidate"), way)
         return found
 
-    def _compared(self, pictures: Pixels, way: Way) -> tuple[Loss, ...]:
-        references, reference = self._references[way]
-        told: dict[str, Any] = {
-            "bundle": self._bundle.digest,
-            "prompts": len(pictures),
-            "prompts_sha256": self._painting.prompts_sha256,
-            "held_out": self._painting.prompts != NO_PROMPTS,
-            "painted": f"{way}, {references.shape[2]}x{references.shape[1]}, {self._target}",
-        }
-        pairs = zip(pictures, references, strict=True)
-        distance = statistics.median(psnr_db(picture, meant) for picture, meant in pairs)
-        losses = [Loss(metric="psnr_db", value=distance, at_least=self._budget.min_psnr_db, **told)]
-        accuracy = self._accuracy(pictures)
-        if accuracy is not None and reference is not None:
-            share = self._budget.min_accuracy
-            at_least = None if share is None else share * reference
-            losses.append(Loss(metric="accuracy", value=accuracy, reference=reference, at_least=at_least, **told))
-        return tuple(losses)
+    def _compared(self, found: _Painted, way: Way) -> Loss:
+        (meant, float_accuracy), budget = self._references[way], self._budget
+        pairs = list(zip(found.pixels, meant.pixels, strict=True))
+        distances = [psnr_db(*pair) for pair in pairs]
+        error = latent_error(found.latents, meant.latents)
+        _, height, width, _ = meant.pixels.shape
+        return Loss(
+            psnr_db=pooled_db(distances, len(distances)),
+            worst_psnr_db=min(distances),
+            ssim=float(np.mean([ssim(*pair) for pair in pairs])),
+            latent_error=error if math.isfinite(error) else _ALL_LOST,
+            accuracy=self._accuracy(found.pixels),
+            float_accuracy=float_accuracy,
+            min_psnr_db=budget.min_psnr_db,
+            min_accuracy=budget.min_accuracy,
+            bundle=self._bundle.digest,
+            prompts=len(pairs),
+            prompts_sha256=self.painting.prompts_sha256,
+            held_out=self.painting.prompts != NO_PROMPTS,
+            seed=self.painting.seed,
+            painted=f"{way}, {width}x{height}, {found.target}",
+        )
 
     def _accuracy(self, pictures: Pixels) -> float | None:
         if self._scorer is None:
             return None
-        return float(np.mean(self._scorer(self._painting.prompts, pictures)))
+        return float(np.mean(self._scorer(self.painting.prompts, pictures)))
 
-    def _painted(self, bundle: Bundle, way: Way, label: str) -> Pixels:
-        """The prompts' pictures, (prompts, H, W, 3) uint8."""
-        painting, prompts = self._painting, self._painting.prompts
-        defaults, pictures = bundle.manifest.defaults, list[Any]()
+    def _painted(self, bundle: Bundle, way: Way, label: str) -> _Painted:
+        painting, prompts = self.painting, self.painting.prompts
+        defaults, pictures, latents = bundle.manifest.defaults, list[Any](), list[Float32]()
         height = painting.arguments.get("height") or defaults.height
         at_once = max(1, _PIXELS_AT_ONCE // (height * (painting.arguments.get("width") or defaults.width)))
-        with Pipeline.open(bundle.path, painting.target, threads=painting.threads) as pipeline:
-            self._target = str(pipeline.target)
+        opened = Pipeline.open(bundle.path, painting.target, threads=painting.threads, cache=painting.cache)
+        with opened as pipeline:
             for start in range(0, len(prompts), at_once):
                 self._progress(f"{way}: pictures of {label}", start, len(prompts))
                 part = list(prompts[start : start + at_once])
-                seeds = list(range(start, start + len(part)))
+                seeds = [painting.seed + start + index for index in range(len(part))]
                 output = pipeline(part, steps=way.steps, decoder=way.decoder, seed=seeds, **painting.arguments)
                 pictures += [np.asarray(image) for image in output.images]
+                latents.append(output.latents)
+            target = str(pipeline.target)
         self._progress(f"{way}: pictures of {label}", len(prompts), len(prompts))
-        return np.stack(pictures)
-
-
-def missed(losses: Mapping[Way, Sequence[Loss]]) -> list[Loss]:
-    """Those that are not within the budget."""
-    return [loss for each in losses.values() for loss in each if not loss.holds]
+        return _Painted(np.stack(pictures), np.concatenate(latents), target)
 
 
 def ways_of(bundle: Bundle, names: Sequence[str], steps: Mapping[str, Runs]) -> dict[str, tuple[Way, ...]]:

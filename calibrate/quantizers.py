@@ -4,35 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from ..engines.graph_files import read_graph
 from ..engines.job import Progress
 from ..runtime.manifest import QuantizationFormat
-from .fp8 import Fp8Settings, quantize_fp8
+from .fp8 import Fp8Settings, quantize_fp8, require_e4m3
 from .graph_runs import Array
 from .int8 import Int8Plan, Int8Settings, int8_plan, quantize_int8, watched
 from .layers import layers_of
+from .ledger import Ledger
 from .nncf_int8 import NncfSettings, quantize_nncf, require_nncf
 from .quantized import Quantized
-from .ranges import Ranges, Samples, collect_ranges
+from .ranges import Ranges, collect_ranges
 from .sensitivity import Sweep, worst_layers
-from .weights_only import WeightSettings, quantize_weights, ranked_by_error, weight_readers
+from .weights_only import WeightSettings, errors_of, quantize_weights, require_bits, weight_readers
 
-# Errors of layers are compared on so many samples: each costs a run for every measurement.
-SWEPT_SAMPLES = 4
+# Of the samples, as many as errors of layers are compared on: each costs a run for every measurement.
+SWEPT_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is quantized: a graph, what it is given where the format needs that, and what stays in floating point."""
+    """What is quantized: a graph, what it is given where the format needs that, and what stays in floating point.
+
+    samples: gives so many at most, spread evenly, anew whenever it is called. count: how many of them calibrate.
+    ledger: has what was measured by then.
+    """
 
     model: Path
-    samples: Samples | None
+    samples: Callable[[int], Iterator[Mapping[str, Array]]] | None
+    count: int
     keep: tuple[str, ...]
+    ledger: Ledger
     progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A layer, and its share in what all of its graph's layers together take."""
+
+    layer: str
+    share: float
 
 
 class Quantizer(Protocol):
@@ -42,8 +56,8 @@ class Quantizer(Protocol):
     def layers(self) -> int:
         """How many layers would be quantized with none kept but those named."""
 
-    def worst(self, count: int) -> tuple[str, ...]:
-        """So many of these layers, those that hurt most."""
+    def ranked(self) -> Iterator[Ranked]:
+        """These layers, those that hurt most first; as many are measured as are taken."""
 
     def write(self, out: Path, kept: tuple[str, ...]) -> Quantized:
         """Write the graph with these layers left in floating point too."""
@@ -57,32 +71,34 @@ class _Static:
         self._graph, where = read_graph(work.model), work.model.parent.name
         layers = layers_of(self._graph, where)
         self._ranges: Ranges = collect_ranges(
-            work.model, watched(layers), self._samples, settings.limits, work.progress
+            work.model, watched(layers), self._samples, settings.limits, self._progress
         )
         self._plan: Int8Plan = int8_plan(self._graph, layers, self._ranges, self._settings, work.model.parent)
-        self._ranking: Iterator[str] | None = None
-        self._ranked: list[str] = []
 
     @property
     def layers(self) -> int:
         return len(self._plan.layers)
 
-    def worst(self, count: int) -> tuple[str, ...]:
-        if self._ranking is None:
-            samples = tuple(islice(self._samples(), SWEPT_SAMPLES))
-            sweep = Sweep(self._work.model, self._plan, samples, self._settings.limits.threads)
-            self._ranking = (one.layer for one in worst_layers(sweep, {}, self._work.progress))
-        self._ranked += islice(self._ranking, count - len(self._ranked)) if count > len(self._ranked) else ()
-        return tuple(self._ranked[:count])
+    def ranked(self) -> Iterator[Ranked]:
+        samples = tuple(self._given(SWEPT_SAMPLES))
+        sweep = Sweep(self._work.model, self._plan, samples, self._settings.limits.threads)
+        found = worst_layers(sweep, self._work.ledger, self._work.progress)
+        return (Ranked(one.layer, one.share) for one in found)
 
     def write(self, out: Path, kept: tuple[str, ...]) -> Quantized:
         settings = replace(self._settings, keep=(*self._settings.keep, *kept))
         return quantize_int8(self._work.model, self._samples, out, settings, self._ranges, self._work.progress)
 
     def _samples(self) -> Iterator[Mapping[str, Array]]:
+        return self._given(self._work.count)
+
+    def _given(self, most: int) -> Iterator[Mapping[str, Array]]:
         if self._work.samples is None:
             raise ValueError("int8 needs samples")
-        return iter(self._work.samples())
+        return self._work.samples(most)
+
+    def _progress(self, label: str, done: int, least: int) -> None:
+        self._work.progress(label, done, self._work.count)
 
 
 class _E4M3(_Static):
@@ -106,39 +122,36 @@ class _Nncf(_Static):
 
 
 class _Weights:
-    """Weights alone, in eight bits or four."""
+    """Weights alone, in eight bits or four. Which layers hurt most is told by what rounding does to their weights."""
 
     def __init__(self, work: Work, bits: int) -> None:
         self._work, self._settings = work, WeightSettings(bits, work.keep)
-        self._ranked: tuple[str, ...] | None = None
+        self._names = [name for name in weight_readers(work.model) if name not in work.keep]
 
     @property
     def layers(self) -> int:
-        return len(self._ranking())
+        return len(self._names)
 
-    def worst(self, count: int) -> tuple[str, ...]:
-        return self._ranking()[:count]
+    def ranked(self) -> Iterator[Ranked]:
+        every = errors_of(self._work.model, self._settings)
+        errors = {name: every[name] for name in self._names}
+        together = sum(errors.values()) or 1.0
+        worst = sorted(errors, key=lambda name: -errors[name])
+        return (Ranked(name, errors[name] / together) for name in worst)
 
     def write(self, out: Path, kept: tuple[str, ...]) -> Quantized:
         settings = replace(self._settings, keep=(*self._settings.keep, *kept))
         return quantize_weights(self._work.model, out, settings)
 
-    def _ranking(self) -> tuple[str, ...]:
-        if self._ranked is None:
-            every = ranked_by_error(self._work.model, self._settings)
-            self._ranked = tuple(name for name in every if name not in self._settings.keep)
-        return self._ranked
-
 
 NEEDS_SAMPLES: frozenset[QuantizationFormat] = frozenset({"int8", "fp8"})
+BITS: Mapping[QuantizationFormat, int] = {"int8-weights": 8, "int4-weights": 4}
 FORMATS: Mapping[QuantizationFormat, Callable[[Work, Int8Settings], Quantizer]] = {
     "int8": _Static,
     "fp8": _E4M3,
-    "int8-weights": lambda work, settings: _Weights(work, 8),
-    "int4-weights": lambda work, settings: _Weights(work, 4),
+    "int8-weights": lambda work, settings: _Weights(work, BITS["int8-weights"]),
+    "int4-weights": lambda work, settings: _Weights(work, BITS["int4-weights"]),
 }
-
-
 # Other makers of a format, by the names of their packages.
 TOOLS: Mapping[str, tuple[QuantizationFormat, Callable[[Work, Int8Settings], Quantizer]]] = {"nncf": ("int8", _Nncf)}
 
@@ -148,8 +161,12 @@ def layer_names(model: Path, form: QuantizationFormat) -> tuple[str, ...]:
 
     Raises:
         ArgumentError: the graph is quantized already, or has none.
-        BundleError: the graph cannot be read, or its opset cannot tell how it is quantized.
+        BundleError: the graph cannot be read, or its opset has not what the format takes.
     """
+    graph, where = read_graph(model), model.parent.name
+    if form == "fp8":
+        require_e4m3(graph, where)
     if form in NEEDS_SAMPLES:
-        return tuple(one.name for one in layers_of(read_graph(model), model.parent.name))
+        return tuple(one.name for one in layers_of(graph, where))
+    require_bits(graph, where, BITS[form])
     return weight_readers(model)

@@ -8,7 +8,7 @@ orders have nothing in common (a rank correlation of 0.01), since most errors in
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from ..engines.job import Progress
 from .graph_runs import Array, GraphRun
 from .int8 import Int8Plan, quantized_weight, scale_of
 from .layers import Layer
+from .ledger import Ledger
 from .ranges import checked, silent
 from .smoothing import along
 
 _SWITCHES, _ZERO = "int8/switches", "int8/zero"
 # Weights would be rounded when the graph is loaded, and be there twice.
 _LEFT_OUT = ("ConstantFolding",)
+_ALL_LOST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,12 @@ class Sensitivity:
     """A layer, and the error that it makes where it alone is in eight bits.
 
     error: RMS of the difference over RMS of the value, the mean over samples; of the graph's outputs the worst one's.
+    share: its square by that of all layers together.
     """
 
     layer: str
     error: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +61,28 @@ class Sweep:
         return self.model.parent.name
 
 
-def worst_layers(sweep: Sweep, known: MutableMapping[str, float], progress: Progress = silent) -> Iterator[Sensitivity]:
+def worst_layers(sweep: Sweep, ledger: Ledger, progress: Progress = silent) -> Iterator[Sensitivity]:
     """The layers one by one, the worst first; whoever iterates takes as many as are wanted.
 
     Neighbouring layers are quantized together, and those whose error is largest in halves, until one is left: errors
     add up as their squares do, so that no layer of a group has a larger one than the group. The k worst of n layers
     take some k log2(n / k) measurements of a run a sample.
 
-    known: what was measured by then, which is not measured again, by the places of the first layer and of the one
-        behind the last, such as "8:16"; what is measured is added at once, so that a sweep can be taken up again.
+    ledger: has what was measured by then, which is not measured again, by the graph's name and the places of the first
+        layer and of the one behind the last, such as "unet, layers 8:16".
 
     Raises:
         ArgumentError: a sample that cannot be used.
         ExecutionError: the graph cannot be run.
     """
     layers = sweep.plan.layers
-    measured = _Measured(sweep, known, progress)
-    waiting = [(-measured.error(0, len(layers)), 0, len(layers))]
+    measured = _Measured(sweep, ledger, progress)
+    together = measured.error(0, len(layers))
+    waiting = [(-together, 0, len(layers))]
     while waiting:
         error, start, end = heapq.heappop(waiting)
         if end - start == 1:
-            yield Sensitivity(layers[start].name, -error)
+            yield Sensitivity(layers[start].name, -error, (error / together) ** 2 if together else 0.0)
             continue
         middle = (start + end) // 2
         for half in ((start, middle), (middle, end)):
@@ -87,23 +92,27 @@ def worst_layers(sweep: Sweep, known: MutableMapping[str, float], progress: Prog
 class _Measured:
     """The errors of groups of layers, from before or of a graph that is loaded when the first one is needed."""
 
-    def __init__(self, sweep: Sweep, known: MutableMapping[str, float], progress: Progress) -> None:
-        self._sweep, self._known, self._progress = sweep, known, progress
+    def __init__(self, sweep: Sweep, ledger: Ledger, progress: Progress) -> None:
+        self._sweep, self._ledger, self._progress = sweep, ledger, progress
+        self._done = 0
         self._loaded: tuple[GraphRun, list[dict[str, Array]], list[dict[str, Array]]] | None = None
 
     def error(self, start: int, end: int) -> float:
         """What the layers from `start` to before `end` do together."""
-        key, count = f"{start}:{end}", len(self._sweep.plan.layers)
-        if key not in self._known:
-            self._progress(f"{self._sweep.where}: layers", len(self._known), 2 * count - 1)
+        key, count = f"{self._sweep.where}, layers {start}:{end}", len(self._sweep.plan.layers)
+        error: float | None = self._ledger.get(key)
+        if error is None:
+            self._progress(f"{self._sweep.where}: layers", self._done, 2 * count - 1)
             run, feeds, meant = self._run()
             switches = np.zeros(count, np.bool_)
             switches[start:end] = True
             found = [
                 _difference(run({**one, _SWITCHES: switches}), all_) for one, all_ in zip(feeds, meant, strict=True)
             ]
-            self._known[key] = float(np.mean(found))
-        return self._known[key]
+            error = float(np.mean(found))
+            self._ledger.put(key, error)
+        self._done += 1
+        return error
 
     def _run(self) -> tuple[GraphRun, list[dict[str, Array]], list[dict[str, Array]]]:
         """The graph, the samples as it takes them, and what it makes of them with no layer in eight bits."""
@@ -128,8 +137,9 @@ def _difference(found: Mapping[str, Array], meant: Mapping[str, Array]) -> float
 
 
 def _ratio(off: float, meant: float) -> float:
-    """A relative RMS of two sums of squares."""
-    return float(np.sqrt(off / meant)) if meant else (float("inf") if off else 0.0)
+    """A relative RMS of two sums of squares, at most what stands for no number at all."""
+    error = np.sqrt(off / meant) if meant else (_ALL_LOST if off else 0.0)
+    return float(error) if error < _ALL_LOST else _ALL_LOST
 
 
 def _switched(model: onnx.ModelProto, plan: Int8Plan, folder: Path) -> onnx.ModelProto:

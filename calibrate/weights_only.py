@@ -105,8 +105,8 @@ def weight_readers(model: Path) -> tuple[str, ...]:
     return tuple(name for one in _weights(read_graph(model), model.parent.name, 8) for name in one.names)
 
 
-def ranked_by_error(model: Path, settings: WeightSettings) -> tuple[str, ...]:
-    """The layers of a graph, those first whose weights lose most in so many bits: relative mean square error.
+def errors_of(model: Path, settings: WeightSettings) -> dict[str, float]:
+    """What rounding to so many bits does to the weights of each layer: relative mean square error.
 
     Raises:
         ArgumentError, BundleError: as `quantize_weights`.
@@ -116,7 +116,13 @@ def ranked_by_error(model: Path, settings: WeightSettings) -> tuple[str, ...]:
         values = weight(one.tensor, model.parent).astype(np.float32)
         lost, held = np.square(_dequantized(values, one) - values).mean(), np.square(values).mean()
         errors.update(dict.fromkeys(one.names, float(lost / held) if held else 0.0))
-    return tuple(sorted(errors, key=lambda name: -errors[name]))
+    return errors
+
+
+def require_bits(model: onnx.ModelProto, where: str, bits: int) -> None:
+    """Raise BundleError where a graph would have weights in so many bits, and is of an opset that has none."""
+    if any(one.block for one in _weights(model, where, bits)):
+        _require_int4(model, where)
 
 
 def _weights(model: onnx.ModelProto, where: str, bits: int) -> Iterator[_Weight]:
@@ -141,14 +147,19 @@ def _weights(model: onnx.ModelProto, where: str, bits: int) -> Iterator[_Weight]
             yield _Weight(table, (node.name,), 1, table=node)
 
 
-def _raise_opset(model: onnx.ModelProto, where: str) -> None:
-    """Let a graph be of the first opset that has blocks of four bits, if it means the same there."""
+def _require_int4(model: onnx.ModelProto, where: str) -> None:
+    """Raise BundleError where a graph is of no opset that has blocks of four bits, or can be raised to one."""
     opset = require_opset(model, where)
     changed = sorted(_CHANGED_UP_TO_INT4 & {node.op_type for node in model.graph.node})
     if opset < INT4_OPSET and (opset < LEAST_RAISED_OPSET or changed):
         got = f"{opset}, with {changed[0]}" if changed else opset
         remedy = "Ask for int8-weights, or export the bundle again."
         raise BundleError(where, "opset", got=got, expected=f"{INT4_OPSET} for weights in 4 bits", remedy=remedy)
+
+
+def _raise_opset(model: onnx.ModelProto, where: str) -> None:
+    """Let a graph be of the first opset that has blocks of four bits, if it means the same there."""
+    _require_int4(model, where)
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, INT4_OPSET)

@@ -85,28 +85,43 @@ class SchedulerDefaults(Frozen, frozen=True, kw_only=True):
 class Loss(Frozen, frozen=True, kw_only=True):
     """What quantization took, by pictures of prompts that were painted from the same noise as the float bundle's.
 
-    `metric`: `psnr_db`, the median PSNR of the quantized bundle's pictures to the float bundle's; or `accuracy`, the
-    share of its pictures that a scorer accepts, of which `reference` is the float bundle's.
-    `at_least` is the budget that had to hold, None where none was asked for.
-    `bundle` is the float bundle's digest; there were so many `prompts`, `prompts_sha256` is that of their lines;
-    `held_out` is off where none were given, and the empty prompt alone was painted; `painted` says how: target,
-    denoiser and its steps, decoder, guidance, size.
+    `psnr_db` is the PSNR of the mean squared error of all pictures to the float bundle's, `worst_psnr_db` that of the
+    worst picture, `ssim` their mean structural similarity, `latent_error` the RMS of the latents' difference over that
+    of the float bundle's. `accuracy` is the share of the pictures that a scorer accepts, `float_accuracy` that of the
+    float bundle's, None where there was no scorer.
+    `min_psnr_db` and `min_accuracy`, a share of `float_accuracy`, are the budget that had to hold; None where none was
+    asked for. `judged` is how many candidates were judged by these prompts until one held, this one included.
+    `bundle` is the float bundle's digest; there were so many `prompts`, `prompts_sha256` is that of their lines, the
+    first was painted from `seed`, each next one from the next; `held_out` is off where none were given, and the empty
+    prompt alone was painted; `painted` says how: denoisers and their steps, decoder, size, target.
     """
 
-    metric: Literal["psnr_db", "accuracy"]
-    value: float
-    reference: float | None = None
-    at_least: float | None = None
+    psnr_db: float
+    worst_psnr_db: float
+    ssim: float
+    latent_error: float
+    accuracy: float | None = None
+    float_accuracy: float | None = None
+    min_psnr_db: float | None = None
+    min_accuracy: float | None = None
+    judged: int = 1
     bundle: str
     prompts: int
     prompts_sha256: str
+    seed: int
     held_out: bool = True
     painted: str
 
     @property
     def holds(self) -> bool:
-        """Whether the value is within the budget; NaN is not."""
-        return self.at_least is None or self.value >= self.at_least
+        """Whether all is within the budget; NaN is not."""
+        if self.min_psnr_db is not None and not self.psnr_db >= self.min_psnr_db:
+            return False
+        if self.min_accuracy is None:
+            return True
+        if self.accuracy is None or self.float_accuracy is None:
+            return False
+        return self.accuracy >= self.min_accuracy * self.float_accuracy
 
 
 class Quantization(Frozen, frozen=True, kw_only=True):

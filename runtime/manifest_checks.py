@@ -6,6 +6,8 @@ import math
 import re
 from itertools import pairwise
 
+import msgspec
+
 from .errors import BundleError
 from .guidance_defaults import check_guidance_defaults
 from .manifest import MANIFEST_NAME, SEAL_NAME, Component, FileRecord, Manifest, Quantization, TextEncoding
@@ -99,8 +101,8 @@ def _check_quantization(where: str, name: str, stated: Quantization) -> None:
     digests = {
         "float_model": stated.float_model,
         **({} if stated.trajectories is None else {"trajectories": stated.trajectories}),
-        **{f"bundle of {loss.metric}": loss.bundle for loss in losses},
-        **{f"prompts_sha256 of {loss.metric}": loss.prompts_sha256 for loss in losses},
+        **{f"bundle of loss {index}": loss.bundle for index, loss in enumerate(losses)},
+        **{f"prompts_sha256 of loss {index}": loss.prompts_sha256 for index, loss in enumerate(losses)},
     }
     for fact, digest in digests.items():
         if not _SHA256.fullmatch(digest):
@@ -108,11 +110,11 @@ def _check_quantization(where: str, name: str, stated: Quantization) -> None:
             raise BundleError(where, what, got=digest[:80], expected="64 hexadecimal digits")
     if stated.computes and stated.trajectories is None:
         raise BundleError(where, f"quantization of {name!r}: {stated.format} without trajectories")
-    for loss in losses:
-        numbers = (loss.value, loss.reference, loss.at_least)
-        if not all(number is None or math.isfinite(number) for number in numbers) or loss.prompts < 1:
+    for index, loss in enumerate(losses):
+        numbers = [value for value in msgspec.structs.astuple(loss) if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)) or loss.prompts < 1:
             got = f"{numbers} of {loss.prompts} prompts"
-            raise BundleError(where, f"quantization of {name!r}: {loss.metric}", got=got, expected="finite numbers")
+            raise BundleError(where, f"quantization of {name!r}: loss {index}", got=got, expected="finite numbers")
 
 
 def _check_facts(manifest: Manifest, where: str) -> None:

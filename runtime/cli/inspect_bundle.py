@@ -180,11 +180,6 @@ def _guidance(defaults: Mapping[str, Any]) -> Iterator[str]:
         yield "; ".join(told)
 
 
-def prompts_text(loss: Mapping[str, Any]) -> str:
-    """What a loss of quantization was judged by."""
-    return f"{loss['prompts']} held-out prompts" if loss["held_out"] else "the empty prompt, as none were given"
-
-
 def size_text(size_bytes: int) -> str:
     """A size in kB, MB or GB, powers of ten."""
     unit, divisor = next(
@@ -243,12 +238,20 @@ def _quantized(quantization: Mapping[str, Any]) -> str:
     kept = f", {len(quantization['kept'])} kept in floating point" if quantization["kept"] else ""
     told = [f"{quantization['format']} in {quantization['layers']} layers{kept}"]
     told.append(f"{quantization['tool']} {quantization['version']}")
-    for loss in quantization["losses"]:
-        value = f"{loss['value']:.1f} dB" if loss["metric"] == "psnr_db" else f"{loss['value']:.1%}"
-        beside = "" if loss["reference"] is None else f" beside the float bundle's {loss['reference']:.1%}"
-        asked = "" if loss["at_least"] is None else f", at least {loss['at_least']:.4g} asked for"
-        told.append(f"{loss['metric']} {value}{beside}{asked}, {prompts_text(loss)}, {loss['painted']}")
+    told += map(loss_text, quantization["losses"])
     return "; ".join(told)
+
+
+def loss_text(loss: Mapping[str, Any]) -> str:
+    """What quantization took in one way of painting, in words; `loss` is a `Loss` as JSON has it."""
+    asked = "" if loss["min_psnr_db"] is None else f", at least {loss['min_psnr_db']:.4g} asked for"
+    told = [f"{loss['psnr_db']:.1f} dB{asked} (worst {loss['worst_psnr_db']:.1f})"]
+    told.append(f"SSIM {loss['ssim']:.4f}, latent error {loss['latent_error']:.2g}")
+    if loss["accuracy"] is not None:
+        asked = "" if loss["min_accuracy"] is None else f", at least {loss['min_accuracy']:.4g} of that asked for"
+        told.append(f"{loss['accuracy']:.1%} right beside the float bundle's {loss['float_accuracy']:.1%}{asked}")
+    prompts = f"{loss['prompts']} held-out prompts" if loss["held_out"] else "the empty prompt, as none were given"
+    return f"{', '.join(told)}, {prompts}, {loss['painted']}"
 
 
 def _tensor_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:

@@ -9,6 +9,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of what runs in a test: empty, and not the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TANDEMRT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of random weights as transformers saves one, with a tokenizer of a few words."""

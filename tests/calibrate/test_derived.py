@@ -36,12 +36,17 @@ def test_a_graph_takes_the_place_of_another(bundle: Bundle, tmp_path: Path) -> N
         return QUANTIZATION
 
     loss = Loss(
-        metric="psnr_db", value=40.0, bundle=bundle.digest, prompts=1, prompts_sha256="cd" * 32, painted="unet 2"
-    )
+        psnr_db=40.0, worst_psnr_db=38.0, ssim=0.99, latent_error=0.01, bundle=bundle.digest, prompts=1,
+        prompts_sha256="cd" * 32, seed=0, painted="unet 2",
+    )  # fmt: skip
     out = tmp_path / "deep" / "out"
     with Derived(bundle, out, force=False) as derived:
         derived.replace("unet", make)
         assert derived.opened().component("unet").quantization == QUANTIZATION
+        derived.restore("unet")
+        restored = derived.opened().manifest
+        assert restored.components == bundle.manifest.components
+        assert restored.files == bundle.manifest.files
         derived.replace("unet", make)
         derived.tell_losses("unet", [loss])
         assert not out.exists()

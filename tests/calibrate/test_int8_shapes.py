@@ -12,6 +12,7 @@ import pytest
 
 from tandemrt.calibrate.int8 import Int8Settings, int8_plan, quantize_int8, watched
 from tandemrt.calibrate.layers import layers_of
+from tandemrt.calibrate.ledger import Ledger
 from tandemrt.calibrate.ranges import Limits, collect_ranges
 from tandemrt.calibrate.sensitivity import Sweep, worst_layers
 from tandemrt.engines.graph_files import read_graph
@@ -64,11 +65,11 @@ def test_the_ends_of_a_unet_hurt_most_and_keeping_them_helps(shapes_bundle: Path
     layers = layers_of(graph, "unet_small")
     ranges = collect_ranges(model, watched(layers), samples, SETTINGS.limits)
     plan = int8_plan(graph, layers, ranges, SETTINGS, model.parent)
-    known: dict[str, float] = {}
     sweep = Sweep(model, plan, list(islice(samples(), 2)), threads=1)
-    worst = [one.layer for one in islice(worst_layers(sweep, known), 3)]
+    with Ledger(tmp_path / "found", {}) as ledger:
+        worst = [one.layer for one in islice(worst_layers(sweep, ledger), 3)]
+        assert len(ledger) < len(plan.layers)
     assert {"conv_in/Conv", "conv_out/Conv"} & set(worst)
-    assert len(known) < len(plan.layers)
     feeds, errors = next(iter(samples())), []
     for keep in ((), tuple(worst)):
         quantize_int8(model, samples, tmp_path / "model.onnx", Int8Settings(keep=keep), ranges)

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from tandemrt.calibrate import ranges
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 
 from ..runtime.tiny_bundle import resign, write_tiny_bundle
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 TINY_PROMPTS = ("red", "blue red", "a red blue", "blue blue")
-HELD_OUT = ("red red red", "blue a")
+HELD_OUT = ("red red red", "blue a", "red a a", "blue red a")
 
 
 def command(*words: object) -> list[str]:
@@ -34,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantize(tiny: Path, out: Path, *words: object) -> int:
-    judged = ("--prompts", tiny / "held-out.txt", "--threads", 1)
+    judged = ("--prompts", tiny / "held-out.txt", "-n", 2, "--threads", 1)
     return main(command(tiny / "bundle", "--out", out, "--trajectories", tiny / "kept", *judged, *words))
 
 
@@ -51,7 +54,12 @@ def test_int8_is_published_with_what_it_took(tiny: Path, tmp_path: Path, capsys:
     assert quantization.float_model == before.manifest.files["unet/model.onnx"].sha256
     assert quantization.trajectories is not None
     (loss,) = quantization.losses
-    assert (loss.metric, loss.at_least, loss.bundle, loss.prompts) == ("psnr_db", None, before.digest, 2)
+    assert (loss.min_psnr_db, loss.bundle, loss.prompts, loss.judged) == (None, before.digest, 2, 1)
+    # The trajectories' seeds are 0 to 3.
+    assert loss.seed == len(TINY_PROMPTS)
+    assert loss.worst_psnr_db <= loss.psnr_db < 99
+    assert 0 < loss.latent_error < 1
+    assert 0 < loss.ssim < 1
     assert loss.painted == "unet 4, vae_decoder, 64x64, onnxruntime:cpu"
     assert made.component("unet_small") == before.component("unet_small")
     assert Bundle.open(tiny / "bundle") == before
@@ -72,10 +80,10 @@ def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path, capsys: pytest
     assert quantization.losses[0].painted.startswith("unet 2, ")
     # The empty prompt is not passed off as one that was held out.
     assert (quantization.losses[0].prompts, quantization.losses[0].held_out) == (1, False)
-    assert "dB, the empty prompt, as none were given, unet 2" in capsys.readouterr().out
+    assert "the empty prompt, as none were given, unet 2" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "dB, the empty prompt, as none were given, unet 2" in shown
+    assert "the empty prompt, as none were given, unet 2" in shown
     assert "held-out" not in shown
     assert main(command(*words, "--steps", 2)) == 1
     assert main(command(*words, "--steps", 3, "--force")) == 0
@@ -94,7 +102,7 @@ def test_what_would_be_done_is_told(tiny: Path, tmp_path: Path, capsys: pytest.C
     told = json.loads(capsys.readouterr().out)
     assert told["components"]["unet"]["painted"] == ["unet 4, vae_decoder"]
     assert told["budget"] == {"min_psnr_db": 20.0, "min_accuracy": None}
-    assert told["prompts"] == 2
+    assert (told["prompts"], told["search_prompts"]) == (2, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -108,10 +116,26 @@ def test_what_would_be_done_is_told(tiny: Path, tmp_path: Path, capsys: pytest.C
         (("--min-accuracy", "2x"), 2, "--min-accuracy: not a share, got '2x', expected a share of the float"),
         (("--smoothing", "much"), 2, "--smoothing: not a number, got 'much'"),
         (("-n", "0"), 2, "-n: not usable, got 0"),
-        (("-n", "3"), 2, "held-out.txt: prompts, got 2, expected -n 3. Give -n 2"),
+        (("-n", "5"), 2, "held-out.txt: prompts, got 4, expected -n 5. Give -n 4"),
+        (
+            ("-n", "3", "--min-psnr", "20"),
+            2,
+            "got 4, expected 6 or more: -n 3 to judge by, and as many to search",
+        ),
+        (("--min-psnr", "nan"), 2, "--min-psnr: out of range, got nan, expected decibels above 0, up to 99"),
+        (("--min-psnr", "-3"), 2, "--min-psnr: out of range, got -3.0"),
+        (("--min-psnr", "100"), 2, "--min-psnr: out of range, got 100.0"),
+        (("--guidance-scale", "nan"), 2, "--guidance-scale: out of range, got nan"),
+        (("--samples", "3"), 2, "--samples: how many, got 3, expected 4 or more"),
+        (("--percentile", "99"), 2, "--percentile: given without --observer percentile"),
+        (("--observer", "percentile", "--percentile", "0"), 2, "percentile: out of range, got 0.0"),
+        (("--format", "int4-weights", "--observer", "mse"), 2, "--observer: of no use for int4-weights. Leave it out."),
+        (("--format", "int8-weights", "--samples", "8"), 2, "--samples: of no use for int8-weights"),
+        (("--format", "fp8", "--smoothing", "off"), 2, "--smoothing: of no use for fp8"),
+        (("--tool", "nncf", "--observer", "mse"), 2, "--observer: of no use for int8 by nncf"),
+        (("--cache", "nowhere"), 2, "cache: not a folder that is there, got 'nowhere'"),
         (("--scorer", "json:nothing"), 2, "--scorer: no function nothing in json"),
         (("--format", "fp8"), 1, "unet: opset, got 18, expected 19 or newer, which has E4M3"),
-        (("--min-psnr", "98"), 1, r"layers in floating point, the nearest: budget of psnr_db, got '"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(
@@ -130,7 +154,7 @@ def test_trajectories_have_to_fit(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(command(tiny / "bundle", *out, "--trajectories", tmp_path)) == 1
     assert "holds no trajectories" in capsys.readouterr().err
     assert quantize(tiny, tmp_path / "out", "--component", "unet", "--prompts", tiny / "prompts.txt") == 2
-    assert "held out and calibrated with: 4 of them" in capsys.readouterr().err
+    assert "held out and calibrated with: 2 of them" in capsys.readouterr().err
     write_tiny_bundle(tmp_path / "other")
 
     def of_another(manifest: Any) -> Any:
@@ -147,5 +171,16 @@ def test_trajectories_have_to_fit(tiny: Path, tmp_path: Path, capsys: pytest.Cap
              "--denoiser", "unet", "--guidance-scale", 0, "--out", tmp_path / "few")  # fmt: skip
     assert main(["calibrate", *map(str, words)]) == 0
     assert main(command(tiny / "bundle", *out, "--trajectories", tmp_path / "few")) == 2
-    assert "samples, got 2, expected 4 or more" in capsys.readouterr().err
+    assert "unet: samples, got 2, expected 4 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_samples_of_any_component_are_told_before_the_first_run(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("collect", tiny / "bundle", "--prompts", tiny / "prompts.txt", "-n", 3, "--steps", 4,
+             "--denoiser", "unet", "--out", tmp_path / "few")  # fmt: skip
+    assert main(["calibrate", *map(str, words)]) == 0
+    monkeypatch.setattr(ranges, "GraphRun", None)
+    assert main(command(tiny / "bundle", "--out", tmp_path / "out", "--trajectories", tmp_path / "few")) == 2
+    assert "vae_decoder: samples, got 3, expected 4 or more. Collect from more prompts" in capsys.readouterr().err

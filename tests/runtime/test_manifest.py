@@ -57,10 +57,26 @@ QUANTIZED = Quantization(
     float_model="ab" * 32,
     trajectories="cd" * 32,
     losses=(
-        Loss(metric="psnr_db", value=38.5, at_least=30.0, bundle="ef" * 32, prompts=8, prompts_sha256="01" * 32,
-             painted="onnxruntime:cpu, unet 10"),
+        Loss(psnr_db=38.5, worst_psnr_db=35.0, ssim=0.99, latent_error=0.01, min_psnr_db=30.0, bundle="ef" * 32,
+             prompts=8, prompts_sha256="01" * 32, seed=64, painted="onnxruntime:cpu, unet 10"),
     ),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"psnr_db": 29.9}, False),
+        ({"psnr_db": float("nan")}, False),
+        ({"min_psnr_db": None, "psnr_db": 3.0}, True),
+        ({"min_accuracy": 0.9, "accuracy": 0.8, "float_accuracy": 0.88}, True),
+        ({"min_accuracy": 0.9, "accuracy": 0.79, "float_accuracy": 0.88}, False),
+        ({"min_accuracy": 0.9}, False),
+    ],
+)
+def test_a_loss_is_within_its_budget_or_not(changes: dict[str, Any], holds: bool) -> None:
+    assert msgspec.structs.replace(QUANTIZED.losses[0], **changes).holds is holds
 
 
 def test_what_is_written_reads_back() -> None:
@@ -78,9 +94,9 @@ def test_what_is_written_reads_back() -> None:
         ({"trajectories": None}, "quantization of 'unet': int8 without trajectories"),
         (
             {"losses": (msgspec.structs.replace(QUANTIZED.losses[0], prompts=0),)},
-            "'unet': psnr_db, got .* of 0 prompts",
+            "'unet': loss 0, got .* of 0 prompts",
         ),
-        ({"losses": (msgspec.structs.replace(QUANTIZED.losses[0], bundle=""),)}, "bundle of psnr_db, got ''"),
+        ({"losses": (msgspec.structs.replace(QUANTIZED.losses[0], bundle=""),)}, "bundle of loss 0, got ''"),
     ],
 )
 def test_a_quantization_that_says_nothing_usable_is_refused(
