@@ -122,6 +122,26 @@ def walked(
     return tallies
 
 
+def nearest_of(tallies: Sequence[Tally], paint: Callable[[Candidate, int], Painted], loss: Loss) -> Tally:
+    """The whole tally that comes nearest to a loss that none of a walk keeps to: by pictures lost, then by its PSNR.
+
+    What a tally that is not whole may come to is a bound: the one that may be the nearest is painted on until one that
+    is whole is as near as all others may be.
+    """
+    while True:
+        nearest = max(tallies, key=lambda tally: (*_nearness(tally, loss), tally.whole))
+        if nearest.whole:
+            return nearest
+        nearest.painted.append(paint(nearest.candidate, len(nearest.painted)))
+
+
+def _nearness(tally: Tally, loss: Loss) -> tuple[float, float]:
+    """The larger the nearer; of a tally that is not whole, the most that it can come to."""
+    if loss.max_lost is None or tally.lost is None:
+        return 0.0, tally.psnr_db
+    return min(0.0, loss.max_lost - tally.lost), tally.psnr_db
+
+
 def front_of(tallies: Sequence[Tally], loss: Loss) -> list[Tally]:
     """The tallies of a walk that are whole, allowed, and better than what cost less by what they have to bring.
 

@@ -48,7 +48,7 @@ def add_seed(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_scorer(group: argparse._ArgumentGroup) -> None:
+def add_scorer(group: argparse._ActionsContainer) -> None:
     """Declare --scorer."""
     group.add_argument(
         "--scorer",

@@ -23,7 +23,7 @@ from ..runtime.plan_steps import parse_steps
 from ..runtime.targets import installed_version
 from .curves import Curve
 from .guidance_judged import Judgement, settled
-from .guidance_loss import Loss, Tally, front_of, walked
+from .guidance_loss import Loss, Tally, front_of, nearest_of, walked
 from .guidance_report import write_report
 from .guidance_runs import Painter, Series
 from .guidance_stored import store_guidance
@@ -176,15 +176,14 @@ def _measured(plan: GuidancePlan, job: _Job, ledger: Ledger, reporter: Reporter)
         reporter.progress("discrepancy curves", index + 1, len(job.prompts))
     listed = _candidates(plan, job, curves)
     why_not = _unrunnable(plan, job, listed, reporter)
-    tallies = {
-        kind: [] if kind in why_not else _walk(kind, listed[kind], chooser, job, reporter) for kind in plan.kinds
-    }
+    tallies: dict[str, list[Tally]] = {kind: [] for kind in plan.kinds}
+    for kind in plan.kinds:
+        if kind not in why_not and listed[kind]:
+            tallies[kind], nearest = _walk(kind, listed[kind], chooser, job, reporter)
+            if nearest is not None:
+                told = f"the nearest, {nearest.candidate.name}, comes to {_loss_told(nearest)}"
+                why_not[kind] = f"none of {len(tallies[kind])} settings keeps to the loss; {told}"
     fronts = {kind: front_of(tallies[kind], job.loss) for kind in plan.kinds}
-    for kind, walk in tallies.items():
-        if walk and not fronts[kind]:
-            nearest = max(walk, key=lambda tally: tally.psnr_db)
-            told = f"the nearest, {nearest.candidate.name}, comes to {nearest.psnr_db:.1f} dB at most"
-            why_not[kind] = f"none of {len(walk)} settings keeps to the loss; {told}"
     built_in = [one for one in _built_in(job, curves) if tallies.get(one.kind)]
     judgements, compared = settled(judge, fronts, built_in, job.loss, job.full, reporter.progress)
     for kind, judgement in judgements.items():
@@ -209,7 +208,15 @@ def _measured(plan: GuidancePlan, job: _Job, ledger: Ledger, reporter: Reporter)
     return facts, curves
 
 
-def _walk(kind: str, candidates: Sequence[Candidate], painter: Painter, job: _Job, reporter: Reporter) -> list[Tally]:
+def _loss_told(tally: Tally) -> str:
+    lost = "" if tally.lost is None else f" and loses {tally.lost:.1%} of the pictures"
+    return f"{tally.psnr_db:.1f} dB{lost}"
+
+
+def _walk(
+    kind: str, candidates: Sequence[Candidate], painter: Painter, job: _Job, reporter: Reporter
+) -> tuple[list[Tally], Tally | None]:
+    """What the settings of a kind came to; and the nearest to the loss, where none keeps to it."""
     walks = 0
 
     def paint(candidate: Candidate, index: int) -> Any:
@@ -218,7 +225,8 @@ def _walk(kind: str, candidates: Sequence[Candidate], painter: Painter, job: _Jo
         reporter.progress(f"settings of {kind}", walks, len(candidates))
         return painter.painted(candidate.name, candidate.arguments, index)
 
-    return walked(candidates, paint, len(job.prompts), job.loss)
+    tallies = walked(candidates, paint, len(job.prompts), job.loss)
+    return tallies, None if front_of(tallies, job.loss) else nearest_of(tallies, paint, job.loss)
 
 
 def _candidates(plan: GuidancePlan, job: _Job, curves: Sequence[Curve]) -> dict[str, list[Candidate]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandemrt.calibrate.guidance_loss import Loss, Painted, Tally, front_of, pooled_db, walked
+from tandemrt.calibrate.guidance_loss import Loss, Painted, Tally, front_of, nearest_of, pooled_db, walked
 from tandemrt.calibrate.thresholds import Candidate
 
 TOTAL = 4
@@ -39,6 +39,35 @@ def test_the_front_is_what_costs_more_and_is_better() -> None:
     tallies = walk_of([[20.0] * 4, [31.0] * 4, [31.9] * 4, [35.0] * 4, [31.0] * 4, [40.0] * 4])
     assert [round(tally.psnr_db) for tally in front_of(tallies, NEAR)] == [31, 35, 40]
     assert [len(tally.painted) for tally in tallies] == [1, 4, 4, 4, 2, 4]
+
+
+def test_the_nearest_to_the_loss_is_measured() -> None:
+    """Its first picture promises more of the second setting than it comes to."""
+    qualities, painted = [[13.0] * 4, [21.0, 5.0, 5.0, 5.0], [20.0] * 4, [12.0] * 4], list[int]()
+
+    def paint(candidate: Candidate, index: int) -> Painted:
+        setting = int(candidate.numbers["end"])
+        painted.append(setting)
+        return Painted(qualities[setting][index], 10)
+
+    tallies = walked(candidates(4), paint, TOTAL, NEAR)
+    assert [len(tally.painted) for tally in tallies] == [1] * 4
+    nearest = nearest_of(tallies, paint, NEAR)
+    assert (nearest, nearest.psnr_db) == (tallies[2], pytest.approx(20.0))
+    # No more is painted than it takes to know: the last one's bound was lower from the start.
+    assert painted == [0, 1, 2, 3, 1, *[2] * 3]
+
+
+def test_the_nearest_to_a_scorer_s_loss_loses_the_fewest_pictures() -> None:
+    right = [[False, False, False], [True, False, True], [False, True, False]]
+
+    def paint(candidate: Candidate, index: int) -> Painted:
+        setting = int(candidate.numbers["end"])
+        return Painted(40.0 - setting, 10, right[setting][index], True)
+
+    loss = Loss(None, 0.1)
+    nearest = nearest_of(walked(candidates(3), paint, 3, loss), paint, loss)
+    assert (nearest.candidate.numbers["end"], nearest.lost) == (1.0, pytest.approx(1 / 3))
 
 
 def test_the_front_goes_by_what_was_paid() -> None:
