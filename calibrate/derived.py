@@ -13,7 +13,8 @@ import msgspec
 from ..runtime.bundle import Bundle
 from ..runtime.engine_files import weights_of
 from ..runtime.errors import ArgumentError, BundleError
-from ..runtime.manifest import Component, Loss, Quantization, file_records, write
+from ..runtime.manifest import Component, Loss, Quantization
+from ..runtime.manifest_files import file_records, write
 from ..runtime.onnx_files import external_files
 from ..runtime.staging import Staging, writing_failed
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
-from ..runtime.files import sweep_parts, write_whole
-from ..runtime.manifest import file_sha256
+from ..runtime.files import file_sha256, sweep_parts, write_whole
 from .ledger import Ledger, found_on, writing
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..runtime.errors import ArgumentError
-from ..runtime.manifest import file_sha256
+from ..runtime.files import file_sha256
 from .quality import Pixels, Scorer
 
 

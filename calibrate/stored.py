@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import BundleError
-from ..runtime.files import sweep_parts
-from ..runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, decode, encode, rewrite
+from ..runtime.files import locked, sweep_parts
+from ..runtime.manifest import Manifest
 from ..runtime.manifest_checks import check_manifest
+from ..runtime.manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode, encode, rewrite
 
 
 def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
@@ -29,7 +26,7 @@ def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
     """
     where = str(bundle.path / MANIFEST_NAME)
     try:
-        with _locked(bundle.path):
+        with locked(bundle.path):
             sweep_parts(bundle.path)
             raw = (bundle.path / MANIFEST_NAME).read_bytes()
             current = decode(raw, where)
@@ -46,14 +43,3 @@ def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
         remedy = "Free space, or give a bundle in a folder that can be written."
         raise BundleError(where, f"cannot be written ({error.strerror or error})", remedy=remedy) from error
     return Bundle(bundle.path, changed, hashlib.sha256(raw).hexdigest())
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process has the folder, and have it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import CalibrationError
-from ..runtime.manifest import Frozen, Manifest, file_sha256
+from ..runtime.files import file_sha256
+from ..runtime.manifest import Frozen, Manifest
 from ..runtime.safetensors_files import read_header, write_safetensors
 from .ledger import read_ledger
 from .strata import evenly, place

@@ -32,7 +32,8 @@ from ..runtime.engine_files import (
     read_sidecar,
 )
 from ..runtime.errors import CacheError, CacheFullError, EngineError
-from ..runtime.manifest import FileRecord, file_sha256
+from ..runtime.files import file_sha256
+from ..runtime.manifest import FileRecord
 from .job import Progress
 
 POLL_S = 0.05

@@ -12,19 +12,8 @@ import msgspec
 from onnxscript import ir
 
 from ..runtime.errors import BundleError, ExportError
-from ..runtime.manifest import (
-    FORMAT,
-    MANIFEST_NAME,
-    Component,
-    Defaults,
-    Evidence,
-    Manifest,
-    Source,
-    decode,
-    encode,
-    file_records,
-    write,
-)
+from ..runtime.manifest import FORMAT, Component, Defaults, Evidence, Manifest, Source
+from ..runtime.manifest_files import MANIFEST_NAME, decode, encode, file_records, write
 from ..runtime.staging import Staging, require_free, writing_failed
 from .adopt import AdoptedGraph, require_plausible
 from .agreement import latent_space, prediction_type

@@ -194,7 +194,7 @@ def run(plan: ExportPlan | PresetPlan, reporter: Reporter) -> dict[str, Any]:
     Raises:
         CheckpointError, ExportError: see `export_bundle`.
     """
-    from ..runtime.manifest import MANIFEST_NAME, decode  # noqa: PLC0415
+    from ..runtime.manifest_files import MANIFEST_NAME, decode  # noqa: PLC0415
 
     if isinstance(plan, ExportPlan) and plan.allow_pickle:
         reporter.warn(PICKLE_WARNING)

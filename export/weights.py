@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..runtime import safetensors_files
 from ..runtime.errors import CheckpointError
-from ..runtime.manifest import file_sha256
+from ..runtime.files import file_sha256
 
 if TYPE_CHECKING:
     import torch

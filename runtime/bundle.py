@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from . import manifest as manifests
+from . import manifest_files as manifests
 from .arguments import did_you_mean
 from .errors import ArgumentError, BundleError
 from .files import is_part
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, Component, FileRecord, Manifest, TensorSpec
+from .manifest import Component, FileRecord, Manifest, TensorSpec
 from .manifest_checks import TOKENIZER_FILE, check_manifest
+from .manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME
 from .onnx_files import external_files
 from .tensors import check_loaded
 
@@ -68,6 +69,8 @@ class Bundle:
         _check_digests(path, manifest.files)
         for component in manifest.components.values():
             _check_external_files(path, component, manifest.files)
+        if _start_of(path / SEAL_NAME, MAX_SEAL_BYTES) != manifests.seal(raw):
+            manifests.settle_seal(path)
         return cls(path, manifest, hashlib.sha256(raw).hexdigest())
 
     def component(self, name: str) -> Component:

@@ -24,7 +24,8 @@ from .architecture import cpu_architecture, system_architecture
 from .bundle import Bundle
 from .cache import check_ownership, engines_folder
 from .errors import BUILD, EngineError
-from .manifest import FileRecord, Frozen, TensorSpec, file_sha256
+from .files import file_sha256
+from .manifest import FileRecord, Frozen, TensorSpec
 from .onnx_files import external_files
 from .targets import Target
 from .variant import PLAIN, Variant

@@ -10,7 +10,8 @@ import msgspec
 
 from .errors import BundleError
 from .guidance_defaults import check_guidance_defaults
-from .manifest import MANIFEST_NAME, SEAL_NAME, Component, FileRecord, Manifest, Quantization, TextEncoding
+from .manifest import Component, FileRecord, Manifest, Quantization, TextEncoding
+from .manifest_files import MANIFEST_NAME, SEAL_NAME
 from .tensors import CONTROLNET_PREFIX, ENCODED, GUIDANCE_EMBEDDING, check_role, spec_of
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .errors import BundleError, ExportError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, decode
+from .manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, decode
 
 _PART = ".tandemrt-part-"
 _OLD = ".tandemrt-old-"

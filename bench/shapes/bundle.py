@@ -14,7 +14,8 @@ from tandemrt.export.plan import Added, ExportPlan, Progress, no_progress
 from tandemrt.export.sources import read_sources
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError, ExportError
-from tandemrt.runtime.manifest import MANIFEST_NAME, Manifest, SchedulerDefaults
+from tandemrt.runtime.manifest import Manifest, SchedulerDefaults
+from tandemrt.runtime.manifest_files import MANIFEST_NAME
 
 from .accuracy import GUIDANCE_SCALE
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
+from ..files import file_sha256
 from ..guidance_defaults import stored_interval
 from ..lora_files import read_lora
-from ..manifest import Manifest, file_sha256
+from ..manifest import Manifest
 from ..output import Output
 from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..errors import ArgumentError, TandemError
 from ..images import save_png
-from ..manifest import MANIFEST_NAME
+from ..manifest_files import MANIFEST_NAME
 
 SLUG_CHARACTERS = 40
 

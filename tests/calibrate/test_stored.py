@@ -13,7 +13,8 @@ from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import BundleError
-from tandemrt.runtime.manifest import MANIFEST_NAME, Manifest
+from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.manifest_files import MANIFEST_NAME
 
 from ..runtime.tiny_bundle import resign, write_tiny_bundle
 

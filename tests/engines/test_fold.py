@@ -18,7 +18,7 @@ from tandemrt.engines import fold
 from tandemrt.engines.fold import folded
 from tandemrt.engines.graph_files import read_graph, weight, write_graph
 from tandemrt.engines.step import step_graph
-from tandemrt.runtime import manifest as manifests
+from tandemrt.runtime import manifest_files as manifests
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.errors import ArgumentError, BundleError, PlanError
 from tandemrt.runtime.plan import Schedule, compile_plan

@@ -28,7 +28,8 @@ from tandemrt.runtime.engine_files import SIDECAR_NAME, read_sidecar
 from tandemrt.runtime.engine_search import has_engine, profile_for
 from tandemrt.runtime.engine_session import EngineSession, Loader
 from tandemrt.runtime.errors import BundleError, EngineError
-from tandemrt.runtime.manifest import FileRecord, file_sha256
+from tandemrt.runtime.files import file_sha256
+from tandemrt.runtime.manifest import FileRecord
 from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.ran_on import GRAPH, RanOn
 from tandemrt.runtime.targets import Target, parse_target

@@ -16,7 +16,7 @@ from tandemrt.engines.fold import folded
 from tandemrt.engines.graph_files import read_graph, spec, write_graph
 from tandemrt.engines.slots import lora_slots
 from tandemrt.engines.step import step_graph
-from tandemrt.runtime import manifest as manifests
+from tandemrt.runtime import manifest_files as manifests
 from tandemrt.runtime.backends.base import Session
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.errors import ArgumentError, BundleError, RequestError

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from tandemrt.engines.composed import composed
 from tandemrt.engines.graph_files import read_graph, spec, write_graph
 from tandemrt.engines.step import HISTORY, step_graph
-from tandemrt.runtime import manifest as manifests
+from tandemrt.runtime import manifest_files as manifests
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.errors import ArgumentError, BundleError, ExecutionError, PlanError
 from tandemrt.runtime.manifest import Manifest

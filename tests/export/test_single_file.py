@@ -19,7 +19,7 @@ from tandemrt.export.presets import models, read_preset
 from tandemrt.export.remapped import Origin
 from tandemrt.export.single_file import read_single_file
 from tandemrt.runtime.errors import ArgumentError
-from tandemrt.runtime.manifest import MANIFEST_NAME, decode
+from tandemrt.runtime.manifest_files import MANIFEST_NAME, decode
 
 from .original import State, config_of, original
 from .single_files import PRESETS, parts, tokenizers, write

@@ -23,17 +23,9 @@ from onnx import TensorProto, helper
 
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError
-from tandemrt.runtime.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    SEAL_NAME,
-    Dtype,
-    Manifest,
-    TensorSpec,
-    rewrite,
-    seal,
-    write,
-)
+from tandemrt.runtime.files import locked
+from tandemrt.runtime.manifest import Dtype, Manifest, TensorSpec
+from tandemrt.runtime.manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, rewrite, seal, write
 
 from .tiny_bundle import resign, write_tiny_bundle
 
@@ -434,8 +426,12 @@ def test_a_manifest_is_replaced_whole_whenever_the_process_is_killed(
         killed_at(count)
         with contextlib.suppress(KeyboardInterrupt):
             rewrite(after, bundle)
-        opened.append(Bundle.open(bundle).manifest)
         monkeypatch.setattr(os, "fsync", real)
+        with locked(bundle):  # as by a process that has not been killed: its work is left alone
+            opened.append(Bundle.open(bundle).manifest)
+        assert Bundle.open(bundle).manifest == opened[-1]
+        # What was begun is finished then, and anything else finds the bundle sealed too.
+        subprocess.run(["sha256sum", "-c", "--strict", SEAL_NAME], cwd=bundle, check=True, capture_output=True)
         rewrite(before, bundle)
     # Each file is flushed, then the folder its name is in: the third is that of the manifest.
     assert opened == [before] * 3 + [after] * 4

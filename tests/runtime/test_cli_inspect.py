@@ -14,7 +14,8 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.calibrations import Calibrations, SplitCalibration, SplitPoint
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.inspect_bundle import size_text, worst_evidence
-from tandemrt.runtime.manifest import MANIFEST_NAME, Evidence, Manifest, SchedulerDefaults
+from tandemrt.runtime.manifest import Evidence, Manifest, SchedulerDefaults
+from tandemrt.runtime.manifest_files import MANIFEST_NAME
 from tandemrt.runtime.solvers.config import KEYS
 
 from .tiny_bundle import resign, write_tiny_bundle

@@ -32,7 +32,8 @@ from tandemrt.runtime.engine_files import (
 )
 from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import EngineError, UntrustedError
-from tandemrt.runtime.manifest import FileRecord, file_sha256
+from tandemrt.runtime.files import file_sha256
+from tandemrt.runtime.manifest import FileRecord
 from tandemrt.runtime.ran_on import with_remedies
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.variant import PLAIN, Variant

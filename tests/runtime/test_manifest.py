@@ -12,18 +12,10 @@ import pytest
 
 from tandemrt.runtime import manifest as module
 from tandemrt.runtime.errors import BundleError
-from tandemrt.runtime.manifest import (
-    Evidence,
-    FileRecord,
-    Loss,
-    Quantization,
-    TensorSpec,
-    decode,
-    encode,
-    file_sha256,
-    json_schema,
-)
+from tandemrt.runtime.files import file_sha256
+from tandemrt.runtime.manifest import Evidence, FileRecord, Loss, Quantization, TensorSpec, json_schema
 from tandemrt.runtime.manifest_checks import check_manifest
+from tandemrt.runtime.manifest_files import decode, encode
 
 from .test_plan import MANIFEST
 from .tiny_bundle import write_tiny_bundle

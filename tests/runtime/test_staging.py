@@ -19,8 +19,6 @@ from tandemrt.runtime import staging as module
 from tandemrt.runtime.errors import ExportError
 from tandemrt.runtime.manifest import (
     FORMAT,
-    MANIFEST_NAME,
-    SEAL_NAME,
     Defaults,
     FileRecord,
     LatentSpace,
@@ -28,9 +26,8 @@ from tandemrt.runtime.manifest import (
     SchedulerDefaults,
     TextConditioning,
     TextEncoding,
-    decode,
-    encode,
 )
+from tandemrt.runtime.manifest_files import MANIFEST_NAME, SEAL_NAME, decode, encode
 from tandemrt.runtime.staging import Staging, require_free
 
 FILES = 60

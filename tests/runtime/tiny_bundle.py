@@ -16,9 +16,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from tandemrt.runtime.files import file_sha256
 from tandemrt.runtime.manifest import (
-    MANIFEST_NAME,
-    SEAL_NAME,
     Component,
     Defaults,
     Evidence,
@@ -32,9 +31,8 @@ from tandemrt.runtime.manifest import (
     TensorSpec,
     TextConditioning,
     TextEncoding,
-    file_sha256,
-    write,
 )
+from tandemrt.runtime.manifest_files import MANIFEST_NAME, SEAL_NAME, write
 
 MAX_LENGTH = 12
 TEXT_WIDTH = 8
