@@ -2,8 +2,9 @@
 
 Ways to run both branches of a guided row at once, each in an interpreter of its own: what it adds to the memory of the
 process, and its rows in turns with `batched` ones, one call of both branches on all threads. Memory is the proportional
-set size, in which pages of a file that two sessions map count once. BUNDLE is the shapes family's (`tandemrt demo`
-exports it), or at true size what `tandemrt export OUT --preset bk-sdm-tiny` makes. Take the figures on a quiet machine.
+set size: pages of a file that two sessions map count once, and not at all once the system took them back, as it may on
+a machine that lacks memory. BUNDLE is the shapes family's (`tandemrt demo` exports it), or at true size what `tandemrt
+export OUT --preset bk-sdm-tiny` makes. Take the figures on a quiet machine.
 """
 
 from __future__ import annotations

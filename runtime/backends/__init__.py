@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def streams_for(target: Target, calls: int) -> int:
     """As how many streams a model must be opened that so many calls run on at once.
 
-    ONNX Runtime takes calls from several threads as it is, and shares its threads among them: a second session would
-    hold the weights a second time, since every session lays them out anew. An engine on a GPU is told later; see
+    ONNX Runtime takes calls from several threads as it is, and shares its threads among them: a second session was no
+    faster, and of a bundle's graph would hold the weights a second time. An engine on a GPU is told later; see
     `Overlapping`.
     """
     return calls if target.backend == "openvino" else 1
