@@ -9,8 +9,6 @@ from ..runtime.arguments import thread_count
 from ..runtime.errors import ArgumentError
 from .prompts import MAX_PROMPTS
 
-_COLUMN = "the column of a table (default: the first there is of caption, prompt and text)"
-
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     """Declare BUNDLE."""
@@ -26,7 +24,11 @@ def add_prompts(group: argparse._ArgumentGroup, use: str, default: int | None, *
         metavar="FILE",
         help=f"prompts {use}, one a line, or a .csv or .tsv with a column of them",
     )
-    group.add_argument("--column", metavar="NAME", help=f"{_COLUMN}, of --held-out too where that is of the same kind")
+    group.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the column of a table (default: the first there is of caption, prompt and text)",
+    )
     told = "all" if default is None else f"{default}, or as many as there are"
     group.add_argument(
         "-n", dest="count", type=int, metavar="N", help=f"how many of the prompts, the first ones (default: {told})"
@@ -37,7 +39,11 @@ def add_held_out(group: argparse._ArgumentGroup, *, required: bool = False) -> N
     """Declare --held-out."""
     use = "prompts to judge by" if required else "prompts to judge by later"
     group.add_argument(
-        "--held-out", type=Path, required=required, metavar="FILE", help=f"{use}; it is an error if one is chosen here"
+        "--held-out",
+        type=Path,
+        required=required,
+        metavar="FILE",
+        help=f"{use}, in the same column where it is a table of the same kind; it is an error if one is taken here",
     )
 
 
