@@ -11,7 +11,7 @@ COMMANDS: Mapping[str, Entry] = {
     "pictures": Entry("tandemrt.calibrate.pictures", "paint many prompts, for measures that need thousands", "cpu"),
     "split": Entry("tandemrt.calibrate.split_command", "which steps go to which denoiser, by measuring", "cpu"),
     "guidance": Entry(
-        "tandemrt.calibrate.thresholds_command", "find how much of guidance can be left out", "engines,cpu"
+        "tandemrt.calibrate.guidance_command", "find how much of guidance can be left out", "engines,cpu"
     ),
     "quality": Entry("tandemrt.calibrate.quality_command", "measure how good pictures are", "quality", plans=False),
     "quantize": Entry(

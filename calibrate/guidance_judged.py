@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..engines.job import Progress
+from .guidance_candidates import Candidate
 from .guidance_loss import Loss, Tally
 from .guidance_runs import Painter
-from .thresholds import Candidate
 
 
 @dataclass(frozen=True, slots=True)

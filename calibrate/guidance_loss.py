@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .thresholds import Candidate
+from .guidance_candidates import Candidate
 
 # Beyond the loss that is allowed by so much, better settings are of no use to anybody.
 _ENOUGH_DB = 20.0

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandemrt.calibrate.guidance_candidates import Candidate
 from tandemrt.calibrate.guidance_loss import Loss, Painted, Tally, front_of, nearest_of, pooled_db, walked
-from tandemrt.calibrate.thresholds import Candidate
 
 TOTAL = 4
 NEAR = Loss(30.0, None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tandemrt.calibrate.curves import Curve
-from tandemrt.calibrate.thresholds import (
+from tandemrt.calibrate.guidance_candidates import (
     Candidate,
     adaptive_candidates,
     hybridiff_candidates,

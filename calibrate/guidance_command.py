@@ -22,6 +22,15 @@ from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.plan_steps import parse_steps
 from ..runtime.targets import installed_version
 from .curves import Curve
+from .guidance_arguments import JUDGED, PROMPTS, GuidancePlan, add_arguments, plan_from_arguments
+from .guidance_candidates import (
+    Candidate,
+    adaptive_candidate,
+    adaptive_candidates,
+    hybridiff_candidate,
+    hybridiff_candidates,
+    interval_candidates,
+)
 from .guidance_judged import Judgement, settled
 from .guidance_loss import Loss, Tally, front_of, nearest_of, walked
 from .guidance_report import write_report
@@ -30,15 +39,6 @@ from .guidance_stored import store_guidance
 from .ledger import Ledger, writing
 from .prompts import chosen_prompts, held_out_prompts, prompts_sha256
 from .scorers import NamedScorer, scorer_of
-from .thresholds import (
-    Candidate,
-    adaptive_candidate,
-    adaptive_candidates,
-    hybridiff_candidate,
-    hybridiff_candidates,
-    interval_candidates,
-)
-from .thresholds_arguments import JUDGED, PROMPTS, GuidancePlan, add_arguments, plan_from_arguments
 
 __all__ = ["add_arguments", "plan_from_arguments", "run", "status", "summary"]
 

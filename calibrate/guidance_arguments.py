@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..runtime.arguments import finite_number
 from ..runtime.errors import ArgumentError
+from .guidance_candidates import KINDS
 from .prompts import MAX_PROMPTS
 from .shared_arguments import (
     add_bundle,
@@ -20,7 +21,6 @@ from .shared_arguments import (
     check_number,
     check_shared,
 )
-from .thresholds import KINDS
 
 PROMPTS, JUDGED, CANDIDATES = 64, 100, 60
 MIN_PSNR_DB, MAX_LOSS = 30.0, 0.01
