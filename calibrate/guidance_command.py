@@ -10,8 +10,6 @@ from typing import Any
 from ..engines.build import ensure_engine
 from ..engines.plan import BuildPlan, requests_of
 from ..runtime.adaptive import AdaptiveRule
-from ..runtime.architecture import cpu_architecture, usable_cpus
-from ..runtime.backends import gpu_names
 from ..runtime.cache import cache_folder
 from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
@@ -20,8 +18,8 @@ from ..runtime.errors import ArgumentError, EngineError, PlanError, RequestError
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.plan_steps import parse_steps
-from ..runtime.targets import installed_version
 from .curves import Curve
+from .grounds import ground_of
 from .guidance_arguments import JUDGED, PROMPTS, GuidancePlan, add_arguments, plan_from_arguments
 from .guidance_candidates import (
     Candidate,
@@ -124,16 +122,11 @@ class _Job:
 
     def ground(self, plan: GuidancePlan) -> dict[str, Any]:
         """All that the figures of one way rest on."""
-        pipe, backend = self.pipe, self.pipe.target.backend
+        own = {"guidance_interval": None, "adaptive": None, "taus": None}
         return {
-            "bundle": pipe.bundle.manifest.files_digest,
-            "target": str(pipe.target),
-            "threads": plan.threads,
-            "machine": [cpu_architecture(), f"{usable_cpus()} CPUs", *gpu_names(pipe.target)],
-            "versions": {"tandemrt": version("tandemrt"), backend: installed_version(backend)},
+            **ground_of(self.pipe.bundle, self.pipe.target, plan.threads, self.scorer, **own),
             "plan": self.compiled.facts(),
             "seed": plan.seed,
-            "scorer": None if self.scorer is None else self.scorer.facts(),
             "prompts": _prompt_facts(self.prompts),
             "held_out": _prompt_facts(self.held_out),
         }

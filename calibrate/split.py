@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -13,14 +11,13 @@ import numpy as np
 
 from ..engines.job import Progress
 from ..runtime import Pipeline
-from ..runtime.architecture import cpu_architecture, usable_cpus
-from ..runtime.backends import gpu_names
 from ..runtime.bundle import Bundle
-from ..runtime.calibrations import Calibrations, RowTime, SplitPoint
+from ..runtime.calibrations import RowTime, SplitPoint
 from ..runtime.manifest import Frozen, Manifest
 from ..runtime.output import Output
 from ..runtime.plan import Schedule, compile_plan
-from ..runtime.targets import Target, installed_version
+from ..runtime.targets import Target
+from .grounds import ground_of
 from .ledger import Ledger
 from .prompts import prompts_sha256
 from .quality import Pixels, latent_error, psnr_db, ssim
@@ -59,26 +56,14 @@ class Sweep:
         return prompts_sha256(self.prompts)
 
     def ground(self, bundle: Bundle, target: Target, threads: int | None) -> dict[str, Any]:
-        """All that the figures rest on but plans, prompts and seeds, which stand beside each picture's figures.
-
-        bundle: `Manifest.files_digest`. facts: the sha256 of what else the manifest says, without the defaults that
-        sweeps store.
-        """
-        manifest = bundle.manifest
-        defaults = msgspec.structs.replace(manifest.defaults, steps=None, num_inference_steps=self.num_inference_steps)
-        facts = msgspec.structs.replace(manifest, defaults=defaults, calibrations=Calibrations())
+        """All that the figures rest on but plans, prompts and seeds, which stand beside each picture's figures."""
+        own = {"steps": None, "num_inference_steps": self.num_inference_steps}
         return {
             "format": FORMAT,
-            "bundle": manifest.files_digest,
-            "facts": hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest(),
-            "target": str(target),
-            "threads": threads,
-            "machine": [cpu_architecture(), f"{usable_cpus()} CPUs", *gpu_names(target)],
-            "versions": {"tandemrt": version("tandemrt"), target.backend: installed_version(target.backend)},
+            **ground_of(bundle, target, threads, self.scorer, **own),
             "large": self.large,
             "small": self.small,
             "num_inference_steps": self.num_inference_steps,
-            "scorer": None if self.scorer is None else self.scorer.facts(),
         }
 
     def key(self, plan: SplitPlan, index: int) -> str:

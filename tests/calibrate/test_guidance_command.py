@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from msgspec.structs import replace
 
 from tandemrt.bench.shapes.scenes import scenes
 from tandemrt.calibrate.guidance_runs import Painter
@@ -17,7 +18,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.plan import Schedule, compile_plan
 
-from ..runtime.tiny_bundle import write_tiny_bundle
+from ..runtime.tiny_bundle import resign, write_tiny_bundle
 from ..runtime.tiny_families import write_tiny_lcm
 
 CHOOSING, JUDGING = ("red", "red red", "blue red"), ("blue", "blue blue", "red blue")
@@ -101,6 +102,11 @@ def test_the_same_command_goes_on_and_paints_nothing_twice(
     assert Bundle.open(folder / "bundle").manifest.defaults.guidance_interval is None
     assert main(arguments(folder, *SHORT, "--seed", "5")) == 2
     assert "seed is 0 there, 5 here" in capsys.readouterr().err
+    # What else the manifest says decides the pictures too.
+    larger = {"height": 80}
+    resign(folder / "bundle", lambda one: replace(one, defaults=replace(one.defaults, **larger)))
+    assert main(arguments(folder, *SHORT)) == 2
+    assert "facts is " in capsys.readouterr().err
 
 
 def test_a_window_that_cannot_run_here_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
