@@ -9,8 +9,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +21,7 @@ from tandemrt.runtime.manifest import Component, Precision
 
 from .figures import markdown_table, write_json, write_text
 from .machine import described, machine_facts
+from .memory import in_fresh_process, peak_gib
 from .program import run_program
 
 # For SDXL's UNet, SD 1.5's and SD3's transformer in float16.
@@ -41,7 +40,7 @@ class Meter:
         self._doing, self._began = "", 0.0
 
     def __call__(self, message: str, _done: int, _total: int) -> None:
-        now, peak = time.perf_counter(), _peak_gib()
+        now, peak = time.perf_counter(), peak_gib()
         name, _, stage = self._doing.partition(": ")
         if name:
             row = self.rows.setdefault(name, {"export_s": 0.0, "verify_s": 0.0, "peak_gib": 0.0})
@@ -105,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     facts = {"machine": machine_facts(), "goals": GOALS, "exports": _kept(options)}
     for name in options.presets:
-        with TemporaryDirectory(dir=options.scratch) as scratch, ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            facts["exports"].append(fresh.submit(export_figures, name, options.dtype, Path(scratch)).result())
+        with TemporaryDirectory(dir=options.scratch) as scratch:
+            facts["exports"].append(in_fresh_process(export_figures, name, options.dtype, Path(scratch)))
         write_json(options.json, facts)
         write_text(options.json.with_suffix(".md"), markdown(facts))
     print(markdown(facts))
@@ -127,11 +126,6 @@ def _facts(component: Component) -> dict[str, Any]:
         "parity": max(each.value for each in component.evidence),
         "threshold": max(each.threshold for each in component.evidence),
     }
-
-
-def _peak_gib() -> float:
-    with Path("/proc/self/status").open(encoding="ascii") as status:
-        return next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

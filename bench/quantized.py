@@ -1,8 +1,9 @@
 """A denoiser in int8 beside bf16 and fp32: `python -m tandemrt.bench.quantized DIR --json FILE`.
 
-What quantizing takes, in a process of its own, and what a call takes then on each target, in turns in one run. DIR is a
-denoiser's folder in an fp32 bundle, such as `unet` of `tandemrt export OUT --preset sdxs-512-0.9`. Samples are random
-latents and texts: they calibrate a speed, no picture. Take the figures on a quiet machine.
+What quantizing takes, in a process of its own, and what a call takes then on each target, in turns in one run; with
+`--weights`, also with weights alone in eight and four bits. DIR is a denoiser's folder in an fp32 bundle, such as
+`unet` of `tandemrt export OUT --preset sdxs-512-0.9`. Samples are random latents and texts: they calibrate a speed, no
+picture. Take the figures on a quiet machine.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,14 +20,18 @@ import numpy as np
 
 from tandemrt.calibrate.int8 import Int8Settings, quantize_int8
 from tandemrt.calibrate.ranges import Limits
+from tandemrt.calibrate.weights_only import WeightSettings, quantize_weights
 from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.backends.base import Session
+from tandemrt.runtime.backends.modules import imported
 from tandemrt.runtime.engine_files import GRAPH_NAME
 from tandemrt.runtime.onnx_files import external_files, graph_tensors
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, spread, write_json, write_text
+from .figures import markdown_table, spread, write_report
 from .loops import Float32
 from .machine import described, machine_facts
+from .memory import in_fresh_process, peak_gib, resident_mib
 from .program import run_program
 
 TARGETS = (
@@ -40,6 +43,10 @@ TARGETS = (
 )
 GOALS = {"openvino int8 over bf16, SDXS-512": 1.5, "calibration peak_gib, sd15": 20}
 TOKENS = 77
+WEIGHTS = {"int8-weights": 8, "int4-weights": 4}
+
+Case = tuple[str, str]
+"""A target, and the format of the graph that runs on it: `float`, `int8`, or one of `WEIGHTS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,7 @@ def calibration_figures(model: Path, out: Path, options: Options) -> dict[str, A
     report = quantize_int8(model, lambda: samples_of(model, options), out, settings)
     return {
         "seconds": time.perf_counter() - began,
-        "peak_gib": _peak_gib(),
+        "peak_gib": peak_gib(),
         "samples": options.samples,
         "layers": len(report.layers),
         "kept": len(report.kept),
@@ -80,15 +87,23 @@ def calibration_figures(model: Path, out: Path, options: Options) -> dict[str, A
     }
 
 
-def latency_figures(models: Mapping[str, Path], feeds: Mapping[str, Float32], options: Options) -> list[dict[str, Any]]:
-    """Milliseconds a call of each target, all of one backend loaded at once and called in turns.
+def cases_of(targets: Sequence[str], *, weights: bool) -> list[Case]:
+    """What is measured on some targets: the int8 graph on those in int8, on others the float one and others of it."""
+    forms = {True: ("int8",), False: ("float", *(WEIGHTS if weights else ()))}
+    return [(target, form) for target in targets for form in forms[parse_target(target).precision == "int8"]]
 
-    models: the graph's file by target.
+
+def latency_figures(
+    models: Mapping[Case, Path], feeds: Mapping[str, Float32], options: Options
+) -> list[dict[str, Any]]:
+    """Milliseconds a call of each case, all of one backend loaded at once and called in turns.
+
+    models: the graph's file by case.
     """
     rows = []
-    for backend in dict.fromkeys(parse_target(target).backend for target in models):
-        targets = [target for target in models if parse_target(target).backend == backend]
-        sessions = [open_session(models[one], parse_target(one), threads=options.threads) for one in targets]
+    for backend in dict.fromkeys(parse_target(target).backend for target, _ in models):
+        cases = [case for case in models if parse_target(case[0]).backend == backend]
+        sessions = [_session(models[case], case[0], options) for case in cases]
         bindings = [session.bind({name: array.shape for name, array in feeds.items()}) for session in sessions]
         taken: list[list[float]] = [[] for _ in bindings]
         for round_ in range(options.warm_up + options.repeats):
@@ -100,19 +115,21 @@ def latency_figures(models: Mapping[str, Path], feeds: Mapping[str, Float32], op
                 if round_ >= options.warm_up:
                     kept.append((time.perf_counter() - began) * 1e3)
         meant = next(iter(bindings[0].outputs.values()))
-        for target, binding, kept in zip(targets, bindings, taken, strict=True):
+        for (target, form), binding, kept in zip(cases, bindings, taken, strict=True):
             made = next(iter(binding.outputs.values()))
+            speed_over = {
+                other[0]: spread(np.divide(times, kept).tolist())
+                for other, times in zip(cases, taken, strict=True)
+                if other[1] == "float" and other != (target, form)
+            }
             rows.append(
                 {
                     "target": target,
+                    "format": form,
                     "call_ms": spread(kept),
-                    "speed_over": {
-                        other: spread(np.divide(times, kept).tolist())
-                        for other, times in zip(targets, taken, strict=True)
-                        if other != target
-                    },
+                    "speed_over": speed_over,
                     "relative_rms": float(np.linalg.norm(made - meant) / np.linalg.norm(meant)),
-                    "model_mib": _model_bytes(models[target]) / 2**20,
+                    "model_mib": _model_bytes(models[target, form]) / 2**20,
                 }
             )
         for session in sessions:
@@ -120,28 +137,45 @@ def latency_figures(models: Mapping[str, Path], feeds: Mapping[str, Float32], op
     return rows
 
 
+def loaded_mib(model: Path, target: str, feeds: Mapping[str, Float32], options: Options) -> float:
+    """What this process grows by when it loads a model and runs it once; for one that did nothing else."""
+    imported(parse_target(target).backend)
+    before = resident_mib()
+    session = _session(model, target, options)
+    binding = session.bind({name: array.shape for name, array in feeds.items()})
+    for name, array in feeds.items():
+        binding.inputs[name][...] = array
+    binding.run()
+    grown = resident_mib() - before
+    session.close()
+    return grown
+
+
 def markdown(facts: dict[str, Any]) -> str:
     """The figures as Markdown tables: medians with the 10th to 90th percentile."""
     rows = [
         [
-            f"`{row['target']}`",
+            f"`{row['target']}`{', ' + row['format'] if row['format'] in WEIGHTS else ''}",
             _cell(row["call_ms"], 0),
             *(_speed(row, precision) for precision in ("fp32", "bf16")),
             f"{row['relative_rms']:.4f}",
             f"{row['model_mib']:.0f}",
+            f"{row['loaded_mib']:.0f}",
         ]
         for row in facts["rows"]
     ]
-    made = facts["calibration"]
-    head = (
-        f"Quantizing {made['layers']} layers on {made['samples']} samples: {made['seconds']:.0f} s, "
-        f"{made['peak_gib']:.1f} GiB at the peak; latent {facts['latent']}.\n\n"
-    )
+    made, head = facts["calibration"], f"A latent of {facts['latent']}.\n\n"
+    if made is not None:
+        head = (
+            f"Quantizing {made['layers']} layers on {made['samples']} samples: {made['seconds']:.0f} s, "
+            f"{made['peak_gib']:.1f} GiB at the peak; latent {facts['latent']}.\n\n"
+        )
     note = (
         "\nMedians, in brackets the 10th to 90th percentile; speeds are ratios within a round; the error is the RMS of "
-        "the difference to the output of the backend's first target over the RMS of that. Random weights. "
+        "the difference to the output of the backend's first target over the RMS of that. Loaded: what a fresh process "
+        "grows by until its first call has run, mapped parts of files among it. Random weights. "
     )
-    heads = ("a call", "ms", "speed over fp32", "over bf16", "relative error", "model, MiB")
+    heads = ("a call", "ms", "speed over fp32", "over bf16", "relative error", "model, MiB", "loaded, MiB")
     table = markdown_table(heads, rows) + note if rows else ""
     return head + table + described(facts["machine"]) + "\n"
 
@@ -151,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, metavar="DIR", help="a denoiser's folder in an fp32 bundle")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
     parser.add_argument("--target", action="append", help=f"by default {', '.join(TARGETS)}")
+    parser.add_argument("--weights", action="store_true", help="also with weights alone in eight and four bits")
     parser.add_argument("--calibrate-only", action="store_true", help="quantize, and measure no call; fp16 will do")
     parser.add_argument("--latent", type=int, default=64, help="height and width of the latent")
     parser.add_argument("--samples", type=int, default=8, help="what is calibrated on")
@@ -163,17 +198,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = given.model / GRAPH_NAME
     facts: dict[str, Any] = {"machine": machine_facts(), "goals": GOALS, "latent": f"{given.latent}x{given.latent}"}
     with TemporaryDirectory(dir=given.scratch) as scratch:
-        out = Path(scratch, "int8", GRAPH_NAME)
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            facts["calibration"] = fresh.submit(calibration_figures, model, out, options).result()
-        targets = given.target or TARGETS
-        models = {one: out if parse_target(one).precision == "int8" else model for one in targets}
+        cases = [] if given.calibrate_only else cases_of(given.target or TARGETS, weights=given.weights)
+        graphs = {"float": model, **{form: Path(scratch, form, GRAPH_NAME) for form in ("int8", *WEIGHTS)}}
+        used = {"int8"} if given.calibrate_only else {form for _, form in cases}
+        facts["calibration"] = None
+        if "int8" in used:
+            facts["calibration"] = in_fresh_process(calibration_figures, model, graphs["int8"], options)
+        for form in used & set(WEIGHTS):
+            quantize_weights(model, graphs[form], WeightSettings(WEIGHTS[form]))
+        models = {(target, form): graphs[form] for target, form in cases}
         feeds = next(samples_of(model, options))
-        facts["rows"] = [] if given.calibrate_only else latency_figures(models, feeds, options)
-    write_json(given.json, facts)
-    table = markdown(facts)
-    write_text(given.json.with_suffix(".md"), table)
-    print(table)
+        facts["rows"] = latency_figures(models, feeds, options)
+        for row in facts["rows"]:
+            graph = models[row["target"], row["format"]]
+            row["loaded_mib"] = in_fresh_process(loaded_mib, graph, row["target"], feeds, options)
+    write_report(given.json, facts, markdown(facts))
+
+
+def _session(model: Path, target: str, options: Options) -> Session:
+    return open_session(model, parse_target(target), threads=options.threads)
 
 
 def _speed(row: Mapping[str, Any], precision: str) -> str:
@@ -183,11 +226,6 @@ def _speed(row: Mapping[str, Any], precision: str) -> str:
 
 def _model_bytes(model: Path) -> int:
     return sum(path.stat().st_size for path in (model, *(model.parent / name for name in external_files(model))))
-
-
-def _peak_gib() -> float:
-    with Path("/proc/self/status").open(encoding="ascii") as status:
-        return next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
 
 
 def _cell(figures: dict[str, float], digits: int) -> str:

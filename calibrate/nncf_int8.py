@@ -7,6 +7,9 @@ which TensorRT has not. The graph and its copies are held in memory whole, up to
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,6 +19,7 @@ import onnx
 
 from ..engines.graph_files import read_graph
 from ..runtime.errors import ArgumentError, ExecutionError
+from .graph_runs import Array
 from .layers import layers_of, of_time_alone, require_layers
 from .quantized import Quantized
 from .ranges import Samples
@@ -57,12 +61,6 @@ def quantize_nncf(model: Path, samples: Samples, out: Path, settings: NncfSettin
         OSError: `out` cannot be written.
     """
     require_nncf()
-    import nncf  # noqa: PLC0415
-    from nncf.quantization.advanced_parameters import (  # noqa: PLC0415
-        AdvancedQuantizationParameters,
-        AdvancedSmoothQuantParameters,
-    )
-
     graph, where = read_graph(model), model.parent.name
     layers = layers_of(graph, where)
     require_layers(settings.keep, layers, where)
@@ -75,19 +73,8 @@ def quantize_nncf(model: Path, samples: Samples, out: Path, settings: NncfSettin
         raise ArgumentError(where, "no samples to quantize with")
     alone = of_time_alone(graph.graph)
     kept = [one.name for one in layers if one.name in settings.keep or one.reads in alone]
-    alpha = -1 if settings.smoothing is None else settings.smoothing  # NNCF's word for none
     try:
-        made = nncf.quantize(
-            onnx.load(model),
-            nncf.Dataset(given),
-            preset=nncf.QuantizationPreset.PERFORMANCE,
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(given),
-            ignored_scope=nncf.IgnoredScope(names=kept),
-            advanced_parameters=AdvancedQuantizationParameters(
-                smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=alpha),
-            ),
-        )
+        made = _by_nncf(onnx.load(model), given, kept, settings.smoothing)
     except Exception as error:  # NNCF's exceptions have no common class
         raise ExecutionError(where, f"NNCF failed ({type(error).__name__}: {error})") from error
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,3 +91,29 @@ def quantize_nncf(model: Path, samples: Samples, out: Path, settings: NncfSettin
         "samples": len(given),
     }
     return Quantized(quantized, tuple(one.name for one in layers if one.name not in quantized), facts)
+
+
+def _by_nncf(
+    model: onnx.ModelProto, samples: list[Mapping[str, Array]], kept: list[str], smoothing: float | None
+) -> onnx.ModelProto:
+    """The graph in int8. NNCF writes progress to stdout, where results go: it is told of stderr."""
+    with redirect_stdout(sys.stderr):
+        import nncf  # noqa: PLC0415 (seconds; its log keeps the stdout of this moment)
+        from nncf.quantization.advanced_parameters import (  # noqa: PLC0415
+            AdvancedQuantizationParameters,
+            AdvancedSmoothQuantParameters,
+        )
+
+        alpha = -1 if smoothing is None else smoothing  # NNCF's word for none
+        made: onnx.ModelProto = nncf.quantize(
+            model,
+            nncf.Dataset(samples),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(samples),
+            ignored_scope=nncf.IgnoredScope(names=kept),
+            advanced_parameters=AdvancedQuantizationParameters(
+                smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=alpha),
+            ),
+        )
+    return made

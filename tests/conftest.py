@@ -52,6 +52,21 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return ensure_bundle(folder)
 
 
+@pytest.fixture(scope="session")
+def shapes_int8(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shapes family in int8 (`bundle`) and what it was calibrated with (`trajectories`).
+
+    Of a picture's three models, made once per run. Not to be written to.
+    """
+    from tandemrt.bench.precisions import STEPS, collected, quantized  # noqa: PLC0415 (as above)
+
+    with shared_folder(tmp_path_factory, "shapes_int8") as folder:
+        if not (folder / "bundle").exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            quantized(shapes_bundle, collected(shapes_bundle, folder, STEPS), folder / "bundle", "int8")
+        return folder
+
+
 @contextmanager
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
     """A folder that a run's workers share, made or not; one of them has it at a time."""

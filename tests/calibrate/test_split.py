@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tandemrt.bench.shapes.scenes import scenes
+from tandemrt.bench.precisions import captions
+from tandemrt.bench.shapes.checker import shows
 from tandemrt.calibrate import split
 from tandemrt.calibrate.quality import psnr_db
 from tandemrt.calibrate.split_plans import name_of
@@ -205,14 +206,16 @@ def test_the_plan_is_told(measured: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_shapes_bundle_is_split_by_its_scorer(
+def test_the_shapes_bundle_is_split_and_paints_held_out_prompts_as_well(
     shapes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = shutil.copytree(shapes_bundle, tmp_path / "bundle")
-    captions = tmp_path / "captions.txt"
-    captions.write_text("\n".join(scene.caption for scene in scenes(0, 4, "held_out")))
-    told = ["calibrate", "split", str(bundle), "--prompts", str(captions), "--out", str(tmp_path / "report")]
-    told += ["--num-inference-steps", "8", "--points", "0,4", "--threads", "1", "--target", "onnxruntime:cpu"]
+    prompts, held_out = captions(8, "development"), captions(52, "held_out")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "held-out.txt").write_text("\n".join(held_out))
+    files = ["--prompts", str(tmp_path / "prompts.txt"), "--held-out", str(tmp_path / "held-out.txt")]
+    told = ["calibrate", "split", str(bundle), *files, "--out", str(tmp_path / "report"), "--batch", "8"]
+    told += ["--num-inference-steps", "10", "--points", "0,5", "--threads", "1", "--target", "onnxruntime:cpu"]
     assert main([*told, "--scorer", "tandemrt.bench.shapes.checker:shows", "--budget", "0.8"]) == 0
     assert "by default from now on" in capsys.readouterr().out
     manifest = Bundle.open(bundle).manifest
@@ -221,6 +224,12 @@ def test_the_shapes_bundle_is_split_by_its_scorer(
     assert calibration.chosen_by == "accuracy"
     chosen = next(point for point in calibration.points if point.steps == manifest.defaults.steps)
     assert chosen.cost <= 0.8
-    assert chosen.right is not None and chosen.right >= 2
+    assert chosen.right is not None and chosen.right >= 7
+    right = []
     with Pipeline.open(bundle, "onnxruntime:cpu", threads=1) as pipe:
-        assert pipe("a red circle", seed=0, output_type="latent").plan.steps == chosen.steps
+        for steps in ({}, {"steps": {"unet": 10}}):
+            out = pipe(list(held_out), seed=list(range(len(held_out))), **steps)
+            right.append(sum(shows(held_out, split._pixels(out))))
+            assert out.plan.steps == (chosen.steps if not steps else (("unet", 10),))
+    # The small denoiser alone loses four.
+    assert right[0] >= right[1] - 3

@@ -1,0 +1,32 @@
+"""What a process takes of memory, as Linux tells it, and processes that have done nothing before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def peak_gib() -> float:
+    """The most that was resident of this process, mapped parts of files among it."""
+    return _status_kib("VmHWM") / 2**20
+
+
+def resident_mib() -> float:
+    """What is resident of this process, mapped parts of files among it."""
+    return _status_kib("VmRSS") / 2**10
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """Call a module's function in an interpreter of its own; raises what it raises."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(function, *arguments).result()
+
+
+def _status_kib(name: str) -> int:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(f"{name}:"))
