@@ -22,10 +22,10 @@ from ..engines.job import Progress
 from ..runtime.errors import ArgumentError
 from .graph_writing import Edit, write_edited
 from .layers import Layer, layers_of, of_time_alone, require_layers
-from .observers import LEVELS, OBSERVERS, clipping_threshold
+from .observers import LEVELS, clipping_threshold, require_observer
 from .quantized import Quantized
 from .ranges import LIMITS, Limits, Ranges, Samples, collect_ranges, silent
-from .smoothing import Smoothing, affine_before, divisors_of, outlier_ratio, smoothed
+from .smoothing import Smoothing, affine_before, divisors_of, outlier_ratio, require_alpha, smoothed
 
 _OUTLIER_RATIO = 10.0
 
@@ -65,12 +65,8 @@ class Int8Settings:
     limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
-        if self.observer not in OBSERVERS:
-            raise ArgumentError("observer", "unknown", got=self.observer, expected=f"one of {', '.join(OBSERVERS)}")
-        if not 0 < self.percentile <= 100:
-            raise ArgumentError("percentile", "out of range", got=self.percentile, expected="above 0, up to 100")
-        if self.smoothing is not None and not 0 <= self.smoothing <= 1:
-            raise ArgumentError("smoothing", "out of range", got=self.smoothing, expected="0 to 1")
+        require_observer(self.observer, self.percentile)
+        require_alpha(self.smoothing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from .graph_runs import Array
 from .layers import layers_of, of_time_alone, require_layers
 from .quantized import Quantized
 from .ranges import Samples
+from .smoothing import require_alpha
 
 MOST_BYTES = 2 << 30  # of a graph with its weights: what one protobuf message holds
 
@@ -39,8 +40,7 @@ class NncfSettings:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.smoothing is not None and not 0 <= self.smoothing <= 1:
-            raise ArgumentError("smoothing", "out of range", got=self.smoothing, expected="0 to 1")
+        require_alpha(self.smoothing)
 
 
 def require_nncf() -> None:

@@ -46,11 +46,16 @@ def clipping_threshold(histogram: Histogram, observer: str, percentile: float) -
     Raises:
         ArgumentError: an observer of no such name, or a percentile out of range.
     """
+    require_observer(observer, percentile)
+    return min(OBSERVERS[observer](histogram, percentile), histogram.largest)
+
+
+def require_observer(observer: str, percentile: float) -> None:
+    """Raise ArgumentError where there is no such observer, or the percentile is out of range."""
     if observer not in OBSERVERS:
         raise ArgumentError("observer", "unknown", got=observer, expected=f"one of {', '.join(OBSERVERS)}")
     if not 0 < percentile <= 100:
         raise ArgumentError("percentile", "out of range", got=percentile, expected="above 0, up to 100")
-    return min(OBSERVERS[observer](histogram, percentile), histogram.largest)
 
 
 def _minmax(histogram: Histogram, percentile: float) -> float:

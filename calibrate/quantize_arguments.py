@@ -219,7 +219,12 @@ def _require_of_use(namespace: argparse.Namespace) -> None:
         raise ArgumentError("--percentile", "given without --observer percentile", remedy="Give both, or none.")
     if namespace.min_accuracy is not None and namespace.scorer is None:
         raise ArgumentError("--min-accuracy", "given without --scorer", remedy="Give what tells right pictures.")
-    judging = {"-n": namespace.count, "--scorer": namespace.scorer, "--min-psnr": namespace.min_psnr}
+    judging = {
+        "-n": namespace.count,
+        "--column": namespace.column,
+        "--scorer": namespace.scorer,
+        "--min-psnr": namespace.min_psnr,
+    }
     for option, value in judging.items():
         if value is not None and namespace.prompts is None:
             raise ArgumentError(option, "given without --prompts", remedy="Give held-out prompts to judge by.")

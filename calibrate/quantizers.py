@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -68,12 +69,17 @@ class _Static:
 
     def __init__(self, work: Work, settings: Int8Settings) -> None:
         self._work, self._settings = work, replace(settings, keep=work.keep)
-        self._graph, where = read_graph(work.model), work.model.parent.name
-        layers = layers_of(self._graph, where)
-        self._ranges: Ranges = collect_ranges(
-            work.model, watched(layers), self._samples, settings.limits, self._progress
-        )
-        self._plan: Int8Plan = int8_plan(self._graph, layers, self._ranges, self._settings, work.model.parent)
+
+    @cached_property
+    def _ranges(self) -> Ranges:
+        model, limits = self._work.model, self._settings.limits
+        layers = layers_of(read_graph(model), model.parent.name)
+        return collect_ranges(model, watched(layers), self._samples, limits, self._progress)
+
+    @cached_property
+    def _plan(self) -> Int8Plan:
+        graph, folder = read_graph(self._work.model), self._work.model.parent
+        return int8_plan(graph, layers_of(graph, folder.name), self._ranges, self._settings, folder)
 
     @property
     def layers(self) -> int:

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..engines.graph_files import reads_of, replace_all
+from ..runtime.errors import ArgumentError
 from .graph_writing import Edit
 from .layers import Layer
 
@@ -38,6 +39,12 @@ def outlier_ratio(channels: Floats) -> float:
     """How much larger the largest channel is than the median one; infinite where half of them are 0."""
     median = float(np.median(channels))
     return float(channels.max()) / median if median else float("inf")
+
+
+def require_alpha(alpha: float | None) -> None:
+    """Raise ArgumentError where a smoothing is neither in [0, 1] nor None, for none."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ArgumentError("smoothing", "out of range", got=alpha, expected="0 to 1")
 
 
 def divisors_of(channels: Floats, weights: Floats, alpha: float) -> Floats:

@@ -86,6 +86,9 @@ def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path, capsys: pytest
     assert "the empty prompt, as none were given, unet 2" in shown
     assert "held-out" not in shown
     assert main(command(*words, "--steps", 2)) == 1
+    for option in (("--column", "text"), ("-n", 2), ("--min-psnr", 30), ("--scorer", "json:loads")):
+        assert main(command(*words, "--force", *option)) == 2
+        assert f"{option[0]}: given without --prompts" in capsys.readouterr().err
     assert main(command(*words, "--steps", 3, "--force")) == 0
     assert main(command(tmp_path / "out", "--out", tmp_path / "again", *words[3:])) == 2
 

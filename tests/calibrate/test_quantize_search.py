@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from tandemrt.calibrate import quantize_search, ranges, sensitivity
+from tandemrt.calibrate import quantize_search, quantizers, ranges, sensitivity
 from tandemrt.calibrate.graph_runs import GraphRun
 from tandemrt.calibrate.judged import Judge, Way
+from tandemrt.calibrate.quantized import Quantized
 from tandemrt.calibrate.quantizers import SWEPT_SAMPLES, Work
+from tandemrt.calibrate.weights_only import WeightSettings, quantize_weights
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.manifest import Loss
@@ -173,6 +175,29 @@ def test_more_is_kept_where_the_judged_prompts_miss_the_budget(
     assert quantization is not None
     assert (quantization.losses[0].judged, quantization.settings["kept_for_the_budget"]) == (3, 2)
     assert quantization.layers == 1
+
+
+def test_nothing_is_published_where_no_number_holds_with_the_judged_prompts(
+    tiny: Path, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr(quantize_search, "_holds", lambda losses: bool(asked.append(None) or len(asked) == 1))
+    assert quantize(tiny, tmp_path / "out", "--min-psnr", "50") == 1
+    assert [prompts for prompts, _ in watch.painted] == [SEARCHED, JUDGED, JUDGED, JUDGED]
+    assert re.search(r"unet, with \d of 3 layers in floating point, the nearest: budget", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nncf_needs_no_ranges_of_ours_without_a_budget(
+    tiny: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(model: Path, samples: Any, out: Path, settings: Any) -> Quantized:
+        return quantize_weights(model, out, WeightSettings(8))
+
+    monkeypatch.setattr(quantizers, "require_nncf", lambda: None)
+    monkeypatch.setattr(quantizers, "quantize_nncf", made)
+    monkeypatch.setattr(ranges, "GraphRun", None)
+    assert quantize(tiny, tmp_path / "out", "--tool", "nncf") == 0
 
 
 def test_calibration_runs_use_so_many_threads_and_samples(
