@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from importlib.metadata import version
+from importlib.metadata import distributions
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from ..runtime.errors import ArgumentError, CalibrationError
 from ..runtime.manifest import Role
 from ..runtime.plan_steps import parse_steps
 from ..runtime.staging import require_free
-from ..runtime.targets import installed_version
 from .derived import require_another
 from .judged import NO_PROMPTS, Painting, Way, ways_of
 from .prompts import chosen_prompts, require_apart
@@ -31,7 +31,8 @@ from .trajectories import Trajectories
 
 # In this order, as they are given something by one another.
 _ROLES: tuple[Role, ...] = ("text_encoder", "denoiser", "vae_decoder")
-_RUN_BY = ("onnxruntime", "openvino")
+# Packages that make graphs and pictures, of which not all need be installed.
+_RUN_BY = ("tandemrt", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Job:
             "target": plan.target,
             "threads": plan.threads,
             "machine": cpu_architecture(),
-            "versions": {"tandemrt": version("tandemrt"), **{name: installed_version(name) for name in _RUN_BY}},
+            "versions": {name: one.version for name in _RUN_BY for one in islice(distributions(name=name), 1)},
         }
 
     @property

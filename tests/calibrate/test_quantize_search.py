@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tandemrt.calibrate import quantize_search, quantizers, ranges, sensitivity
+from tandemrt.calibrate import quantize_job, quantize_search, quantizers, ranges, sensitivity
 from tandemrt.calibrate.graph_runs import GraphRun
 from tandemrt.calibrate.judged import Judge, Way
 from tandemrt.calibrate.quantized import Quantized
@@ -186,6 +187,23 @@ def test_nothing_is_published_where_no_number_holds_with_the_judged_prompts(
     assert [prompts for prompts, _ in watch.painted] == [SEARCHED, JUDGED, JUDGED, JUDGED]
     assert re.search(r"unet, with \d of 3 layers in floating point, the nearest: budget", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_backends_that_are_not_installed_are_not_needed(
+    tiny: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = metadata.distributions
+
+    def without_openvino(**given: Any) -> Iterable[metadata.Distribution]:
+        return () if given.get("name") == "openvino" else real(**given)
+
+    monkeypatch.setattr(metadata, "distributions", without_openvino)
+    monkeypatch.setattr(quantize_job, "distributions", without_openvino)
+    assert quantize(tiny, tmp_path / "out", "--target", "onnxruntime:cpu") == 0
+    (ledger,) = cache.glob("quantize/*/found.jsonl")
+    ground = json.loads(ledger.read_text().splitlines()[0])
+    assert {"tandemrt", "onnxruntime"} <= ground["versions"].keys()
+    assert "openvino" not in ground["versions"]
 
 
 def test_nncf_needs_no_ranges_of_ours_without_a_budget(
