@@ -216,7 +216,7 @@ def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
     """What differs in two grounds, in words; of a mapping its keys that do, of a list the first that does."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in dict.fromkeys((*now, *then)):
-            yield from _differences(then.get(key), now.get(key), key)
+            yield from _differences(then.get(key), now.get(key), f"{name} {key}".lstrip())
     elif isinstance(then, list) and isinstance(now, list) and len(then) != len(now):
         yield f"{name} are {len(then)} there, {len(now)} here"
     elif isinstance(then, list) and isinstance(now, list):

@@ -143,6 +143,8 @@ def test_a_loss_that_nothing_keeps_to_is_told(folder: Path, capsys: pytest.Captu
         (("--max-loss", "0.1"), "--max-loss: given without a scorer"),
         (("--min-psnr", "-3"), "--min-psnr: decibels, got -3"),
         (("--min-psnr", "nan"), "--min-psnr: decibels, got nan"),
+        (("-n", "4"), "prompts.txt: prompts, got 3, expected -n 4. Give -n 3, or more prompts."),
+        (("--judge", "4"), "judged.txt: prompts, got 3, expected --judge 4. Give --judge 3, or more prompts."),
         (("--kinds", "interval,taus"), "--kinds: unknown kind, got 'taus'"),
         (("--kinds", "interval", "--store"), "--store: not measured"),
         (("--kinds", "adaptive", "--store", "interval"), "--store: not measured"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -109,6 +111,23 @@ def test_an_interrupted_sweep_goes_on_to_the_same_figures(
         assert [point[name] for point in anew["points"]] == [point[name] for point in result["points"]]
 
 
+def test_a_scorer_that_was_changed_scores_anew(measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "changing_scores.py"
+    source.write_text("def shows(prompts, pictures):\n    return [True] * len(prompts)\n")
+    monkeypatch.chdir(tmp_path)
+    scored = ("--scorer", "changing_scores:shows", "--points", "4")
+    status, result, _ = measured(*scored)
+    assert (status, result["points"][0]["right"]) == (0, 3)
+    monkeypatch.delitem(sys.modules, "changing_scores")
+    source.write_text("def shows(prompts, pictures):\n    return [False] * len(prompts)\n")
+    importlib.invalidate_caches()
+    status, _, stderr = measured(*scored)
+    assert (status, "holds another run: scorer sha256 is '" in stderr) == (2, True)
+    monkeypatch.delitem(sys.modules, "changing_scores", raising=False)
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert measured(*scored, "--discard")[1]["points"][0]["right"] == 0
+
+
 def test_more_plans_and_prompts_are_measured_beside_what_is_there(
     measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +195,7 @@ def test_a_budget_that_no_plan_meets_stores_nothing(measured: Any, bundle: Path)
         (["--budget", "nan"], "--budget: not usable"),
         (["--by", "accuracy"], "Give --scorer"),
         (["-n", "0"], "-n: not usable"),
+        (["-n", "4"], "prompts, got 3, expected -n 4. Give -n 3, or more prompts."),
         (["--batch", "0"], "--batch: not usable"),
         (["--scorer", "nothing"], "--scorer: not a scorer"),
     ],
