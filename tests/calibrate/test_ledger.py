@@ -64,7 +64,10 @@ def test_wherever_it_was_cut_it_goes_on(path: Path) -> None:
         ({"seed": 1}, "seed is 0 there, 1 here"),
         ({"pair": (1, 3)}, "pair, number 2, is 2 there, 3 here"),
         ({"pair": ()}, "pair are 2 there, 0 here"),
-        ({"versions": {"tandemrt": "1", "onnxruntime": "3"}}, "holds another run: versions onnxruntime is '2' there, '3' here"),
+        (
+            {"versions": {"tandemrt": "1", "onnxruntime": "3"}},
+            "another run: versions onnxruntime is '2' there, '3' here",
+        ),
         ({"more": "x", "seed": 1}, "seed is 0 there, 1 here; more is None there, 'x' here"),
     ],
 )
