@@ -1,0 +1,269 @@
+"""How near a bundle's models come to what the machine can do: `python -m tandemrt.bench.limits BUNDLE --json FILE`.
+
+The limit is measured, not looked up: what a chain of large matrix products and what a copy of a large array reach
+through the same backend, in turns with the models. A call takes no less than its floating-point operations at the one
+rate, and than its bytes at the other. Take the figures on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tandemrt.engines.calls import call_of
+from tandemrt.engines.graph_files import read_graph
+from tandemrt.engines.profiles import input_ranges, parse_profile
+from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.backends.base import Binding, Shape
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.errors import BundleError
+from tandemrt.runtime.onnx_files import external_files
+from tandemrt.runtime.targets import Target, parse_target
+
+from .figures import markdown_table, spread, write_report
+from .machine import described, machine_facts
+from .program import run_program
+
+# Products in a row: what goes in and out of the chain is little beside them.
+CHAIN = 8
+OPSET = 20
+Times = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a call cannot do without: floating-point operations, two a multiply-add, and bytes read or written once.
+
+    The bytes are those of the weights as they are stored, and of inputs and outputs.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The side of a product's matrices, numbers that are copied, threads, and rounds that go before and count."""
+
+    side: int
+    copied: int
+    threads: int | None
+    warm_up: int
+    repeats: int
+
+
+def product_graph(side: int, precision: str) -> onnx.ModelProto:
+    """`CHAIN` products of a (side, side) matrix with a weight of that shape, in float16 for fp16, else in float32.
+
+    In int8 what every product reads goes through QuantizeLinear and DequantizeLinear.
+    """
+    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    weight = np.random.default_rng(0).standard_normal((side, side)) / side**0.5
+    stored = [numpy_helper.from_array(weight.astype(dtype), "weight")]
+    nodes, value, operand = [], "x", "weight"
+    if precision == "int8":
+        rounded = np.clip(np.rint(weight / np.abs(weight).max() * 127), -127, 127).astype(np.int8)
+        scales = {"scale": np.float32(4 / 127), "weight_scale": np.float32(np.abs(weight).max() / 127)}
+        stored = [numpy_helper.from_array(rounded, "weight"), numpy_helper.from_array(np.int8(0), "zero")]
+        stored += [numpy_helper.from_array(np.asarray(one), name) for name, one in scales.items()]
+        operand = "weight_float"
+        nodes.append(helper.make_node("DequantizeLinear", ["weight", "weight_scale", "zero"], [operand]))
+    for index in range(CHAIN):
+        read = value
+        if precision == "int8":
+            read = f"{value}_float"
+            nodes.append(helper.make_node("QuantizeLinear", [value, "scale", "zero"], [f"{value}_int8"]))
+            nodes.append(helper.make_node("DequantizeLinear", [f"{value}_int8", "scale", "zero"], [read]))
+        value = f"y{index}"
+        nodes.append(helper.make_node("MatMul", [read, operand], [value]))
+    return _model(nodes, (side, side), kind, value, stored)
+
+
+def copy_graph(numbers: int) -> onnx.ModelProto:
+    """Float32 numbers, read and written with their sign changed: a plain copy is left out by backends."""
+    return _model([helper.make_node("Neg", ["x"], ["y"])], (numbers,), TensorProto.FLOAT, "y", [])
+
+
+def work_of(bundle: Bundle, name: str, shapes: Mapping[str, Shape], binding: Binding) -> Work:
+    """The work of a call of component `name` whose inputs have these shapes.
+
+    Raises:
+        BundleError: the shapes of the graph's values cannot be told.
+    """
+    model = bundle.model_path(name)
+    call = call_of(read_graph(model), shapes, name)
+    if call is None:
+        raise BundleError(name, "shapes of its values cannot be told, nor its work counted", remedy="Leave it out.")
+    files = (model, *(model.parent / one for one in external_files(model)))
+    arrays = (*binding.inputs.values(), *binding.outputs.values())
+    total = sum(path.stat().st_size for path in files) + sum(array.nbytes for array in arrays)
+    return Work(2 * call.multiply_adds, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A component that is ready to run: the precision it computes in, and the work of a call."""
+
+    precision: str
+    work: Work
+    binding: Binding
+
+
+def opened(bundle: Bundle, name: str, target: Target, profile: str, options: Options) -> Opened:
+    """Component `name` at what a profile is tuned for.
+
+    Raises:
+        TargetError, ExecutionError: it cannot run on the target.
+        ArgumentError: the profile is none, or outside the model.
+    """
+    component = bundle.component(name)
+    own = target.of_component(component)
+    ranges = input_ranges(name, component, bundle.manifest, parse_profile(profile))
+    shapes = {one: sizes.opt for one, sizes in ranges.items()}
+    binding = _bound(bundle.model_path(name), own, shapes, options)
+    return Opened(own.precision or component.computes_in, work_of(bundle, name, shapes, binding), binding)
+
+
+def limit_figures(
+    bundle: Bundle, target: Target, names: Sequence[str], profile: str, options: Options
+) -> dict[str, Any]:
+    """The machine's rates, and of each component the work, milliseconds a call, and share of the limit by round.
+
+    Raises:
+        BundleError, TargetError, ExecutionError, ArgumentError: as `opened` and `work_of`.
+    """
+    models = {name: opened(bundle, name, target, profile, options) for name in names}
+    precisions = tuple(dict.fromkeys(model.precision for model in models.values()))
+    side, products = options.side, {}
+    with TemporaryDirectory() as scratch:
+        for precision in precisions:
+            path = _saved(product_graph(side, precision), Path(scratch, f"{precision}.onnx"))
+            products[precision] = _bound(path, replace(target, precision=precision), {"x": (side, side)}, options)
+        path = _saved(copy_graph(options.copied), Path(scratch, "copy.onnx"))
+        copy = _bound(path, replace(target, precision="fp32"), {"x": (options.copied,)}, options)
+        every = [*products.values(), copy, *(model.binding for model in models.values())]
+        spent = iter(_in_turns(every, options))
+    flops_per_ms = {precision: 2 * CHAIN * side**3 / next(spent) for precision in precisions}
+    bytes_per_ms = 2 * 4 * options.copied / next(spent)
+    rows = []
+    for name, model in models.items():
+        work, taken = model.work, next(spent)
+        least = np.maximum(work.flops / flops_per_ms[model.precision], work.bytes / bytes_per_ms)
+        rows.append(
+            {
+                "component": name,
+                "precision": model.precision,
+                "flops": work.flops,
+                "bytes": work.bytes,
+                "call_ms": spread(taken.tolist()),
+                "gflops": spread((work.flops / taken / 1e6).tolist()),
+                "share": spread((least / taken).tolist()),
+            }
+        )
+    return {
+        "bundle": bundle.path.name,
+        "target": str(target),
+        "profile": profile,
+        "product_gflops": {one: spread((rates / 1e6).tolist()) for one, rates in flops_per_ms.items()},
+        "copy_gbytes_per_s": spread((bytes_per_ms / 1e6).tolist()),
+        "rows": rows,
+    }
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The figures as a Markdown table: medians with the 10th to 90th percentile."""
+    rows = [
+        [
+            f"`{row['component']}`, {row['precision']}",
+            f"{row['flops'] / 1e9:,.1f}",
+            f"{row['bytes'] / 1e6:,.0f}",
+            _cell(row["call_ms"], 1),
+            _cell(row["gflops"], 0),
+            _cell(row["share"], 2),
+        ]
+        for row in facts["rows"]
+    ]
+    products = ", ".join(f"{_cell(one, 0)} GFLOP/s in {name}" for name, one in facts["product_gflops"].items())
+    table = markdown_table(("a call", "GFLOP", "MB at least", "ms", "GFLOP/s", "share of the limit"), rows)
+    limits = f"products, {products}; a copy, {_cell(facts['copy_gbytes_per_s'], 1)} GB/s"
+    return (
+        f"{facts['bundle']} on `{facts['target']}`, {facts['profile']}. Limits: {limits}.\n\n{table}\n"
+        "Medians, in brackets the 10th to 90th percentile; shares are of the same round. " + described(facts["machine"])
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    parser.add_argument("--target", default="openvino:cpu", help="one that runs ONNX (default: %(default)s)")
+    parser.add_argument("--component", action="append", help="by default all; may be given several times")
+    parser.add_argument("--profile", default="512x512:unguided", help="as of build-engine (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=2048, help="of the matrices of the product (default: %(default)s)")
+    parser.add_argument("--copied", type=int, default=1 << 26, help="numbers that are copied (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds before the first that counts")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
+    given = parser.parse_args(arguments)
+    bundle = Bundle.open(given.bundle)
+    names = given.component or tuple(bundle.manifest.components)
+    options = Options(given.side, given.copied, given.threads, given.warm_up, given.repeats)
+    facts = {"machine": machine_facts(), "warm_up": options.warm_up}
+    facts |= limit_figures(bundle, parse_target(given.target), names, given.profile, options)
+    write_report(given.json, facts, markdown(facts))
+
+
+def _model(
+    nodes: list[onnx.NodeProto], shape: Shape, kind: int, made: str, stored: list[TensorProto]
+) -> onnx.ModelProto:
+    ends = [helper.make_tensor_value_info(name, kind, shape) for name in ("x", made)]
+    graph = helper.make_graph(nodes, "limit", ends[:1], ends[1:], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def _saved(model: onnx.ModelProto, path: Path) -> Path:
+    onnx.save(model, path)
+    return path
+
+
+def _bound(model: Path, target: Target, shapes: Mapping[str, Shape], options: Options) -> Binding:
+    """A binding of a model whose inputs are noise, or the time step 500, or token 0."""
+    binding = open_session(model, target, threads=options.threads).bind(shapes)
+    random = np.random.default_rng(0)
+    for name, array in binding.inputs.items():
+        if name == "timestep":
+            array[...] = 500
+        elif array.dtype.kind == "f":
+            array[...] = random.standard_normal(array.shape)
+    return binding
+
+
+def _in_turns(bindings: Sequence[Binding], options: Options) -> list[Times]:
+    """Milliseconds of each binding's runs, (repeats,) float64."""
+    taken: list[list[float]] = [[] for _ in bindings]
+    for round_ in range(options.warm_up + options.repeats):
+        for binding, kept in zip(bindings, taken, strict=True):
+            began = time.perf_counter()
+            binding.run()
+            if round_ >= options.warm_up:
+                kept.append((time.perf_counter() - began) * 1e3)
+    return [np.array(kept) for kept in taken]
+
+
+def _cell(figures: dict[str, float], digits: int) -> str:
+    return f"{figures['median']:,.{digits}f} ({figures['p10']:,.{digits}f}–{figures['p90']:,.{digits}f})"
+
+
+if __name__ == "__main__":
+    run_program(main)

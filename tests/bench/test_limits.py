@@ -1,0 +1,71 @@
+"""The limits that models are held to: what is counted, what is measured with, and what the table says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandemrt.bench.limits import CHAIN, copy_graph, main, product_graph
+from tandemrt.engines.calls import call_of
+from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.targets import parse_target
+
+SMALL = ["--side", "64", "--copied", "4096", "--warm-up", "1", "--repeats", "3", "--threads", "1"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_product_is_what_its_rate_is_counted_from(precision: str) -> None:
+    call = call_of(product_graph(16, precision), {"x": (16, 16)}, "product")
+    assert call is not None
+    assert call.multiply_adds == CHAIN * 16**3
+
+
+@pytest.mark.parametrize("target", ["onnxruntime:cpu:fp32", "onnxruntime:cpu:int8", "openvino:cpu:int8"])
+def test_products_of_eight_bits_are_those_of_floats(target: str, tmp_path: Path) -> None:
+    made = []
+    for precision, on in (("fp32", "onnxruntime:cpu:fp32"), (target.rpartition(":")[2], target)):
+        path = tmp_path / f"{precision}.onnx"
+        path.write_bytes(product_graph(64, precision).SerializeToString())
+        binding = open_session(path, parse_target(on), threads=1).bind({"x": (64, 64)})
+        binding.inputs["x"][...] = np.random.default_rng(1).standard_normal((64, 64))
+        binding.run()
+        made.append(next(iter(binding.outputs.values())).copy())
+    assert 0.2 < np.std(made[0]) < 4
+    assert np.abs(made[1] - made[0]).max() < 0.5 * np.std(made[0])
+
+
+def test_the_copy_reads_and_writes_every_number(tmp_path: Path) -> None:
+    path = tmp_path / "copy.onnx"
+    path.write_bytes(copy_graph(5).SerializeToString())
+    binding = open_session(path, parse_target("onnxruntime:cpu"), threads=1).bind({"x": (5,)})
+    binding.inputs["x"][...] = np.arange(5)
+    binding.run()
+    assert np.array_equal(binding.outputs["y"], -np.arange(5, dtype=np.float32))
+
+
+def test_figures_of_a_bundle(shapes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "limits.json"
+    asked = ["--component", "unet", "--component", "vae_decoder", "--profile", "64x64:unguided"]
+    main([str(shapes_bundle), "--json", str(out), "--target", "onnxruntime:cpu", *asked, *SMALL])
+    facts = json.loads(out.read_text())
+    unet, decoder = facts["rows"]
+    weights = sum(path.stat().st_size for path in (shapes_bundle / "unet").iterdir())
+    latents_text_and_timestep = 4 * (2 * 4 * 8 * 8 + 77 * 128 + 1)
+    assert weights < unet["bytes"] <= weights + 2 * latents_text_and_timestep
+    assert decoder["flops"] > unet["flops"] > 1e8
+    # The slower of both limits counts.
+    product = facts["product_gflops"]["fp32"]
+    for row in facts["rows"]:
+        assert row["call_ms"]["count"] == row["share"]["count"] == 3
+        assert row["gflops"]["maximum"] == pytest.approx(row["flops"] / row["call_ms"]["minimum"] / 1e6)
+        assert row["share"]["minimum"] >= row["gflops"]["minimum"] / product["maximum"] * (1 - 1e-9)
+        least_ms = row["bytes"] / facts["copy_gbytes_per_s"]["maximum"] / 1e6
+        assert row["share"]["maximum"] >= least_ms / row["call_ms"]["maximum"] * (1 - 1e-9)
+    assert list(facts["product_gflops"]) == ["fp32"]
+    assert facts["copy_gbytes_per_s"]["median"] > 0
+    table = capsys.readouterr().out
+    assert table == out.with_suffix(".md").read_text()
+    assert "| `unet`, fp32 |" in table
