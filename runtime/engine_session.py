@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from .backends import open_engine, open_session, target_here
@@ -131,7 +132,9 @@ class Loader:
             if None not in self._loaded:
                 model = self.bundle.model_path(self.name)
                 with span("load", self.name):
-                    opened = open_session(model, self.target, threads=self._threads, streams=self._streams)
+                    unchanged = partial(self.bundle.check_component, self.name)
+                    threads, streams = self._threads, self._streams
+                    opened = open_session(model, self.target, threads=threads, streams=streams, unchanged=unchanged)
                 self._loaded[None] = opened
             return self._loaded[None]
 

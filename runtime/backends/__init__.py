@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +27,20 @@ def streams_for(target: Target, calls: int) -> int:
     return calls if target.backend == "openvino" else 1
 
 
-def open_session(model: Path, target: Target, *, threads: int | None = None, streams: int = 1) -> Session:
+def open_session(
+    model: Path,
+    target: Target,
+    *,
+    threads: int | None = None,
+    streams: int = 1,
+    unchanged: Callable[[], object] = lambda: None,
+) -> Session:
     """Load an ONNX model on a target that runs ONNX.
 
     threads: how many CPU threads its runs may use, 1 to 1024; the backend's choice otherwise.
     streams: of `streams_for`; among them the threads are divided.
+    unchanged: called when the model's files are to be read once more, as for a second batch; raises where they have
+        changed, and what it raises ends the binding.
 
     Raises:
         ArgumentError: `threads` is no whole number in 1..1024.
@@ -42,7 +52,7 @@ def open_session(model: Path, target: Target, *, threads: int | None = None, str
     if target.backend == "openvino":
         from . import openvino  # noqa: PLC0415 (a backend loads when it is used)
 
-        return openvino.OpenVinoSession.of_graph(model, target, threads, streams)
+        return openvino.OpenVinoSession.of_graph(model, target, threads, streams, unchanged)
     from . import onnxruntime  # noqa: PLC0415
 
     return onnxruntime.OnnxRuntimeSession(model, target, threads)

@@ -57,8 +57,17 @@ class OpenVinoSession:
         require_numpy_types(name, (*self.inputs, *self.outputs))
 
     @classmethod
-    def of_graph(cls, model: Path, target: Target, threads: int | None, streams: int = 1) -> OpenVinoSession:
+    def of_graph(
+        cls,
+        model: Path,
+        target: Target,
+        threads: int | None,
+        streams: int = 1,
+        unchanged: Callable[[], object] = lambda: None,
+    ) -> OpenVinoSession:
         """Compile an ONNX model. Loaded by path, so external data is found beside it.
+
+        unchanged: as of `open_session`.
 
         Raises:
             TargetError: OpenVINO is not installed, or did not grant the device or the precision.
@@ -77,8 +86,13 @@ class OpenVinoSession:
             raise not_loaded("OpenVINO", model, None, error) from error
         require_numpy_types(name, (*inputs, *outputs))
         granted = functools.partial(_granted, model, target, _threading(target.device, threads, streams), compile_graph)
+
+        def grant_again() -> Any:
+            unchanged()
+            return granted()
+
         small = sum(file.stat().st_size for file in model.parent.iterdir()) <= _TWICE_BYTES
-        return cls(name, granted(), inputs, outputs, granted if small else None)
+        return cls(name, granted(), inputs, outputs, grant_again if small else None)
 
     @classmethod
     def of_engine(cls, found: Found, target: Target, threads: int | None, streams: int = 1) -> OpenVinoSession:

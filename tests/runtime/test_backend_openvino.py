@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 import openvino
 import pytest
-from onnx import TensorProto, helper, numpy_helper, save_model
+from onnx import TensorProto, helper, load_model, numpy_helper, save_model
 
-from tandemrt.runtime import ExecutionError, Pipeline, TargetError
+from tandemrt.runtime import BundleError, ExecutionError, Pipeline, TargetError
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends import openvino as backend
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.targets import Target, parse_target, probe_backends
 
 from ..interop.picture import psnr_db
-from .tiny_bundle import write_tiny_bundle
+from .tiny_bundle import resign, write_tiny_bundle
 
 PROMPT = "a red circle left of a blue square on a white background"
 MINIMUM_PSNR_DB = {"fp32": 60.0, "bf16": 35.0}
@@ -195,6 +195,32 @@ def test_a_small_model_has_a_second_batch_to_itself(tiny: Path, small: bool, mon
     session.close()
     with pytest.raises(ExecutionError, match="the model is closed"):
         session.bind({"latent_sample": (1, 4, 2, 2)})
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx_data"])
+def test_a_model_that_changed_is_not_read_for_a_second_batch(tmp_path: Path, file: str) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    unet = tmp_path / "bundle" / "unet"
+    if file == "model.onnx_data":
+        save_model(
+            load_model(unet / "model.onnx"),
+            str(unet / "model.onnx"),
+            save_as_external_data=True,
+            location=file,
+            size_threshold=0,
+        )
+        resign(tmp_path / "bundle")
+    asked = {"prompt": "red", "num_inference_steps": 2, "seed": 7, "output_type": "np"}
+    with Pipeline.open(tmp_path / "bundle", "openvino:cpu") as pipe:
+        expected = pipe(**asked)
+        with (unet / file).open("r+b") as stream:
+            changed = bytes([stream.read(1)[0] ^ 1])
+            stream.seek(0)
+            stream.write(changed)
+        np.testing.assert_array_equal(pipe(**asked).images, expected.images)
+        with pytest.raises(BundleError, match=rf"unet/{file}: sha256, got"):
+            pipe(**asked, guidance_scale=1.0)
+        np.testing.assert_array_equal(pipe(**asked).images, expected.images)
 
 
 def test_generate_on_openvino(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
