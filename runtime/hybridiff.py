@@ -9,14 +9,14 @@ Source: kaist-dmlab/Hybridiff, `hybridiff/hybrid_sd.py` and its pipelines (CVPR 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Binding
+from .backends.base import Binding, Shape
 from .discrepancy import Discrepancy
 from .placement import Branches, Crew, Placed
 from .plan import Plan
@@ -39,6 +39,10 @@ class Hybridiff:
         self._discrepancy = Discrepancy(window.taus, plan.table.rows)
         self._work: dict[int, StageWork] = {}
         self._crew = Crew(window.pipelining.workers)
+
+    def bind(self, calls: Iterable[tuple[int, bool]], shape: Shape) -> None:
+        """See `Placed`; the stages are bound already."""
+        self._outside.bind(calls, shape)
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         """See `Placed`."""

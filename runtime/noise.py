@@ -33,4 +33,11 @@ class Noise:
         """Fresh noise of latents: (pictures, C, h, w) float32, or `count` of them where one generator serves all."""
         if not self.by_picture:
             return self._generators[0].randn((self.shape[0] if count is None else count, *self.shape[1:]))
-        return np.concatenate([generator.randn((1, *self.shape[1:])) for generator in self._generators])
+        noise = np.empty(self.shape, np.float32)
+        self.fill(noise)
+        return noise
+
+    def fill(self, out: Float32) -> None:
+        """Draw fresh noise of latents into `out`, (pictures, C, h, w) float32, C-contiguous."""
+        for generator, part in zip(self._generators, np.split(out, len(self._generators)), strict=True):
+            generator.fill(part)

@@ -34,9 +34,9 @@ class RowTiming:
 class Timings:
     """Where a generation's time went, in milliseconds.
 
-    image_ms: making an image to start from and those of ControlNets ready. A model's first row has its binding in
-    total_ms. What all of it took, `total_ms`, also holds the loading of models, and waiting for generations with other
-    LoRAs where engines are refitted.
+    image_ms: making an image to start from and those of ControlNets ready. What all of it took, `total_ms`, also holds
+        the loading and binding of models before the first row, and waiting for generations with other LoRAs where
+        engines are refitted.
     step_engines: whether the rows ran on step engines of the user's cache, one call each, or on the denoisers.
     ran_on: what each component ran on, by what its calls differed in; an engine that was there and not used is told.
     tried: where placement `auto` chose, what a guided row of each denoiser took together when it was tried, now or at

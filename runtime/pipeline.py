@@ -257,7 +257,7 @@ class Pipeline:
         image_ms = _since(encoding)
         yield Stage.ENCODED
         conditioning = job.loras.beside(beginning.behind(conditioning))
-        rows = Rows(plan, conditioning, noise.draw, beginning.keep, job.controls, job.loras, ran, job.at_once)
+        rows = Rows(plan, conditioning, noise.fill, beginning.keep, job.controls, job.loras, ran, job.at_once)
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
         state = loop.begin(beginning.latents)

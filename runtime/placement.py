@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -48,6 +48,13 @@ class Branches:
 class Placed(Protocol):
     """Predicts a plan's rows; used by one thread at a time."""
 
+    def bind(self, calls: Iterable[tuple[int, bool]], shape: Shape) -> None:
+        """Have the buffers of these calls, of `Plan.calls`, for latents of this shape; `predict` makes what is missing.
+
+        Raises:
+            ExecutionError, BundleError: as of `predict`.
+        """
+
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         """The row's prediction for the model's input `sample`, (B, C, h, w) float32, in one or both branches.
 
@@ -88,13 +95,18 @@ class Worker:
 
     def prepared(self, row: int, sample: Float32, *, guided: bool) -> Call:
         """The call that predicts a row for `sample`, in both branches where it is guided; its `run` does."""
-        name, batch = self._plan.denoisers[row], len(sample)
-        call = self._calls.get((name, guided)) or self._bound(name, sample.shape, guided)
+        call, batch = self.call(row, sample.shape, guided=guided), len(sample)
         call.bound.sample[:batch] = sample
         if guided:
             call.bound.sample[batch:] = sample
         call.timestep = float(self._plan.table.timesteps[row])
         call.bound.timestep.fill(call.timestep)
+        return call
+
+    def call(self, row: int, shape: Shape, *, guided: bool) -> Call:
+        """The row's denoiser and ControlNets for latents of this shape, with buffers that are made once."""
+        name = self._plan.denoisers[row]
+        call = self._calls.get((name, guided)) or self._bound(name, shape, guided)
         if self._steering is not None:
             call.running = self._steering.running(call.bound, row, guided=guided)
         return call
@@ -130,6 +142,11 @@ class Batched:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
+    def bind(self, calls: Iterable[tuple[int, bool]], shape: Shape) -> None:
+        """See `Placed`."""
+        for row, guided in calls:
+            self._worker.call(row, shape, guided=guided)
+
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         call = self._worker.prepared(row, sample, guided=guided)
         began = time.perf_counter()
@@ -148,6 +165,12 @@ class Sequential:
 
     def __init__(self, worker: Worker) -> None:
         self._conditional, self._unconditional = worker, worker.unconditional()
+
+    def bind(self, calls: Iterable[tuple[int, bool]], shape: Shape) -> None:
+        """See `Placed`."""
+        for row, guided in calls:
+            for worker in (self._conditional, *([self._unconditional] if guided else [])):
+                worker.call(row, shape, guided=False)
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         calls = [self._conditional.prepared(row, sample, guided=False)]
@@ -173,6 +196,12 @@ class Parallel:
     def __init__(self, both: Worker, alone: Worker, other: Worker | None = None) -> None:
         self._conditional, self._unconditional, self._alone = both, (other or both).unconditional(), alone
         self._crew = Crew(2)
+
+    def bind(self, calls: Iterable[tuple[int, bool]], shape: Shape) -> None:
+        """See `Placed`."""
+        for row, guided in calls:
+            for worker in (self._conditional, self._unconditional) if guided else (self._alone,):
+                worker.call(row, shape, guided=False)
 
     def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
         if not guided:

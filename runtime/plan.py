@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -121,6 +121,13 @@ class Plan:
     def one_branch(self) -> tuple[bool, ...]:
         """For each row, whether it may run without the unconditional branch."""
         return tuple(self.adaptive is not None or not both for both in self.guided)
+
+    def calls(self, rows: Iterable[int]) -> Iterator[tuple[int, bool]]:
+        """Rows with whether both branches run: each once, or in both ways where that is decided when it comes."""
+        for row in rows:
+            yield row, self.guided[row]
+            if self.guided[row] and self.adaptive is not None:
+                yield row, False
 
     def why(self, row: int) -> str:
         """Why a row runs both branches of guidance, or one."""

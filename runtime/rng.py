@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, SupportsIndex
 
 import numpy as np
@@ -21,6 +21,8 @@ __all__ = ["CpuGenerator", "Generator", "PhiloxGenerator", "new_generator", "phi
 
 FloatArray = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
+LongWords = npt.NDArray[np.uint64]
+Float64 = npt.NDArray[np.float64]
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 
@@ -29,12 +31,12 @@ _TWO_PI_F32 = np.float32(2 * np.pi)
 
 _BLOCK_THREADS = 256
 _LANES = 4
-_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW_WORD = np.uint64(0xFFFFFFFF)
 _HIGH_SHIFT = np.uint64(32)
-# Enough threads to pay for numpy's calls, few enough for the working arrays to stay in the processor's cache.
-_PHILOX_CHUNK = 8192
+# Enough values to pay for numpy's calls, few enough for the working arrays to stay in the processor's cache.
+_CHUNK = 4096
 # Above this torch splits the tensor into several launches, each with a grid and an offset of its own.
 _CUDA_MAX_COUNT = 2**29
 
@@ -51,6 +53,14 @@ class Generator(Protocol):
 
         Raises:
             RequestError: a dimension is negative or no integer, or the generator cannot draw that many values.
+        """
+
+    def fill(self, out: FloatArray) -> None:
+        """Draw what `randn` would for the shape of `out` into it, float32 and C-contiguous; allocates nothing large.
+
+        Raises:
+            ArgumentError: it is not C-contiguous.
+            RequestError: the generator cannot draw that many values.
         """
 
 
@@ -88,6 +98,7 @@ class CpuGenerator:
         # RandomState's stream is frozen by NumPy's policy (NEP 19), and its seeding is the one torch uses.
         self._engine = np.random.RandomState(_unsigned_seed(seed) & 0xFFFFFFFF)
         self._unread_normal = np.empty(0, np.float64)
+        self._box_muller = _BoxMuller()
 
     def randn(self, shape: Sequence[int]) -> FloatArray:
         """Draw standard normals: `shape` float32, C-contiguous, new.
@@ -95,10 +106,17 @@ class CpuGenerator:
         Raises:
             RequestError: a dimension is negative or no integer.
         """
-        sizes = _checked_shape(shape)
-        count = math.prod(sizes)
-        values = self._serial_normals(count) if count < _FILL_WIDTH else self._filled_normals(count)
-        return values.reshape(sizes)
+        normals = np.empty(_checked_shape(shape), np.float32)
+        self.fill(normals)
+        return normals
+
+    def fill(self, out: FloatArray) -> None:
+        """See `Generator.fill`."""
+        values = _flat(out)
+        if values.size < _FILL_WIDTH:
+            values[...] = self._serial_normals(values.size)
+        else:
+            self._fill_normals(values)
 
     def _words(self, count: int) -> Words:
         return self._engine.randint(0, 2**32, size=count, dtype=np.uint32)
@@ -114,31 +132,47 @@ class CpuGenerator:
         self._unread_normal = normals[count:]
         return normals[:count].astype(np.float32)
 
-    def _filled_normals(self, count: int) -> FloatArray:
+    def _fill_normals(self, values: FloatArray) -> None:
         """16 values or more: whole groups of 16, then the last 16 once more from new words if a group is left over."""
-        whole = count - count % _FILL_WIDTH
-        normals = np.empty(count, np.float32)
-        normals[:whole] = _box_muller_fill(self._words(count)[:whole])
-        if whole < count:
-            normals[-_FILL_WIDTH:] = _box_muller_fill(self._words(_FILL_WIDTH))
-        return normals
+        left = values.size % _FILL_WIDTH
+        for first in range(0, values.size - left, _CHUNK):
+            chunk = values[first : min(first + _CHUNK, values.size - left)]
+            self._box_muller.fill(self._words(chunk.size), chunk)
+        if left:
+            self._words(left)  # torch draws them, for values that the last group then has anew
+            self._box_muller.fill(self._words(_FILL_WIDTH), values[-_FILL_WIDTH:])
 
 
-def _box_muller_fill(words: Words) -> FloatArray:
-    """Normals of `words` (16 n) uint32, each group of 16 pairing its first eight with its last eight.
+class _BoxMuller:
+    """Normals of words, each group of 16 pairing its first eight with its last eight.
 
     The angle is rounded to float32 where torch's AVX2 kernel rounds it; the rest is float64, so that the result does
     not depend on the accuracy of numpy's float32 functions on this processor.
     """
-    uniforms = (
-        ((words & np.uint32(0xFFFFFF)) * np.float32(2.0**-24)).astype(np.float32).reshape(-1, 2, _FILL_WIDTH // 2)
-    )
-    radius = np.sqrt(-2 * np.log(1 - uniforms[:, 0].astype(np.float64)))
-    angle = (uniforms[:, 1] * _TWO_PI_F32).astype(np.float64)
-    normals = np.empty(uniforms.shape, np.float32)
-    normals[:, 0] = radius * np.cos(angle)
-    normals[:, 1] = radius * np.sin(angle)
-    return normals.ravel()
+
+    def __init__(self) -> None:
+        self._uniforms = np.empty(_CHUNK, np.float32)
+        self._radius, self._angle, self._turned = np.empty((3, _CHUNK // 2), np.float64)
+
+    def fill(self, words: Words, out: FloatArray) -> None:
+        """Write the normals of `words`, 16 n of them up to a chunk, to `out`; the words are overwritten."""
+        half = out.size // 2
+        radius, angle, turned = self._radius[:half], self._angle[:half], self._turned[:half]
+        uniforms = self._uniforms[: out.size]
+        np.bitwise_and(words, np.uint32(0xFFFFFF), out=words)
+        np.multiply(words, np.float32(2.0**-24), out=uniforms, dtype=np.float32, casting="same_kind")
+        first, second = np.moveaxis(uniforms.reshape(-1, 2, _FILL_WIDTH // 2), 1, 0)
+        np.subtract(1, first, out=radius.reshape(first.shape), dtype=np.float64)
+        np.log(radius, out=radius)
+        np.multiply(radius, -2, out=radius)
+        np.sqrt(radius, out=radius)
+        np.multiply(second, _TWO_PI_F32, out=second)
+        angle.reshape(second.shape)[...] = second
+        cosines, sines = np.moveaxis(out.reshape(-1, 2, _FILL_WIDTH // 2), 1, 0)
+        for turn, normals in ((np.cos, cosines), (np.sin, sines)):
+            turn(angle, out=turned)
+            np.multiply(radius, turned, out=turned)
+            normals[...] = turned.reshape(normals.shape)
 
 
 class PhiloxGenerator:
@@ -178,6 +212,9 @@ class PhiloxGenerator:
         self._key = (key & 0xFFFFFFFF, key >> 32)
         self._max_threads = multiprocessors * (threads_per_multiprocessor // _BLOCK_THREADS) * _BLOCK_THREADS
         self._block = 0
+        self._steps = np.arange(_CHUNK, dtype=np.uint64)
+        self._words, self._products = np.empty((4, _CHUNK), np.uint64), np.empty((2, _CHUNK), np.uint64)
+        self._reals, self._rounded = np.empty((3, _CHUNK), np.float64), np.empty(_CHUNK, np.float32)
         if min(multiprocessors, self._max_threads) < 1:
             raise ArgumentError(
                 "noise generator",
@@ -193,52 +230,54 @@ class PhiloxGenerator:
             RequestError: a dimension is negative or no integer, or there are more than 2**29 values.
         """
         sizes = _checked_shape(shape)
-        count = math.prod(sizes)
-        if count > _CUDA_MAX_COUNT:
-            raise RequestError(
-                "noise shape",
-                "more values than one CUDA launch fills",
-                got=sizes,
-                expected=f"at most {_CUDA_MAX_COUNT} values",
-                remedy="Draw the noise in several calls.",
-            )
+        _require_one_launch(sizes)  # before so much is allocated
+        normals = np.empty(sizes, np.float32)
+        self.fill(normals)
+        return normals
+
+    def fill(self, out: FloatArray) -> None:
+        """See `Generator.fill`."""
+        _require_one_launch(out.shape)
+        normals, count = _flat(out), out.size
         threads = min(self._max_threads, -(-count // _BLOCK_THREADS) * _BLOCK_THREADS)
         passes = -(-count // (_LANES * threads)) if count else 0
-        normals = np.empty(count, np.float32)
         for index in range(passes):
-            lanes = normals[index * _LANES * threads : (index + 1) * _LANES * threads]
-            _fill_lanes(lanes, threads, self._block + index, self._key)
-        self._block += passes
-        return normals.reshape(sizes)
+            self._fill_lanes(normals[index * _LANES * threads : (index + 1) * _LANES * threads], threads)
+            self._block += 1
 
+    def _fill_lanes(self, lanes: FloatArray, threads: int) -> None:
+        """Write one pass of `threads` threads into `lanes`: up to four runs, one a lane, the last one cut short."""
+        for first in range(0, min(threads, lanes.size), _CHUNK):
+            last = min(first + _CHUNK, threads, lanes.size)
+            for lane, values in enumerate(self._normals(first, last, -(-(lanes.size - first) // threads))):
+                run = lanes[lane * threads + first : lane * threads + last]
+                run[:] = values[: run.size]
 
-def _fill_lanes(lanes: FloatArray, threads: int, block: int, key: tuple[int, int]) -> None:
-    """Write one pass of `threads` threads into `lanes`: up to four runs, one a lane, the last one cut short."""
-    for first in range(0, min(threads, lanes.size), _PHILOX_CHUNK):
-        last = min(first + _PHILOX_CHUNK, threads, lanes.size)
-        counter = np.zeros((4, last - first), np.uint32)
-        counter[0], counter[1] = block & 0xFFFFFFFF, block >> 32
-        counter[2] = np.arange(first, last)
-        words = philox4x32_10(counter, key)
-        for lane, values in enumerate(_curand_normals(words, -(-(lanes.size - first) // threads))):
-            run = lanes[lane * threads + first : lane * threads + last]
-            run[:] = values[: run.size]
-
-
-def _curand_normals(words: Words, lanes: int) -> list[npt.NDArray[np.float64]]:
-    """The first `lanes` (1 to 4) of the four normals that `curand_normal4` makes of `words` (4, n) uint32."""
-    turn = float(np.float32(2.0**-32) * _TWO_PI_F32)
-    normals: list[npt.NDArray[np.float64]] = []
-    for pair in range(-(-lanes // 2)):
+    def _normals(self, first: int, last: int, lanes: int) -> Iterator[Float64]:
+        """The first `lanes` (1 to 4) of the four normals that `curand_normal4` makes for threads `first` to `last`."""
+        words, products = self._words[:, : last - first], self._products[:, : last - first]
+        uniform, angle, turned = self._reals[:, : last - first]
+        words[0], words[1], words[3] = self._block & 0xFFFFFFFF, self._block >> 32, 0
+        np.add(self._steps[: last - first], np.uint64(first), out=words[2])
+        _encrypt(words, self._key, products)
+        turn = float(np.float32(2.0**-32) * _TWO_PI_F32)
         # cuRAND computes in float32 with fused multiply-adds; float64 rounded once to float32 is the same.
-        uniforms = words[2 * pair : 2 * pair + 2].astype(np.float32).astype(np.float64)
-        uniform = (uniforms[0] * 2.0**-32 + 2.0**-33).astype(np.float32).astype(np.float64)
-        angle = (uniforms[1] * turn + turn / 2).astype(np.float32).astype(np.float64)
-        radius = np.sqrt(-2 * np.log(uniform))
-        normals.append(radius * np.sin(angle))
-        if 2 * pair + 1 < lanes:
-            normals.append(radius * np.cos(angle))
-    return normals
+        rounded = self._rounded[: last - first]
+        for pair in range(-(-lanes // 2)):
+            for word, made, scale in zip(
+                words[2 * pair : 2 * pair + 2], (uniform, angle), (2.0**-32, turn), strict=True
+            ):
+                rounded[...] = word
+                np.multiply(rounded, scale, out=made, dtype=np.float64)
+                np.add(made, scale / 2, out=made)
+                rounded[...] = made
+                made[...] = rounded
+            np.log(uniform, out=uniform)
+            np.multiply(uniform, -2, out=uniform)
+            np.sqrt(uniform, out=uniform)
+            yield np.multiply(uniform, np.sin(angle, out=turned), out=turned)
+            if 2 * pair + 1 < lanes:
+                yield np.multiply(uniform, np.cos(angle, out=turned), out=turned)
 
 
 def philox4x32_10(counter: Words, key: tuple[int, int]) -> Words:
@@ -246,18 +285,22 @@ def philox4x32_10(counter: Words, key: tuple[int, int]) -> Words:
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
-    c0, c1, c2, c3 = counter.astype(np.uint64)
+    words = counter.astype(np.uint64)
+    _encrypt(words, key, np.empty_like(words[:2]))
+    return words.astype(np.uint32)
+
+
+def _encrypt(words: LongWords, key: tuple[int, int], products: LongWords) -> None:
+    """`philox4x32_10` in place: `words` (4, n), of which 32 bits each count; `products` (2, n) is overwritten."""
     k0, k1 = key
     for _ in range(10):
-        product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _HIGH_SHIFT) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW_WORD,
-            (product0 >> _HIGH_SHIFT) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW_WORD,
-        )
+        np.multiply(words[::2], _PHILOX_MULTIPLIERS, out=products)
+        for high, low, product, k in ((words[0], words[1], products[1], k0), (words[2], words[3], products[0], k1)):
+            np.right_shift(product, _HIGH_SHIFT, out=high)
+            np.bitwise_xor(high, low, out=high)
+            np.bitwise_xor(high, np.uint64(k), out=high)
+            np.bitwise_and(product, _LOW_WORD, out=low)
         k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + _PHILOX_KEY_STEPS[1]) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
 def _unsigned_seed(seed: SupportsIndex) -> int:
@@ -275,6 +318,24 @@ def _unsigned_seed(seed: SupportsIndex) -> int:
         remedy = "torch.Generator.manual_seed takes no other either: take it modulo 2**64."
         raise RequestError("seed", "out of range", got=got, expected=expected, remedy=remedy)
     return value % 2**64
+
+
+def _flat(out: FloatArray) -> FloatArray:
+    """A view of all values in their order."""
+    if not out.flags.c_contiguous:
+        raise ArgumentError("noise", "an array to fill that is not C-contiguous", got=out.strides)
+    return out.reshape(-1)
+
+
+def _require_one_launch(sizes: tuple[int, ...]) -> None:
+    if math.prod(sizes) > _CUDA_MAX_COUNT:
+        raise RequestError(
+            "noise shape",
+            "more values than one CUDA launch fills",
+            got=sizes,
+            expected=f"at most {_CUDA_MAX_COUNT} values",
+            remedy="Draw the noise in several calls.",
+        )
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

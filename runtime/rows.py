@@ -21,15 +21,15 @@ Float32 = npt.NDArray[np.float32]
 class Rows:
     """What a generation's rows are given.
 
-    conditioning: of the denoisers and the ControlNets, by component. draw_noise: draws (B, C, h, w) float32; keep: is
-    given a row and latents of that shape; both as of `Sampler`.
+    conditioning: of the denoisers and the ControlNets, by component. draw_noise: draws into (B, C, h, w) float32; keep:
+    is given a row and latents of that shape; both as of `Sampler`.
     loras: by component, which engines must take them; those for slots are in `conditioning` too.
     ran: told what the models run on. at_once: whether nobody looks between the rows.
     """
 
     plan: Plan
     conditioning: Mapping[str, Conditioning]
-    draw_noise: Callable[[], Float32]
+    draw_noise: Callable[[Float32], object]
     keep: Callable[[int, Float32], None] | None = None
     controls: tuple[Control, ...] = ()
     loras: Fitted = field(default_factory=Fitted)

@@ -61,7 +61,7 @@ class Sampler:
     """Carries a state through a plan; used by one thread at a time.
 
     placed: predicts its rows.
-    draw_noise: returns fresh standard normal noise (B, C, h, w) float32; called only for rows that need it.
+    draw_noise: writes fresh standard normal noise to (B, C, h, w) float32; called only for rows that need it.
     keep: called after every row with its index and the latents it left, which it may change.
     """
 
@@ -69,7 +69,7 @@ class Sampler:
         self,
         plan: Plan,
         placed: Placed,
-        draw_noise: Callable[[], Float32],
+        draw_noise: Callable[[Float32], object],
         *,
         keep: Callable[[int, Float32], None] | None = None,
     ) -> None:
@@ -85,15 +85,17 @@ class Sampler:
         return State(arrays)
 
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
-        """Advance `state` in place, row by row, to before row `until` (the end by default).
+        """Advance `state` in place, row by row, to before row `until` (the end by default), with all bound beforehand.
 
         Raises:
-            ExecutionError: a model failed, or its prediction or the latent holds NaN or Inf; row and model are named.
+            ExecutionError: a model cannot be bound or failed, or its prediction or the latent holds NaN or Inf; row and
+                model are named.
         """
         end = len(self._rows) if until is None else until
         # What a row reads: x, h1 … hH, the guided prediction ε, fresh noise z. It writes into the state's arrays.
         vectors = np.zeros((len(state.arrays) + 2, *state.latents.shape), np.float32)
         sample, scratch = np.empty((2, *state.latents.shape), np.float32)
+        self._placed.bind(self._plan.calls(range(state.row, end)), state.latents.shape)
         try:
             while state.row < end:
                 began = time.perf_counter()
@@ -119,7 +121,7 @@ class Sampler:
         guidance = self._guided(state.row, made, adaptive, prediction, scratch)
         require_finite(self._plan, state.row, "prediction", prediction, made.running)
         if row.draws_noise:
-            noise[...] = self._draw_noise()
+            self._draw_noise(noise)
         for target, terms in zip(state.arrays, row.update, strict=True):
             _combine(terms, vectors, target, scratch)
         require_finite(self._plan, state.row, "latent", state.latents, made.running)

@@ -73,15 +73,20 @@ class StepSampler:
         return State(arrays)
 
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
-        """Advance `state` in place, row by row, to before row `until` (the end by default).
+        """Advance `state` in place, row by row, to before row `until` (the end by default), with all bound beforehand.
 
         Raises:
-            ExecutionError: an engine failed, or its prediction or the latent holds NaN or Inf; row and model are named.
+            ExecutionError: an engine cannot be bound or failed, or its prediction or the latent holds NaN or Inf; row
+                and model are named.
         """
         end = self._plan.table.rows if until is None else until
         vectors = np.zeros((len(state.arrays) + 1, *state.latents.shape), np.float32)
         if self._at_once and end - state.row > 1:
             yield from self._run_as_one(state, end)
+        for row in range(state.row, end):
+            denoiser = self._engine(row, state.latents.shape).denoiser
+            if self._steering is not None:
+                self._steering.running(denoiser, row, guided=self._plan.guided[row])
         while state.row < end:
             row, began = state.row, time.perf_counter()
             # What overflows is raised as an error that names the row, without numpy's warning before it.
@@ -136,7 +141,7 @@ class StepSampler:
         if not sound:
             # One after another tells the row; from the same noise.
             drawn = iter([inputs[names.NOISE].copy() for inputs in chain.rows if names.NOISE in inputs])
-            self._draw_noise = drawn.__next__
+            self._draw_noise = lambda noise: np.copyto(noise, next(drawn))
             return
         state.arrays[...], state.row = arrays, end
         total_ms = _since(began) / len(rows)
@@ -161,7 +166,7 @@ class StepSampler:
         if names.STEP_INDEX in inputs:
             inputs[names.STEP_INDEX].fill(self._step_indices[row])
         if self._plan.table.draws_noise[row]:
-            inputs[names.NOISE][...] = self._draw_noise()
+            self._draw_noise(inputs[names.NOISE])
 
     def _guidance(self, row: int) -> RowGuidance:
         return RowGuidance(self._plan.guided[row], "batched", self._plan.why(row))

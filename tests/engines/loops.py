@@ -77,11 +77,14 @@ class Walk:
     def _noise(self) -> npt.NDArray[np.float32]:
         return self._generator.randn(self._shape)
 
+    def _fill(self, noise: npt.NDArray[np.float32]) -> None:
+        self._generator.fill(noise)
+
     def unfused(self, denoisers: Mapping[str, Session]) -> Sampler:
-        return Sampler(self.plan, Batched(Worker(self.plan, denoisers, self._given)), self._noise)
+        return Sampler(self.plan, Batched(Worker(self.plan, denoisers, self._given)), self._fill)
 
     def fused(self, steps: Mapping[tuple[str, bool], StepEngine]) -> StepSampler:
-        return StepSampler(Rows(self.plan, self._given, self._noise), steps)
+        return StepSampler(Rows(self.plan, self._given, self._fill), steps)
 
     def end(self, *samplers: Sampler | StepSampler) -> tuple[State, list[npt.NDArray[np.float32]]]:
         """The final state and each row's denoised estimate; several samplers share the rows evenly."""

@@ -26,13 +26,19 @@ _UNET = {
 }
 
 
-def sd15() -> nn.Module:
+def sd15(**more: Any) -> nn.Module:
     """Two resnets and attentions a level, the lowest without attention, as Stable Diffusion 1.5's four levels are."""
     return UNet2DConditionModel(
         **_UNET,
+        **more,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
+
+
+def inpainting() -> nn.Module:
+    """It reads a mask and a masked image behind the latent, as Stable Diffusion 1.5's for inpainting."""
+    return sd15(in_channels=9)
 
 
 def bk_sdm() -> nn.Module:
@@ -76,12 +82,13 @@ def sd3() -> nn.Module:
 
 
 FAMILIES: Mapping[str, Callable[[], nn.Module]] = {"sd15": sd15, "bk-sdm": bk_sdm, "sdxl": sdxl, "sd3": sd3}
+FURTHER: Mapping[str, Callable[[], nn.Module]] = {"inpainting": inpainting}
 
 
 def module(family: str) -> Any:
-    """A family's denoiser; the weights are the same every time."""
+    """The denoiser of a family, or one of `FURTHER`; the weights are the same every time."""
     torch.manual_seed(3)
-    return FAMILIES[family]().eval()
+    return {**FAMILIES, **FURTHER}[family]().eval()
 
 
 def export(denoiser: Any, folder: Path) -> Path:

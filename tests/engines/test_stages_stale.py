@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tandemrt.engines.graph_files import read_graph, write_graph
 from tandemrt.engines.stages import StageGraph, stage_graphs
 from tandemrt.runtime.backends import open_session
-from tandemrt.runtime.backends.base import Session
+from tandemrt.runtime.backends.base import Session, Shape
 from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.discrepancy import Taus
 from tandemrt.runtime.hybridiff import Hybridiff
@@ -63,6 +63,9 @@ class Watched:
     def __init__(self, placed: Hybridiff, whole: Parallel) -> None:
         self._placed, self._whole, self.stale = placed, whole, 0.0
 
+    def bind(self, calls: Iterable[tuple[int, bool]], shape: Shape) -> None:
+        self._placed.bind(calls, shape)
+
     def predict(self, row: int, sample: Array, *, guided: bool) -> Branches:
         made = self._placed.predict(row, sample, guided=guided)
         if made.placement == "pipelined":
@@ -80,11 +83,19 @@ def opened(made: list[StageGraph], weights: Path, folder: Path) -> list[Session]
     return [open_session(graph, target, threads=1) for graph in graphs]
 
 
-@pytest.mark.parametrize(
-    ("stages", "stride", "time_shift"), [(2, 1, False), (2, 1, True), (2, 2, False), (2, 2, True), (4, 1, False),
-                                         (4, 1, True), (4, 2, False)]
-)  # fmt: skip
-@pytest.mark.parametrize("family", FAMILIES)
+def reading_behind_the_latent(denoiser: Any, channels: Array) -> Any:
+    """A denoiser that is given latents alone and reads these channels, (B, …, h, w), behind them."""
+    forward, behind = denoiser.forward, torch.from_numpy(channels)
+    denoiser.forward = lambda latent, *args, **kwargs: forward(torch.cat([latent, behind], dim=1), *args, **kwargs)
+    return denoiser
+
+
+PIPELININGS = ((2, 1, False), (2, 1, True), (2, 2, False), (2, 2, True), (4, 1, False), (4, 1, True), (4, 2, False))
+CASES = [(family, *one) for family in FAMILIES for one in PIPELININGS]
+CASES += [("inpainting", 2, 1, False), ("inpainting", 4, 2, True)]
+
+
+@pytest.mark.parametrize(("family", "stages", "stride", "time_shift"), CASES)
 def test_the_sampler_reaches_the_references_latents(
     exported: Callable[[str], Path], tmp_path: Path, family: str, stages: int, stride: int, time_shift: bool
 ) -> None:
@@ -101,7 +112,9 @@ def test_the_sampler_reaches_the_references_latents(
         open_session(model, parse_target("onnxruntime:cpu"), threads=1),
         stage_graphs(read_graph(model), stages),
     )
-    conditioning = {"unet": Conditioning(branches[1], branches[0])}
+    behind = np.random.default_rng(10).standard_normal((1, 5, 16, 8)).astype(np.float32)
+    channels = behind if family == "inpainting" else None
+    conditioning = {"unet": Conditioning(branches[1], branches[0], channels)}
     worker = Worker(plan, {"unet": whole}, conditioning)
     parallel = Parallel(worker, worker)
     parts = Stages("unet", whole.inputs, opened(made, model.parent, tmp_path))
@@ -110,9 +123,10 @@ def test_the_sampler_reaches_the_references_latents(
     placed = Watched(Hybridiff(plan, window, parallel, bound), parallel)
     given = [{name: torch.from_numpy(array) for name, array in branch.items()} for branch in branches]
     with torch.no_grad():
-        units = Units(module(family), torch.from_numpy(latent), given[0], [one.stage.begins for one in made[1:]])
+        denoiser = module(family) if channels is None else reading_behind_the_latent(module(family), channels)
+        units = Units(denoiser, torch.from_numpy(latent), given[0], [one.stage.begins for one in made[1:]])
     reference = Reference(units, (given[0], given[1]), window.pipelining, TAUS, GUIDANCE_SCALE)
-    sampler = Sampler(plan, placed, lambda: latent)
+    sampler = Sampler(plan, placed, lambda _: None)
     state, rows = sampler.begin(latent), []
     expected = reference.steps(scheduler, torch.from_numpy(latent))
     for row, (_, wanted) in zip(sampler.run(state), expected, strict=True):

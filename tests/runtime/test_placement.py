@@ -147,7 +147,7 @@ class MeetingDenoiser(Denoiser):
 
 def run(compiled: Plan, placed: Placed) -> tuple[np.ndarray, list[SampledRow]]:
     generator = new_generator(3)
-    runner = Sampler(compiled, placed, lambda: generator.randn(SHAPE))
+    runner = Sampler(compiled, placed, generator.fill)
     state = runner.begin(generator.randn(SHAPE))
     return state.latents, list(runner.run(state))
 
@@ -218,7 +218,7 @@ def test_a_crew_raises_when_all_have_ended() -> None:
 def test_a_workers_thread_ends_with_the_rows() -> None:
     compiled, generator = plan(3), new_generator(3)
     before = set(threading.enumerate())
-    runner = Sampler(compiled, parallel(compiled, Denoiser()), lambda: generator.randn(SHAPE))
+    runner = Sampler(compiled, parallel(compiled, Denoiser()), generator.fill)
     state = runner.begin(generator.randn(SHAPE))
     for _ in range(2):
         rows = runner.run(state, until=state.row + 1)

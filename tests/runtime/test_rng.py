@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tandemrt.runtime import rng
 from tandemrt.runtime.errors import ArgumentError, RequestError
 from tandemrt.runtime.rng import CpuGenerator, PhiloxGenerator, new_generator, philox4x32_10
 
@@ -256,6 +257,29 @@ class TestArguments:
     def test_shapes_that_are_none(self, shape: Any, device: Any) -> None:
         with pytest.raises(RequestError, match=r"^noise shape: "):
             new_generator(0, device).randn(shape)
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("count", [0, 5, 16, 100, 4096, 4097, 4111, 300_001])
+    def test_filling_draws_what_is_drawn_anew(self, count: int, device: Any) -> None:
+        drawn, filled = new_generator(3, device), new_generator(3, device)
+        for _ in range(2):
+            out = np.full((2, count), np.nan, np.float32)
+            filled.fill(out[1])
+            np.testing.assert_array_equal(out[1], drawn.randn((count,)))
+            assert np.isnan(out[0]).all()
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_what_is_drawn_does_not_depend_on_the_parts_it_is_drawn_in(
+        self, device: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parts = new_generator(3, device).randn((70_003,))
+        monkeypatch.setattr(rng, "_CHUNK", 1 << 17)
+        np.testing.assert_array_equal(parts, new_generator(3, device).randn((70_003,)))
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_noise_is_not_drawn_into_a_copy(self, device: Any) -> None:
+        with pytest.raises(ArgumentError, match="not C-contiguous"):
+            new_generator(0, device).fill(np.zeros((8, 8), np.float32)[:, ::2])
 
     @pytest.mark.parametrize(("device", "kind"), [("cpu", CpuGenerator), ("cuda", PhiloxGenerator)])
     def test_devices(self, device: Any, kind: type) -> None:

@@ -77,7 +77,7 @@ def test_a_run_names_all_that_took_time(control_pipe: Pipeline, tmp_path: Path) 
         ("model vae_encoder", "pictures"): 1,
         **{(f"load {name}", ""): 1 for name in ("controlnet_canny", "unet", "unet_free")},
         **{(f"row {row}", ""): 1 for row in range(4)},
-        **{(f"bind {name}", "row"): 1 for name in ("controlnet_canny", "unet", "unet_free")},
+        **{(f"bind {name}", ""): 1 for name in ("controlnet_canny", "unet", "unet_free")},
         **{(f"model {name} (both)", "row"): 2 for name in ("controlnet_canny", "unet", "unet_free")},
         **{(f"update {row}", "row"): 1 for row in range(4)},
         **{(f"preview {row}", ""): 1 for row in (1, 3)},
