@@ -149,7 +149,7 @@ def _graph(request: Request, folder: Path) -> Path:
     from .graph_files import write_graph  # noqa: PLC0415
     from .retyped import write_retyped  # noqa: PLC0415
 
-    graph = composed(request.model, made_of.variant, request.component)
+    graph = composed(request.model, made_of.variant, request.component, hands=made_of.backend in ENGINES_ONLY)
     if in_bfloat16:
         return write_retyped(graph, TensorProto.BFLOAT16, folder, weights)
     return write_graph(graph, folder, weights)

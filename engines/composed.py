@@ -34,8 +34,10 @@ class Composed:
     facts: Component
 
 
-def composed(model: Path, variant: Variant, where: str) -> onnx.ModelProto:
+def composed(model: Path, variant: Variant, where: str, *, hands: bool = False) -> onnx.ModelProto:
     """The graph of a variant: slots first, so that what a step engine adds has none; weights stay in their files.
+
+    hands: of a step engine, as of `step_graph`: for the backends in `ENGINES_ONLY`.
 
     Raises:
         ArgumentError: nothing of the kind can be made of the graph.
@@ -47,15 +49,15 @@ def composed(model: Path, variant: Variant, where: str) -> onnx.ModelProto:
     if variant.timesteps:
         graph = folded(graph, variant.timesteps, model.parent, where=where)
     if variant.step:
-        graph = step_graph(graph, guided=variant.step == "guided", where=where)
+        graph = step_graph(graph, guided=variant.step == "guided", hands=hands, where=where)
     if variant.stage:
         graph = stage_graphs(graph, variant.stage[1], at=variant.cuts, where=where)[variant.stage[0]].model
     return graph
 
 
-def composed_facts(bundle: Bundle, name: str, variant: Variant) -> Composed:
+def composed_facts(bundle: Bundle, name: str, variant: Variant, *, hands: bool = False) -> Composed:
     """What a request needs to know of component `name` as this variant; raises as `composed`."""
-    return _facts(bundle, name, composed(bundle.model_path(name), variant, name))
+    return _facts(bundle, name, composed(bundle.model_path(name), variant, name, hands=hands))
 
 
 def _facts(bundle: Bundle, name: str, graph: onnx.ModelProto) -> Composed:

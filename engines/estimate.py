@@ -101,7 +101,7 @@ def largest_calls(request: Request) -> Iterator[LargestCall]:
     from .onnxruntime import fuses_attention  # noqa: PLC0415
 
     made_of = request.ingredients
-    graph = composed(request.model, made_of.variant, request.component)
+    graph = composed(request.model, made_of.variant, request.component, hands=made_of.backend in ENGINES_ONLY)
     for tensor in graph.graph.initializer:  # what weights a graph has inside would be copied with it
         if tensor.ByteSize() > _LARGEST_KEPT_BYTES:
             tensor.ClearField("raw_data")

@@ -148,8 +148,11 @@ def requests_of(plan: BuildPlan, bundle: Bundle) -> tuple[Request, ...]:
     for name in names if plan.options.refit else ():
         if bundle.component(name).role in _TAKE_LORAS:
             own_projections(bundle.model_path(name))
-    graphs = [graph for name in names for graph in _graphs(plan, bundle, name, profiles)]
-    pairs = ((graph, target) for target in plan.targets for graph in graphs)
+    graphs = {
+        hands: [graph for name in names for graph in _graphs(plan, bundle, name, profiles, hands)]
+        for hands in {target.backend in ENGINES_ONLY for target in plan.targets}
+    }
+    pairs = ((graph, target) for target in plan.targets for graph in graphs[target.backend in ENGINES_ONLY])
     return tuple(request for graph, target in pairs for request in _requests(plan, bundle, graph, target))
 
 
@@ -192,14 +195,14 @@ class _Graph:
     ranges: tuple[Named, ...]
 
 
-def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profile]) -> Iterator[_Graph]:
-    """What a plan wants to be made of a component, with the profiles that each is for."""
+def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profile], hands: bool) -> Iterator[_Graph]:
+    """What a plan wants to be made of a component, with the profiles that each is for; hands: as of `composed`."""
     component, manifest = bundle.component(name), bundle.manifest
     by_variant: dict[Variant, list[Profile]] = {}
     for profile in profiles:
         by_variant.setdefault(_variant(plan, manifest, name, profile), []).append(profile)
     for whole, served in by_variant.items():
-        for variant, (sha256, facts) in _made(plan, bundle, name, whole).items():
+        for variant, (sha256, facts) in _made(plan, bundle, name, whole, hands).items():
             if variant.step:
                 from .composed import step_ranges  # noqa: PLC0415 (onnx, of the extra `export`)
 
@@ -213,7 +216,9 @@ def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profi
             yield _Graph(name, variant, sha256, facts, tuple(ranges))
 
 
-def _made(plan: BuildPlan, bundle: Bundle, name: str, variant: Variant) -> dict[Variant, tuple[str, Component]]:
+def _made(
+    plan: BuildPlan, bundle: Bundle, name: str, variant: Variant, hands: bool
+) -> dict[Variant, tuple[str, Component]]:
     """The graphs that are wanted of a component as a variant, itself or its stages: sha256 and facts of each."""
     component = bundle.component(name)
     in_stages = plan.stages and component.role == "denoiser"
@@ -224,7 +229,7 @@ def _made(plan: BuildPlan, bundle: Bundle, name: str, variant: Variant) -> dict[
     if in_stages:
         made = composed_stages(bundle, name, variant, plan.stages)
     else:
-        made = {variant: composed_facts(bundle, name, variant)}
+        made = {variant: composed_facts(bundle, name, variant, hands=hands)}
     return {one: (composed.sha256, composed.facts) for one, composed in made.items()}
 
 

@@ -16,7 +16,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..runtime.errors import ArgumentError, BundleError
 from ..runtime.manifest import TensorSpec
-from ..runtime.step_row import CHANNELS, GUIDANCE_SCALE, MODEL_INPUT, NEXT_STATE, NOISE, PREDICTION, STATE, UPDATE
+from ..runtime.step_row import (
+    CHANNELS,
+    GUIDANCE_SCALE,
+    LATENT_SAMPLE,
+    LATENT_SPACE,
+    MODEL_INPUT,
+    NEXT_STATE,
+    NOISE,
+    PREDICTION,
+    STATE,
+    SUMS,
+    UPDATE,
+)
 from ..runtime.tensors import latent_names, spec_of
 from .graph_files import replace_all, require_opset, spec
 
@@ -26,7 +38,7 @@ _INT = "step/int64"
 
 
 def step_graph(
-    model: onnx.ModelProto, *, guided: bool, history: int = HISTORY, where: str = "denoiser"
+    model: onnx.ModelProto, *, guided: bool, history: int = HISTORY, hands: bool = False, where: str = "denoiser"
 ) -> onnx.ModelProto:
     """A copy of a denoiser's graph of which one call is one row of a plan; `runtime.step_row` lists its tensors.
 
@@ -35,6 +47,7 @@ def step_graph(
     model: the graph; its weights may lie in files and are not read.
     guided: whether both branches of guidance run, in one batch, or the conditional one alone.
     history: H, how many earlier predictions the state holds; a schedule that carries fewer runs too.
+    hands: whether it makes what is wanted of the next state too, for a backend that leaves that where it runs.
     where: what errors call the component.
 
     Raises:
@@ -53,7 +66,9 @@ def step_graph(
     _add_input(before, denoiser, entries, guided=guided)
     _add_prediction(behind, denoiser, guided=guided, counted=opset >= _SPLIT_WANTS_COUNT)
     _add_update(behind, entries)
-    _declare(graph, denoiser, 1 + history, guided=guided, where=where)
+    if hands:
+        _add_what_is_wanted(behind)
+    _declare(graph, denoiser, 1 + history, guided=guided, hands=hands, where=where)
     del graph.node[:]
     graph.node.extend([*before.nodes, *model.graph.node, *behind.nodes])
     return composed
@@ -162,7 +177,18 @@ def _add_update(nodes: _Nodes, entries: Sequence[str]) -> None:
     nodes.weighted_sum(values, columns, NEXT_STATE)
 
 
-def _declare(graph: onnx.GraphProto, denoiser: _Denoiser, entries: int, *, guided: bool, where: str) -> None:
+def _add_what_is_wanted(nodes: _Nodes) -> None:
+    """What a decoder is given of the next state, and what the host looks at in its place."""
+    latents = nodes.add("Squeeze", [nodes.add("Gather", [NEXT_STATE, nodes.ints(0)], axis=0), nodes.ints(0)])
+    scaling, shift = nodes.split(LATENT_SPACE, 2, axis=0)
+    nodes.add("Add", [nodes.add("Div", [latents, scaling]), shift], LATENT_SAMPLE)
+    sums = [nodes.add("ReduceSum", [value], keepdims=0) for value in (PREDICTION, latents)]
+    nodes.add("Concat", [nodes.add("Unsqueeze", [one, nodes.ints(0)]) for one in sums], SUMS, axis=0)
+
+
+def _declare(
+    graph: onnx.GraphProto, denoiser: _Denoiser, entries: int, *, guided: bool, hands: bool, where: str
+) -> None:
     """State the step's inputs and outputs, and both branches' rows in the denoiser's own inputs."""
     batch, _, *sides = denoiser.latent.shape
     channels = denoiser.prediction.shape[1]
@@ -181,10 +207,15 @@ def _declare(graph: onnx.GraphProto, denoiser: _Denoiser, entries: int, *, guide
         MODEL_INPUT: (entries,),
         UPDATE: (entries, entries + 2),
         NOISE: (pictures, channels, *sides),
+        **({LATENT_SPACE: (2,)} if hands else {}),
         **({GUIDANCE_SCALE: (1,)} if guided else {}),
         **({CHANNELS: (pictures, denoiser.further_channels, *sides)} if denoiser.further_channels else {}),
     }
-    outputs = {NEXT_STATE: inputs[STATE], PREDICTION: inputs[NOISE]}
+    outputs = {
+        NEXT_STATE: inputs[STATE],
+        PREDICTION: inputs[NOISE],
+        **({LATENT_SAMPLE: inputs[NOISE], SUMS: (2,)} if hands else {}),
+    }
     _require_free(graph, {*inputs, *outputs}, where)
     # Shapes inside the graph speak of the denoiser's batch.
     for value in graph.value_info:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .architecture import usable_cpus
 from .backends import streams_for
-from .backends.base import Array, Session, Shape
+from .backends.base import Array, Handed, Handing, Session, Shape
 from .build_commands import build_command
 from .bundle import Bundle
 from .engine_search import engines_of, fitting_engines
@@ -23,6 +23,7 @@ from .observed import Observe, ObservedSession
 from .ran_on import Ran, serving
 from .refits import Refits
 from .stage_engines import find_stages
+from .step_row import LATENT_SAMPLE
 from .targets import ENGINES_ONLY, Target
 from .tensors import ENCODED
 from .text import CACHED_PROMPTS, DroppedText, Embeddings, PromptEncoder, joined, merged
@@ -282,10 +283,19 @@ class Models:
         ran.lease.give_back(binding)
         return np.stack(encoded)
 
-    def decode(self, decoder: str, latents: Float32, *, before: Callable[[], None], ran: Ran) -> Iterator[Float32]:
+    def decode(
+        self,
+        decoder: str,
+        latents: Float32,
+        *,
+        before: Callable[[], None],
+        ran: Ran,
+        scaled: Handing | None = None,
+    ) -> Iterator[Float32]:
         """Decode (B, C, h, w) one picture at a time, which bounds memory: (H, W, 3) float32 in [0, 1] each.
 
         before: called before each picture; what it raises ends the decoding. ran: told what it runs on.
+        scaled: a step engine's binding whose `latent_sample` is what the decoder is given, where it lies there already.
 
         Raises:
             ExecutionError: the decoder failed, or returned NaN or Inf.
@@ -293,10 +303,15 @@ class Models:
         space = self._bundle.manifest.latent
         session = ran.watched(decoder, self.session(decoder))
         binding = session.bind({"latent_sample": (1, *latents.shape[1:])})
-        for latent in latents:
+        if isinstance(binding, Handing):
+            binding.leave(["latent_sample"] if scaled is not None else [])
+        for index, latent in enumerate(latents):
             before()
-            np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])
-            binding.inputs["latent_sample"][0] += space.shift_factor
+            if scaled is not None and isinstance(binding, Handing):
+                binding.take([Handed("latent_sample", scaled, LATENT_SAMPLE, index)])
+            else:
+                np.divide(latent, space.scaling_factor, out=binding.inputs["latent_sample"][0])
+                binding.inputs["latent_sample"][0] += space.shift_factor
             with span("model", decoder):
                 binding.run()
             _require_finite(decoder, binding.outputs["sample"], "the picture")

@@ -257,7 +257,11 @@ class Pipeline:
         image_ms = _since(encoding)
         yield Stage.ENCODED
         conditioning = job.loras.beside(beginning.behind(conditioning))
-        rows = Rows(plan, conditioning, noise.fill, beginning.keep, job.controls, job.loras, ran, job.at_once)
+        space = self.bundle.manifest.latent
+        rows = Rows(
+            plan, conditioning, noise.fill, beginning.keep, job.controls, job.loras, ran, job.at_once,
+            (space.scaling_factor, space.shift_factor),
+        )  # fmt: skip
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
         state = loop.begin(beginning.latents)
@@ -275,12 +279,14 @@ class Pipeline:
         decoding = time.perf_counter()
         wants_pixels = request.output_type != "latent"
         with span("decode"):
-            pixels = tuple(models.decode(job.decoder, state.latents, before=stop, ran=ran)) if wants_pixels else ()
+            latents, scaled = state.latents, state.held if state.scaled else None
+            decoded = models.decode(job.decoder, latents, before=stop, ran=ran, scaled=scaled)
+            pixels = tuple(decoded) if wants_pixels else ()
         on = ran.by_component()
         spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused, on, ran.tried)
         images = _images(pixels) if request.output_type == "pil" else pixels
         plan = plan.having_run([row.guidance for row in timings])
-        return Output(images, state.latents, spent, plan, noise.seeds, dropped, job.loras.applied)
+        return Output(images, latents, spent, plan, noise.seeds, dropped, job.loras.applied)
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
         """The decoder asked for; without a name the bundle's first, or its tiny one."""

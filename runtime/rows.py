@@ -25,6 +25,7 @@ class Rows:
     is given a row and latents of that shape; both as of `Sampler`.
     loras: by component, which engines must take them; those for slots are in `conditioning` too.
     ran: told what the models run on. at_once: whether nobody looks between the rows.
+    latent_space: the scaling factor and the shift of what a decoder is given; see `LatentSpace`.
     """
 
     plan: Plan
@@ -35,3 +36,4 @@ class Rows:
     loras: Fitted = field(default_factory=Fitted)
     ran: Ran = field(default_factory=Ran)
     at_once: bool = False
+    latent_space: tuple[float, float] = (1.0, 0.0)

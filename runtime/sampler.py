@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from .discrepancy import relative_mae
 from .errors import ExecutionError
 from .placement import Branches, Placed
 from .plan import Plan, RowGuidance
+from .state import State
 from .table import Table
 from .trace import record, span
 
@@ -23,21 +25,10 @@ Float32 = npt.NDArray[np.float32]
 Terms = tuple[tuple[int, float], ...]
 
 
-@dataclass(slots=True)
-class State:
-    """Where a generation stands: before row `row`, with `arrays` (1+H, B, C, h, w) float32 holding (x, h1 … hH).
+class Vectors(Protocol):
+    """Latents by their numbers, all of one shape (B, C, h, w) float32."""
 
-    Holding the history, a state can be carried on by another model, or elsewhere, to the same numbers.
-    """
-
-    arrays: Float32
-    row: int = 0
-
-    @property
-    def latents(self) -> Float32:
-        """The latent x: (B, C, h, w) float32."""
-        latents: Float32 = self.arrays[0]
-        return latents
+    def __getitem__(self, index: int, /) -> Float32: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +84,9 @@ class Sampler:
         """
         end = len(self._rows) if until is None else until
         # What a row reads: x, h1 … hH, the guided prediction ε, fresh noise z. It writes into the state's arrays.
-        vectors = np.zeros((len(state.arrays) + 2, *state.latents.shape), np.float32)
-        sample, scratch = np.empty((2, *state.latents.shape), np.float32)
-        self._placed.bind(self._plan.calls(range(state.row, end)), state.latents.shape)
+        vectors = np.zeros((state.entries + 2, *state.shape), np.float32)
+        sample, scratch = np.empty((2, *state.shape), np.float32)
+        self._placed.bind(self._plan.calls(range(state.row, end)), state.shape)
         try:
             while state.row < end:
                 began = time.perf_counter()
@@ -103,7 +94,7 @@ class Sampler:
                 with span("row", state.row), np.errstate(over="ignore", invalid="ignore"):
                     model_ms, guidance = self._advance(state, vectors, sample, scratch)
                 total_ms = (time.perf_counter() - began) * 1e3
-                denoised = _Denoised(self._rows[state.row - 1].denoised, vectors)
+                denoised = _Denoised(self._rows[state.row - 1].denoised, vectors, state.shape)
                 yield SampledRow(state.row - 1, model_ms, total_ms, denoised, guidance)
         finally:
             self._placed.rest()
@@ -179,14 +170,14 @@ def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Se
     )
 
 
-def model_input(table: Table, row: int, vectors: Float32, out: Float32) -> None:
-    """Write what a row's denoiser is given, m · S, to `out`, from (x, h1 … hH, ·), whose last is overwritten."""
-    _combine(_terms(table.model_input[row].tolist()), vectors, out, vectors[-1])
+def model_input(table: Table, row: int, vectors: Vectors, out: Float32, scratch: Float32) -> None:
+    """Write what a row's denoiser is given, m · S, to `out`, from (x, h1 … hH)."""
+    _combine(_terms(table.model_input[row].tolist()), vectors, out, scratch)
 
 
-def denoised_estimate(table: Table, row: int, vectors: Float32) -> Callable[[], Float32]:
-    """The clean latent a row implies, computed when asked, from (x, h1 … hH, ε) before its update."""
-    return _Denoised(_denoised_terms(table, row), vectors)
+def denoised_estimate(table: Table, row: int, vectors: Vectors, shape: tuple[int, ...]) -> Callable[[], Float32]:
+    """The clean latent a row implies, of this shape, computed when asked, from (x, h1 … hH, ε) before its update."""
+    return _Denoised(_denoised_terms(table, row), vectors, shape)
 
 
 def finite(values: Float32) -> bool:
@@ -214,10 +205,11 @@ class _Denoised:
     """The clean latent a row implies, computed when asked."""
 
     terms: Terms
-    vectors: Float32
+    vectors: Vectors
+    shape: tuple[int, ...]
 
     def __call__(self) -> Float32:
-        result: Float32 = np.empty_like(self.vectors[0])
+        result: Float32 = np.empty(self.shape, np.float32)
         _combine(self.terms, self.vectors, result, np.empty_like(result))
         return result
 
@@ -252,7 +244,7 @@ def _terms(coefficients: list[float]) -> Terms:
     return tuple((index, value) for index, value in enumerate(coefficients) if value != 0.0)
 
 
-def _combine(terms: Terms, vectors: Float32, out: Float32, scratch: Float32) -> None:
+def _combine(terms: Terms, vectors: Vectors, out: Float32, scratch: Float32) -> None:
     """out = Σ coefficient · vectors[index], without allocating; `out` is none of the vectors."""
     if not terms:
         out.fill(0)

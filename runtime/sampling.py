@@ -21,8 +21,9 @@ from .placement import Batched, Parallel, Placed, Sequential, Worker
 from .plan import Plan
 from .ran_on import Ran
 from .rows import Rows
-from .sampler import SampledRow, Sampler, State
+from .sampler import SampledRow, Sampler
 from .stage_parts import Stages, bound_parts
+from .state import State
 from .step_engines import StepEngines, Wanted
 from .step_inputs import given_inputs, input_shapes
 from .step_sampler import Key, StepSampler

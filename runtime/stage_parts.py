@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Handing, Session, Shape
+from .backends.base import Array, Binding, Handed, Handing, Session, Shape
 from .binding import Conditioning
 from .errors import BundleError
 from .manifest import TensorSpec
@@ -50,7 +50,7 @@ class Part:
         """Write what the next run reads; copies, so that what others hand on may change meanwhile."""
         carried = {name: handed[name] for name in self.binding.inputs if name.startswith(CARRIED)}
         if isinstance(self.binding, Handing):
-            self.binding.take(carried)
+            self.binding.take([Handed(name, maker, name) for name, maker in carried.items()])
         else:
             for name, maker in carried.items():
                 self.binding.inputs[name][...] = maker.outputs[name]

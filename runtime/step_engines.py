@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from . import step_row as names
 from .backends.base import Shape
 from .build_commands import exact_remedy, rebuild_command
 from .bundle import Bundle
@@ -21,7 +22,8 @@ from .ran_on import Ran, engine_run, with_remedies
 from .refits import Refits
 from .step_inputs import history_of
 from .step_sampler import Key, StepEngine
-from .targets import Target
+from .targets import ENGINES_ONLY, Target
+from .tensors import spec_of
 from .variant import Variant
 
 
@@ -45,6 +47,9 @@ class Wanted:
             return None
         if not made_as.serves(self.variant):
             return "has other time steps built in"
+        hands = engine.ingredients.backend in ENGINES_ONLY
+        if hands and spec_of(engine.outputs, names.SUMS) is None:
+            return "was composed by another version of tandemrt, in another way"
         if self.refit and not engine.ingredients.refittable:
             return "cannot be refitted, which the LoRAs need"
         if history_of(engine.inputs) < self.history:

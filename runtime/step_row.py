@@ -11,6 +11,12 @@ guidance_scale: (1,), of an engine that runs both branches. The denoiser's own i
     unconditional branch first.
 channels: (B, …, h, w), what follows the latent in a denoiser that reads more channels than it predicts.
 prediction: (B, C, h, w), ε, the guided model output.
+
+On a backend that leaves the state where it runs, also:
+
+latent_space: (2,), the scaling factor and the shift of what a decoder is given.
+latent_sample: (B, C, h, w), that of the next x: x / scaling factor + shift.
+sums: (2,), of all of ε and of the next x, which are finite where these are, unless the values are that large.
 """
 
 from __future__ import annotations
@@ -29,6 +35,9 @@ NOISE = "noise"
 GUIDANCE_SCALE = "guidance_scale"
 CHANNELS = "channels"
 PREDICTION = "prediction"
+LATENT_SPACE = "latent_space"
+LATENT_SAMPLE = "latent_sample"
+SUMS = "sums"
 # In place of the time step, where an engine has the time steps of its schedule built in: () int64, its place in them.
 STEP_INDEX = "step_index"
 

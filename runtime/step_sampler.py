@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from . import step_row as names
-from .backends.base import Array, Binding, Chaining, Session, Shape
+from .backends.base import Array, Binding, Chaining, Handing, Session, Shape
 from .binding import Bound
 from .control import Running, Steering, steer
 from .errors import PlanError
 from .lora_slots import slot_inputs
 from .plan import Plan, RowGuidance
 from .rows import Rows
-from .sampler import SampledRow, State, denoised_estimate, finite, model_input, require_finite
+from .sampler import SampledRow, denoised_estimate, finite, model_input, require_finite
+from .state import State, read
 from .step_inputs import given_inputs, history_of, input_shapes
 from .tensors import TAKEN
 from .trace import record, span
@@ -57,6 +59,8 @@ class StepSampler:
         self._draw_noise, self._keep, self._steering = rows.draw_noise, rows.keep, steering
         self._lease, self._at_once = rows.ran.lease, rows.at_once and rows.keep is None and steering is None
         self._step_indices = _step_indices(plan, engines)
+        self._latent_space = rows.latent_space
+        self._carried: State | None = None
         self._bound: dict[Key, _BoundEngine] = {}
         self._coefficients = {
             history: [
@@ -80,47 +84,52 @@ class StepSampler:
                 and model are named.
         """
         end = self._plan.table.rows if until is None else until
-        vectors = np.zeros((len(state.arrays) + 1, *state.latents.shape), np.float32)
         if self._at_once and end - state.row > 1:
             yield from self._run_as_one(state, end)
         for row in range(state.row, end):
-            denoiser = self._engine(row, state.latents.shape).denoiser
+            denoiser = self._engine(row, state.shape).denoiser
             if self._steering is not None:
                 self._steering.running(denoiser, row, guided=self._plan.guided[row])
         while state.row < end:
             row, began = state.row, time.perf_counter()
             # What overflows is raised as an error that names the row, without numpy's warning before it.
             with span("row", row), np.errstate(over="ignore", invalid="ignore"):
-                model_ms = self._advance(state, vectors)
-            denoised = denoised_estimate(self._plan.table, row, vectors)
+                bound, model_ms = self._advance(state)
+            denoised = denoised_estimate(self._plan.table, row, _Vectors(bound.binding, state.entries), state.shape)
             yield SampledRow(row, model_ms, _since(began), denoised, self._guidance(row))
 
-    def _advance(self, state: State, vectors: Float32) -> float:
-        """Run the state's row; returns the milliseconds its engine took, with its ControlNets."""
-        row, plan, entries = state.row, self._plan, len(state.arrays)
-        bound = self._engine(row, state.latents.shape)
-        inputs, outputs = bound.binding.inputs, bound.binding.outputs
-        inputs[names.STATE][:entries] = vectors[:-1] = state.arrays
-        self._give(row, bound.history, inputs)
+    def _advance(self, state: State) -> tuple[_BoundEngine, float]:
+        """Run the state's row; returns its engine, and the milliseconds that took with its ControlNets."""
+        row, bound = state.row, self._engine(state.row, state.shape)
+        self._enter(state).give(bound.binding)
+        self._give(row, bound.history, bound.binding.inputs)
         called = time.perf_counter()
-        running = self._steer(bound, row, vectors)
+        running = self._steer(bound, row, state.entries)
         with span("model", bound.denoiser.label):
             bound.binding.run()
         returned = time.perf_counter()
-        vectors[-1] = outputs[names.PREDICTION]
-        require_finite(plan, row, "prediction", vectors[-1], running)
-        state.arrays[...] = outputs[names.NEXT_STATE][:entries]
-        require_finite(plan, row, "latent", state.latents, running)
+        if not _sound(bound.binding):
+            require_finite(self._plan, row, "prediction", read(bound.binding, names.PREDICTION), running)
+            require_finite(self._plan, row, "latent", read(bound.binding, names.NEXT_STATE, 0), running)
+        state.become(bound.binding)
         if self._keep is not None:
-            self._keep(row, state.latents)
+            state.change(partial(self._keep, row))
         record("update", row, returned)
         state.row += 1
-        return (returned - called) * 1e3
+        return bound, (returned - called) * 1e3
+
+    def _enter(self, state: State) -> State:
+        """The state, when another that lies in the bindings is taken out of them."""
+        if self._carried is not state:
+            if self._carried is not None:
+                self._carried.settle()
+            self._carried = state
+        return state
 
     def _run_as_one(self, state: State, end: int) -> Iterator[SampledRow]:
         """Run all rows before `end` as one; none where the backend cannot, or where what comes of it is not finite."""
-        began, rows, entries = time.perf_counter(), range(state.row, end), len(state.arrays)
-        bound = [self._engine(row, state.latents.shape) for row in rows]
+        began, rows = time.perf_counter(), range(state.row, end)
+        bound = [self._engine(row, state.shape) for row in rows]
         first, last = bound[0].binding, bound[-1].binding
         if not isinstance(first, Chaining) or len({one.history for one in bound}) > 1:
             return
@@ -129,21 +138,20 @@ class StepSampler:
         # A chain holds its bindings, so that what is kept under their identities is of no others.
         key = "chain", tuple((id(binding), given) for binding, given in runs)
         chain = self._lease.take(key, lambda: first.chain(runs, carried))
-        first.inputs[names.STATE][:entries] = state.arrays
+        self._enter(state).give(first)
         for row, one, inputs in zip(rows, bound, chain.rows, strict=True):
             self._give(row, one.history, inputs)
         called = time.perf_counter()
         with span("model", f"rows {rows[0]} to {rows[-1]}"):
             chain.run()
-        model_ms, arrays = _since(called) / len(rows), last.outputs[names.NEXT_STATE][:entries]
-        with np.errstate(over="ignore", invalid="ignore"):
-            sound = finite(arrays)
-        if not sound:
+        model_ms = _since(called) / len(rows)
+        if not _sound(last):
             # One after another tells the row; from the same noise.
             drawn = iter([inputs[names.NOISE].copy() for inputs in chain.rows if names.NOISE in inputs])
             self._draw_noise = lambda noise: np.copyto(noise, next(drawn))
             return
-        state.arrays[...], state.row = arrays, end
+        state.become(last)
+        state.row = end
         total_ms = _since(began) / len(rows)
         for row in rows:
             yield SampledRow(row, model_ms, total_ms, None, self._guidance(row), len(rows))
@@ -171,7 +179,7 @@ class StepSampler:
     def _guidance(self, row: int) -> RowGuidance:
         return RowGuidance(self._plan.guided[row], "batched", self._plan.why(row))
 
-    def _steer(self, bound: _BoundEngine, row: int, vectors: Float32) -> Sequence[Running]:
+    def _steer(self, bound: _BoundEngine, row: int, entries: int) -> Sequence[Running]:
         """Run the row's ControlNets on what the engine makes within itself: m · S, for one or both branches."""
         denoiser = bound.denoiser
         if self._steering is None:
@@ -179,10 +187,11 @@ class StepSampler:
         guided = self._plan.guided[row]
         running = self._steering.running(denoiser, row, guided=guided)
         if running:
-            batch = vectors.shape[1]
-            model_input(self._plan.table, row, vectors, denoiser.sample[:batch])
-            if guided:
-                denoiser.sample[batch:] = denoiser.sample[:batch]
+            sample, *again = np.split(denoiser.sample, 1 + guided)
+            vectors = _Vectors(bound.binding, entries)
+            model_input(self._plan.table, row, vectors, sample, bound.scratch)
+            for one in again:
+                one[...] = sample
         steer(running, denoiser, float(self._plan.table.timesteps[row]))
         return running
 
@@ -196,6 +205,10 @@ class StepSampler:
             binding = self._lease.bind(session, input_shapes(name, session.inputs, given, shape, guided=guided))
         for one, values in given.items():
             binding.inputs[one][...] = values
+        if isinstance(binding, Handing):
+            binding.inputs[names.LATENT_SPACE][...] = self._latent_space
+            binding.leave([names.STATE, names.NEXT_STATE, names.PREDICTION, names.LATENT_SAMPLE])
+            binding.write(names.STATE)  # zeros: where the plan has less history than the engine they stay
         residuals = TAKEN.names(binding.inputs) if TAKEN.mid in binding.inputs else ()
         denoiser = Bound(
             conditioning.label(name, guided=guided),
@@ -204,17 +217,40 @@ class StepSampler:
             binding.inputs.get("timestep", np.zeros(0, np.float32)),
             tuple(binding.inputs[residual] for residual in residuals),
         )
-        self._bound[key] = _BoundEngine(binding, history_of(session.inputs), denoiser)
+        self._bound[key] = _BoundEngine(binding, history_of(session.inputs), denoiser, np.empty(shape, np.float32))
         return self._bound[key]
 
 
 @dataclass(frozen=True, slots=True)
 class _BoundEngine:
-    """An engine's buffers; `denoiser` are those within it that ControlNets know, its sample apart from the engine."""
+    """An engine's buffers; `denoiser` are those within it that ControlNets know, its sample apart from the engine.
+
+    scratch: room for a latent, (B, C, h, w) float32.
+    """
 
     binding: Binding
     history: int
     denoiser: Bound
+    scratch: Float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """What a row of an engine reads by its number, (x, h1 … hH, ε), until the next row runs."""
+
+    binding: Binding
+    entries: int
+
+    def __getitem__(self, index: int, /) -> Float32:
+        return read(self.binding, names.STATE, index) if index < self.entries else read(self.binding, names.PREDICTION)
+
+
+def _sound(binding: Binding) -> bool:
+    """Whether a prediction and the next latent are finite; their sums tell where the engine makes them and they are."""
+    if names.SUMS in binding.outputs and np.isfinite(binding.outputs[names.SUMS]).all():
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        return finite(read(binding, names.PREDICTION)) and finite(read(binding, names.NEXT_STATE, 0))
 
 
 def _step_indices(plan: Plan, engines: Mapping[Key, StepEngine]) -> dict[int, int]:

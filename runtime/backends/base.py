@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
@@ -60,17 +61,42 @@ class Chaining(Binding, Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What an input is given of what another binding made, `output`.
+
+    Along the first axis, from the output's entry `first` on, as many as both have.
+    """
+
+    name: str
+    giver: Binding
+    output: str
+    first: int = 0
+
+
 @runtime_checkable
 class Handing(Binding, Protocol):
     """A binding of a backend that hands tensors to others without the host."""
 
     def leave(self, names: Collection[str]) -> None:
-        """Leave these inputs and outputs where the backend runs: their host arrays are neither read nor written."""
+        """Leave these inputs and outputs where the backend runs: a run neither reads nor writes their host arrays."""
 
-    def take(self, givers: Mapping[str, Binding]) -> None:
-        """Copy into inputs that were left what bindings of the same backend made, under the same names; now.
+    def take(self, handed: Iterable[Handed]) -> None:
+        """Copy into inputs that were left what bindings of the same backend made; now. None of them runs meanwhile.
 
-        None of them runs meanwhile.
+        Raises:
+            ExecutionError: the backend failed.
+        """
+
+    def read(self, name: str, entry: int | None = None) -> Array:
+        """The host array of what was left, or one entry along its first axis, with what lies there copied to it; now.
+
+        Raises:
+            ExecutionError: the backend failed.
+        """
+
+    def write(self, name: str, entry: int | None = None) -> None:
+        """Copy the host array of what was left, or one entry, to where the backend runs; now.
 
         Raises:
             ExecutionError: the backend failed.

@@ -8,7 +8,7 @@ TensorRT sets up late, TensorRT for RTX's compilation of kernels above all.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ..errors import ExecutionError
 from ..manifest import TensorSpec
-from .base import Array, Binding, Shape
+from .base import Array, Binding, Handed, Shape
 from .cuda import Device, Graph, Memory, Scratch, Stream, pinned
 
 
@@ -51,7 +51,7 @@ class _Tensor:
 class TensorRtBinding:
     """An execution context with buffers on the host and the GPU; see `Binding`.
 
-    `ready` while the context has run with the scratch memory and the weights that are in place.
+    `ready` while the context has run with the scratch memory and the weights that are in place. `left`: see `leave`.
     """
 
     def __init__(self, session: Owner, context: Any, profile: int, shapes: Mapping[str, Shape]) -> None:
@@ -73,7 +73,7 @@ class TensorRtBinding:
         self.ready = False
         self.generation = session.generation
         self._graph: Graph | None = None
-        self._left: frozenset[str] = frozenset()
+        self.left: frozenset[str] = frozenset()
         self.stream.wait()  # for the profile: a chain runs on another binding's stream
 
     def __del__(self) -> None:
@@ -108,16 +108,33 @@ class TensorRtBinding:
 
     def leave(self, names: Collection[str]) -> None:
         """Leave these tensors on the GPU; see `Handing.leave`."""
-        if self._left != frozenset(names):
-            self._left, self._graph = frozenset(names), None
+        if self.left != frozenset(names):
+            self.left, self._graph = frozenset(names), None
 
-    def take(self, givers: Mapping[str, Binding]) -> None:
+    def take(self, handed: Iterable[Handed]) -> None:
         """Copy from GPU to GPU, or within one; see `Handing.take`."""
         with self.device.current():
-            for name, giver in givers.items():
-                if not isinstance(giver, TensorRtBinding):
-                    raise ExecutionError("stages", f"{name!r} is of another backend")
-                self.stream.take(giver.made[name].memory, self.given[name].memory)
+            for one in handed:
+                if not isinstance(one.giver, TensorRtBinding):
+                    raise ExecutionError("bindings", f"{one.output!r} is of another backend")
+                target, source = self.given[one.name], one.giver.made[one.output]
+                size, entry = min(target.host.nbytes, source.host[one.first :].nbytes), source.host[:1].nbytes
+                self.stream.take(source.memory, target.memory, begin=one.first * entry, size=size)
+            self.stream.wait()
+
+    def read(self, name: str, entry: int | None = None) -> Array:
+        """See `Handing.read`."""
+        host, address = self._part(name, entry)
+        with self.device.current():
+            self.stream.download(address, host)
+            self.stream.wait()
+        return host
+
+    def write(self, name: str, entry: int | None = None) -> None:
+        """See `Handing.write`."""
+        host, address = self._part(name, entry)
+        with self.device.current():
+            self.stream.upload(host, address)
             self.stream.wait()
 
     def require_open(self) -> None:
@@ -136,7 +153,7 @@ class TensorRtBinding:
     def upload(self, stream: Stream) -> None:
         """Queue the copies of all inputs but those that are left on the GPU."""
         for name, one in self.given.items():
-            if name not in self._left:
+            if name not in self.left:
                 stream.upload(one.host, one.memory.address)
 
     def enqueue(self, stream: Stream) -> None:
@@ -147,13 +164,20 @@ class TensorRtBinding:
     def download(self, stream: Stream) -> None:
         """Queue the copies of all outputs but those that are left on the GPU."""
         for name, one in self.made.items():
-            if name not in self._left:
+            if name not in self.left:
                 stream.download(one.memory.address, one.host)
 
     def _queue(self) -> None:
         self.upload(self.stream)
         self.enqueue(self.stream)
         self.download(self.stream)
+
+    def _part(self, name: str, entry: int | None) -> tuple[Array, int]:
+        """A tensor's host array, or an entry's, and where that is on the GPU."""
+        one = self.given[name] if name in self.given else self.made[name]
+        if entry is None:
+            return one.host, one.memory.address
+        return one.host[entry], one.memory.address + entry * one.host[0].nbytes
 
     def _tensor(self, name: str, dtype: str) -> _Tensor:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -186,7 +210,7 @@ class TensorRtChain:
             binding.require_open()
         stream = self._runs[0].stream
         with self._runs[0].device.current(), scratch_held(self._bindings):
-            on = [(binding.scratch, binding.generation) for binding in self._bindings]
+            on = [(binding.scratch, binding.generation, binding.left) for binding in self._bindings]
             if on != self._recorded_on:
                 self._graph = None
             if self._graph is None and all(binding.ready for binding in self._bindings):

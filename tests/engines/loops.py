@@ -19,7 +19,8 @@ from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.rows import Rows
-from tandemrt.runtime.sampler import Sampler, State
+from tandemrt.runtime.sampler import Sampler
+from tandemrt.runtime.state import State
 from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names, spec_of

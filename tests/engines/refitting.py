@@ -102,7 +102,9 @@ class StandIn:
         self.inputs, self.outputs, self._name = engine.inputs, engine.outputs, engine.component
         variant = engine.ingredients.variant
         if variant != PLAIN:
-            model = write_graph(composed(model, variant, self._name), folder / found.folder.name, model.parent)
+            model = write_graph(
+                composed(model, variant, self._name, hands=True), folder / found.folder.name, model.parent
+            )
         self._model = onnx.load(model)
         self._weights = {one.name: numpy_helper.to_array(one) for one in self._model.graph.initializer}
         self._refit = Refit(TRT, SimpleNamespace(messages=[]), self._name)

@@ -73,7 +73,7 @@ def test_a_row_equals_that_of_onnxruntime(
     }
     assert ("step_index" in feeds) == (len(timesteps) > 1)
     model = bundle.model_path("unet_small")
-    written = write_graph(composed(model, variant, "unet_small"), tmp_path / "graph", model.parent)
+    written = write_graph(composed(model, variant, "unet_small", hands=True), tmp_path / "graph", model.parent)
     expected = onnxruntime.InferenceSession(written).run([spec.name for spec in session.outputs], feeds)
     # The second run is recorded as a CUDA graph, the third launches it.
     for _ in range(3):

@@ -113,6 +113,11 @@ class Gpus:
         """Whether memory at an address, or what a handle names, is there."""
         return thing in self._owners
 
+    def block_of(self, address: int, size: int) -> int:
+        """Where the block begins that so many bytes lie in; the address itself where there is none."""
+        inside = (one for one, block in self._blocks.items() if one <= address and address + size <= one + len(block))
+        return next(inside, address)
+
     def require(self, what: str, *things: int) -> None:
         """Note where something is not there, by its address or handle, and raise: to touch it would be a crash."""
         for thing in things:
@@ -145,28 +150,32 @@ class Gpus:
 
     def _allocated(self, size: int) -> tuple[int, int]:
         block = (ctypes.c_byte * size)()
+        ctypes.memset(block, 0xFF, size)  # as real memory it holds anything at first, here NaN
         self._blocks[ctypes.addressof(block)] = block
         return self.made(ctypes.addressof(block))
 
     def _copied(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
-        ends = {"DeviceToHost": (source,), "HostToDevice": (target,)}.get(kind, (source, target))
-        self.require(kind, target, source)
+        blocks = self.block_of(target, size), self.block_of(source, size)
+        ends = {"DeviceToHost": blocks[1:], "HostToDevice": blocks[:1]}.get(kind, blocks)
+        self.require(kind, *blocks)
         self.check(kind, *ends)
         self.queue(kind, stream, lambda: self._moved(kind, target, source, size))
         return (0,)
 
     def _moved(self, kind: str, target: int, source: int, size: int) -> None:
-        self.require(kind, target, source)
+        self.require(kind, self.block_of(target, size), self.block_of(source, size))
         self.copies.append((kind, size))
         ctypes.memmove(target, source, size)
 
     def _taken(self, *arguments: int) -> tuple[int]:
         target, gpu, source, other, size, stream = arguments
         kind = "direct" if (gpu, other) in self._reaching else "staged"
-        self.require("MemcpyPeerAsync", source)
-        self.check("MemcpyPeerAsync", target)
-        if (self._owners[target], self._owners[source]) != (gpu, other):
-            self.wrong.append(f"a copy from GPU {self._owners[source]} to {self._owners[target]} as {other} to {gpu}")
+        blocks = self.block_of(target, size), self.block_of(source, size)
+        self.require("MemcpyPeerAsync", blocks[1])
+        self.check("MemcpyPeerAsync", blocks[0])
+        owners = tuple(self._owners[block] for block in blocks)
+        if owners != (gpu, other):
+            self.wrong.append(f"a copy from GPU {owners[1]} to {owners[0]} as {other} to {gpu}")
         self.queue(kind, stream, lambda: self._moved(kind, target, source, size))
         return (0,)
 

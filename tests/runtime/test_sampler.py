@@ -18,7 +18,8 @@ from tandemrt.runtime.manifest import TensorSpec
 from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.rng import new_generator
-from tandemrt.runtime.sampler import Sampler, State
+from tandemrt.runtime.sampler import Sampler
+from tandemrt.runtime.state import State
 
 from .test_plan import MANIFEST
 
