@@ -99,7 +99,7 @@ def test_what_a_failure_leaves_is_freed_at_once(
 
     def failing(self: OnnxRuntimeBinding) -> None:
         run(self)
-        if "sample" in self.inputs and next(runs) == 1:
+        if "sample" in self.inputs and next(runs) >= 1:  # also of the next one, which may come to run before it is told
             failed.append(weakref.ref(self))
             raise ExecutionError("unet", "failed")
 
@@ -112,7 +112,7 @@ def test_what_a_failure_leaves_is_freed_at_once(
         with pytest.raises(ExecutionError, match="unet: failed") as raised:
             result()
         del raised
-        assert len(failed) == 1
+        assert failed
         assert [one for one in bound if one() is not None and "sample" in one().inputs] == []
         assert pipe._turns._running == []
     finally:
