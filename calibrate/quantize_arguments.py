@@ -177,6 +177,9 @@ def plan_from_arguments(namespace: argparse.Namespace) -> QuantizePlan:
     budget = _budget(namespace)
     _require_of_use(namespace)
     _require_numbers(namespace)
+    if namespace.discard and not budget.asks:
+        remedy = "Give --min-psnr or --min-accuracy: nothing else is searched for."
+        raise ArgumentError("--discard", "given without a budget", remedy=remedy)
     return QuantizePlan(
         bundle=namespace.bundle,
         out=namespace.out,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,18 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
         TandemError: the target cannot be used, or a model failed.
     """
     job = job_of(plan)
-    with Ledger(job.folder / _LEDGER, job.ground(), discard=plan.discard) as ledger:
-        if len(ledger):
-            reporter.note(f"goes on with {len(ledger)} things measured before; --discard measures them anew")
-        with Derived(job.bundle, plan.out, force=plan.force) as derived:
-            losses = Search(job, derived, ledger, reporter.progress).settled()
-            for name in job.names:
-                derived.tell_losses(name, [losses[way] for way in job.ways[name]])
-            return _told(job, derived.publish())
+    with ExitStack() as entered:
+        ledger = None
+        if plan.budget.asks:
+            path = job.folder / _LEDGER
+            ledger = entered.enter_context(Ledger(path, job.ground(), discard=plan.discard))
+            if len(ledger):
+                reporter.note(f"goes on with {len(ledger)} things measured before; --discard measures them anew")
+        derived = entered.enter_context(Derived(job.bundle, plan.out, force=plan.force))
+        losses = Search(job, derived, ledger, reporter.progress).settled()
+        for name in job.names:
+            derived.tell_losses(name, [losses[way] for way in job.ways[name]])
+        return _told(job, derived.publish())
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:

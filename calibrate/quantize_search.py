@@ -36,8 +36,8 @@ Losses = Mapping[Way, Loss]
 class Search:
     """Candidates in one bundle in the making, whose layers are kept in the order of what they take from pictures."""
 
-    def __init__(self, job: Job, derived: Derived, ledger: Ledger, progress: Progress) -> None:
-        """ledger: has what was measured by then.
+    def __init__(self, job: Job, derived: Derived, ledger: Ledger | None, progress: Progress) -> None:
+        """ledger: has what was measured by then; needed where there is a budget.
 
         Raises:
             ArgumentError, BundleError, CalibrationError, ExecutionError: samples or a graph cannot be used.
@@ -97,6 +97,8 @@ class Search:
 
     def _searched(self, judge: Judge, kept: Kept, ways: Sequence[Way]) -> Losses:
         """What a candidate takes with the search's prompts, as it was measured before where it was."""
+        if self._ledger is None:
+            raise ValueError("a search needs a ledger")
         painting, budget = judge.painting, self._job.plan.budget
         facts = [sorted(kept.items()), painting.prompts_sha256, painting.seed]
         candidate = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -176,7 +178,7 @@ class Search:
         return CalibrationError(where, f"budget of {metric}", got=got, expected=expected, remedy=remedy)
 
 
-def _quantizer(job: Job, name: str, ledger: Ledger, progress: Progress) -> Quantizer:
+def _quantizer(job: Job, name: str, ledger: Ledger | None, progress: Progress) -> Quantizer:
     plan, trajectories, count = job.plan, job.trajectories, job.samples(name)
     samples = None if trajectories is None or count is None else partial(trajectories.samples, name)
     work = Work(

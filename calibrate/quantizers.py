@@ -31,14 +31,14 @@ class Work:
     """What is quantized: a graph, what it is given where the format needs that, and what stays in floating point.
 
     samples: gives so many at most, spread evenly, anew whenever it is called. count: how many of them calibrate.
-    ledger: has what was measured by then.
+    ledger: has what was measured by then of the layers' errors, for which it is needed.
     """
 
     model: Path
     samples: Callable[[int], Iterator[Mapping[str, Array]]] | None
     count: int
     keep: tuple[str, ...]
-    ledger: Ledger
+    ledger: Ledger | None
     progress: Progress
 
 
@@ -86,6 +86,8 @@ class _Static:
         return len(self._plan.layers)
 
     def ranked(self) -> Iterator[Ranked]:
+        if self._work.ledger is None:
+            raise ValueError("a sweep needs a ledger")
         samples = tuple(self._given(SWEPT_SAMPLES))
         sweep = Sweep(self._work.model, self._plan, samples, self._settings.limits.threads)
         found = worst_layers(sweep, self._work.ledger, self._work.progress)

@@ -136,6 +136,7 @@ def test_what_would_be_done_is_told(tiny: Path, tmp_path: Path, capsys: pytest.C
         (("--format", "int8-weights", "--samples", "8"), 2, "--samples: of no use for int8-weights"),
         (("--format", "fp8", "--smoothing", "off"), 2, "--smoothing: of no use for fp8"),
         (("--tool", "nncf", "--observer", "mse"), 2, "--observer: of no use for int8 by nncf"),
+        (("--discard",), 2, "--discard: given without a budget. Give --min-psnr or --min-accuracy"),
         (("--cache", "nowhere"), 2, "cache: not a folder that is there, got 'nowhere'"),
         (("--scorer", "json:nothing"), 2, "--scorer: no function nothing in json"),
         (("--format", "fp8"), 1, "unet: opset, got 18, expected 19 or newer, which has E4M3"),
