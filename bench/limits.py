@@ -13,13 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
-
 from tandemrt.engines.calls import call_of
 from tandemrt.engines.graph_files import read_graph
 from tandemrt.engines.profiles import input_ranges, parse_profile
@@ -33,6 +30,9 @@ from tandemrt.runtime.targets import Target, parse_target
 from .figures import markdown_table, spread, write_report
 from .machine import described, machine_facts
 from .program import run_program
+
+if TYPE_CHECKING:
+    import onnx
 
 # Products in a row: what goes in and out of the chain is little beside them.
 CHAIN = 8
@@ -67,6 +67,8 @@ def product_graph(side: int, precision: str) -> onnx.ModelProto:
 
     In int8 what every product reads goes through QuantizeLinear and DequantizeLinear.
     """
+    from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415
+
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     dtype = helper.tensor_dtype_to_np_dtype(kind)
     weight = np.random.default_rng(0).standard_normal((side, side)) / side**0.5
@@ -92,6 +94,8 @@ def product_graph(side: int, precision: str) -> onnx.ModelProto:
 
 def copy_graph(numbers: int) -> onnx.ModelProto:
     """Float32 numbers, read and written with their sign changed: a plain copy is left out by backends."""
+    from onnx import TensorProto, helper  # noqa: PLC0415
+
     return _model([helper.make_node("Neg", ["x"], ["y"])], (numbers,), TensorProto.FLOAT, "y", [])
 
 
@@ -225,15 +229,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _model(
-    nodes: list[onnx.NodeProto], shape: Shape, kind: int, made: str, stored: list[TensorProto]
+    nodes: list[onnx.NodeProto], shape: Shape, kind: int, made: str, stored: list[onnx.TensorProto]
 ) -> onnx.ModelProto:
+    from onnx import helper  # noqa: PLC0415
+
     ends = [helper.make_tensor_value_info(name, kind, shape) for name in ("x", made)]
     graph = helper.make_graph(nodes, "limit", ends[:1], ends[1:], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
 def _saved(model: onnx.ModelProto, path: Path) -> Path:
-    onnx.save(model, path)
+    path.write_bytes(model.SerializeToString())
     return path
 
 
