@@ -30,7 +30,7 @@ from .guidance_candidates import (
     interval_candidates,
 )
 from .guidance_judged import Judgement, settled
-from .guidance_loss import Loss, Tally, front_of, nearest_of, walked
+from .guidance_loss import Loss, Painted, Tally, front_of, nearest_of, walked
 from .guidance_report import write_report
 from .guidance_runs import Painter, Series
 from .guidance_stored import store_guidance
@@ -169,13 +169,11 @@ def _measured(plan: GuidancePlan, job: _Job, ledger: Ledger, reporter: Reporter)
         reporter.progress("discrepancy curves", index + 1, len(job.prompts))
     listed = _candidates(plan, job, curves)
     why_not = _unrunnable(plan, job, listed, reporter)
-    tallies: dict[str, list[Tally]] = {kind: [] for kind in plan.kinds}
-    for kind in plan.kinds:
-        if kind not in why_not and listed[kind]:
-            tallies[kind], nearest = _walk(kind, listed[kind], chooser, job, reporter)
-            if nearest is not None:
-                told = f"the nearest, {nearest.candidate.name}, comes to {_loss_told(nearest)}"
-                why_not[kind] = f"none of {len(tallies[kind])} settings keeps to the loss; {told}"
+    tallies = {
+        kind: [] if kind in why_not else _walk(kind, listed[kind], chooser, job, reporter) for kind in plan.kinds
+    }
+    out_of_reach = {kind: _out_of_reach(walk, chooser, job) for kind, walk in tallies.items()}
+    why_not |= {kind: told for kind, told in out_of_reach.items() if told is not None}
     fronts = {kind: front_of(tallies[kind], job.loss) for kind in plan.kinds}
     built_in = [one for one in _built_in(job, curves) if tallies.get(one.kind)]
     judgements, compared = settled(judge, fronts, built_in, job.loss, job.full, reporter.progress)
@@ -201,25 +199,26 @@ def _measured(plan: GuidancePlan, job: _Job, ledger: Ledger, reporter: Reporter)
     return facts, curves
 
 
-def _loss_told(tally: Tally) -> str:
-    lost = "" if tally.lost is None else f" and loses {tally.lost:.1%} of the pictures"
-    return f"{tally.psnr_db:.1f} dB{lost}"
-
-
-def _walk(
-    kind: str, candidates: Sequence[Candidate], painter: Painter, job: _Job, reporter: Reporter
-) -> tuple[list[Tally], Tally | None]:
-    """What the settings of a kind came to; and the nearest to the loss, where none keeps to it."""
+def _walk(kind: str, candidates: Sequence[Candidate], painter: Painter, job: _Job, reporter: Reporter) -> list[Tally]:
     walks = 0
 
-    def paint(candidate: Candidate, index: int) -> Any:
+    def paint(candidate: Candidate, index: int) -> Painted:
         nonlocal walks
         walks += index == 0
         reporter.progress(f"settings of {kind}", walks, len(candidates))
         return painter.painted(candidate.name, candidate.arguments, index)
 
-    tallies = walked(candidates, paint, len(job.prompts), job.loss)
-    return tallies, None if front_of(tallies, job.loss) else nearest_of(tallies, paint, job.loss)
+    return walked(candidates, paint, len(job.prompts), job.loss)
+
+
+def _out_of_reach(walk: Sequence[Tally], painter: Painter, job: _Job) -> str | None:
+    """Where no setting of a walk keeps to the loss, that none does, and what the nearest comes to."""
+    if not walk or front_of(walk, job.loss):
+        return None
+    nearest = nearest_of(walk, lambda one, index: painter.painted(one.name, one.arguments, index), job.loss)
+    lost = "" if nearest.lost is None else f" and loses {nearest.lost:.1%} of the pictures"
+    told = f"the nearest, {nearest.candidate.name}, comes to {nearest.psnr_db:.1f} dB{lost}"
+    return f"none of {len(walk)} settings keeps to the loss; {told}"
 
 
 def _candidates(plan: GuidancePlan, job: _Job, curves: Sequence[Curve]) -> dict[str, list[Candidate]]:
