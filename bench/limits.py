@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
 from tandemrt.engines.calls import call_of
 from tandemrt.engines.graph_files import read_graph
 from tandemrt.engines.profiles import input_ranges, parse_profile
