@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,17 @@ def write_report(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def drawn(result: Mapping[str, Any]) -> str:
-    """The plans as SVG, in one chart by the quality that decides and in one by another."""
+    """The plans as SVG, in one chart by the quality that decides and in one by another, where that tells plans apart.
+
+    PSNR tells nothing where all plans are the large denoiser itself; its latent error of 0 can always be drawn.
+    """
     measures = list(dict.fromkeys((result["chosen_by"], "latent_error", "psnr_db")))[:2]
     what = f"{result['large']} and {result['small']}, {result['num_inference_steps']} steps"
     how = f"{result['prompts']} prompts, {result['target']}"
-    return side_by_side([_chart(result, measure, title) for measure, title in zip(measures, (what, how), strict=True)])
+    marked = {measure: marks for measure in measures if (marks := _marks(result, measure))}
+    titles = (what, how) if len(marked) > 1 else (f"{what}, {how}",)
+    charts = zip(marked.items(), titles, strict=True)
+    return side_by_side([_chart(result, measure, marks, title) for (measure, marks), title in charts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +69,13 @@ class _Mark:
     point: Mapping[str, Any]
 
 
-def _chart(result: Mapping[str, Any], measure: str, title: str) -> Chart:
+def _marks(result: Mapping[str, Any], measure: str) -> list[_Mark]:
+    """The plans within a chart; equal pictures' PSNR is beyond it."""
+    return [mark for mark in (_mark(point, measure) for point in result["points"]) if mark.value < MAX_PSNR_DB]
+
+
+def _chart(result: Mapping[str, Any], measure: str, marks: Sequence[_Mark], title: str) -> Chart:
     label, rises = _AXES[measure]
-    marks = [mark for mark in (_mark(point, measure) for point in result["points"]) if mark.value < MAX_PSNR_DB]
     ends = [end for mark in marks for end in (mark.low, mark.high)]
     costs = Axis("cost, share of the large denoiser alone", 0, 1.12 * max(mark.cost for mark in marks))
     chart = Chart(title, costs, Axis.around(label, ends), width=_WIDTH)

@@ -84,6 +84,17 @@ def test_every_plan_is_measured_beside_the_large_denoiser(measured: Any, bundle:
     assert json.loads((tmp_path / "report" / "split.json").read_text())["points"] == result["points"]
 
 
+@pytest.mark.parametrize("by", ["latent_error", "psnr_db"])
+def test_the_large_denoiser_alone_is_drawn_without_its_psnr(measured: Any, tmp_path: Path, by: str) -> None:
+    """Which is that of equal pictures, and beyond every axis."""
+    status, result, _ = measured("--points", "4", "--by", by)
+    assert (status, [point["plan"] for point in result["points"]]) == (0, ["unet:4"])
+    drawn = ElementTree.parse(tmp_path / "report" / "split.svg").getroot()
+    assert [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")] == [
+        "unet:4: cost 1.000, latent_error 0"
+    ]
+
+
 def test_an_interrupted_sweep_goes_on_to_the_same_figures(
     measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
