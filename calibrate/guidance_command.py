@@ -14,7 +14,7 @@ from ..runtime.cache import cache_folder
 from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
 from ..runtime.discrepancy import default_taus
-from ..runtime.errors import ArgumentError, EngineError, PlanError, RequestError, TandemError, TargetError
+from ..runtime.errors import ArgumentError, EngineError, TandemError
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.plan_steps import parse_steps
@@ -63,14 +63,14 @@ def run(plan: GuidancePlan, reporter: Reporter) -> dict[str, Any]:
             facts, curves = _measured(plan, job, ledger, reporter)
             stored = [kind for kind in plan.store if facts["kinds"][kind]["chosen"]]
             facts |= {"to_store": list(plan.store), "stored": stored}
+            chosen = {kind: facts["kinds"][kind]["chosen"] for kind in stored}
+            if chosen:
+                store_guidance(pipe.bundle, facts, chosen)
             with writing(plan.out):
                 write_report(plan.out, facts, curves)
-    chosen = {kind: facts["kinds"][kind]["chosen"] for kind in stored}
     for kind, one in chosen.items():
         if one["time_ratio"] >= 1:
             reporter.warn(f"{kind} is stored, but took {one['time_ratio']:.2f} of the time of full guidance here")
-    if chosen:
-        store_guidance(pipe.bundle, facts, chosen)
     return {"out": str(plan.out), **facts}
 
 
@@ -246,19 +246,17 @@ def _require_window(plan: GuidancePlan, job: _Job, windows: Sequence[Candidate],
     """Why no window can be run here, in a sentence; stages that are missing are built where any machine can."""
     request = {"prompt": job.prompts[0], **job.arguments, **windows[0].arguments}
     try:
-        job.pipe.stream(**request)
-    except EngineError as error:
-        target = job.pipe.target
-        if target.backend not in _BUILT_ANYWHERE:
-            return str(error)
-        cache, denoiser = cache_folder(plan.cache), job.compiled.denoisers[0]
-        building = BuildPlan(plan.bundle, (target,), cache, (denoiser,), stages=_STAGES)
-        for wanted in requests_of(building, job.pipe.bundle):
-            ensure_engine(wanted, cache, reporter.progress, {"tandemrt": version("tandemrt")})
-    except (PlanError, RequestError, TargetError) as error:
-        return str(error)
-    try:
-        job.pipe.stream(**request)
+        try:
+            job.pipe.stream(**request)
+        except EngineError:
+            target = job.pipe.target
+            if target.backend not in _BUILT_ANYWHERE:
+                raise
+            cache, denoiser = cache_folder(plan.cache), job.compiled.denoisers[0]
+            building = BuildPlan(plan.bundle, (target,), cache, (denoiser,), stages=_STAGES)
+            for wanted in requests_of(building, job.pipe.bundle):
+                ensure_engine(wanted, cache, reporter.progress, {"tandemrt": version("tandemrt")})
+            job.pipe.stream(**request)
     except TandemError as error:
         return str(error)
     return ""

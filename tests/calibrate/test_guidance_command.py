@@ -12,10 +12,12 @@ import pytest
 from msgspec.structs import replace
 
 from tandemrt.bench.shapes.scenes import scenes
+from tandemrt.calibrate import guidance_command
 from tandemrt.calibrate.guidance_runs import Painter
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.errors import BundleError, CacheFullError
 from tandemrt.runtime.plan import Schedule, compile_plan
 
 from ..runtime.tiny_bundle import resign, write_tiny_bundle
@@ -119,6 +121,43 @@ def test_a_window_that_cannot_run_here_is_told(folder: Path, capsys: pytest.Capt
     assert all(len(one["tau1"]) == len(CHOOSING) and 8 <= one["forecast_branches"] < 16 for one in found["settings"])
     assert result["stored"] == []
     assert Bundle.open(folder / "bundle").manifest.defaults.taus is None
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_window_whose_stages_cannot_be_made_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """The tiny denoiser cannot be cut; of one that can the cache may be full."""
+
+    def built(*given: Any) -> Any:
+        raise CacheFullError("cache", "no room")
+
+    if full:
+        monkeypatch.setattr(guidance_command, "requests_of", lambda plan, bundle: (plan,))
+        monkeypatch.setattr(guidance_command, "ensure_engine", built)
+    (folder / "cache").mkdir(mode=0o700)
+    more = ("--kinds", "hybridiff,interval", "--threads", "2", "--cache", str(folder / "cache"), "--json")
+    assert main(arguments(folder, *SHORT, *more)) == 0
+    result = told(capsys)
+    why = "cache: no room" if full else "unet: no denoiser whose blocks are told by its nodes' names, got '12 nodes'"
+    assert result["kinds"]["hybridiff"]["why_not"].startswith(f"not run: {why}")
+    assert result["kinds"]["interval"]["chosen"]
+
+
+def test_nothing_is_told_as_stored_that_is_not(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> Any:
+        raise BundleError("tandem.json", "cannot be written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guidance_command, "store_guidance", full)
+        assert main(arguments(folder, *SHORT, "--store")) == 1
+    report = folder / "out" / "guidance.json"
+    assert not report.exists()
+    capsys.readouterr()
+    assert main(arguments(folder, *SHORT, "--store", "--json")) == 0
+    assert json.loads(report.read_text())["stored"] == told(capsys)["stored"] == ["adaptive"]
 
 
 def test_a_loss_that_nothing_keeps_to_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
