@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.backends.buffers import one_line
 from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError, TandemError
 from .frechet import FeatureStatistics, frechet_distance
@@ -98,7 +99,8 @@ class _Job:
             if picture.shape != reference.shape:
                 got, expected = _size(picture), f"{_size(reference)} as {references[path.stem]}"
                 raise _NotMeasuredError(name, f"{path} has another size", got=got, expected=expected)
-            values.append(measure(picture, reference))
+            with _computing(name):
+                values.append(measure(picture, reference))
             self.reporter.progress(name, done, len(self.files))
         worst = min(values) if lower_is_worse else max(values)
         return {"mean": statistics.fmean(values), "median": statistics.median(values), "worst": worst}
@@ -116,10 +118,12 @@ class _Job:
                 )
             statistics_of = FeatureStatistics()
             for pictures in batches(files):
-                statistics_of.add(extract(np.stack(pictures)))
+                with _computing("fid"):
+                    statistics_of.add(extract(np.stack(pictures)))
                 self.reporter.progress(label, statistics_of.count, len(files))
             found.append(statistics_of)
-        return {"value": frechet_distance(*found)}
+        with _computing("fid"):
+            return {"value": frechet_distance(*found)}
 
     def clip(self) -> dict[str, float]:
         """CLIP score: mean, median and worst."""
@@ -128,7 +132,8 @@ class _Job:
             likeness = clip_likeness(self.plan.clip)
         values: list[float] = []
         for pictures in batches(self.files):
-            values += likeness(prompts[len(values) : len(values) + len(pictures)], pictures)
+            with _computing("clip"):
+                values += likeness(prompts[len(values) : len(values) + len(pictures)], pictures)
             self.reporter.progress("clip", len(values), len(self.files))
         return {"mean": statistics.fmean(values), "median": statistics.median(values), "worst": min(values)}
 
@@ -186,6 +191,16 @@ def _optional(name: str) -> Iterator[None]:
         raise _NotMeasuredError(
             error.where if error.where != name else name, error.what, remedy=error.remedy
         ) from error
+
+
+@contextmanager
+def _computing(name: str) -> Iterator[None]:
+    """What keeps one measure from being computed of pictures that are sound."""
+    try:
+        yield
+    except Exception as error:  # torch's and ONNX Runtime's errors have no common class
+        what = f"cannot be computed of these pictures ({one_line(error)})"
+        raise _NotMeasuredError(name, what, remedy="Measure others, or leave it out with --measure.") from error
 
 
 def _size(picture: Pixels) -> str:

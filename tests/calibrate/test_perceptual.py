@@ -22,16 +22,17 @@ from tandemrt.runtime.errors import TandemError
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 70, 80, 3), dtype=np.uint8)
 
 
-def means_of_rows() -> onnx.ModelProto:
-    """Features (B, 3 H) of pictures (B, 3, H, W): the mean of each row, times two."""
+def means_of_rows(batch: int | str = "B", factor: float = 2) -> onnx.ModelProto:
+    """Features (B, 3 H) of pictures (B, 3, H, W): the mean of each row, times `factor`."""
     nodes = [
         helper.make_node("ReduceMean", ["pictures", "axes"], ["means"], keepdims=0),
-        helper.make_node("Add", ["means", "means"], ["features"]),
+        helper.make_node("Mul", ["means", "factor"], ["features"]),
     ]
-    given = helper.make_tensor_value_info("pictures", TensorProto.FLOAT, ["B", 3, "H", "W"])
-    made = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["B", 3, "H"])
-    axes = numpy_helper.from_array(np.array([3]), "axes")
-    graph = helper.make_graph(nodes, "means", [given], [made], [axes])
+    given = helper.make_tensor_value_info("pictures", TensorProto.FLOAT, [batch, 3, "H", "W"])
+    made = helper.make_tensor_value_info("features", TensorProto.FLOAT, [batch, 3, "H"])
+    constants = {"axes": np.array([3]), "factor": np.float32(factor)}
+    held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "means", [given], [made], held)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 

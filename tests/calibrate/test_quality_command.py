@@ -94,6 +94,33 @@ def test_what_cannot_be_had_is_told_and_the_rest_measured(
     assert (status, list(result["measures"]), list(result["not_measured"])) == (1, ["ssim"], ["lpips"])
 
 
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        (lambda: means_of_rows(batch=1), "Got invalid dimensions"),
+        (lambda: means_of_rows(factor=float("nan")), "features: hold NaN or Inf"),
+    ],
+)
+def test_a_network_that_fails_leaves_the_other_measures(
+    measured: Measured, tmp_path: Path, network: Callable[[], onnx.ModelProto], told: str
+) -> None:
+    onnx.save(network(), tmp_path / "own.onnx")
+    status, result, _ = measured("--measure", "fid", "psnr", "--inception", str(tmp_path / "own.onnx"))
+    assert (status, list(result["measures"]), list(result["not_measured"])) == (1, ["psnr"], ["fid"])
+    assert result["not_measured"]["fid"].startswith("fid: cannot be computed of these pictures (")
+    assert told in result["not_measured"]["fid"]
+
+
+def test_pictures_smaller_than_the_window_of_ssim_have_psnr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(write(tmp_path / name, PICTURES[:2, :10])) for name in ("small", "references")]
+    assert (
+        main(["calibrate", "quality", folders[0], "--against", folders[1], "--measure", "ssim", "psnr", "--json"]) == 1
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert (list(result["measures"]), list(result["not_measured"])) == (["psnr"], ["ssim"])
+    assert "sides from 11 on" in result["not_measured"]["ssim"]
+
+
 def test_a_picture_without_its_like_is_told(measured: Measured, tmp_path: Path) -> None:
     onnx.save(means_of_rows(), tmp_path / "means.onnx")
     (tmp_path / "references" / "000004.png").unlink()
