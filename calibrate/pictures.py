@@ -19,6 +19,7 @@ from ..runtime.errors import ArgumentError
 from ..runtime.images import png_bytes
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan_steps import parse_steps
+from ..runtime.targets import installed_version
 from .prompts import chosen_prompts, prompts_sha256
 from .run_folder import RunFolder
 from .shared_arguments import add_bundle, add_discard, add_place, add_prompts, add_seed, check_number, check_shared
@@ -33,7 +34,7 @@ examples:
   tandemrt calibrate pictures bundle/ --prompts captions.txt -n 5000 --out split/ --steps 10,15 --guidance-scale 7
 """
 
-FORMAT = 2
+FORMAT = 3
 LEDGER = "run.jsonl"
 FILE_NAMES = r"[0-9]{6}\.png"
 MAX_BATCH = 1024
@@ -177,9 +178,9 @@ def _ground(plan: PicturesPlan, pipe: Pipeline) -> dict[str, Any]:
     pipe.stream(**_request(plan, pipe, [0]))
     return {
         "format": FORMAT,
-        "tandemrt": version("tandemrt"),
         "bundle": pipe.bundle.digest,
         "target": str(pipe.target),
+        "versions": {"tandemrt": version("tandemrt"), pipe.target.backend: installed_version(pipe.target.backend)},
         "seed": plan.seed,
         "settings": {"steps": plan.steps, **plan.settings},
     }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tandemrt.calibrate import pictures
 from tandemrt.calibrate.ledger import Ledger
 from tandemrt.calibrate.run_folder import RunFolder
 from tandemrt.runtime import Pipeline
@@ -162,6 +163,16 @@ def test_other_settings_are_refused_unless_they_begin_anew(
     expected = 3 if other[0] == "-n" else 5
     assert len(list((tmp_path / "out").glob("*.png"))) == expected
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_another_version_of_the_backend_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may round otherwise, and a folder's pictures are compared with another's."""
+    assert run("-n", "1") == 0
+    monkeypatch.setattr(pictures, "installed_version", lambda backend: f"{backend} 99")
+    assert run() == 2
+    assert "holds another run: versions onnxruntime is '" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
