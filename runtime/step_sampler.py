@@ -138,6 +138,8 @@ class StepSampler:
         # A chain holds its bindings, so that what is kept under their identities is of no others.
         key = "chain", tuple((id(binding), given) for binding, given in runs)
         chain = self._lease.take(key, lambda: first.chain(runs, carried))
+        if any(state.held is one.binding for one in bound):
+            state.settle()  # which the chain writes over, and one after another begins from
         self._enter(state).give(first)
         for row, one, inputs in zip(rows, bound, chain.rows, strict=True):
             self._give(row, one.history, inputs)

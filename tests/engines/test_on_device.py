@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -241,4 +242,40 @@ def test_a_state_is_taken_out_for_another_and_goes_on_elsewhere(steered: Path, g
     list(runner.run(states[1]))
     for made, wanted in zip((moved, states[1]), expected, strict=True):
         np.testing.assert_array_equal(made.latents, wanted)
+    assert gpus.wrong == []
+
+
+def test_rows_as_one_that_fail_leave_the_state_they_began_from(
+    steered: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which lies in a binding of theirs, after rows that ran as one before."""
+    bundle = Bundle.open(steered / "bundle")
+    plan = compile_plan(bundle.manifest, Schedule(steps={"unet": 4}, solver="unipc"))
+    (found,) = fitting_engines(bundle, "unet", parse_target(TARGET), cache=steered / "cache", variant=GUIDED)
+    session, latents = TensorRtSession(found.folder, found.engine), np.ones((1, 4, SIDE, SIDE), np.float32)
+    given = Rows(plan, conditioning(bundle.manifest, plan), lambda _: None, at_once=True)
+    original, spoilt = TensorRtBinding.chain, [False]
+
+    def spoiling(binding: TensorRtBinding, runs: Any, carried: Any) -> Any:
+        chain, (last, _) = original(binding, runs, carried), runs[-1]
+
+        def run() -> None:
+            chain.run()
+            if spoilt[0]:
+                for name in ("sums", "next_state"):
+                    last.outputs[name].fill(np.nan)
+                last.write("next_state")
+
+        return SimpleNamespace(rows=chain.rows, run=run)
+
+    monkeypatch.setattr(TensorRtBinding, "chain", spoiling)
+    made = []
+    for fails in (False, True):
+        runner = StepSampler(given, {("unet", True): StepEngine(session, GUIDED)})
+        state, spoilt[0] = runner.begin(latents), False
+        assert [row.together for row in runner.run(state, 2)] == [2, 2]
+        spoilt[0] = fails
+        assert [row.together for row in runner.run(state)] == ([1, 1] if fails else [2, 2])
+        made.append(state.latents.copy())
+    np.testing.assert_array_equal(*made)
     assert gpus.wrong == []
