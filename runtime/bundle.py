@@ -60,7 +60,7 @@ class Bundle:
         sealed = os.path.lexists(path / SEAL_NAME)
         # Before it is read: a flipped bit in the format's number would send the caller to another version.
         if sealed and len(raw) <= MAX_MANIFEST_BYTES:
-            _check_seal(path, raw)
+            raw = _sealed(path, raw)
         manifest = manifests.decode(raw, where)
         if not sealed:
             raise BundleError(_shown(path / SEAL_NAME), "is missing", remedy=_COPY_AGAIN)
@@ -150,16 +150,23 @@ def _start_of(path: Path, size: int) -> bytes:
         raise _unreadable(path, error) from error
 
 
-def _check_seal(folder: Path, raw: bytes) -> None:
-    """Compare the manifest with its seal: one flipped bit in a number would give another valid manifest."""
-    if not manifests.is_sealed(raw, _start_of(folder / SEAL_NAME, MAX_SEAL_BYTES)):
-        raise BundleError(
-            _shown(folder / MANIFEST_NAME),
-            "sha256",
-            got=hashlib.sha256(raw).hexdigest(),
-            expected=f"the one in {SEAL_NAME}",
-            remedy=_COPY_AGAIN,
-        )
+def _sealed(folder: Path, raw: bytes) -> bytes:
+    """The manifest, compared with its seal: one flipped bit in a number would give another valid manifest.
+
+    It is the one that is there by now where another process has replaced both since `raw` was read.
+    """
+    if manifests.is_sealed(raw, _start_of(folder / SEAL_NAME, MAX_SEAL_BYTES)):
+        return raw
+    now = _start_of(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES + 1)
+    if now != raw and manifests.is_sealed(now, _start_of(folder / SEAL_NAME, MAX_SEAL_BYTES)):
+        return now
+    raise BundleError(
+        _shown(folder / MANIFEST_NAME),
+        "sha256",
+        got=hashlib.sha256(raw).hexdigest(),
+        expected=f"the one in {SEAL_NAME}",
+        remedy=_COPY_AGAIN,
+    )
 
 
 # What model hubs, version control and file managers put beside a bundle's own files; never read. Nor is what was begun

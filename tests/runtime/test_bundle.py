@@ -21,6 +21,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from tandemrt.runtime import bundle as bundle_module
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError
 from tandemrt.runtime.files import locked
@@ -437,6 +438,26 @@ def test_a_manifest_is_replaced_whole_whenever_the_process_is_killed(
     assert opened == [before] * 3 + [after] * 4
     assert Bundle.open(bundle).manifest == before
     assert (bundle / SEAL_NAME).read_bytes() == seal((bundle / MANIFEST_NAME).read_bytes())
+
+
+def test_a_manifest_that_is_replaced_while_it_is_opened_is_no_damage(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the reading of the manifest and that of its seal."""
+    before, read = Bundle.open(bundle).manifest, bundle_module._start_of
+    defaults = msgspec.structs.replace(before.defaults, steps=(("unet", 4), ("unet_small", 6)))
+    after = [msgspec.structs.replace(before, defaults=defaults)]
+
+    def replaced(path: Path, size: int) -> bytes:
+        found = read(path, size)
+        if path.name == MANIFEST_NAME and after:
+            rewrite(after.pop(), bundle)
+        return found
+
+    monkeypatch.setattr(bundle_module, "_start_of", replaced)
+    opened = Bundle.open(bundle)
+    assert opened.manifest.defaults == defaults
+    assert opened.digest == hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
 def test_what_a_killed_process_began_beside_the_manifest_is_passed_over(bundle: Path) -> None:
