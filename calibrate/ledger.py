@@ -29,7 +29,7 @@ class Ledger:
 
     Raises, on entering:
         ArgumentError: the file rests on another ground.
-        CalibrationError: the file is of something else, or another process has it.
+        CalibrationError: the file is of something else, or another process has it, or its file system knows no locks.
         TandemError: it cannot be written.
     """
 
@@ -94,6 +94,10 @@ class Ledger:
         except BlockingIOError as error:
             remedy = "Wait for its end, or give another --out."
             raise CalibrationError(str(self._path), "another run is writing it", remedy=remedy) from error
+        except OSError as error:
+            what = f"cannot be locked against other runs ({error.strerror or error})"
+            remedy = "Give another --out, on a file system that knows locks."
+            raise CalibrationError(str(self._path), what, remedy=remedy) from error
 
     def _resume(self, file: FileIO) -> None:
         """Take what is there up to the last whole line, and be ready to write behind it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..runtime.bundle import Bundle
 from ..runtime.errors import BundleError
-from ..runtime.files import locked, sweep_parts
+from ..runtime.files import NO_LOCKS, locked, sweep_parts
 from ..runtime.manifest import Manifest
 from ..runtime.manifest_checks import check_manifest
 from ..runtime.manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode, encode, rewrite
@@ -22,7 +22,7 @@ def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
 
     Raises:
         BundleError: the bundle's files are others than when it was opened, the manifest made cannot be used, or it
-            cannot be written; the one that was there stays.
+            cannot be written or locked; the one that was there stays.
     """
     where = str(bundle.path / MANIFEST_NAME)
     try:
@@ -40,6 +40,10 @@ def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
             check_manifest(decode(raw, where), where)
             rewrite(changed, bundle.path)
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            what = f"its folder cannot be locked against other processes ({error.strerror})"
+            remedy = "Calibrate a copy of the bundle on a file system that knows locks."
+            raise BundleError(where, what, remedy=remedy) from error
         remedy = "Free space, or give a bundle in a folder that can be written."
         raise BundleError(where, f"cannot be written ({error.strerror or error})", remedy=remedy) from error
     return Bundle(bundle.path, changed, hashlib.sha256(raw).hexdigest())

@@ -16,6 +16,7 @@ from typing import BinaryIO
 _TOKEN_BYTES = 8
 _PART = re.compile(rf"\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}\.part")
 _MOST_S = 60.0  # no file here takes so long to be written
+NO_LOCKS = frozenset({errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -94,7 +95,7 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     Windows, which locks no folders, holds it always.
 
     Raises:
-        OSError: the folder cannot be read.
+        OSError: the folder cannot be read, or locked, with one of NO_LOCKS where its file system knows no locks.
     """
     if os.name != "posix":
         yield True

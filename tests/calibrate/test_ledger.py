@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -170,3 +172,13 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TandemError, match=r"cannot be written .*another --out"), Ledger(tmp_path / "file/x", GROUND):
         pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    told = r"some\.jsonl: cannot be locked against other runs \(No locks available\)\. Give another --out"
+    with pytest.raises(CalibrationError, match=told):
+        Ledger(tmp_path / "some.jsonl", GROUND).__enter__()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -84,3 +87,16 @@ def test_a_folder_that_cannot_be_written_is_told(bundle: Bundle, monkeypatch: py
     assert Bundle.open(bundle.path) == bundle
     assert [path.name for path in bundle.path.glob(".*")] == []
     assert (bundle.path / MANIFEST_NAME).is_file()
+
+
+@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """EBADF is what NFS says of a folder."""
+
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(BundleError, match=r"against other processes .* file system that knows locks"):
+        store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+    assert Bundle.open(bundle.path) == bundle
