@@ -14,6 +14,7 @@ from .shared_arguments import (
     add_bundle,
     add_discard,
     add_held_out,
+    add_judged,
     add_place,
     add_prompts,
     add_scorer,
@@ -22,7 +23,7 @@ from .shared_arguments import (
     check_shared,
 )
 
-PROMPTS, JUDGED, CANDIDATES = 64, 100, 60
+PROMPTS, CANDIDATES = 64, 60
 MIN_PSNR_DB, MAX_LOSS = 30.0, 0.01
 MAX_CANDIDATES = 100_000
 # What changes nothing until a request asks for it.
@@ -111,14 +112,8 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
 
 def _add_what(group: argparse._ArgumentGroup) -> None:
     add_prompts(group, "to choose with", PROMPTS)
-    add_held_out(group, required=True)
-    group.add_argument(
-        "--judge",
-        dest="judged",
-        type=int,
-        metavar="N",
-        help=f"how many of these, the first ones (default: {JUDGED}, or as many as there are)",
-    )
+    add_held_out(group, "prompts to judge by", required=True)
+    add_judged(group)
     group.add_argument(
         "--steps", "--num-inference-steps", metavar="STEPS", help="as of `generate` (default: the bundle's)"
     )

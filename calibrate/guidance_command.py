@@ -20,7 +20,7 @@ from ..runtime.plan import Plan, Schedule, compile_plan
 from ..runtime.plan_steps import parse_steps
 from .curves import Curve
 from .grounds import ground_of
-from .guidance_arguments import JUDGED, PROMPTS, GuidancePlan, add_arguments, plan_from_arguments
+from .guidance_arguments import PROMPTS, GuidancePlan, add_arguments, plan_from_arguments
 from .guidance_candidates import (
     Candidate,
     adaptive_candidate,
@@ -37,6 +37,7 @@ from .guidance_stored import store_guidance
 from .ledger import Ledger, writing
 from .prompts import chosen_prompts, held_out_prompts, prompts_sha256
 from .scorers import NamedScorer, scorer_of
+from .shared_arguments import JUDGED
 
 __all__ = ["add_arguments", "plan_from_arguments", "run", "status", "summary"]
 

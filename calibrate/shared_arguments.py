@@ -9,6 +9,8 @@ from ..runtime.arguments import thread_count
 from ..runtime.errors import ArgumentError
 from .prompts import MAX_PROMPTS
 
+JUDGED = 100
+
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     """Declare BUNDLE."""
@@ -35,15 +37,27 @@ def add_prompts(group: argparse._ArgumentGroup, use: str, default: int | None, *
     )
 
 
-def add_held_out(group: argparse._ArgumentGroup, *, required: bool = False) -> None:
-    """Declare --held-out."""
-    use = "prompts to judge by" if required else "prompts to judge by later"
+def add_held_out(
+    group: argparse._ArgumentGroup, use: str = "prompts to judge by later", *, required: bool = False
+) -> None:
+    """Declare --held-out. use: what the prompts are for."""
     group.add_argument(
         "--held-out",
         type=Path,
         required=required,
         metavar="FILE",
         help=f"{use}, in the same column where it is a table of the same kind; it is an error if one is taken here",
+    )
+
+
+def add_judged(group: argparse._ArgumentGroup) -> None:
+    """Declare --judge."""
+    group.add_argument(
+        "--judge",
+        dest="judged",
+        type=int,
+        metavar="N",
+        help=f"how many of these, the first ones (default: {JUDGED}, or as many as there are)",
     )
 
 

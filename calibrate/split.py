@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ import numpy as np
 from ..engines.job import Progress
 from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
-from ..runtime.calibrations import RowTime, SplitPoint
+from ..runtime.calibrations import RowTime, SplitHeldOut, SplitPoint
 from ..runtime.manifest import Frozen, Manifest
 from ..runtime.output import Output
 from ..runtime.plan import Schedule, compile_plan
@@ -37,6 +37,7 @@ class Sweep:
     """What is measured: the plans, the large denoiser's own first, over prompts, of which prompt i has seed + i.
 
     batch: how many pictures are painted at once, which changes none of them.
+    held_out: prompts that the plan that is chosen is judged by, with the seeds behind those.
     """
 
     large: str
@@ -46,6 +47,7 @@ class Sweep:
     seed: int
     scorer: NamedScorer | None = None
     batch: int = 4
+    held_out: tuple[str, ...] = ()
 
     @property
     def num_inference_steps(self) -> int:
@@ -192,3 +194,24 @@ def split_points(sweep: Sweep, kept: Ledger, costs: Sequence[float]) -> tuple[Sp
             )
         )
     return tuple(points)
+
+
+def judged(
+    pipeline: Pipeline, sweep: Sweep, chosen: SplitPoint, kept: Ledger, progress: Progress
+) -> SplitHeldOut | None:
+    """What the plan of a point comes to on the prompts held out, beside the large denoiser alone; None without any."""
+    if not sweep.held_out:
+        return None
+    large = sweep.plans[0]
+    plans = [large, *(plan for plan in sweep.plans[1:] if plan.runs == chosen.steps)]
+    seed = sweep.seed + len(sweep.prompts)
+    others = replace(sweep, plans=tuple(plans), prompts=sweep.held_out, seed=seed, held_out=())
+    measure_pictures(pipeline, others, kept, lambda _, done, total: progress("plans x held-out prompts", done, total))
+    points = split_points(others, kept, [1.0, chosen.cost][: len(plans)])
+    return SplitHeldOut(
+        prompts=len(others.prompts),
+        prompts_sha256=others.prompts_sha256,
+        seed=seed,
+        chosen=points[-1],
+        large=points[0],
+    )

@@ -10,10 +10,12 @@ from typing import get_args
 
 from ..runtime.calibrations import QualityMeasure
 from ..runtime.errors import ArgumentError
+from .prompts import MAX_PROMPTS
 from .shared_arguments import (
     add_bundle,
     add_discard,
     add_held_out,
+    add_judged,
     add_place,
     add_prompts,
     add_scorer,
@@ -33,7 +35,7 @@ DESCRIPTION = (
 EPILOG = """\
 examples:
   tandemrt calibrate split bundle/ --prompts prompts.txt -n 32
-  tandemrt calibrate split bundle/ --prompts prompts.txt --budget 0.6
+  tandemrt calibrate split bundle/ --prompts prompts.txt --held-out judged.txt --budget 0.6
   tandemrt calibrate split bundle/ --prompts prompts.txt --points 5,10 --plan unet:5,unet_small:15,unet:5
   tandemrt calibrate split shapes/ --prompts captions.txt --scorer tandemrt.bench.shapes.checker:shows --budget 0.6
 """
@@ -48,6 +50,7 @@ class SplitSettings:
     column: str | None
     count: int | None
     held_out: Path | None
+    judged: int | None
     large: str | None
     small: str | None
     num_inference_steps: int | None
@@ -90,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_what(group: argparse._ArgumentGroup) -> None:
     add_prompts(group, "to paint", PROMPTS)
-    add_held_out(group)
+    add_held_out(group, "prompts to judge the plan by that --budget chooses")
+    add_judged(group)
     group.add_argument("--large", metavar="NAME", help="the large denoiser (default: the bundle's first)")
     group.add_argument("--small", metavar="NAME", help="the small one (default: the bundle's second)")
     group.add_argument("--num-inference-steps", type=int, metavar="N", help="of every plan (default: the bundle's)")
@@ -134,6 +138,10 @@ def plan_from_arguments(namespace: argparse.Namespace) -> SplitSettings:
     check_shared(namespace)
     check_number("--batch", namespace.batch, MAX_BATCH)
     check_number("--num-inference-steps", namespace.num_inference_steps, MAX_STEPS)
+    check_number("--judge", namespace.judged, MAX_PROMPTS)
+    if namespace.judged is not None and (namespace.held_out is None or namespace.budget is None):
+        remedy = "Give --held-out FILE and --budget SHARE: the plan that is chosen is judged."
+        raise ArgumentError("--judge", "nothing to judge", got=namespace.judged, remedy=remedy)
     if namespace.budget is not None and not 0 < namespace.budget < math.inf:
         raise ArgumentError("--budget", "not usable", got=namespace.budget, expected="a share such as 0.6")
     if namespace.by == "accuracy" and namespace.scorer is None:

@@ -14,18 +14,20 @@ import msgspec
 from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
 from ..runtime.cache import cache_folder
-from ..runtime.calibrations import RowTime, SplitCalibration, SplitPoint
+from ..runtime.calibrations import RowTime, SplitCalibration, SplitHeldOut, SplitPoint
 from ..runtime.cli.columns import aligned
+from ..runtime.cli.inspect_bundle import split_held_out
 from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
 from ..runtime.manifest import Manifest
 from ..runtime.plan_steps import parse_steps, runs_of
 from .ledger import Ledger, writing
-from .prompts import chosen_prompts
+from .prompts import chosen_prompts, held_out_prompts
 from .quality import wilson_interval
 from .scorers import scorer_of
-from .split import Sweep, measure_pictures, measured_rows, own_timesteps, plan_costs, split_points
+from .shared_arguments import JUDGED
+from .split import Sweep, judged, measure_pictures, measured_rows, own_timesteps, plan_costs, split_points
 from .split_arguments import PROMPTS, SplitSettings, add_arguments, plan_from_arguments
 from .split_plans import QUALITIES, best_within, merged, name_of, pareto_front, require_affordable, split_plans
 from .split_report import PLOT, REPORT, write_report
@@ -48,13 +50,15 @@ def plan_facts(plan: SplitSettings) -> dict[str, Any]:
     return {
         "bundle": str(plan.bundle),
         "prompts": len(sweep.prompts),
+        "held_out": len(sweep.held_out),
         "plans": [{"steps": each.name, "order": each.order} for each in sweep.plans],
     }
 
 
 def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """What would be measured, for a person."""
-    yield f"{facts['prompts']} prompts, each with {len(facts['plans'])} plans"
+    judged_by = f"; the one chosen is judged by {facts['held_out']} held-out prompts" if facts["held_out"] else ""
+    yield f"{facts['prompts']} prompts, each with {len(facts['plans'])} plans{judged_by}"
     yield from aligned([(plan["order"], plan["steps"]) for plan in facts["plans"]], indent="  ")
 
 
@@ -87,11 +91,12 @@ def run(plan: SplitSettings, reporter: Reporter) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What was measured. best: the plan to store, None where no budget is given."""
+    """What was measured. best: the plan to store, None where no budget is given. held_out: what it was judged by."""
 
     rows: Mapping[str, RowTime]
     points: tuple[SplitPoint, ...]
     best: SplitPoint | None
+    held_out: SplitHeldOut | None = None
 
 
 def _measured(plan: SplitSettings, sweep: Sweep, pipeline: Pipeline, kept: Ledger, reporter: Reporter) -> _Measured:
@@ -106,8 +111,10 @@ def _measured(plan: SplitSettings, sweep: Sweep, pipeline: Pipeline, kept: Ledge
         require_affordable(sweep.plans, costs, plan.budget)
     measure_pictures(pipeline, sweep, kept, reporter.progress)
     points = split_points(sweep, kept, costs)
-    best = None if plan.budget is None else best_within(points, plan.budget, QUALITIES[plan.chosen_by])
-    return _Measured(rows, points, best)
+    if plan.budget is None:
+        return _Measured(rows, points, None)
+    best = best_within(points, plan.budget, QUALITIES[plan.chosen_by])
+    return _Measured(rows, points, best, judged(pipeline, sweep, best, kept, reporter.progress))
 
 
 def _result(plan: SplitSettings, sweep: Sweep, ground: Mapping[str, Any], measured: _Measured) -> dict[str, Any]:
@@ -122,6 +129,7 @@ def _result(plan: SplitSettings, sweep: Sweep, ground: Mapping[str, Any], measur
         "chosen_by": plan.chosen_by,
         "budget": plan.budget,
         "points": _point_facts(plan, sweep, measured),
+        "held_out": msgspec.to_builtins(measured.held_out),
     }
 
 
@@ -139,6 +147,7 @@ def _evidence(plan: SplitSettings, sweep: Sweep, ground: Mapping[str, Any], meas
         "budget": plan.budget,
         "chosen_by": plan.chosen_by,
         "points": measured.points,
+        "held_out": measured.held_out,
     }
     return msgspec.convert(msgspec.to_builtins(facts), SplitCalibration)
 
@@ -171,6 +180,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         rows.append((_told(point), *figures, ", ".join(marks)))
     yield from aligned(rows)
     yield f"front: plans that no other beats in both cost and {result['chosen_by']}; {result['prompts']} prompts"
+    if result["held_out"] is not None:
+        yield split_held_out(result["held_out"])
     if "stored" in result:
         stored = result["stored"]
         yield f"{result['bundle']['path']}: {stored['steps']} by default from now on, digest {stored['digest']}"
@@ -190,6 +201,9 @@ def _sweep(plan: SplitSettings, manifest: Manifest) -> Sweep:
     """What is to be measured of a bundle."""
     large, small = _denoisers(plan, manifest)
     prompts = chosen_prompts(plan.prompts, plan.column, plan.count, PROMPTS, plan.held_out)
+    held_out: tuple[str, ...] = ()
+    if plan.held_out is not None and plan.budget is not None:
+        held_out = held_out_prompts(plan.held_out, plan.prompts, plan.column, plan.judged, JUDGED)
     total = plan.num_inference_steps or manifest.defaults.num_inference_steps
     distilled = own_timesteps(manifest)
     if distilled is not None and total != len(distilled):
@@ -207,6 +221,7 @@ def _sweep(plan: SplitSettings, manifest: Manifest) -> Sweep:
         seed=plan.seed,
         scorer=None if plan.scorer is None else scorer_of(plan.scorer),
         batch=plan.batch,
+        held_out=held_out,
     )
 
 

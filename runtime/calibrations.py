@@ -36,6 +36,19 @@ class SplitPoint(_Record, frozen=True, kw_only=True):
     right: int | None = None
 
 
+class SplitHeldOut(_Record, frozen=True, kw_only=True):
+    """What the plan that was chosen and the large denoiser alone come to on prompts that it was not chosen with.
+
+    `prompts_sha256` and `seed` are as in `SplitCalibration`.
+    """
+
+    prompts: int
+    prompts_sha256: str
+    seed: int
+    chosen: SplitPoint
+    large: SplitPoint
+
+
 class SplitCalibration(_Record, frozen=True, kw_only=True):
     """The sweep that `defaults.steps` was chosen from, by `chosen_by` among the plans that cost `budget` or less.
 
@@ -43,6 +56,7 @@ class SplitCalibration(_Record, frozen=True, kw_only=True):
     `row_times` are by denoiser, with ` unguided` behind it where one branch of guidance ran. `prompts_sha256` is of the
     prompts, one a line; prompt i had `seed` + i. `machine` is what it ran on, `threads` how many a model was given,
     None where the backend chose. `scorer_sha256` is of the scorer's source.
+    `held_out` is there where a sweep was given such prompts.
     """
 
     files_sha256: str
@@ -61,6 +75,7 @@ class SplitCalibration(_Record, frozen=True, kw_only=True):
     budget: float
     chosen_by: QualityMeasure
     points: tuple[SplitPoint, ...]
+    held_out: SplitHeldOut | None = None
 
 
 class GuidanceCalibration(_Record, frozen=True, kw_only=True):

@@ -147,12 +147,22 @@ def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, st
         chosen = next((point for point in split["points"] if point["steps"] == steps), None)
         cost = "" if chosen is None else f"; the default costs {chosen['cost']:.2f} of {split['large']} alone"
         told = f"of {len(split['points'])} plans, {split['prompts']} prompts, on {_where(split)}{cost}"
+        if split["held_out"] is not None:
+            told += f"; {split_held_out(split['held_out'])}"
         yield "split", told + _OTHER_MODELS * ("split" in outdated)
     for name, one in result["calibrations"]["guidance"].items():
         saved = 1 - one["branches"] / one["full_branches"]
         told = f"{saved:.1%} of the branches' runs saved at {one['psnr_db']:.1f} dB to full guidance"
         told += f", {one['held_out']} held-out prompts, guidance {one['guidance_scale']:g}, on {_where(one)}"
         yield name, told + _OTHER_MODELS * (name in outdated)
+
+
+def split_held_out(one: Mapping[str, Any]) -> str:
+    """What a split came to on prompts that it was not chosen with."""
+    chosen, large, count = one["chosen"], one["large"], one["prompts"]
+    told = f"on {count} held-out prompts latent error {chosen['latent_error']:.4f}, {chosen['psnr_db']:.1f} dB"
+    right = "" if chosen["right"] is None else f", {chosen['right']} right ({large['right']} by the large one alone)"
+    return told + right
 
 
 def _where(measured: Mapping[str, Any]) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 
 from tandemrt.bench.precisions import captions
-from tandemrt.bench.shapes.checker import shows
-from tandemrt.calibrate import split
+from tandemrt.calibrate import split, split_command
 from tandemrt.calibrate.quality import psnr_db
 from tandemrt.calibrate.split_plans import name_of
 from tandemrt.runtime import Pipeline
@@ -183,6 +183,41 @@ def test_the_best_plan_within_a_budget_runs_by_default(
     assert "4 steps (unet 4)" in capsys.readouterr().out
 
 
+def test_what_is_chosen_is_judged_by_prompts_that_it_was_not_chosen_with(
+    measured: Any, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "red_scores.py").write_text(
+        "def red(prompts, pictures):\n    return ['red' in one for one in prompts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held.txt").write_text("blue\nred blue\nblue blue\n")
+    given = ["--held-out", str(tmp_path / "held.txt"), "--scorer", "red_scores:red", "--points", "0,2"]
+    monkeypatch.setattr(split_command, "plan_costs", lambda *given: [1.0, 0.6, 0.9, 0.9, 0.9])
+    assert measured(*given)[1]["held_out"] is None
+    status, result, _ = measured(*given, "--budget", "0.7", "--judge", "2")
+    judged = result["held_out"]
+    assert (status, result["stored"]["steps"]) == (0, "unet:2,unet_small:2")
+    assert (judged["prompts"], judged["seed"], judged["chosen"]["right"], judged["large"]["right"]) == (2, 3, 1, 1)
+    with Pipeline.open(bundle, "onnxruntime:cpu", threads=1) as pipe:
+        plans = ({"unet": 4}, {"unet": 2, "unet_small": 2})
+        large, chosen = (split._pixels(pipe(["blue", "red blue"], steps=steps, seed=[3, 4])) for steps in plans)
+    apart = sorted(psnr_db(one, other) for one, other in zip(chosen, large, strict=True))
+    assert judged["chosen"]["psnr_db"] == pytest.approx(sum(apart) / 2, abs=0.01)
+    assert (judged["large"]["psnr_db"], judged["chosen"]["cost"]) == (99, 0.6)
+    evidence = Bundle.open(bundle).manifest.calibrations.split
+    assert evidence is not None and evidence.held_out is not None
+    assert json.loads(msgspec.json.encode(evidence.held_out)) == judged
+    assert main(["inspect", str(bundle)]) == 0
+    told = (
+        f"on 2 held-out prompts latent error {judged['chosen']['latent_error']:.4f}, {sum(apart) / 2:.1f} dB, 1 right"
+    )
+    assert f"{told} (1 by the large one alone)" in capsys.readouterr().out
+    # The large denoiser alone is judged beside itself.
+    _, result, _ = measured(*given, "--budget", "1", "--by", "ssim")
+    judged = result["held_out"]
+    assert (result["stored"]["steps"], judged["prompts"], judged["chosen"]) == ("unet:4", 3, judged["large"])
+
+
 def test_a_budget_that_no_plan_meets_stores_nothing(measured: Any, bundle: Path) -> None:
     before = Bundle.open(bundle)
     status, result, stderr = measured("--budget", "1e-9")
@@ -204,6 +239,7 @@ def test_a_budget_that_no_plan_meets_stores_nothing(measured: Any, bundle: Path)
         (["--large", "unet", "--small", "unet"], "--small: the large denoiser itself"),
         (["--budget", "0"], "--budget: not usable"),
         (["--budget", "nan"], "--budget: not usable"),
+        (["--judge", "2"], "--judge: nothing to judge, got 2"),
         (["--by", "accuracy"], "Give --scorer"),
         (["-n", "0"], "-n: not usable"),
         (["-n", "4"], "prompts, got 3, expected -n 4. Give -n 3, or more prompts."),
@@ -256,11 +292,10 @@ def test_the_shapes_bundle_is_split_and_paints_held_out_prompts_as_well(
     chosen = next(point for point in calibration.points if point.steps == manifest.defaults.steps)
     assert chosen.cost <= 0.8
     assert chosen.right is not None and chosen.right >= 7
-    right = []
-    with Pipeline.open(bundle, "onnxruntime:cpu", threads=1) as pipe:
-        for steps in ({}, {"steps": {"unet": 10}}):
-            out = pipe(list(held_out), seed=list(range(len(held_out))), **steps)
-            right.append(sum(shows(held_out, split._pixels(out))))
-            assert out.plan.steps == (chosen.steps if not steps else (("unet", 10),))
+    judged = calibration.held_out
+    assert judged is not None and judged.chosen.right is not None and judged.large.right is not None
+    assert (judged.prompts, judged.seed, judged.chosen.steps) == (len(held_out), len(prompts), chosen.steps)
     # The small denoiser alone loses four.
-    assert right[0] >= right[1] - 3
+    assert judged.chosen.right >= judged.large.right - 3
+    with Pipeline.open(bundle, "onnxruntime:cpu", threads=1) as pipe:
+        assert pipe(held_out[0], seed=judged.seed, output_type="latent").plan.steps == chosen.steps
