@@ -27,7 +27,8 @@ steps:
 examples:
   tandemrt calibrate collect bundle/ --prompts prompts.txt -n 64 --held-out judged.txt --out trajectories/
   tandemrt calibrate collect bundle/ --prompts captions.csv --column caption --steps 25 --out trajectories/
-  tandemrt calibrate collect bundle/ --prompts prompts.txt --denoiser unet_one_step --steps 1 --out one-step/
+  tandemrt calibrate collect bundle/ --prompts prompts.txt --denoiser unet_one_step --steps 1 \\
+      --guidance-scale 0 --out one-step/
 """
 
 

@@ -156,24 +156,22 @@ class Judge:
 
 
 def ways_of(bundle: Bundle, names: Sequence[str], steps: Mapping[str, Runs]) -> dict[str, tuple[Way, ...]]:
-    """How the pictures are painted that show what each component does, whatever else of `names` has changed before.
+    """How the pictures are painted that show what each component of `names` does.
 
-    A denoiser shows in its own steps, another decoder than the first in the first denoiser's. Text encoders and the
-    first decoder show in all the ways of the denoisers that come before them in `names`, else in the first denoiser's.
+    A denoiser shows in its own steps, another decoder than the first in the first denoiser's, text encoders and the
+    first decoder in those of all denoisers.
 
-    steps: by denoiser what runs to show it.
+    steps: what runs to show a denoiser, by those in `names`; where there are none, by one that shows the others.
     """
-    manifest, found = bundle.manifest, dict[str, tuple[Way, ...]]()
-    first, decoder = manifest.names("denoiser")[0], manifest.names("vae_decoder")[0]
-    so_far: list[Way] = []
+    components, decoder = bundle.manifest.components, bundle.manifest.names("vae_decoder")[0]
+    shown = {name: Way(runs, decoder) for name, runs in steps.items()}
+    every = tuple(dict.fromkeys(shown.values()))
+    found: dict[str, tuple[Way, ...]] = {}
     for name in names:
-        role = manifest.components[name].role
-        if role == "denoiser":
-            ways = [Way(steps[name], decoder)]
-            so_far += [way for way in ways if way not in so_far]
-        elif role == "vae_decoder" and name != decoder:
-            ways = [Way(steps[first], name)]
+        if components[name].role == "denoiser":
+            found[name] = (shown[name],)
+        elif components[name].role == "vae_decoder" and name != decoder:
+            found[name] = (Way(every[0].steps, name),)
         else:
-            ways = list(so_far) or [Way(steps[first], decoder)]
-        found[name] = tuple(ways)
+            found[name] = every
     return found

@@ -12,14 +12,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..runtime.architecture import cpu_architecture
+from ..runtime.architecture import cpu_architecture, usable_cpus
 from ..runtime.bundle import Bundle
 from ..runtime.cache import cache_folder
+from ..runtime.cli.pictures import unwritable
+from ..runtime.engine_files import origin_of, weights_of
 from ..runtime.errors import ArgumentError, CalibrationError
-from ..runtime.manifest import Role
+from ..runtime.manifest import Manifest, Role, SchedulerDefaults
 from ..runtime.plan_steps import parse_steps
 from ..runtime.staging import require_free
+from ..runtime.targets import parse_target
+from .course import default_count, sharing_denoisers
 from .derived import require_another
+from .grounds import ground_of
 from .judged import NO_PROMPTS, Painting, Way, ways_of
 from .prompts import chosen_prompts, require_apart
 from .quantize_arguments import PROMPTS, QuantizePlan
@@ -65,28 +70,63 @@ class Job:
         return min(self.plan.samples, self.trajectories.count(name))
 
     def ground(self) -> dict[str, Any]:
-        """All that a search's figures rest on but prompts and seeds, JSON-able."""
+        """All that a search's figures rest on but prompts and seeds, JSON-able.
+
+        Raises:
+            TargetError: what runs the target is not installed, or its GPU is not here.
+        """
         plan, settings = self.plan, self.plan.int8
+        ground = ground_of(self.bundle, parse_target(plan.target), plan.threads, self.scorer)
         return {
-            "format": 1,
-            "bundle": self.bundle.digest,
+            **ground,
+            "versions": {**ground["versions"], **_versions(_RUN_BY)},
             "trajectories": None if self.trajectories is None else self.trajectories.digest,
             "quantized": [plan.format, plan.tool, settings.observer, settings.percentile, settings.smoothing],
             "samples": {name: self.samples(name) for name in self.names},
             "keep": dict(self.keep),
             "arguments": dict(self.judged.arguments),
-            "scorer": None if self.scorer is None else self.scorer.facts(),
-            "target": plan.target,
-            "threads": plan.threads,
-            "machine": cpu_architecture(),
-            "versions": {name: one.version for name in _RUN_BY for one in islice(distributions(name=name), 1)},
         }
 
     @property
     def folder(self) -> Path:
         """Where what is found is kept, so that the same search goes on where it stopped."""
-        ground = json.dumps(self.ground(), sort_keys=True).encode()
-        return cache_folder(self.plan.cache) / "quantize" / hashlib.sha256(ground).hexdigest()
+        return cache_folder(self.plan.cache) / "quantize" / _digest(self.ground())
+
+    def ranges(self, name: str) -> Path:
+        """The file that keeps what is found of a component's values, whatever is made of it then."""
+        ground = {
+            "component": name,
+            "graph": origin_of(self.bundle, name),
+            "weights": weights_of(self.bundle, name),
+            "trajectories": None if self.trajectories is None else self.trajectories.digest,
+            "samples": self.samples(name),
+            "threads": self.plan.int8.limits.threads,
+            "machine": [cpu_architecture(), usable_cpus()],
+            "versions": _versions(("tandemrt", "onnxruntime", "onnxruntime-gpu")),
+        }
+        return cache_folder(self.plan.cache) / "ranges" / f"{_digest(ground)}.npz"
+
+    def forget_ranges(self) -> None:
+        """Have them found anew.
+
+        Raises:
+            TandemError: they cannot be removed.
+        """
+        path = Path()
+        try:
+            for path in map(self.ranges, self.names):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(path, error, "--cache") from error
+
+
+def _digest(ground: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(ground, sort_keys=True).encode()).hexdigest()
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    return {name: one.version for name in packages for one in islice(distributions(name=name), 1)}
 
 
 def job_of(plan: QuantizePlan) -> Job:
@@ -113,7 +153,7 @@ def job_of(plan: QuantizePlan) -> Job:
         searched=searched,
         scorer=None if plan.scorer is None else scorer_of(plan.scorer),
         keep=_keep(plan, bundle, names),
-        ways=ways_of(bundle, names, _steps(plan, bundle, trajectories)),
+        ways=ways_of(bundle, names, _steps(plan, bundle, trajectories, names)),
     )
 
 
@@ -126,8 +166,7 @@ def _names(plan: QuantizePlan, bundle: Bundle, trajectories: Trajectories | None
         if name not in able:
             got = f"{name}, a {manifest.components[name].role}"
             raise ArgumentError("--component", "cannot be quantized", got=got, expected=f"one of {', '.join(able)}")
-    seen = able if trajectories is None else [name for name in able if _is_seen(trajectories, name)]
-    names = tuple(name for name in able if name in (plan.components or seen))
+    names = tuple(name for name in able if name in (plan.components or _default_names(able, manifest, trajectories)))
     for name in names:
         quantization = manifest.components[name].quantization
         if quantization is not None:
@@ -136,6 +175,14 @@ def _names(plan: QuantizePlan, bundle: Bundle, trajectories: Trajectories | None
         if trajectories is not None and plan.format in NEEDS_SAMPLES:
             _require_samples(trajectories, name)
     return names
+
+
+def _default_names(able: Sequence[str], manifest: Manifest, trajectories: Trajectories | None) -> list[str]:
+    """Those that the trajectories are of, else all; but no denoiser that takes other steps than the bundle's."""
+    if trajectories is not None:
+        return [name for name in able if _is_seen(trajectories, name)]
+    sharing = sharing_denoisers(manifest)
+    return [name for name in able if manifest.components[name].role != "denoiser" or name in sharing]
 
 
 def _require_samples(trajectories: Trajectories, name: str) -> None:
@@ -208,21 +255,38 @@ def _arguments(plan: QuantizePlan, bundle: Bundle, trajectories: Trajectories | 
     return {key: value for key, value in taken.items() if value is not None}
 
 
-def _steps(plan: QuantizePlan, bundle: Bundle, trajectories: Trajectories | None) -> dict[str, Runs]:
-    """By denoiser what runs to show it: a plan in which it runs, else itself for as many steps in all."""
-    every, defaults = bundle.manifest.names("denoiser"), bundle.manifest.defaults
-    runs: Runs = ()
+def _steps(
+    plan: QuantizePlan, bundle: Bundle, trajectories: Trajectories | None, names: Sequence[str]
+) -> dict[str, Runs]:
+    """What runs to show the denoisers in `names`: a plan in which one runs, else itself for as many steps in all.
+
+    Where there are none, what shows the others: a denoiser of the trajectories or of the bundle's scheduler.
+
+    Raises:
+        ArgumentError: one has a scheduler of its own, and nothing says for how many steps.
+    """
+    manifest, settings = bundle.manifest, {} if trajectories is None else trajectories.record.settings
+    first = str(settings["denoisers"][0]) if settings else sharing_denoisers(manifest)[0]
+    like: str | None = first  # what the number of steps is of; None for any denoiser
+    runs: Runs
     if plan.steps is not None:
-        runs = parse_steps(plan.steps, every)
+        runs = tuple(run for run in parse_steps(plan.steps, manifest.names("denoiser")) if run[1])
         counted = plan.steps.strip().isdecimal()
-    elif trajectories is not None:
-        steps = trajectories.record.settings["steps"]
-        counted = isinstance(steps, int)
-        runs = ((every[0], steps),) if isinstance(steps, int) else tuple((str(name), int(n)) for name, n in steps)
+        like = runs[0][0] if runs and not counted else None
+    elif settings and not isinstance(settings["steps"], int):
+        counted, runs = False, tuple((str(name), int(count)) for name, count in settings["steps"] if count)
     else:
-        counted = True
-        runs = ((every[0], defaults.num_inference_steps if defaults.timesteps is None else len(defaults.timesteps)),)
-    runs = tuple(run for run in runs if run[1])
+        counted, runs = True, ((first, settings["steps"] if settings else default_count(manifest, first)),)
     total = sum(count for _, count in runs)
     shown = () if counted else tuple(name for name, _ in runs)
-    return {name: runs if name in shown else ((name, total),) for name in every}
+
+    def own(name: str) -> Runs:
+        alike = like is None or _scheduler(manifest, name) == _scheduler(manifest, like)
+        return ((name, total if alike else default_count(manifest, name)),)
+
+    chosen = [name for name in names if manifest.components[name].role == "denoiser"]
+    return {name: runs if name in shown else own(name) for name in chosen or [shown[0] if shown else first]}
+
+
+def _scheduler(manifest: Manifest, name: str) -> SchedulerDefaults:
+    return manifest.components[name].scheduler or manifest.scheduler

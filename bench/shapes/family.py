@@ -6,7 +6,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -145,3 +151,8 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
 def scheduler() -> DPMSolverMultistepScheduler:
     """DPM-Solver++ 2M, Hybrid-SD's choice."""
     return DPMSolverMultistepScheduler.from_config(SCHEDULER)
+
+
+def one_step_scheduler() -> DDIMScheduler:
+    """From t = 999 to the clean latent itself in one step, as the one-step model was trained."""
+    return DDIMScheduler.from_config({**SCHEDULER, "timestep_spacing": "trailing", "set_alpha_to_one": True})

@@ -98,6 +98,7 @@ def publish(trained: Trained, out: Path) -> None:
             trained.load(stage, modules[folder], prefix).half().save_pretrained(part / folder)
     shutil.copytree(trained.work / "tokenizer", part / "large" / "tokenizer")
     family.scheduler().save_pretrained(part / "large" / "scheduler")
+    family.one_step_scheduler().save_pretrained(part / "one_step" / "scheduler")
     (part / "large" / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n", encoding="utf-8")
     shutil.copy(trained.work / LOG, part)
     if out.exists():

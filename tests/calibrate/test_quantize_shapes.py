@@ -102,6 +102,48 @@ def test_a_budget_keeps_the_worst_layers_of_all_components_and_holds(
     assert distance >= KEEPING_PSNR_DB
 
 
+def planned(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    """What a command says it would do."""
+    assert main(["calibrate", *map(str, words), "--print-plan", "--json"]) == 0
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return facts
+
+
+def test_a_one_step_denoiser_is_collected_and_judged_by_its_own_step_alone(
+    shapes_bundle: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect = ("collect", shapes_bundle, "--prompts", kept / "train.txt", "--out", tmp_path / "kept", "--threads", 1)
+    assert planned(capsys, *collect)["kept"].keys() == {"unet", "unet_small"}
+    alone = (*collect, "--denoiser", "unet_one_step")
+    assert main(["calibrate", *map(str, alone)]) == 2
+    assert "--steps: not given, and unet_one_step has a scheduler of its own" in capsys.readouterr().err
+    quantize = ("quantize", shapes_bundle, "--out", tmp_path / "out", "--prompts", kept / "held-out.txt", "-n", 2)
+    weights, of_many_steps = (*quantize, "--format", "int8-weights"), ("--trajectories", kept / "kept")
+    found = {name: one["painted"] for name, one in planned(capsys, *weights)["components"].items()}
+    both = [f"{name} 25, vae_decoder" for name in ("unet", "unet_small")]
+    assert found == {
+        "text_encoder": both,
+        "unet": both[:1],
+        "unet_small": both[1:],
+        "vae_decoder": both,
+        **{f"vae_decoder_{size}": [f"unet 25, vae_decoder_{size}"] for size in ("small", "tiny")},
+    }
+    for words in (weights, (*weights, *of_many_steps)):
+        assert main(["calibrate", *map(str, words), "--component", "unet_one_step"]) == 2
+        assert "--steps: not given, and unet_one_step has" in capsys.readouterr().err
+    assert main(["calibrate", *map(str, alone), "--steps", "1", "--guidance-scale", "0"]) == 0
+    capsys.readouterr()
+    one_step = planned(capsys, *quantize, "--trajectories", tmp_path / "kept")
+    # What the decoder is given stands for all decoders.
+    decoders = ("vae_decoder", "vae_decoder_small", "vae_decoder_tiny")
+    assert {name: one["painted"] for name, one in one_step["components"].items()} == {
+        **{name: ["unet_one_step 1, vae_decoder"] for name in ("text_encoder", "unet_one_step")},
+        **{name: [f"unet_one_step 1, {name}"] for name in decoders},
+    }
+    few = planned(capsys, *weights, "--component", "text_encoder", "--trajectories", tmp_path / "kept")
+    assert few["components"]["text_encoder"]["painted"] == ["unet_one_step 1, vae_decoder"]
+
+
 def sweepable(model: Path) -> list[str]:
     """The layers that int8 quantizes, in the graph's order."""
     graph = read_graph(model)

@@ -71,13 +71,16 @@ def test_ways_take_25_steps_or_one():
 
 
 def test_the_one_step_way_is_the_formula_it_was_trained_by(pipeline):
-    plan = compile_plan(pipeline.bundle.manifest, Schedule(steps=ONE_STEP.steps, **ONE_STEP.arguments))
+    manifest = pipeline.bundle.manifest
+    plan = compile_plan(manifest, Schedule(steps=ONE_STEP.steps, **ONE_STEP.arguments))
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     signal = np.prod(1 - betas)
     assert plan.table.timesteps.tolist() == [999]
     assert plan.guided == (False,)
     assert plan.table.transition[0, 0, 0] == pytest.approx(signal**-0.5, rel=1e-6)
     assert plan.table.prediction[0, 0] == pytest.approx(-((1 - signal) ** 0.5) / signal**0.5, rel=1e-6)
+    by_the_bundle = compile_plan(manifest, Schedule(steps=ONE_STEP.steps, guidance_scale=0))
+    assert by_the_bundle.facts() == plan.facts()
 
 
 def test_pictures_do_not_depend_on_how_prompts_are_batched(pipeline):

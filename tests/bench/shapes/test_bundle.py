@@ -17,16 +17,15 @@ def test_a_changed_scheduler_makes_a_bundle_outdated(tmp_path):
     weights = tmp_path / "weights"
     for folder in ("large", *bundles.ADDED.values()):
         shutil.copytree(WEIGHTS / folder, weights / folder)
-    config = json.loads((WEIGHTS / "large" / "scheduler" / "scheduler_config.json").read_bytes())
     before = expected_digests(export_plan(tmp_path / "out", weights))
     assert before == expected_digests(export_plan(tmp_path / "out"))
     for folder in ("one_step", "large"):
         path = weights / folder / "scheduler" / "scheduler_config.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({**config, "timestep_spacing": "trailing"}))
+        config = path.read_bytes()
+        path.write_text(json.dumps({**json.loads(config), "timestep_spacing": "leading"}))
         after = expected_digests(export_plan(tmp_path / "out", weights))
         assert {name for name in after if after[name] != before[name]} == {"schedulers"}
-        path.write_text(json.dumps(config))
+        path.write_bytes(config)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -97,6 +97,9 @@ def test_publishing_what_is_published_changes_no_weight_and_no_log(tmp_path):
         before, after = load_file(path), load_file(tmp_path / "out" / path.relative_to(WEIGHTS))
         assert before.keys() == after.keys()
         assert all(tensor.equal(after[name]) for name, tensor in before.items())
+    for path in WEIGHTS.rglob("scheduler_config.json"):
+        before, after = (json.loads(one.read_bytes()) for one in (path, tmp_path / "out" / path.relative_to(WEIGHTS)))
+        assert {**before, "_diffusers_version": ""} == {**after, "_diffusers_version": ""}
 
 
 def test_publishing_over_something_else_is_refused(tmp_path):
