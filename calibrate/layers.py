@@ -88,6 +88,14 @@ def layers_of(model: onnx.ModelProto, where: str) -> tuple[Layer, ...]:
     return found
 
 
+def by_weight(layers: Iterable[Layer]) -> tuple[tuple[str, ...], ...]:
+    """The names of layers, those of one weight together, in the order of the first of each."""
+    found: dict[str, list[str]] = {}
+    for one in layers:
+        found.setdefault(one.weight, []).append(one.name)
+    return tuple(map(tuple, found.values()))
+
+
 def require_layers(names: Iterable[str], layers: Iterable[Layer], where: str) -> None:
     """Raise ArgumentError where one of the names is no layer's."""
     unknown = sorted(set(names) - {one.name for one in layers})

@@ -24,8 +24,8 @@ INT8 = Int8Settings()
 DESCRIPTION = (
     "Make a bundle of another one with its denoisers, decoders and text encoders in eight or four bits. Held-out "
     "prompts are painted with both, from the same noise, and what it took is in the new bundle's manifest. With a "
-    "budget, the layers that hurt most stay in floating point until it holds; the same command goes on where its "
-    "search stopped. The bundle it is made of stays as it is."
+    "budget, the layers that hurt most stay in floating point until it holds. The same command goes on where it was "
+    "interrupted. The bundle it is made of stays as it is."
 )
 EPILOG = """\
 formats:
@@ -48,7 +48,7 @@ class QuantizePlan:
     """What to quantize, and how candidates are judged.
 
     components: all that can be where none is named. samples: how many calibrate at most. count: how many prompts
-    judge. steps: for a denoiser's pictures, as `collect` takes them. discard: whether to search anew in any case.
+    judge. steps: for a denoiser's pictures, as `collect` takes them. discard: whether to measure anew in any case.
     """
 
     bundle: Path
@@ -101,7 +101,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME",
         help="a denoiser, decoder or text encoder; may be given several times (default: all that the trajectories are "
-        "of, without these all there are)",
+        "of, without these all but denoisers with a scheduler of their own)",
     )
     group.add_argument(
         "--keep",
@@ -177,8 +177,8 @@ def plan_from_arguments(namespace: argparse.Namespace) -> QuantizePlan:
     budget = _budget(namespace)
     _require_of_use(namespace)
     _require_numbers(namespace)
-    if namespace.discard and not budget.asks:
-        remedy = "Give --min-psnr or --min-accuracy: nothing else is searched for."
+    if namespace.discard and not budget.asks and (namespace.format not in NEEDS_SAMPLES or namespace.tool is not None):
+        remedy = "Give --min-psnr or --min-accuracy, or leave it out: nothing else is kept."
         raise ArgumentError("--discard", "given without a budget", remedy=remedy)
     return QuantizePlan(
         bundle=namespace.bundle,

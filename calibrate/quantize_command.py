@@ -79,6 +79,8 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
     job = job_of(plan)
     with ExitStack() as entered:
         ledger = None
+        if plan.discard:
+            job.forget_ranges()
         if plan.budget.asks:
             path = job.folder / _LEDGER
             ledger = entered.enter_context(Ledger(path, job.ground(), discard=plan.discard))

@@ -50,13 +50,13 @@ class Search:
         self._searcher = None
         if job.searched is not None:
             self._searcher = Judge(job.bundle, job.searched, budget, job.scorer, progress)
-        self._ranking: Iterator[tuple[str, str]] | None = None
-        self._ranked: list[tuple[str, str]] = []
+        self._ranking: Iterator[tuple[str, tuple[str, ...]]] | None = None
+        self._ranked: list[tuple[str, tuple[str, ...]]] = []
 
     @property
     def most(self) -> int:
-        """How many layers can be kept: of each component all but one, else it would not be quantized."""
-        return sum(one.layers - 1 for one in self._quantizers.values())
+        """How many weights' layers can be kept: of each component all but one's, else it would not be quantized."""
+        return sum(len(one.layers) - 1 for one in self._quantizers.values())
 
     def settled(self) -> Losses:
         """Leave in the bundle what keeps to the budget, and say what it takes, by prompts that were not searched with.
@@ -83,7 +83,7 @@ class Search:
         return tuple(dict.fromkeys(way for ways in self._job.ways.values() for way in ways))
 
     def _fewest(self, judge: Judge) -> int:
-        """How many layers have to be kept for the search's prompts."""
+        """Of how many weights the layers have to be kept for the search's prompts."""
         tried: dict[int, Losses] = {}
 
         def holds(count: int) -> bool:
@@ -111,29 +111,29 @@ class Search:
         return {way: msgspec.convert({**self._ledger.get(key), **bounds}, Loss) for way, key in keys.items()}
 
     def _kept(self, count: int) -> Kept:
-        """The candidate that keeps so many layers, the worst ones."""
+        """The candidate that keeps the layers of so many weights, the worst ones."""
         if count and self._ranking is None:
             self._ranking = self._merged()
         if self._ranking is not None:
             self._ranked += islice(self._ranking, max(0, count - len(self._ranked)))
         kept: dict[str, tuple[str, ...]] = dict.fromkeys(self._quantizers, ())
-        for name, layer in self._ranked[:count]:
-            kept[name] = (*kept[name], layer)
+        for name, layers in self._ranked[:count]:
+            kept[name] = (*kept[name], *layers)
         return kept
 
-    def _merged(self) -> Iterator[tuple[str, str]]:
+    def _merged(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The layers of all components with their components' names, those first that take most from pictures."""
         merged = heapq.merge(*(self._weighed(name) for name in self._quantizers))
-        return ((name, layer) for _, name, layer in merged)
+        return ((name, layers) for _, name, layers in merged)
 
-    def _weighed(self, name: str) -> Iterator[tuple[float, str, str]]:
-        """A component's layers, of each the negative of what it takes: its share in what the component takes alone."""
+    def _weighed(self, name: str) -> Iterator[tuple[float, str, tuple[str, ...]]]:
+        """A component's layers, of each weight's the negative of what they take: of what the component takes alone."""
         quantizer, taken = self._quantizers[name], 1.0
         if len(self._quantizers) > 1 and self._searcher is not None:
             alone = self._searched(self._searcher, {name: ()}, self._job.ways[name])
             taken = float(np.mean([10 ** (-one.psnr_db / 10) for one in alone.values()]))
-        for one in islice(quantizer.ranked(), quantizer.layers - 1):
-            yield -one.share * taken, name, one.layer
+        for one in islice(quantizer.ranked(), len(quantizer.layers) - 1):
+            yield -one.share * taken, name, one.layers
 
     def _made(self, kept: Kept) -> Bundle:
         """The bundle that holds a candidate; graphs that it holds already are not written again."""
@@ -172,8 +172,9 @@ class Search:
         """What says that no candidate keeps to the budget, and which is nearest to it."""
         nearest = max(tried, key=lambda count: min(_margins(tried[count].values())))
         _, metric, got, expected = min(_margins(tried[nearest].values()))
-        layers = sum(one.layers for one in self._quantizers.values())
-        where = f"{', '.join(self._quantizers)}, with {nearest} of {layers} layers in floating point, the nearest"
+        layers = sum(len(names) for one in self._quantizers.values() for names in one.layers)
+        kept = sum(map(len, self._kept(nearest).values()))
+        where = f"{', '.join(self._quantizers)}, with {kept} of {layers} layers in floating point, the nearest"
         remedy = "Ask for less, for another format, or keep more with --keep."
         return CalibrationError(where, f"budget of {metric}", got=got, expected=expected, remedy=remedy)
 
@@ -186,6 +187,7 @@ def _quantizer(job: Job, name: str, ledger: Ledger | None, progress: Progress) -
         samples=samples,
         count=count or 0,
         keep=job.keep[name],
+        ranges=job.ranges(name),
         ledger=ledger,
         progress=progress,
     )

@@ -14,7 +14,8 @@ from ..runtime.manifest import QuantizationFormat
 from .fp8 import Fp8Settings, quantize_fp8, require_e4m3
 from .graph_runs import Array
 from .int8 import Int8Plan, Int8Settings, int8_plan, quantize_int8, watched
-from .layers import layers_of
+from .kept_ranges import kept_ranges
+from .layers import by_weight, layers_of
 from .ledger import Ledger
 from .nncf_int8 import NncfSettings, quantize_nncf, require_nncf
 from .quantized import Quantized
@@ -31,6 +32,7 @@ class Work:
     """What is quantized: a graph, what it is given where the format needs that, and what stays in floating point.
 
     samples: gives so many at most, spread evenly, anew whenever it is called. count: how many of them calibrate.
+    ranges: the file that keeps what is found of the graph's values, by a name that says what it rests on.
     ledger: has what was measured by then of the layers' errors, for which it is needed.
     """
 
@@ -38,15 +40,16 @@ class Work:
     samples: Callable[[int], Iterator[Mapping[str, Array]]] | None
     count: int
     keep: tuple[str, ...]
+    ranges: Path
     ledger: Ledger | None
     progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A layer, and its share in what all of its graph's layers together take."""
+    """The layers of one weight, and their share in what all of their graph's layers together take."""
 
-    layer: str
+    layers: tuple[str, ...]
     share: float
 
 
@@ -54,11 +57,11 @@ class Quantizer(Protocol):
     """A graph in the making; what is found out once serves every candidate."""
 
     @property
-    def layers(self) -> int:
-        """How many layers would be quantized with none kept but those named."""
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """Those quantized with none kept but those named; those of one weight together, which stay or go as one."""
 
     def ranked(self) -> Iterator[Ranked]:
-        """These layers, those that hurt most first; as many are measured as are taken."""
+        """These layers weight by weight, those that hurt most first; as many are measured as are taken."""
 
     def write(self, out: Path, kept: tuple[str, ...]) -> Quantized:
         """Write the graph with these layers left in floating point too."""
@@ -73,8 +76,10 @@ class _Static:
     @cached_property
     def _ranges(self) -> Ranges:
         model, limits = self._work.model, self._settings.limits
-        layers = layers_of(read_graph(model), model.parent.name)
-        return collect_ranges(model, watched(layers), self._samples, limits, self._progress)
+        values = watched(layers_of(read_graph(model), model.parent.name))
+        return kept_ranges(
+            self._work.ranges, lambda: collect_ranges(model, values, self._samples, limits, self._progress)
+        )
 
     @cached_property
     def _plan(self) -> Int8Plan:
@@ -82,16 +87,16 @@ class _Static:
         return int8_plan(graph, layers_of(graph, folder.name), self._ranges, self._settings, folder)
 
     @property
-    def layers(self) -> int:
-        return len(self._plan.layers)
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        return by_weight(self._plan.layers)
 
     def ranked(self) -> Iterator[Ranked]:
         if self._work.ledger is None:
             raise ValueError("a sweep needs a ledger")
-        samples = tuple(self._given(SWEPT_SAMPLES))
+        samples = tuple(self._given(min(SWEPT_SAMPLES, self._work.count)))
         sweep = Sweep(self._work.model, self._plan, samples, self._settings.limits.threads)
         found = worst_layers(sweep, self._work.ledger, self._work.progress)
-        return (Ranked(one.layer, one.share) for one in found)
+        return (Ranked(one.layers, one.share) for one in found)
 
     def write(self, out: Path, kept: tuple[str, ...]) -> Quantized:
         settings = replace(self._settings, keep=(*self._settings.keep, *kept))
@@ -134,18 +139,18 @@ class _Weights:
 
     def __init__(self, work: Work, bits: int) -> None:
         self._work, self._settings = work, WeightSettings(bits, work.keep)
-        self._names = [name for name in weight_readers(work.model) if name not in work.keep]
+        self._layers = tuple(names for names in weight_readers(work.model) if not set(names) & set(work.keep))
 
     @property
-    def layers(self) -> int:
-        return len(self._names)
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        return self._layers
 
     def ranked(self) -> Iterator[Ranked]:
         every = errors_of(self._work.model, self._settings)
-        errors = {name: every[name] for name in self._names}
+        errors = {names: every[names[0]] for names in self._layers}
         together = sum(errors.values()) or 1.0
-        worst = sorted(errors, key=lambda name: -errors[name])
-        return (Ranked(name, errors[name] / together) for name in worst)
+        worst = sorted(errors, key=lambda names: -errors[names])
+        return (Ranked(names, errors[names] / together) for names in worst)
 
     def write(self, out: Path, kept: tuple[str, ...]) -> Quantized:
         settings = replace(self._settings, keep=(*self._settings.keep, *kept))
@@ -177,4 +182,4 @@ def layer_names(model: Path, form: QuantizationFormat) -> tuple[str, ...]:
     if form in NEEDS_SAMPLES:
         return tuple(one.name for one in layers_of(graph, where))
     require_bits(graph, where, BITS[form])
-    return weight_readers(model)
+    return tuple(name for names in weight_readers(model) for name in names)

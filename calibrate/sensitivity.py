@@ -22,7 +22,7 @@ from ..engines.graph_files import read_graph, replace_all, weight
 from ..engines.job import Progress
 from .graph_runs import Array, GraphRun
 from .int8 import Int8Plan, quantized_weight, scale_of
-from .layers import Layer
+from .layers import Layer, by_weight
 from .ledger import Ledger
 from .ranges import checked, silent
 from .smoothing import along
@@ -35,13 +35,13 @@ _ALL_LOST = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """A layer, and the error that it makes where it alone is in eight bits.
+    """The layers that multiply by one weight, and the error that they make where they alone are in eight bits.
 
     error: RMS of the difference over RMS of the value, the mean over samples; of the graph's outputs the worst one's.
     share: its square by that of all layers together.
     """
 
-    layer: str
+    layers: tuple[str, ...]
     error: float
     share: float
 
@@ -62,27 +62,29 @@ class Sweep:
 
 
 def worst_layers(sweep: Sweep, ledger: Ledger, progress: Progress = silent) -> Iterator[Sensitivity]:
-    """The layers one by one, the worst first; whoever iterates takes as many as are wanted.
+    """The layers weight by weight, the worst first; whoever iterates takes as many as are wanted.
 
     Neighbouring layers are quantized together, and those whose error is largest in halves, until one is left: errors
     add up as their squares do, so that no layer of a group has a larger one than the group. The k worst of n layers
     take some k log2(n / k) measurements of a run a sample.
 
+    Layers that share a weight are one: it is stored once, in eight bits or in floating point.
+
     ledger: has what was measured by then, which is not measured again, by the graph's name and the places of the first
-        layer and of the one behind the last, such as "unet, layers 8:16".
+        weight and of the one behind the last, such as "unet, layers 8:16".
 
     Raises:
         ArgumentError: a sample that cannot be used.
         ExecutionError: the graph cannot be run.
     """
-    layers = sweep.plan.layers
+    groups = by_weight(sweep.plan.layers)
     measured = _Measured(sweep, ledger, progress)
-    together = measured.error(0, len(layers))
-    waiting = [(-together, 0, len(layers))]
+    together = measured.error(0, len(groups))
+    waiting = [(-together, 0, len(groups))]
     while waiting:
         error, start, end = heapq.heappop(waiting)
         if end - start == 1:
-            yield Sensitivity(layers[start].name, -error, (error / together) ** 2 if together else 0.0)
+            yield Sensitivity(groups[start], -error, (error / together) ** 2 if together else 0.0)
             continue
         middle = (start + end) // 2
         for half in ((start, middle), (middle, end)):
@@ -98,8 +100,8 @@ class _Measured:
         self._loaded: tuple[GraphRun, list[dict[str, Array]], list[dict[str, Array]]] | None = None
 
     def error(self, start: int, end: int) -> float:
-        """What the layers from `start` to before `end` do together."""
-        key, count = f"{self._sweep.where}, layers {start}:{end}", len(self._sweep.plan.layers)
+        """What the layers of the weights from `start` to before `end` do together."""
+        key, count = f"{self._sweep.where}, layers {start}:{end}", len(by_weight(self._sweep.plan.layers))
         error: float | None = self._ledger.get(key)
         if error is None:
             self._progress(f"{self._sweep.where}: layers", self._done, 2 * count - 1)
@@ -121,7 +123,7 @@ class _Measured:
             graph = read_graph(sweep.model)
             feeds = [checked(one, index, graph, sweep.where) for index, one in enumerate(sweep.samples)]
             run = GraphRun(_switched(graph, sweep.plan, folder), folder, sweep.where, sweep.threads, _LEFT_OUT)
-            off = np.zeros(len(sweep.plan.layers), np.bool_)
+            off = np.zeros(len(by_weight(sweep.plan.layers)), np.bool_)
             self._loaded = run, feeds, [run({**one, _SWITCHES: off}) for one in feeds]
         return self._loaded
 
@@ -143,7 +145,7 @@ def _ratio(off: float, meant: float) -> float:
 
 
 def _switched(model: onnx.ModelProto, plan: Int8Plan, folder: Path) -> onnx.ModelProto:
-    """A copy of a graph in which a boolean for each layer says whether it is in eight bits."""
+    """A copy of a graph in which a boolean for each weight says whether its layers are in eight bits."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     layers = {one.name: one for one in plan.layers}
@@ -152,11 +154,15 @@ def _switched(model: onnx.ModelProto, plan: Int8Plan, folder: Path) -> onnx.Mode
         nodes += _either(node, layers[node.name], plan) if node.name in layers else [node]
     replace_all(copy.graph.node, nodes)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for place, layer in enumerate(plan.layers):
+    groups = by_weight(plan.layers)
+    places = {name: place for place, names in enumerate(groups) for name in names}
+    for layer in plan.layers:
         copy.graph.initializer.extend(_numbers(layer, plan, weight(tensors[layer.weight], folder)))
-        copy.graph.initializer.append(numpy_helper.from_array(np.array(place, np.int64), f"{layer.name}/place"))
+        copy.graph.initializer.append(
+            numpy_helper.from_array(np.array(places[layer.name], np.int64), f"{layer.name}/place")
+        )
     copy.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.int8), _ZERO))
-    copy.graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(plan.layers)]))
+    copy.graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(groups)]))
     return copy
 
 

@@ -100,9 +100,9 @@ def quantize_weights(model: Path, out: Path, settings: WeightSettings) -> Quanti
     )
 
 
-def weight_readers(model: Path) -> tuple[str, ...]:
-    """The layers of a graph whose weights `quantize_weights` can quantize; raises as it does."""
-    return tuple(name for one in _weights(read_graph(model), model.parent.name, 8) for name in one.names)
+def weight_readers(model: Path) -> tuple[tuple[str, ...], ...]:
+    """The layers whose weights `quantize_weights` can quantize, those of one weight together; raises as it does."""
+    return tuple(one.names for one in _weights(read_graph(model), model.parent.name, 8))
 
 
 def errors_of(model: Path, settings: WeightSettings) -> dict[str, float]:

@@ -17,13 +17,20 @@ OUTLIER = 3  # the channel that the normalization makes large
 
 
 def write_block(
-    folder: Path, *, half: bool = False, outlier: float = 1.0, fragile: bool = False, opset: int = 20
+    folder: Path,
+    *,
+    half: bool = False,
+    outlier: float = 1.0,
+    fragile: bool = False,
+    shared: bool = False,
+    opset: int = 20,
 ) -> Path:
     """conv_in, a normalization, q, k and v, attention, proj, conv_out; weights over a kilobyte beside the model.
 
     half: weights and arithmetic in float16, inputs and outputs in float32.
     outlier: what the normalization multiplies one channel by; its weights in q, k and v are as much smaller.
     fragile: conv_out reads values of which one is a thousand times the others, its weights as much smaller.
+    shared: k is made with the weight of q.
     """
     made = _Made(np.random.default_rng(5), TensorProto.FLOAT16 if half else TensorProto.FLOAT)
     sample = made.cast("sample", "sample/inside") if half else "sample"
@@ -36,7 +43,12 @@ def write_block(
     normal = [tokens, made.floats("norm.weight", scales), made.floats("norm.bias", np.zeros(CHANNELS))]
     tokens = made.node("LayerNormalization", normal, "normal", axis=-1)
     rows = 1 / scales[:, None]
-    q, k, v = (made.product(name, tokens, rows) for name in ("to_q", "to_k", "to_v"))
+    q, v = (made.product(name, tokens, rows) for name in ("to_q", "to_v"))
+    k = (
+        made.node("MatMul", [tokens, "to_q.weight"], "to_k", name="to_k/MatMul")
+        if shared
+        else made.product("to_k", tokens, rows)
+    )
     scores = made.node("MatMul", [q, made.node("Transpose", [k], "turned", perm=[0, 2, 1])], "scores")
     attended = made.node("MatMul", [made.node("Softmax", [scores], "shares", axis=-1), v], "attended")
     projected = made.product("proj", attended, np.ones((CHANNELS, 1)))

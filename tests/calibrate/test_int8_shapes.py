@@ -48,7 +48,7 @@ def test_the_ends_of_a_unet_hurt_most_and_keeping_them_helps(shapes_bundle: Path
     plan = int8_plan(graph, layers, ranges, SETTINGS, model.parent)
     sweep = Sweep(model, plan, list(islice(samples(), 2)), threads=1)
     with Ledger(tmp_path / "found", {}) as ledger:
-        worst = [one.layer for one in islice(worst_layers(sweep, ledger), 3)]
+        worst = [one.layers[0] for one in islice(worst_layers(sweep, ledger), 3)]
         assert len(ledger) < len(plan.layers)
     assert {"conv_in/Conv", "conv_out/Conv"} & set(worst)
     feeds, errors = next(iter(samples())), []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tandemrt.calibrate import ranges
+from tandemrt.calibrate import quantizers, ranges
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 
@@ -136,7 +136,7 @@ def test_what_would_be_done_is_told(tiny: Path, tmp_path: Path, capsys: pytest.C
         (("--format", "int8-weights", "--samples", "8"), 2, "--samples: of no use for int8-weights"),
         (("--format", "fp8", "--smoothing", "off"), 2, "--smoothing: of no use for fp8"),
         (("--tool", "nncf", "--observer", "mse"), 2, "--observer: of no use for int8 by nncf"),
-        (("--discard",), 2, "--discard: given without a budget. Give --min-psnr or --min-accuracy"),
+        (("--format", "int8-weights", "--discard"), 2, "--discard: given without a budget. Give --min-psnr or"),
         (("--cache", "nowhere"), 2, "cache: not a folder that is there, got 'nowhere'"),
         (("--scorer", "json:nothing"), 2, "--scorer: no function nothing in json"),
         (("--format", "fp8"), 1, "unet: opset, got 18, expected 19 or newer, which has E4M3"),
@@ -188,3 +188,44 @@ def test_too_few_samples_of_any_component_are_told_before_the_first_run(
     monkeypatch.setattr(ranges, "GraphRun", None)
     assert main(command(tiny / "bundle", "--out", tmp_path / "out", "--trajectories", tmp_path / "few")) == 2
     assert "vae_decoder: samples, got 3, expected 4 or more. Collect from more prompts" in capsys.readouterr().err
+
+
+def test_ranges_are_found_once(tiny: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longest is kept by component: of those done before an interruption, whatever is made of it."""
+    collected: list[str] = []
+    stops = ["unet"]
+
+    def counted(model: Path, *given: Any) -> ranges.Ranges:
+        collected.append(model.parent.name)
+        if model.parent.name in stops:
+            raise KeyboardInterrupt
+        return ranges.collect_ranges(model, *given)
+
+    monkeypatch.setattr(quantizers, "collect_ranges", counted)
+    words = ("--component", "text_encoder", "--component", "unet", "--force")
+    assert quantize(tiny, tmp_path / "out", *words) == 130
+    assert (collected, len(list(cache.glob("ranges/*")))) == (["text_encoder", "unet"], 1)
+    stops.clear()
+    assert quantize(tiny, tmp_path / "out", *words) == 0
+    assert collected == ["text_encoder", "unet", "unet"]
+    before = graphs_of(tmp_path / "out")
+    assert quantize(tiny, tmp_path / "out", *words) == 0
+    assert graphs_of(tmp_path / "out") == before
+    assert quantize(tiny, tmp_path / "out", *words, "--observer", "percentile", "--percentile", 50) == 0
+    assert len(collected) == 3
+    assert graphs_of(tmp_path / "out") != before
+    assert quantize(tiny, tmp_path / "out", *words, "--samples", 4) == 0
+    assert collected[3:] == ["text_encoder", "unet"]
+    for path in cache.glob("ranges/*"):
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+    assert quantize(tiny, tmp_path / "out", *words) == 0
+    assert graphs_of(tmp_path / "out") == before
+    assert quantize(tiny, tmp_path / "out", *words, "--discard") == 0
+    assert collected[5:] == ["text_encoder", "unet"] * 2
+
+
+def graphs_of(bundle: Path) -> dict[str, str]:
+    """The digests of a bundle's files."""
+    return {name: record.sha256 for name, record in Bundle.open(bundle).manifest.files.items()}

@@ -35,11 +35,11 @@ def test_a_planted_layer_is_found_first(half: bool, tmp_path: Path) -> None:
     plan = planned(model, Int8Settings(observer="minmax", limits=FEW))
     with Ledger(tmp_path / "found", {}) as ledger:
         (worst,) = islice(worst_layers(Sweep(model, plan, list(samples_of(2)()), 1), ledger), 1)
-        assert worst.layer == "conv_out/Conv"
+        assert worst.layers == ("conv_out/Conv",)
         assert len(ledger) < 2 * len(LAYERS) - 1
         every = list(worst_layers(Sweep(model, plan, list(samples_of(2)()), 1), ledger))
     assert every[0] == worst
-    assert {one.layer for one in every} == set(LAYERS)
+    assert {name for one in every for name in one.layers} == set(LAYERS)
 
 
 def test_an_error_is_the_one_of_the_graph_with_that_layer_quantized(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_an_error_is_the_one_of_the_graph_with_that_layer_quantized(tmp_path: Pa
     with Ledger(tmp_path / "found", {}) as ledger:
         every = list(worst_layers(Sweep(model, plan, [FEEDS], 1), ledger))
         together = ledger.get(f"float, layers 0:{len(LAYERS)}")
-    found = {one.layer: one.error for one in every}
+    found = {one.layers[0]: one.error for one in every}
     assert [one.share for one in every] == pytest.approx([(one.error / together) ** 2 for one in every])
     quantize_int8(model, samples_of(4), tmp_path / "all" / "model.onnx", settings)
     assert together == pytest.approx(relative_rms(ran(tmp_path / "all" / "model.onnx"), ran(model)), rel=0.02)
@@ -99,4 +99,4 @@ def test_a_layer_that_overflows_is_the_worst(tmp_path: Path) -> None:
     broken = dataclasses.replace(plan, scales={**plan.scales, reads: float("inf")})
     with Ledger(tmp_path / "found", {}) as ledger:
         (worst,) = islice(worst_layers(Sweep(model, broken, [FEEDS], 1), ledger), 1)
-    assert (worst.layer, worst.error) == ("conv_in/Conv", 1e6)
+    assert (worst.layers, worst.error) == (("conv_in/Conv",), 1e6)
