@@ -30,7 +30,7 @@ DESCRIPTION = (
 EPILOG = """\
 formats:
   int8           activations and weights, computed in eight bits; needs --trajectories of `tandemrt calibrate collect`
-  fp8            both in E4M3, for TensorRT on GPUs from sm89 on; needs them too
+  fp8            both in E4M3, of denoisers alone, for TensorRT on GPUs from sm89 on; needs them too
   int8-weights   weights alone, a quarter of fp32's size and half of fp16's, computed as before
   int4-weights   those of matrix products in four bits, of convolutions in eight
 
@@ -100,8 +100,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a denoiser, decoder or text encoder; may be given several times (default: all that the trajectories are "
-        "of, without these all but denoisers with a scheduler of their own)",
+        help="a denoiser, and but for fp8 a decoder or text encoder; may be given several times (default: all that the "
+        "trajectories are of, without these all but denoisers with a scheduler of their own)",
     )
     group.add_argument(
         "--keep",

@@ -18,7 +18,7 @@ from ..runtime.cache import cache_folder
 from ..runtime.cli.pictures import unwritable
 from ..runtime.engine_files import origin_of, weights_of
 from ..runtime.errors import ArgumentError, CalibrationError
-from ..runtime.manifest import Manifest, Role, SchedulerDefaults
+from ..runtime.manifest import Manifest, QuantizationFormat, Role, SchedulerDefaults
 from ..runtime.plan_steps import parse_steps
 from ..runtime.staging import require_free
 from ..runtime.targets import parse_target
@@ -36,6 +36,8 @@ from .trajectories import Trajectories
 
 # In this order, as they are given something by one another.
 _ROLES: tuple[Role, ...] = ("text_encoder", "denoiser", "vae_decoder")
+# Formats that are for some of them alone: E4M3 is for what computes longest.
+_ONLY: Mapping[QuantizationFormat, tuple[Role, ...]] = {"fp8": ("denoiser",)}
 # Packages that make graphs and pictures, of which not all need be installed.
 _RUN_BY = ("tandemrt", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf")
 
@@ -161,11 +163,12 @@ def _names(plan: QuantizePlan, bundle: Bundle, trajectories: Trajectories | None
     """The components to quantize, those that others are given something by first."""
     manifest = bundle.manifest
     bundle.require_components("--component", plan.components)
-    able = [name for role in _ROLES for name in manifest.names(role)]
+    able = [name for role in _ONLY.get(plan.format, _ROLES) for name in manifest.names(role)]
     for name in plan.components:
         if name not in able:
             got = f"{name}, a {manifest.components[name].role}"
-            raise ArgumentError("--component", "cannot be quantized", got=got, expected=f"one of {', '.join(able)}")
+            what = f"cannot be quantized to {plan.format}"
+            raise ArgumentError("--component", what, got=got, expected=f"one of {', '.join(able)}")
     names = tuple(name for name in able if name in (plan.components or _default_names(able, manifest, trajectories)))
     for name in names:
         quantization = manifest.components[name].quantization

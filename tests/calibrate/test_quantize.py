@@ -139,6 +139,11 @@ def test_what_would_be_done_is_told(tiny: Path, tmp_path: Path, capsys: pytest.C
         (("--format", "int8-weights", "--discard"), 2, "--discard: given without a budget. Give --min-psnr or"),
         (("--cache", "nowhere"), 2, "cache: not a folder that is there, got 'nowhere'"),
         (("--scorer", "json:nothing"), 2, "--scorer: no function nothing in json"),
+        (
+            ("--format", "fp8", "--component", "text_encoder"),
+            2,
+            "--component: cannot be quantized to fp8, got 'text_encoder, a text_encoder', expected one of unet",
+        ),
         (("--format", "fp8"), 1, "unet: opset, got 18, expected 19 or newer, which has E4M3"),
     ],
 )

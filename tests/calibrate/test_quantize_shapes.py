@@ -144,6 +144,14 @@ def test_a_one_step_denoiser_is_collected_and_judged_by_its_own_step_alone(
     assert few["components"]["text_encoder"]["painted"] == ["unet_one_step 1, vae_decoder"]
 
 
+def test_fp8_is_for_denoisers(
+    shapes_bundle: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("quantize", shapes_bundle, "--out", tmp_path / "out", "--trajectories", kept / "kept")
+    assert planned(capsys, *words)["components"].keys() > {"text_encoder", "unet", "vae_decoder"}
+    assert planned(capsys, *words, "--format", "fp8")["components"].keys() == {"unet"}
+
+
 def sweepable(model: Path) -> list[str]:
     """The layers that int8 quantizes, in the graph's order."""
     graph = read_graph(model)
