@@ -60,7 +60,7 @@ def test_what_is_no_scorer_is_refused(text, message):
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with a scorer that uses a module and a package beside it, and one that it does not use."""
-    (tmp_path / "my_scores.py").write_text(
+    (tmp_path / "scores_here.py").write_text(
         "import my_limits\n\ndef bright(prompts, pictures):\n    from my_net.layers import add\n    return []\n"
     )
     (tmp_path / "my_limits.py").write_text("LIMIT = 127\n")
@@ -76,19 +76,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["my_scores.py", "my_limits.py", "my_net/layers.py", "my_net/sums.py"])
+@pytest.mark.parametrize("name", ["scores_here.py", "my_limits.py", "my_net/layers.py", "my_net/sums.py"])
 def test_a_scorer_that_was_changed_is_another_one(here: Path, name: str) -> None:
     """Whatever of its own it uses, and wherever it imports that."""
-    before = scorer_of("my_scores:bright")
-    assert (before.name, len(before.sha256)) == ("my_scores:bright", 64)
+    before = scorer_of("scores_here:bright")
+    assert (before.name, len(before.sha256)) == ("scores_here:bright", 64)
     (here / "others.py").write_text("x = 2\n")
-    assert scorer_of("my_scores:bright").sha256 == before.sha256
+    assert scorer_of("scores_here:bright").sha256 == before.sha256
     (here / name).write_text((here / name).read_text() + "# other\n")
     importlib.invalidate_caches()
-    assert scorer_of("my_scores:bright").sha256 != before.sha256
+    assert scorer_of("scores_here:bright").sha256 != before.sha256
 
 
-def test_the_shapes_scorer_is_knmy_by_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shapes_scorer_is_known_by_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     digest = scorers.file_sha256
     monkeypatch.setattr(scorers, "file_sha256", lambda path: read.append(path) or digest(path))

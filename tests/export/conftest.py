@@ -14,9 +14,11 @@ from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.presets import Model
 
+from ..conftest import shared_folder
 from .mini import tiny_vae, write_checkpoint
 from .original import State, random_states, small_models
 from .single_files import PRESETS
+from .steered import write_steered
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +45,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def half_bundle(checkpoint: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small checkpoint with a tiny decoder, as an fp16 bundle; not to be written to."""
-    out = tmp_path_factory.mktemp("half") / "bundle"
-    return export_bundle(ExportPlan(checkpoint, out, (Added("vae_decoder_tiny", tiny),), dtype="fp16"))
+    with shared_folder(tmp_path_factory, "half") as folder:
+        if not folder.exists():
+            export_bundle(ExportPlan(checkpoint, folder, (Added("vae_decoder_tiny", tiny),), dtype="fp16"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint with ControlNets, and their bundle; see `write_steered`. Not to be written to."""
+    with shared_folder(tmp_path_factory, "steered") as folder:
+        if not folder.exists():
+            # Renamed when it is whole, so that a worker that fails leaves nothing behind.
+            made = tmp_path_factory.mktemp("steered")
+            write_steered(made)
+            made.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,36 +12,14 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from tandemrt.export.bundle import export_bundle
 from tandemrt.export.plan import Added, ExportPlan
 from tandemrt.export.sources import read_sources
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import ArgumentError, CheckpointError
 from tandemrt.runtime.tensors import GIVEN, TAKEN
 
-from .mini import edit_json, unet
-
-CONFIG: dict[str, Any] = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-    # Two widths halve a picture once, as the small checkpoint's autoencoder does.
-    "conditioning_embedding_out_channels": (4, 8),
-}
-
-
-def write_controlnet(folder: Path, **changes: Any) -> Path:
-    """A ControlNet of random weights, those that training starts at zero included."""
-    torch.manual_seed(3)
-    controlnet = ControlNetModel(**{**CONFIG, **changes})
-    for parameter in controlnet.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    controlnet.save_pretrained(folder)
-    return folder
+from .mini import edit_json
+from .steered import write_controlnet
 
 
 def plan(checkpoint: Path, out: Path, *controlnets: Path) -> ExportPlan:
@@ -50,15 +28,9 @@ def plan(checkpoint: Path, out: Path, *controlnets: Path) -> ExportPlan:
     )
 
 
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint with a ControlNet, and with a denoiser that has fewer skip connections."""
-    folder = tmp_path_factory.mktemp("controlled")
-    torch.manual_seed(5)
-    config = {**unet().config, "layers_per_block": 2}
-    UNet2DConditionModel.from_config(config).save_pretrained(folder / "other")
-    added = (Added("unet_other", folder / "other"), Added("controlnet_edges", write_controlnet(folder / "edges")))
-    return export_bundle(ExportPlan(checkpoint, folder / "bundle", added))
+@pytest.fixture
+def bundle(steered: Path) -> Path:
+    return steered / "bundle"
 
 
 def test_only_denoisers_that_a_controlnet_fits_take_residuals(bundle: Path) -> None:
@@ -72,8 +44,8 @@ def test_only_denoisers_that_a_controlnet_fits_take_residuals(bundle: Path) -> N
     assert len(components["unet_other"].inputs) == 3
 
 
-def test_residuals_and_steered_prediction_are_diffusers(bundle: Path, checkpoint: Path) -> None:
-    controlnet = ControlNetModel.from_pretrained(bundle.parent / "edges").eval()
+def test_residuals_and_steered_prediction_are_diffusers(steered: Path, bundle: Path, checkpoint: Path) -> None:
+    controlnet = ControlNetModel.from_pretrained(steered / "edges").eval()
     model = UNet2DConditionModel.from_pretrained(checkpoint / "unet").eval()
     rng = np.random.default_rng(0)
     inputs = {

@@ -23,12 +23,11 @@ from diffusers import (
 from PIL import Image
 
 from tandemrt.export.bundle import export_bundle
-from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.plan import ExportPlan
 from tandemrt.runtime import Pipeline
 
 from .family import require_same as require_alike
 from .mini import unet, write_checkpoint
-from .test_controlnets import write_controlnet
 
 PSNR_DB = 60
 PROMPT = "a red circle"
@@ -37,23 +36,13 @@ SOLVERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint, two ControlNets, and the bundle of them."""
-    folder = tmp_path_factory.mktemp("editing")
-    write_checkpoint(folder / "checkpoint")
-    added = tuple(Added(f"controlnet_{name}", write_controlnet(folder / name)) for name in ("edges", "depth"))
-    export_bundle(ExportPlan(folder / "checkpoint", folder / "bundle", added))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(folder: Path) -> Iterator[Pipeline]:
-    with Pipeline.open(folder / "bundle", threads=1) as pipeline:
+def pipe(steered: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(steered / "bundle", threads=1) as pipeline:
         yield pipeline
 
 
-def reference(kind: Any, folder: Path, solver: str = "ddim", **parts: Any) -> Any:
-    loaded = kind.from_pretrained(folder / "checkpoint", dtype=torch.float32, safety_checker=None, **parts)
+def reference(kind: Any, steered: Path, solver: str = "ddim", **parts: Any) -> Any:
+    loaded = kind.from_pretrained(steered / "checkpoint", dtype=torch.float32, safety_checker=None, **parts)
     loaded.scheduler = SOLVERS[solver].from_config(loaded.scheduler.config)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -83,9 +72,9 @@ def paint(pipe: Pipeline, **arguments: Any) -> Any:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("strength", [0.35, 0.8, 1.0])
-def test_image_to_image(pipe: Pipeline, folder: Path, solver: str, strength: float) -> None:
+def test_image_to_image(pipe: Pipeline, steered: Path, solver: str, strength: float) -> None:
     same = {"num_inference_steps": 6, "guidance_scale": 4.0, "strength": strength, "image": picture()}
-    expected = reference(StableDiffusionImg2ImgPipeline, folder, solver)(
+    expected = reference(StableDiffusionImg2ImgPipeline, steered, solver)(
         PROMPT, generator=generator(), output_type="np", **same
     ).images
     found = paint(pipe, solver=solver, **same)
@@ -95,9 +84,9 @@ def test_image_to_image(pipe: Pipeline, folder: Path, solver: str, strength: flo
     assert np.abs(found - paint(pipe, solver=solver, **{**same, "image": picture(1)})).max() > least
 
 
-def test_image_to_image_of_several_pictures(pipe: Pipeline, folder: Path) -> None:
+def test_image_to_image_of_several_pictures(pipe: Pipeline, steered: Path) -> None:
     same = {"num_inference_steps": 4, "guidance_scale": 4.0, "strength": 0.6, "num_images_per_prompt": 2}
-    expected = reference(StableDiffusionImg2ImgPipeline, folder)(
+    expected = reference(StableDiffusionImg2ImgPipeline, steered)(
         PROMPT, image=picture(), generator=generator(), output_type="np", **same
     ).images
     require_same(paint(pipe, image=picture(), solver="ddim", **same), expected)
@@ -105,9 +94,9 @@ def test_image_to_image_of_several_pictures(pipe: Pipeline, folder: Path) -> Non
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting(pipe: Pipeline, folder: Path, solver: str, strength: float) -> None:
+def test_inpainting(pipe: Pipeline, steered: Path, solver: str, strength: float) -> None:
     same = {"num_inference_steps": 5, "guidance_scale": 4.0, "strength": strength}
-    expected = reference(StableDiffusionInpaintPipeline, folder, solver)(
+    expected = reference(StableDiffusionInpaintPipeline, steered, solver)(
         PROMPT,
         image=picture(),
         mask_image=mask(),
@@ -147,10 +136,10 @@ def test_an_inpainting_unet_of_nine_channels(tmp_path: Path) -> None:
         require_same(paint(pipe, image=picture(), mask_image=mask(), solver="ddim", **same), expected)
 
 
-def test_a_controlnet(pipe: Pipeline, folder: Path) -> None:
-    controlnet = ControlNetModel.from_pretrained(folder / "edges")
+def test_a_controlnet(pipe: Pipeline, steered: Path) -> None:
+    controlnet = ControlNetModel.from_pretrained(steered / "edges")
     same = {"num_inference_steps": 4, "guidance_scale": 4.0, "controlnet_conditioning_scale": 0.7}
-    expected = reference(StableDiffusionControlNetPipeline, folder, controlnet=controlnet)(
+    expected = reference(StableDiffusionControlNetPipeline, steered, controlnet=controlnet)(
         PROMPT, image=picture(), generator=generator(), output_type="np", **same
     ).images
     found = paint(pipe, control_image={"edges": picture()}, solver="ddim", **same)
@@ -158,9 +147,9 @@ def test_a_controlnet(pipe: Pipeline, folder: Path) -> None:
     assert np.abs(found - paint(pipe, height=HEIGHT, width=WIDTH, solver="ddim", num_inference_steps=4)).max() > 1e-2
 
 
-def test_two_controlnets_in_their_intervals(pipe: Pipeline, folder: Path) -> None:
+def test_two_controlnets_in_their_intervals(pipe: Pipeline, steered: Path) -> None:
     names = ("edges", "depth")
-    controlnets = [ControlNetModel.from_pretrained(folder / name) for name in names]
+    controlnets = [ControlNetModel.from_pretrained(steered / name) for name in names]
     shared = {"num_inference_steps": 5, "guidance_scale": 4.0}
     settings = {
         "controlnet_conditioning_scale": [0.7, 1.1],
@@ -168,7 +157,7 @@ def test_two_controlnets_in_their_intervals(pipe: Pipeline, folder: Path) -> Non
         "control_guidance_end": [0.6, 1.0],
     }
     pictures = [picture(0), picture(1)]
-    expected = reference(StableDiffusionControlNetPipeline, folder, controlnet=controlnets)(
+    expected = reference(StableDiffusionControlNetPipeline, steered, controlnet=controlnets)(
         PROMPT, image=pictures, generator=generator(), output_type="np", **shared, **settings
     ).images
     by_name = {key: dict(zip(names, values, strict=True)) for key, values in settings.items()}
@@ -176,9 +165,9 @@ def test_two_controlnets_in_their_intervals(pipe: Pipeline, folder: Path) -> Non
     require_same(paint(pipe, control_image=steered, solver="ddim", **shared, **by_name), expected)
 
 
-def test_without_control_the_picture_is_the_plain_one(pipe: Pipeline, folder: Path) -> None:
+def test_without_control_the_picture_is_the_plain_one(pipe: Pipeline, steered: Path) -> None:
     same = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": HEIGHT, "width": WIDTH}
-    expected = reference(StableDiffusionPipeline, folder)(
+    expected = reference(StableDiffusionPipeline, steered)(
         PROMPT, generator=generator(), output_type="np", **same
     ).images
     require_same(paint(pipe, solver="ddim", **same), expected)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from tandemrt.export.bundle import export_bundle
-from tandemrt.export.plan import Added, ExportPlan
+from tandemrt.export.plan import ExportPlan
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import CheckpointError
 
 from .mini import edit_json
-from .test_controlnets import write_controlnet
+from .steered import STRIKE
 
-STRIKE = "from pathlib import Path\nPath(__file__).with_name('struck').touch()\n"
 BRINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a model of its own": (
         lambda c: (
@@ -65,12 +65,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(what: str, own_checkpoint: 
     assert not (tmp_path / "out").exists()
 
 
-def test_scripts_that_nothing_asks_for_are_passed_over_and_not_run(own_checkpoint: Path, tmp_path: Path) -> None:
-    """ControlNets are published with the scripts of their training; two names are those that diffusers looks for."""
-    controlnet = write_controlnet(tmp_path / "controlnet")
-    holders = own_checkpoint, *(own_checkpoint / name for name in ("unet", "vae", "text_encoder", "tokenizer"))
-    for folder in (*holders, controlnet):
-        for name in ("pipeline", "diffusers", "transformers", "train"):
-            (folder / f"{name}.py").write_text(STRIKE)
-    export_bundle(ExportPlan(own_checkpoint, tmp_path / "out", (Added("controlnet_edges", controlnet),)))
-    assert not list(tmp_path.rglob("struck"))
+def test_scripts_that_nothing_asks_for_are_passed_over_and_not_run(steered: Path) -> None:
+    assert len(list(steered.glob("*/train.py"))) == 3
+    assert Bundle.open(steered / "bundle").manifest.names("controlnet")
+    assert not list(steered.rglob("struck"))
