@@ -97,7 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step",
         action="store_true",
         help="step engines of the denoisers: guidance and the solver's update in the graph, so that one call is one "
-        "step; for both branches or one, as a profile says or the bundle's guidance is by default",
+        "step; for both branches or one, as a profile says or the bundle's guidance is by default; on TensorRT's "
+        "flavours also update engines, which do the rest of a step beside a denoiser that runs by itself",
     )
     parser.add_argument(
         "--fold-steps",

@@ -17,13 +17,13 @@ from ..runtime.manifest import Component, Manifest, TensorSpec
 from ..runtime.shapes import evaluated
 from ..runtime.step_row import GUIDANCE_SCALE
 from ..runtime.tensors import spec_of
-from ..runtime.variant import Variant
+from ..runtime.variant import UPDATE, Variant
 from .fold import folded
 from .graph_files import read_graph, spec
 from .profiles import Point, Profile
 from .slots import lora_slots
 from .stages import Nominal, stage_graphs
-from .step import step_graph
+from .step import step_graph, update_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ def composed(model: Path, variant: Variant, where: str, *, hands: bool = False) 
         BundleError: the graph cannot be read, or leaves open how it is to be composed.
     """
     graph = read_graph(model)
+    if variant == UPDATE:
+        return update_graph(graph, where=where)
     if variant.lora_slots:
         graph = lora_slots(graph, slots=variant.lora_slots, rank=variant.lora_rank, where=where)
     if variant.timesteps:

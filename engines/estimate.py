@@ -18,6 +18,7 @@ from typing import Literal
 from ..runtime.engine_files import Ingredients
 from ..runtime.onnx_files import node_count
 from ..runtime.targets import ENGINES_ONLY
+from ..runtime.variant import UPDATE
 from .plan import Request
 
 _MEMINFO = Path("/proc/meminfo")
@@ -134,9 +135,9 @@ def _held_bytes(request: Request) -> float:
 
 
 def _share(request: Request) -> float:
-    """How much of the graph a stage is."""
-    stage = request.ingredients.variant.stage
-    return 1 / stage[1] if stage else 1.0
+    """How much of the graph a stage is; an update engine has none of it."""
+    variant = request.ingredients.variant
+    return 0.0 if variant == UPDATE else 1 / variant.stage[1] if variant.stage else 1.0
 
 
 def weights_bytes(request: Request) -> int:

@@ -16,7 +16,7 @@ from ..runtime.onnx_files import own_projections
 from ..runtime.plan import Schedule, compile_plan
 from ..runtime.stages import MOST_STAGES
 from ..runtime.targets import ENGINES_ONLY, Target
-from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, Variant
+from ..runtime.variant import MAX_LORA_RANK, MAX_LORA_SLOTS, PLAIN, UPDATE, Variant
 from . import flavour
 from .ingredients import Named, exact_target, grouped, ingredients_of, merged, require_buildable
 from .profiles import Profile, check_profiles, default_profile, guided_by_default, input_ranges
@@ -32,7 +32,8 @@ class BuildPlan:
     components: all where none is named. profiles: the bundle's default size where none is given.
     explain: say what is there and what is not, and why, and build nothing.
     lora_slots, lora_rank: how many LoRAs of up to which rank the denoisers and text encoders take as inputs.
-    step: make step engines of the denoisers, for the guidance that each profile names, else the bundle's default.
+    step: make step engines of the denoisers, for the guidance that each profile names, else the bundle's default; for
+        the targets in `ENGINES_ONLY` update engines too.
     fold_steps: build the time steps of so many inference steps of the bundle's own scheduler into step engines; 0 for
         those of the bundle's defaults.
     options: of TensorRT's flavours alone.
@@ -201,6 +202,8 @@ def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profi
     by_variant: dict[Variant, list[Profile]] = {}
     for profile in profiles:
         by_variant.setdefault(_variant(plan, manifest, name, profile), []).append(profile)
+        if plan.step and hands and component.role == "denoiser":
+            by_variant.setdefault(UPDATE, []).append(profile)
     for whole, served in by_variant.items():
         for variant, (sha256, facts) in _made(plan, bundle, name, whole, hands).items():
             if variant.step:
@@ -266,7 +269,7 @@ def _timesteps(manifest: Manifest, steps: int | None) -> tuple[float, ...]:
 
 def _requests(plan: BuildPlan, bundle: Bundle, graph: _Graph, target: Target) -> Iterator[Request]:
     options = plan.options
-    if bundle.component(graph.name).role not in _TAKE_LORAS:
+    if bundle.component(graph.name).role not in _TAKE_LORAS or graph.variant == UPDATE:
         options = replace(options, refit=False)
     for group in grouped(target, graph.ranges):
         made_of = msgspec.structs.replace(

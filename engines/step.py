@@ -17,16 +17,22 @@ from onnx import TensorProto, helper, numpy_helper
 from ..runtime.errors import ArgumentError, BundleError
 from ..runtime.manifest import TensorSpec
 from ..runtime.step_row import (
+    APART,
+    BRANCHES,
     CHANNELS,
+    CONDITIONAL,
+    DIFFERENCE,
     GUIDANCE_SCALE,
     LATENT_SAMPLE,
     LATENT_SPACE,
     MODEL_INPUT,
+    NEXT_DIFFERENCE,
     NEXT_STATE,
     NOISE,
     PREDICTION,
     STATE,
     SUMS,
+    UNCONDITIONAL,
     UPDATE,
 )
 from ..runtime.tensors import latent_names, spec_of
@@ -72,6 +78,29 @@ def step_graph(
     del graph.node[:]
     graph.node.extend([*before.nodes, *model.graph.node, *behind.nodes])
     return composed
+
+
+def update_graph(model: onnx.ModelProto, *, history: int = HISTORY, where: str = "denoiser") -> onnx.ModelProto:
+    """What a step engine has around a denoiser's graph, as a graph of its own; `runtime.step_row` lists its tensors.
+
+    It takes the branches' predictions, as the denoiser that runs by itself left them where the backend runs.
+
+    Raises:
+        ArgumentError, BundleError: as of `step_graph`.
+    """
+    opset = require_opset(model, where)
+    denoiser = _denoiser(model.graph, where)
+    made = onnx.ModelProto(ir_version=model.ir_version, opset_import=[helper.make_opsetid("", opset)])
+    made.graph.name = "update"
+    nodes = _Nodes(made.graph, "step/update")
+    entries = nodes.split(STATE, 1 + history, axis=0)
+    _add_guidance(nodes)
+    _add_update(nodes, entries)
+    _add_what_is_wanted(nodes)
+    _add_input(nodes, denoiser, nodes.split(NEXT_STATE, 1 + history, axis=0), guided=False)
+    _declare_update(made.graph, denoiser, 1 + history)
+    made.graph.node.extend(nodes.nodes)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +199,18 @@ def _add_prediction(nodes: _Nodes, denoiser: _Denoiser, *, guided: bool, counted
     nodes.add("Add", [nodes.add("Mul", [difference, GUIDANCE_SCALE]), unconditional], PREDICTION)
 
 
+def _add_guidance(nodes: _Nodes) -> None:
+    """ε of an update engine, and how far the branches are apart, with what that has grown by."""
+    given = CONDITIONAL, UNCONDITIONAL, DIFFERENCE
+    rows = [nodes.split(row, len(given), axis=1) for row in nodes.split(BRANCHES, 2, axis=0)]
+    difference, added_to = nodes.weighted_sum(given, rows[0], NEXT_DIFFERENCE), nodes.weighted_sum(given, rows[1])
+    nodes.add("Add", [nodes.add("Mul", [difference, GUIDANCE_SCALE]), added_to], PREDICTION)
+    sizes = [nodes.add("ReduceMean", [nodes.add("Abs", [one])], keepdims=0) for one in (difference, UNCONDITIONAL)]
+    products = [nodes.add("Mul", [DIFFERENCE, one]) for one in (DIFFERENCE, difference)]
+    sizes += [nodes.add("ReduceSum", [one], keepdims=0) for one in products]
+    nodes.add("Concat", [nodes.add("Unsqueeze", [one, nodes.ints(0)]) for one in sizes], APART, axis=0)
+
+
 def _add_update(nodes: _Nodes, entries: Sequence[str]) -> None:
     """A S + b ε + c z for all entries at once: columns (1+H, 1, 1, 1, 1) of coefficients times what they belong to."""
     values = [*entries, PREDICTION, NOISE]
@@ -223,6 +264,33 @@ def _declare(
     made = [[_float(name, shape) for name, shape in one.items()] for one in (inputs, outputs)]
     replace_all(graph.input, [*made[0], *conditioning])
     replace_all(graph.output, made[1])
+
+
+def _declare_update(graph: onnx.GraphProto, denoiser: _Denoiser, entries: int) -> None:
+    """State an update engine's inputs and outputs."""
+    pictures, read, *sides = denoiser.latent.shape
+    channels = denoiser.prediction.shape[1]
+    latent, state = (pictures, channels, *sides), (entries, pictures, channels, *sides)
+    inputs = {
+        STATE: state,
+        MODEL_INPUT: (entries,),
+        UPDATE: (entries, entries + 2),
+        NOISE: latent,
+        LATENT_SPACE: (2,),
+        GUIDANCE_SCALE: (1,),
+        BRANCHES: (2, 3),
+        **dict.fromkeys((CONDITIONAL, UNCONDITIONAL, DIFFERENCE), latent),
+        **({CHANNELS: (pictures, denoiser.further_channels, *sides)} if denoiser.further_channels else {}),
+    }
+    outputs = {
+        NEXT_STATE: state,
+        **dict.fromkeys((PREDICTION, LATENT_SAMPLE, NEXT_DIFFERENCE), latent),
+        SUMS: (2,),
+        APART: (4,),
+        denoiser.latent.name: (pictures, read, *sides),
+    }
+    replace_all(graph.input, [_float(name, shape) for name, shape in inputs.items()])
+    replace_all(graph.output, [_float(name, shape) for name, shape in outputs.items()])
 
 
 def _require_free(graph: onnx.GraphProto, names: set[str], where: str) -> None:

@@ -118,6 +118,7 @@ class AdaptiveGuidance:
         self.growth: float | None = None
         self._agreement = Agreement(rule)
         self._denoiser = ""
+        self._seen = False
         self._difference: Float32 | None = None
         self._buffers: list[Float32] = []
 
@@ -128,27 +129,42 @@ class AdaptiveGuidance:
     def wanted(self, denoiser: str) -> bool:
         """See `Agreement`."""
         if denoiser != self._denoiser:
-            self._denoiser, self._difference = denoiser, None
+            self._denoiser, self._seen = denoiser, False
         return self._agreement.wanted(denoiser)
 
     def saw(self, conditional: Float32, unconditional: Float32, discrepancy: float) -> None:
         """Remember both branches of a row."""
         former = self._difference
         self._buffers = self._buffers[::-1] or list(np.empty((2, *conditional.shape), np.float32))
-        self._difference = np.subtract(conditional, unconditional, out=self._buffers[0])
-        self.growth = None if former is None else _growth(former, self._difference, self._agreement.skipped + 1)
+        self._difference = latter = np.subtract(conditional, unconditional, out=self._buffers[0])
+        size = along = 0.0
+        if self._seen and former is not None:
+            size, along = float(np.vdot(former, former)), float(np.vdot(former, latter))
+        self.measured(discrepancy, size, along)
+
+    def measured(self, discrepancy: float, size: float, along: float) -> None:
+        """Remember what was measured of a row with both branches.
+
+        size, along: the scalar products of the difference before with itself and with this row's; of a denoiser's first
+            row any numbers.
+        """
+        self.growth = _growth(size, along, self._agreement.skipped + 1) if self._seen else None
+        self._seen = True
         self._agreement.saw(discrepancy, self.growth)
 
     def guide(self, prediction: Float32, guidance_scale: float, scratch: Float32) -> None:
         """Make the guided prediction of a row, in place, from its conditional branch alone."""
-        self._agreement.skipped += 1
-        if self._difference is not None and self.growth is not None:
-            grown = self.growth**self._agreement.skipped
-            np.multiply(self._difference, (guidance_scale - 1) * grown, out=scratch)
+        weight = self.weight(guidance_scale)
+        if self._difference is not None and weight:
+            np.multiply(self._difference, weight, out=scratch)
             np.add(prediction, scratch, out=prediction)
 
+    def weight(self, guidance_scale: float) -> float:
+        """How often the last difference is added to the conditional branch in a row that has no other; call it once."""
+        self._agreement.skipped += 1
+        return 0.0 if self.growth is None else (guidance_scale - 1) * self.growth**self._agreement.skipped
 
-def _growth(former: Float32, latter: Float32, rows: int) -> float:
+
+def _growth(size: float, along: float, rows: int) -> float:
     """By what factor a row a difference has grown along itself in so many rows; 0 where it has turned round."""
-    size = float(np.vdot(former, former))
-    return max(float(np.vdot(former, latter)) / size, 0.0) ** (1 / rows) if size else 1.0
+    return max(along / size, 0.0) ** (1 / rows) if size else 1.0

@@ -12,7 +12,7 @@ from .cache import cache_folder, default_cache
 from .engine_files import REFIT, VERSION_COMPATIBLE, Engine
 from .errors import BUILD, TandemError
 from .targets import Target
-from .variant import Variant
+from .variant import UPDATE, Variant
 
 # The input whose last two axes are the picture's, height and width; of step engines the last.
 SEEN = ("sample", "hidden_states", "latent_sample", "noise")
@@ -70,5 +70,5 @@ def call_profile(bundle: Bundle, name: str, variant: Variant, shapes: Mapping[st
         pictures = 1
     elif seen != "noise" and pictures % 2 == 0:
         pictures //= 2
-    guidance = f":{variant.step}" if variant.step else ""
+    guidance = f":{variant.step}" if variant.step and variant != UPDATE else ""
     return f"{width * scale}x{height * scale}:b{pictures}{guidance}"

@@ -73,11 +73,16 @@ def relative_mae(conditional: Array, unconditional: Array, scratch: Array) -> fl
     """mean|ε_c − ε_u| / (mean|ε_u| + 1e-12), over all pictures of a batch together; `scratch` is of their shape."""
     size = float(np.abs(unconditional, out=scratch).mean())
     np.subtract(conditional, unconditional, out=scratch)
-    return float(np.abs(scratch, out=scratch).mean()) / (size + _TINY)
+    return relative_mean(float(np.abs(scratch, out=scratch).mean()), size)
+
+
+def relative_mean(apart: float, size: float) -> float:
+    """The same of mean|ε_c − ε_u| and mean|ε_u|."""
+    return apart / (size + _TINY)
 
 
 class Discrepancy:
-    """The log of a run and what follows from it. One run's; nothing is allocated after the first measurement.
+    """The log of a run and what follows from it. One run's.
 
     found: tau1 and tau2, None until they are known. steps: the window's, from the one behind that which decided to
         tau2; none until they are known.
@@ -91,16 +96,9 @@ class Discrepancy:
         self.steps = range(0)
         self._recorded = np.zeros(steps)
         self._count = 0
-        self._scratch: Array | None = None
-
-    def measured(self, conditional: Array, unconditional: Array) -> float:
-        """The relative mean absolute error of two predictions of one shape, over all pictures of a batch together."""
-        if self._scratch is None or self._scratch.shape != conditional.shape:
-            self._scratch = np.empty_like(conditional)
-        return relative_mae(conditional, unconditional, self._scratch)
 
     def record(self, step: int, value: float) -> None:
-        """Note what a step with both branches was `measured`; call it in order. While tau1 is open, this may decide it.
+        """Note the `relative_mae` of a step with both branches; call it in order. It may decide tau1 if that is open.
 
         tau1 is the first step at which the slope (m[n−l_slope] − m[n−1]) / l_slope of the n values so far, more than
         l_slope, lies in [0, eps_slope); where there is none by the step before tau_cap, it is tau_cap.

@@ -117,7 +117,8 @@ class Loader:
         """
         with self.lock:
             if found.folder not in self._loaded:
-                step = " step" if found.engine.ingredients.variant.step else ""
+                variant = found.engine.ingredients.variant
+                step = f" {variant.step_kind}" if variant.step else ""
                 with span("load", f"{self.name}{step}"):
                     check_engine_files(found.folder, found.engine)
                     opened = open_engine(found, self.target, threads=self._threads, streams=self._streams)

@@ -13,18 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
-
-from .backends.base import Binding, Shape
+from .backends.base import Binding, Lying, Shape
 from .discrepancy import Discrepancy
-from .placement import Branches, Crew, Placed
+from .placement import Branches, Crew, Placed, Sample
 from .plan import Plan
 from .stage_parts import Part, Parts
 from .stage_work import StageWork, window_work
 from .window import Window
 
-Float32 = npt.NDArray[np.float32]
 _WINDOW = "in the window: one prediction serves both branches"
 
 
@@ -44,16 +40,12 @@ class Hybridiff:
         """See `Placed`; the stages are bound already."""
         self._outside.bind(calls, shape)
 
-    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+    def predict(self, row: int, sample: Sample, *, guided: bool) -> Branches:
         """See `Placed`."""
         phase = self._discrepancy.phase(row)
         if phase == "branches":
             made = self._outside.predict(row, sample, guided=guided)
-            if made.unconditional is not None:
-                apart = self._discrepancy.measured(made.conditional, made.unconditional)
-                self._discrepancy.record(row, apart)
-                made = replace(made, discrepancy=apart)
-            return made
+            return replace(made, seen=partial(self._discrepancy.record, row))
         if phase == "fill":
             last = self._discrepancy.steps[-1]
             self._work = dict(window_work(self._window.pipelining, row, last, self._plan.table.rows))
@@ -65,13 +57,13 @@ class Hybridiff:
         self._outside.rest()
         self._crew.rest()
 
-    def _filled(self, row: int, sample: Float32) -> Branches:
+    def _filled(self, row: int, sample: Sample) -> Branches:
         """Both texts run through the stages at once; each stage hands on what it made under its own."""
         began = time.perf_counter()
         self._crew.run([partial(_run_chain, chain, sample, self._time(row)) for chain in self._parts.chains])
         return self._branches(self._parts.own[-1], began, "filling")
 
-    def _pipelined(self, work: StageWork, sample: Float32) -> Branches:
+    def _pipelined(self, work: StageWork, sample: Sample) -> Branches:
         """All stages at once, each on what was handed on before."""
         began = time.perf_counter()
         own, again = self._parts.own, self._parts.again if work.again is not None else None
@@ -88,14 +80,16 @@ class Hybridiff:
 
     def _branches(self, part: Part, began: float, placement: str) -> Branches:
         model_ms = (time.perf_counter() - began) * 1e3
-        prediction = part.binding.outputs[self._parts.prediction]
-        return Branches(prediction, None, model_ms, (), placement, _WINDOW, taus=self._discrepancy.found)
+        name, taus = self._parts.prediction, self._discrepancy.found
+        prediction = part.binding.outputs[name]
+        lying = (Lying(part.binding, name, prediction.shape),)
+        return Branches(prediction, None, model_ms, (), placement, _WINDOW, taus=taus, lying=lying)
 
     def _time(self, row: int) -> float:
         return float(self._plan.table.timesteps[row])
 
 
-def _run_chain(chain: Sequence[Part], sample: Float32, timestep: float) -> None:
+def _run_chain(chain: Sequence[Part], sample: Sample, timestep: float) -> None:
     """Run stages one after the other, each on what those before it made."""
     handed: dict[str, Binding] = {}
     for part in chain:

@@ -72,6 +72,11 @@ class Models:
             raise ExecutionError("pipeline", "used after it was closed", remedy="Open it again.")
 
     @property
+    def observed(self) -> bool:
+        """Whether somebody is told of what models are given, on the host."""
+        return self._observe is not None
+
+    @property
     def devices(self) -> int:
         """How many devices there are to run on."""
         return len(self._targets)
@@ -295,7 +300,8 @@ class Models:
         """Decode (B, C, h, w) one picture at a time, which bounds memory: (H, W, 3) float32 in [0, 1] each.
 
         before: called before each picture; what it raises ends the decoding. ran: told what it runs on.
-        scaled: a step engine's binding whose `latent_sample` is what the decoder is given, where it lies there already.
+        scaled: a step or update engine's binding whose `latent_sample` is what the decoder is given, where it lies
+            there already.
 
         Raises:
             ExecutionError: the decoder failed, or returned NaN or Inf.

@@ -13,17 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from .architecture import usable_cpus
-from .backends.base import Array, Session, Shape
+from .backends.base import Array, Handing, Lying, Session, Shape
 from .binding import Bound, Conditioning, bind
 from .control import Control, Running, Steering, steer
 from .errors import RequestError, TandemError, TargetError
 from .plan import Plan
 from .targets import ENGINES_ONLY, Target
-from .tensors import latent_names
+from .tensors import LatentNames, latent_names
 from .trace import span
 
 Float32 = npt.NDArray[np.float32]
 Sessions = Mapping[str, Session]
+Sample = Float32 | Lying
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,9 @@ class Branches:
 
     unconditional: None where the row ran no such branch. model_ms: the denoiser with its ControlNets, all branches.
     running: the row's ControlNets. why: where the placement decided that there is one branch.
-    discrepancy: of both branches, where the placement has measured it. taus: of a row in Hybridiff's window.
+    seen: told the discrepancy of both branches, where the placement goes by it. taus: of a row in Hybridiff's window.
+    lying: the conditional and, where there is one, the unconditional prediction where they were made; the arrays above
+        hold neither where the denoiser leaves them there.
     """
 
     conditional: Float32
@@ -41,8 +44,9 @@ class Branches:
     running: Sequence[Running]
     placement: str
     why: str = ""
-    discrepancy: float | None = None
+    seen: Callable[[float], None] | None = None
     taus: tuple[int, int] | None = None
+    lying: Sequence[Lying] = ()
 
 
 class Placed(Protocol):
@@ -55,8 +59,10 @@ class Placed(Protocol):
             ExecutionError, BundleError: as of `predict`.
         """
 
-    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+    def predict(self, row: int, sample: Sample, *, guided: bool) -> Branches:
         """The row's prediction for the model's input `sample`, (B, C, h, w) float32, in one or both branches.
+
+        Of a sample that lies where the denoisers run, with its further channels, the predictions are left there.
 
         Raises:
             ExecutionError: a model failed, or the backend cannot allocate.
@@ -70,7 +76,8 @@ class Placed(Protocol):
 class Worker:
     """A plan's denoisers with their ControlNets and buffers; used by one thread at a time.
 
-    sessions, conditioning: of both kinds of models, by component.
+    sessions, conditioning: of both kinds of models, by component. hands: whether all samples lie where the denoisers
+    run, and their predictions are left there.
     """
 
     def __init__(
@@ -79,7 +86,10 @@ class Worker:
         sessions: Sessions,
         conditioning: Mapping[str, Conditioning],
         controls: tuple[Control, ...] = (),
+        *,
+        hands: bool = False,
     ) -> None:
+        self._hands = hands
         self._plan, self._sessions, self._conditioning, self._controls = plan, sessions, conditioning, controls
         self._steering = Steering(controls, sessions, conditioning) if controls else None
         self._calls: dict[tuple[str, bool], Call] = {}
@@ -91,14 +101,12 @@ class Worker:
             for name, given in self._conditioning.items()
             if given.unconditional is not None
         }
-        return Worker(self._plan, self._sessions, alone, self._controls)
+        return Worker(self._plan, self._sessions, alone, self._controls, hands=self._hands)
 
-    def prepared(self, row: int, sample: Float32, *, guided: bool) -> Call:
+    def prepared(self, row: int, sample: Sample, *, guided: bool) -> Call:
         """The call that predicts a row for `sample`, in both branches where it is guided; its `run` does."""
-        call, batch = self.call(row, sample.shape, guided=guided), len(sample)
-        call.bound.sample[:batch] = sample
-        if guided:
-            call.bound.sample[batch:] = sample
+        call, batch = self.call(row, sample.shape, guided=guided), sample.shape[0]
+        call.give(sample, [0, batch] if guided else [0])
         call.timestep = float(self._plan.table.timesteps[row])
         call.bound.timestep.fill(call.timestep)
         return call
@@ -114,21 +122,48 @@ class Worker:
     def _bound(self, name: str, shape: Shape, guided: bool) -> Call:
         session = self._sessions[name]
         bound = bind(name, session, self._conditioning[name], shape, guided=guided)
-        call = Call(bound, bound.binding.outputs[latent_names(session.inputs).prediction])
+        call = Call(bound, latent_names(session.inputs))
+        if isinstance(bound.binding, Handing):
+            bound.binding.leave([call.names.sample, call.names.prediction] if self._hands else [])
         self._calls[name, guided] = call
         return call
 
 
 @dataclass(slots=True)
 class Call:
-    """A denoiser's buffers, and what the row at hand asks of it. prediction: (B or 2B, C, h, w) float32."""
+    """A denoiser's buffers, and what the row at hand asks of it.
+
+    lies: whether what it is given lies where it runs.
+    """
 
     bound: Bound
-    prediction: Array
+    names: LatentNames
     timestep: float = 0.0
     running: Sequence[Running] = ()
+    lies: bool = False
+
+    @property
+    def prediction(self) -> Array:
+        """(B or 2B, C, h, w) float32."""
+        return self.bound.binding.outputs[self.names.prediction]
+
+    def lying(self, first: int = 0) -> Lying:
+        """The prediction where it was made, from a picture on."""
+        return Lying(self.bound.binding, self.names.prediction, self.prediction.shape, first)
+
+    def give(self, sample: Sample, at: Sequence[int]) -> None:
+        """Write the denoiser's input to each of these places in its batch."""
+        if isinstance(sample, Lying):
+            self.lies = True
+            if isinstance(self.bound.binding, Handing):
+                self.bound.binding.take([sample.handed(self.names.sample, one) for one in at])
+            return
+        for one in at:
+            self.bound.sample[one : one + len(sample)] = sample
 
     def run(self) -> None:
+        if self.lies and self.running and isinstance(self.bound.binding, Handing):
+            self.bound.binding.read(self.names.sample)  # for the ControlNets
         # What overflows is found in the prediction, where the row is known; on a worker's thread it would warn.
         with np.errstate(over="ignore", invalid="ignore"):
             steer(self.running, self.bound, self.timestep)
@@ -147,14 +182,15 @@ class Batched:
         for row, guided in calls:
             self._worker.call(row, shape, guided=guided)
 
-    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+    def predict(self, row: int, sample: Sample, *, guided: bool) -> Branches:
         call = self._worker.prepared(row, sample, guided=guided)
         began = time.perf_counter()
         call.run()
         model_ms = (time.perf_counter() - began) * 1e3
-        made, batch = call.prediction, len(sample)
+        made, batch = call.prediction, sample.shape[0]
         unconditional = made[:batch] if guided else None
-        return Branches(made[-batch:], unconditional, model_ms, call.running, "batched")
+        lying = (call.lying(batch), call.lying()) if guided else (call.lying(),)
+        return Branches(made[-batch:], unconditional, model_ms, call.running, "batched", lying=lying)
 
     def rest(self) -> None:
         """There are none."""
@@ -172,7 +208,7 @@ class Sequential:
             for worker in (self._conditional, *([self._unconditional] if guided else [])):
                 worker.call(row, shape, guided=False)
 
-    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+    def predict(self, row: int, sample: Sample, *, guided: bool) -> Branches:
         calls = [self._conditional.prepared(row, sample, guided=False)]
         if guided:
             calls.append(self._unconditional.prepared(row, sample, guided=False))
@@ -203,7 +239,7 @@ class Parallel:
             for worker in (self._conditional, self._unconditional) if guided else (self._alone,):
                 worker.call(row, shape, guided=False)
 
-    def predict(self, row: int, sample: Float32, *, guided: bool) -> Branches:
+    def predict(self, row: int, sample: Sample, *, guided: bool) -> Branches:
         if not guided:
             call = self._alone.prepared(row, sample, guided=False)
             began = time.perf_counter()
@@ -278,4 +314,5 @@ def _branches(calls: Sequence[Call], began: float, placement: str) -> Branches:
     model_ms = (time.perf_counter() - began) * 1e3
     running = [one for call in calls for one in call.running]
     unconditional = calls[1].prediction if len(calls) > 1 else None
-    return Branches(calls[0].prediction, unconditional, model_ms, running, placement)
+    lying = tuple(call.lying() for call in calls)
+    return Branches(calls[0].prediction, unconditional, model_ms, running, placement, lying=lying)

@@ -90,8 +90,8 @@ class Ran:
         self._ran.setdefault(name, {})[ran_on] = None
 
     def refuse(self, name: str, reasons: Sequence[str]) -> None:
-        """Why component `name` runs on none of its step engines, where the cache has some."""
-        self._refused[name] = tuple(reasons)
+        """Why component `name` runs on none of its step engines, or update engines, where the cache has some."""
+        self._refused[name] = (*self._refused.get(name, ()), *reasons)
 
     def leave(self, name: str, why: str) -> None:
         """Why the request is for none of the step engines that the cache has of component `name`."""

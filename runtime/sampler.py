@@ -130,14 +130,16 @@ class Sampler:
         adaptive: decides whether the row runs both branches; None where the plan does.
         """
         plan, conditional, unconditional = self._plan, made.conditional, made.unconditional
-        why, discrepancy = made.why or (plan.why(row) if adaptive is None else adaptive.why), made.discrepancy
+        why = made.why or (plan.why(row) if adaptive is None else adaptive.why)
+        discrepancy: float | None = None
         if unconditional is None:
             prediction[...] = conditional
             if adaptive is not None:
                 adaptive.guide(prediction, plan.guidance_scale, scratch)
         else:
-            if discrepancy is None:
-                discrepancy = relative_mae(conditional, unconditional, scratch)
+            discrepancy = relative_mae(conditional, unconditional, scratch)
+            if made.seen is not None:
+                made.seen(discrepancy)
             np.subtract(conditional, unconditional, out=prediction)
             np.multiply(prediction, plan.guidance_scale, out=prediction)
             np.add(prediction, unconditional, out=prediction)

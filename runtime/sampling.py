@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -27,7 +28,8 @@ from .state import State
 from .step_engines import StepEngines, Wanted
 from .step_inputs import given_inputs, input_shapes
 from .step_sampler import Key, StepSampler
-from .variant import Variant
+from .update_sampler import UpdateSampler
+from .variant import UPDATE, Variant
 from .window import Window
 
 Float32 = npt.NDArray[np.float32]
@@ -83,35 +85,45 @@ def open_loop(
         engines.leave(dict.fromkeys(plan.denoisers), f"{takes_none} takes no step engines", rows.ran)
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
-
-        def place(placement: str, ran: Ran) -> Placed:
-            return _placed(replace(rows, plan=replace(plan, placement=placement), ran=ran), shape, models, before)
-
-        def tried(placement: str) -> Placed:
-            return place(placement, Ran())
-
-        chosen = plan.placement
-        if chosen == "auto":
-            without = () if _has_second(rows, models) else ("parallel",)
-            guided = models_of(plan, rows.controls, plan.guided)
-            engines_of = {name: models.engines(name, rows.loras.variant(name)) for name in guided}
-            before_it = models.uses()
-            measured = auto.choose(plan, shape, engines_of, tried, before, without)
-            chosen = "batched" if measured is None else measured.fastest
-            rows.ran.tried = {} if measured is None else measured.ms
-            after_it = models.uses()
-            placed = place(chosen, rows.ran)
-            models.release({key: use for key, use in after_it.items() if key not in before_it})
-        else:
-            placed = place(chosen, rows.ran)
-        return Sampler(plan, placed, rows.draw_noise, keep=rows.keep), False
+        return _on_denoisers(rows, shape, models, engines, auto, before), False
     sessions = _sessions(controls, rows, models, before)
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
     return StepSampler(rows, steps, steering), True
 
 
-def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None]) -> Placed:
-    """What predicts the rows, placed as the plan says."""
+def _on_denoisers(
+    rows: Rows, shape: Shape, models: Models, engines: StepEngines, auto: AutoPlacement, before: Callable[[], None]
+) -> Loop:
+    """The loop on the denoisers themselves; guidance and the solver's update run beside them where engines do both."""
+    plan = rows.plan
+    updates = None if models.observed else engines.load(_updates(rows, shape), before=before, ran=rows.ran)
+
+    def place(placement: str, ran: Ran, *, hands: bool) -> Placed:
+        placed_so = replace(rows, plan=replace(plan, placement=placement), ran=ran)
+        return _placed(placed_so, shape, models, before, hands=hands)
+
+    def tried(placement: str) -> Placed:
+        return place(placement, Ran(), hands=False)
+
+    chosen, before_it = plan.placement, models.uses()
+    if chosen == "auto":
+        without = () if _has_second(rows, models) else ("parallel",)
+        guided = models_of(plan, rows.controls, plan.guided)
+        engines_of = {name: models.engines(name, rows.loras.variant(name)) for name in guided}
+        measured = auto.choose(plan, shape, engines_of, tried, before, without)
+        chosen = "batched" if measured is None else measured.fastest
+        rows.ran.tried = {} if measured is None else measured.ms
+    after_it = models.uses()
+    placed = place(chosen, rows.ran, hands=updates is not None)
+    if plan.placement == "auto":
+        models.release({key: use for key, use in after_it.items() if key not in before_it})
+    if updates is None:
+        return Sampler(plan, placed, rows.draw_noise, keep=rows.keep)
+    return UpdateSampler(rows, placed, {name: one.session for (name, _), one in updates.items()})
+
+
+def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None], *, hands: bool) -> Placed:
+    """What predicts the rows, placed as the plan says; hands: as of `Worker`."""
     plan, conditioning, controls = rows.plan, rows.conditioning, rows.controls
     every = [control.component for control in controls] + list(dict.fromkeys(plan.denoisers))
     if plan.placement in ("parallel", "hybridiff"):
@@ -120,14 +132,15 @@ def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None]
         placed = [both, _sessions(models_of(plan, controls, plan.one_branch), rows, models, before)]
         if apart:
             placed.append(_sessions(guided, rows, models, before, device=1))
-        parallel = Parallel(*(Worker(plan, sessions, conditioning, controls) for sessions in placed))
+        parallel = Parallel(*(Worker(plan, sessions, conditioning, controls, hands=hands) for sessions in placed))
         if plan.window is None:
             return parallel
-        stages = _stages(rows, plan.window, both[plan.denoisers[0]].inputs, shape, models)
+        whole = _stages(rows, plan.window, both[plan.denoisers[0]].inputs, shape, models)
+        stages = replace(whole, hands=hands)
         bound = bound_parts(stages, plan.window.pipelining, conditioning[stages.name], shape, before)
         return Hybridiff(plan, plan.window, parallel, bound)
     sessions = _sessions(every, rows, models, before)
-    worker = Worker(plan, sessions, conditioning, controls)
+    worker = Worker(plan, sessions, conditioning, controls, hands=hands)
     return Sequential(worker) if plan.placement == "sequential" else Batched(worker)
 
 
@@ -180,6 +193,19 @@ def _wanted(rows: Rows, shape: Shape) -> dict[Key, Wanted]:
         shapes, refit = _Shapes(rows, shape, name, guided), name in rows.loras.in_weights
         wanted[name, guided] = Wanted(variant, plan.table.history, shapes, refit)
     return wanted
+
+
+def _updates(rows: Rows, shape: Shape) -> dict[Key, Wanted]:
+    """The update engines that the rows want, as `StepEngines.load` takes it."""
+    history = rows.plan.table.history
+    return {
+        (name, True): Wanted(UPDATE, history, partial(_update_shapes, name, shape))
+        for name in dict.fromkeys(rows.plan.denoisers)
+    }
+
+
+def _update_shapes(name: str, shape: Shape, inputs: Sequence[TensorSpec]) -> dict[str, Shape]:
+    return input_shapes(name, inputs, {}, shape, guided=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Handed, Handing, Session, Shape
+from .backends.base import Array, Binding, Handed, Handing, Lying, Session, Shape
 from .binding import Conditioning
 from .errors import BundleError
 from .manifest import TensorSpec
@@ -23,38 +23,41 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """A denoiser's stages in their order, and the inputs of the whole."""
+    """A denoiser's stages in their order, and the inputs of the whole. hands: as of `Worker`."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     sessions: Sequence[Session]
+    hands: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """A stage's buffers; `sample` is the latent's place in them, where the stage has one.
 
-    label: what its runs are called on a timeline.
+    label: what its runs are called on a timeline. latent: what the stage calls the latent.
     """
 
     label: str
     binding: Binding
     sample: Array | None
+    latent: str
 
     @property
     def makers(self) -> dict[str, Binding]:
         """The binding itself by everything that it makes, as `give` of other parts is handed it."""
         return dict.fromkeys(self.binding.outputs, self.binding)
 
-    def give(self, sample: Float32, timestep: float, handed: Mapping[str, Binding]) -> None:
+    def give(self, sample: Float32 | Lying, timestep: float, handed: Mapping[str, Binding]) -> None:
         """Write what the next run reads; copies, so that what others hand on may change meanwhile."""
         carried = {name: handed[name] for name in self.binding.inputs if name.startswith(CARRIED)}
         if isinstance(self.binding, Handing):
-            self.binding.take([Handed(name, maker, name) for name, maker in carried.items()])
+            lying = [sample.handed(self.latent)] if isinstance(sample, Lying) and self.sample is not None else []
+            self.binding.take([*(Handed(name, maker, name) for name, maker in carried.items()), *lying])
         else:
             for name, maker in carried.items():
                 self.binding.inputs[name][...] = maker.outputs[name]
-        if self.sample is not None:
+        if self.sample is not None and not isinstance(sample, Lying):
             self.sample[...] = sample
         if "timestep" in self.binding.inputs:
             self.binding.inputs["timestep"].fill(timestep)
@@ -123,7 +126,8 @@ def _part(stages: Stages, index: int, conditioning: Conditioning, conditional: b
     with span("bind", where):
         binding = session.bind(shapes)
     if isinstance(binding, Handing):
-        binding.leave([name for name in (*binding.inputs, *binding.outputs) if name.startswith(CARRIED)])
+        handed = (latent, latent_names(stages.inputs).prediction) if stages.hands else ()
+        binding.leave([one for one in (*binding.inputs, *binding.outputs) if one.startswith(CARRIED) or one in handed])
     for name, values in text.items():
         if name in binding.inputs:
             binding.inputs[name][...] = values
@@ -131,7 +135,7 @@ def _part(stages: Stages, index: int, conditioning: Conditioning, conditional: b
     if sample is not None and conditioning.channels is not None:
         sample[:, shape[1] :] = conditioning.channels
     branch = "conditional" if conditional else "unconditional"
-    return Part(f"{where} ({branch})", binding, None if sample is None else sample[:, : shape[1]])
+    return Part(f"{where} ({branch})", binding, None if sample is None else sample[:, : shape[1]], latent)
 
 
 def _evaluated(where: str, spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:

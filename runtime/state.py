@@ -26,8 +26,8 @@ class State:
 
     Holding the history, a state can be carried on by another model, or elsewhere, to the same numbers.
 
-    held: the binding of a step engine whose `next_state` is it, while it lies where the backend runs. scaled: whether
-        that binding's `latent_sample` is of it, what a decoder is to be given.
+    held: the binding of a step or update engine whose `next_state` is it, while it lies where the backend runs.
+    scaled: whether that binding's `latent_sample` is of it, what a decoder is to be given.
     """
 
     __slots__ = ("_arrays", "held", "row", "scaled")
@@ -67,7 +67,7 @@ class State:
         return latents
 
     def give(self, binding: Binding) -> None:
-        """Write it to a step engine's input, from where it lies."""
+        """Write it to a step or update engine's input, from where it lies."""
         if isinstance(binding, Handing) and self.held is not None:
             binding.take([Handed(STATE, self.held, NEXT_STATE)])
             return
@@ -76,7 +76,7 @@ class State:
             binding.write(STATE)
 
     def become(self, binding: Binding) -> None:
-        """Be what a step engine has made of it, which stays where it lies."""
+        """Be what a step or update engine has made of it, which stays where it lies."""
         if isinstance(binding, Handing):
             self.held, self.scaled = binding, True
         else:

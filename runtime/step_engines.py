@@ -1,4 +1,4 @@
-"""The step engines that the user's cache has for a bundle on a target."""
+"""The step engines, update engines among them, that the user's cache has for a bundle on a target."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .step_inputs import history_of
 from .step_sampler import Key, StepEngine
 from .targets import ENGINES_ONLY, Target
 from .tensors import spec_of
-from .variant import Variant
+from .variant import UPDATE, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,8 @@ class StepEngines:
         """
         with self._lock:
             for name in names:
-                if any(listed.misfit is None for listed in self._of(name).values()):
+                listed = self._of(name).values()
+                if any(one.misfit is None and one.engine.ingredients.variant != UPDATE for one in listed):
                     ran.leave(name, why)
 
     def _chosen(self, wanted: Mapping[Key, Wanted], ran: Ran) -> dict[Key, Found] | None:
@@ -153,18 +154,20 @@ class StepEngines:
                 if isinstance(found, Found) and listed.misfit is None:
                     fitting.append(found)
                 elif isinstance(found, str):
-                    refused[name][f"step engine {folder.name[:12]} {found}"] = ""
+                    refused[name][f"{one.variant.step_kind} engine {folder.name[:12]} {found}"] = ""
                 elif found is not None:
                     refused[name].update([self._misfit(name, folder, one)])
             best = min(fitting, key=lambda found: found.order, default=None)
             if best is None:
-                lacking.append(f"{name} {'with' if guided else 'without'} guidance")
+                made_as = "" if one.variant == UPDATE else f" {'with' if guided else 'without'} guidance"
+                lacking.append(f"{name}{made_as}")
             else:
                 chosen[name, guided] = best
         for name, reasons in refused.items() if lacking else ():
-            own = [found.folder.name[:12] for (other, _), found in chosen.items() if other == name]
+            own = [found for (other, _), found in chosen.items() if other == name]
             if own and not reasons:
-                reasons[f"step engine {own[0]} is not run, since none does for {' and '.join(lacking)}"] = ""
+                kind, key = own[0].engine.ingredients.variant.step_kind, own[0].folder.name[:12]
+                reasons[f"{kind} engine {key} is not run, since none does for {' and '.join(lacking)}"] = ""
             ran.refuse(name, with_remedies(reasons))
         return None if lacking else chosen
 
@@ -181,7 +184,8 @@ class StepEngines:
         shapes = wanted.shapes(listed.engine.inputs)
         command = rebuild_command(self._bundle, name, target, listed.engine, shapes, self._cache)
         remedy = exact_remedy(listed.refused, command) if listed.refused else f"Run `{command}`."
-        return f"step engine {folder.name[:12]} {listed.misfit}", remedy
+        kind = listed.engine.ingredients.variant.step_kind
+        return f"{kind} engine {folder.name[:12]} {listed.misfit}", remedy
 
     def _of(self, name: str) -> dict[Path, _Listed]:
         """A component's step engines for the target's device and precision, by their folders."""

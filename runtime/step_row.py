@@ -17,6 +17,16 @@ On a backend that leaves the state where it runs, also:
 latent_space: (2,), the scaling factor and the shift of what a decoder is given.
 latent_sample: (B, C, h, w), that of the next x: x / scaling factor + shift.
 sums: (2,), of all of ε and of the next x, which are finite where these are, unless the values are that large.
+
+An update engine is all of that without the denoiser, for one that runs by itself and leaves its predictions there. It
+takes and makes the above but the conditioning, `model_input` being the next row's, and
+
+conditional, unconditional: (B, C, h, w), what the denoiser predicted in the branches.
+difference: (B, C, h, w), of the branches of an earlier row; `next_difference` is this one's, or the same again.
+branches: (2, 3), the coefficients of (conditional, unconditional, difference) in the next difference d and in what it
+    is added to: ε = d · guidance_scale + that.
+sample or hidden_states: (B, …, h, w), made: what the denoiser is given in the next row, its further channels among it.
+apart: (4,), made: mean|d|, mean|unconditional|, Σ difference², Σ difference · d.
 """
 
 from __future__ import annotations
@@ -38,6 +48,12 @@ PREDICTION = "prediction"
 LATENT_SPACE = "latent_space"
 LATENT_SAMPLE = "latent_sample"
 SUMS = "sums"
+CONDITIONAL = "conditional"
+UNCONDITIONAL = "unconditional"
+DIFFERENCE = "difference"
+NEXT_DIFFERENCE = "next_difference"
+BRANCHES = "branches"
+APART = "apart"
 # In place of the time step, where an engine has the time steps of its schedule built in: () int64, its place in them.
 STEP_INDEX = "step_index"
 

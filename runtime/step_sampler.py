@@ -95,7 +95,7 @@ class StepSampler:
             # What overflows is raised as an error that names the row, without numpy's warning before it.
             with span("row", row), np.errstate(over="ignore", invalid="ignore"):
                 bound, model_ms = self._advance(state)
-            denoised = denoised_estimate(self._plan.table, row, _Vectors(bound.binding, state.entries), state.shape)
+            denoised = denoised_estimate(self._plan.table, row, StepVectors(bound.binding, state.entries), state.shape)
             yield SampledRow(row, model_ms, _since(began), denoised, self._guidance(row))
 
     def _advance(self, state: State) -> tuple[_BoundEngine, float]:
@@ -108,7 +108,7 @@ class StepSampler:
         with span("model", bound.denoiser.label):
             bound.binding.run()
         returned = time.perf_counter()
-        if not _sound(bound.binding):
+        if not sound(bound.binding):
             require_finite(self._plan, row, "prediction", read(bound.binding, names.PREDICTION), running)
             require_finite(self._plan, row, "latent", read(bound.binding, names.NEXT_STATE, 0), running)
         state.become(bound.binding)
@@ -147,7 +147,7 @@ class StepSampler:
         with span("model", f"rows {rows[0]} to {rows[-1]}"):
             chain.run()
         model_ms = _since(called) / len(rows)
-        if not _sound(last):
+        if not sound(last):
             # One after another tells the row; from the same noise.
             drawn = iter([inputs[names.NOISE].copy() for inputs in chain.rows if names.NOISE in inputs])
             self._draw_noise = lambda noise: np.copyto(noise, next(drawn))
@@ -190,7 +190,7 @@ class StepSampler:
         running = self._steering.running(denoiser, row, guided=guided)
         if running:
             sample, *again = np.split(denoiser.sample, 1 + guided)
-            vectors = _Vectors(bound.binding, entries)
+            vectors = StepVectors(bound.binding, entries)
             model_input(self._plan.table, row, vectors, sample, bound.scratch)
             for one in again:
                 one[...] = sample
@@ -237,7 +237,7 @@ class _BoundEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class _Vectors:
+class StepVectors:
     """What a row of an engine reads by its number, (x, h1 … hH, ε), until the next row runs."""
 
     binding: Binding
@@ -247,7 +247,7 @@ class _Vectors:
         return read(self.binding, names.STATE, index) if index < self.entries else read(self.binding, names.PREDICTION)
 
 
-def _sound(binding: Binding) -> bool:
+def sound(binding: Binding) -> bool:
     """Whether a prediction and the next latent are finite; their sums tell where the engine makes them and they are."""
     if names.SUMS in binding.outputs and np.isfinite(binding.outputs[names.SUMS]).all():
         return True

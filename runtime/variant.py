@@ -13,7 +13,8 @@ class Variant(Frozen, frozen=True, kw_only=True):
     """How a graph differs from the bundle's own; by default in nothing.
 
     lora_slots, lora_rank: how many LoRAs of up to which rank it takes as inputs; see `runtime.lora_slots`.
-    step: for a step engine, whether it runs both branches of guidance; see `runtime.step_row`.
+    step: for a step engine, whether it runs both branches of guidance, or that it is the update alone, without the
+        denoiser; see `runtime.step_row`.
     timesteps: those built into a step engine, which then takes no others.
     stage: which stage of how many it is, from 0 on; see `runtime.stages`. cuts: the blocks that stages begin with, but
         for the first; stages work together that have the same.
@@ -21,7 +22,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
 
     lora_slots: int = 0
     lora_rank: int = 0
-    step: Literal["guided", "unguided"] | None = None
+    step: Literal["guided", "unguided", "update"] | None = None
     timesteps: tuple[float, ...] = ()
     stage: tuple[int, int] | None = None
     cuts: tuple[str, ...] = ()
@@ -45,6 +46,11 @@ class Variant(Frozen, frozen=True, kw_only=True):
         return self.lora_slots * self.lora_rank, not self.timesteps
 
     @property
+    def step_kind(self) -> str:
+        """What errors call a step engine, `step` or `update`."""
+        return "update" if self.step == "update" else "step"
+
+    @property
     def options(self) -> str:
         """What `tandemrt build-engine` is told to make it, each option after a space."""
         slots = f" --lora-slots {self.lora_slots} --lora-rank {self.lora_rank}" if self.lora_slots else ""
@@ -61,11 +67,11 @@ class Variant(Frozen, frozen=True, kw_only=True):
         slots = f"{self.lora_slots} LoRA slot{'s' * (self.lora_slots > 1)} of rank {self.lora_rank}"
         parts = (
             slots if self.lora_slots else "",
-            f"{self.step} step" if self.step else "",
+            ("update" if self.step == "update" else f"{self.step} step") if self.step else "",
             f"{len(self.timesteps)} time step{'s' * (len(self.timesteps) > 1)} built in" if self.timesteps else "",
             f"stage {self.stage[0] + 1} of {self.stage[1]}" if self.stage else "",
         )
         return ", ".join(filter(None, parts)) or "plain"
 
 
-PLAIN = Variant()
+PLAIN, UPDATE = Variant(), Variant(step="update")

@@ -65,13 +65,31 @@ class Chaining(Binding, Protocol):
 class Handed:
     """What an input is given of what another binding made, `output`.
 
-    Along the first axis, from the output's entry `first` on, as many as both have.
+    Along the first axis, from the output's entry `first` on to the input's entry `at` on, as many as both have.
     """
 
     name: str
     giver: Binding
     output: str
     first: int = 0
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lying:
+    """An output of a binding, or its entries from `first` on, where the backend runs.
+
+    shape: of the latent that it is, or is made of, (B, C, h, w).
+    """
+
+    binding: Binding
+    name: str
+    shape: Shape
+    first: int = 0
+
+    def handed(self, name: str, at: int = 0) -> Handed:
+        """It as what an input is given; see `Handed`."""
+        return Handed(name, self.binding, self.name, self.first, at)
 
 
 @runtime_checkable

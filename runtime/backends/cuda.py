@@ -166,17 +166,18 @@ class Stream:
         """Copy `size` bytes within the GPU, in the stream's order."""
         self._copy(destination, source, size, "DeviceToDevice")
 
-    def take(self, source: Memory, target: Memory, *, begin: int = 0, size: int | None = None) -> None:
-        """Copy what another memory holds, on whichever GPU, to the start of one of this stream's, in its order.
+    def take(self, source: Memory, target: Memory, *, begin: int = 0, at: int = 0, size: int | None = None) -> None:
+        """Copy what another memory holds, on whichever GPU, to one of this stream's, in its order.
 
-        begin, size: of the bytes that are copied, by default as many as the target has.
+        begin: the first byte that is copied. at: where it goes. size: of the bytes, by default as many as the target
+        has.
         """
         own, other, size = self._device, source.device, target.size if size is None else size
         if own is other:
-            self.move(source.address + begin, target.address, size)
+            self.move(source.address + begin, target.address + at, size)
             return
         own.reach(other)
-        ends = target.address, own.index, source.address + begin, other.index
+        ends = target.address + at, own.index, source.address + begin, other.index
         own.call("cudaMemcpyPeerAsync", *ends, size, self.handle)
 
     def wait(self) -> None:

@@ -118,8 +118,9 @@ class TensorRtBinding:
                 if not isinstance(one.giver, TensorRtBinding):
                     raise ExecutionError("bindings", f"{one.output!r} is of another backend")
                 target, source = self.given[one.name], one.giver.made[one.output]
-                size, entry = min(target.host.nbytes, source.host[one.first :].nbytes), source.host[:1].nbytes
-                self.stream.take(source.memory, target.memory, begin=one.first * entry, size=size)
+                size = min(target.host[one.at :].nbytes, source.host[one.first :].nbytes)
+                begin, at = one.first * source.host[:1].nbytes, one.at * target.host[:1].nbytes
+                self.stream.take(source.memory, target.memory, begin=begin, at=at, size=size)
             self.stream.wait()
 
     def read(self, name: str, entry: int | None = None) -> Array:

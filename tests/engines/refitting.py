@@ -26,7 +26,7 @@ from tandemrt.runtime.cache import engines_folder
 from tandemrt.runtime.engine_files import FORMAT, SIDECAR_NAME, Engine
 from tandemrt.runtime.engine_search import Found
 from tandemrt.runtime.targets import parse_target
-from tandemrt.runtime.variant import PLAIN
+from tandemrt.runtime.variant import PLAIN, UPDATE
 
 TARGET = "tensorrt-rtx:sm89"
 
@@ -65,9 +65,12 @@ TRT = SimpleNamespace(Refitter=Refitter, Weights=lambda array: array)
 def put(
     bundle: Bundle, cache: Path, *components: str, profile: str = "64x64:b1", target: str = TARGET, **options: Any
 ) -> list[str]:
-    """Have engines in a cache that nothing was built for; returns their keys."""
+    """Have engines in a cache that nothing was built for; returns their keys.
+
+    Update engines are left out: what stands for a GPU here hands nothing on.
+    """
     plan = BuildPlan(bundle.path, (parse_target(target),), cache, components, (parse_profile(profile),), **options)
-    return [_put(request, cache) for request in requests_of(plan, bundle)]
+    return [_put(one, cache) for one in requests_of(plan, bundle) if one.ingredients.variant != UPDATE]
 
 
 def _put(request: Request, cache: Path) -> str:

@@ -205,7 +205,8 @@ def test_only_engines_of_gpus_make_what_is_handed_on(steered: Path, tmp_path: Pa
     plan = BuildPlan(steered / "bundle", targets, tmp_path, ("unet",), (parse_profile("64:guided"),), step=True)
     outputs = [{one.name for one in request.facts.outputs} for request in requests_of(plan, Bundle.open(plan.bundle))]
     step = {"next_state", "prediction"}
-    assert outputs == [step, step, step | {"latent_sample", "sums"}]
+    hands = step | {"latent_sample", "sums"}
+    assert outputs == [step, step, hands, hands | {"sample", "next_difference", "apart"}]
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])

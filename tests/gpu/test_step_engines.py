@@ -46,6 +46,23 @@ def test_pictures_equal_those_of_the_plain_loop(
             assert psnr_db(np.stack([np.asarray(image) for image in out.images]), expected) >= 60.0
 
 
+@pytest.mark.parametrize(
+    "given", [{"placement": "sequential"}, {"placement": "parallel"}, {"guidance": "adaptive"}], ids=str
+)
+def test_update_engines_paint_the_pictures_of_the_plain_loop(
+    shapes_bundle: Path, name: str, build: Build, painted: Painted, given: dict[str, Any]
+) -> None:
+    build(shapes_bundle, name)
+    build(shapes_bundle, name, "unet", profiles=("64:b1-b2:guided",), step=True)
+    asked = {"num_inference_steps": 8, "guidance_scale": 2.0, "seed": 7, **given}
+    expected = painted(shapes_bundle, "onnxruntime:cpu:fp32", **asked)
+    with Pipeline.open(shapes_bundle, target=f"{name}:{device_of(name)}:fp32") as pipeline:
+        for _ in range(2):
+            out = pipeline(PROMPT, output_type="np", **asked)
+            assert "update" in [one.variant for one in out.timings.ran_on["unet"]]
+            assert psnr_db(np.stack([np.asarray(image) for image in out.images]), expected) >= 60.0
+
+
 @pytest.mark.parametrize("timesteps", [(), (999.0, 500.0), (999.0,)], ids=["plain", "two folded", "one folded"])
 def test_a_row_equals_that_of_onnxruntime(
     shapes_bundle: Path,

@@ -159,6 +159,7 @@ def test_a_call_outside_every_profile_is_diagnosed(bundle: Bundle, add: Add, tmp
         ("unet", {"sample": (6, 4, 8, 8)}, PLAIN, "W8xH8:b3"),
         ("unet", {"sample": (3, 4, 8, 8)}, PLAIN, "W8xH8:b3"),
         ("unet", {"noise": (2, 4, 8, 8)}, Variant(step="unguided"), "W8xH8:b2:unguided"),
+        ("unet", {"noise": (2, 4, 8, 8)}, Variant(step="update"), "W8xH8:b2"),
         ("vae_decoder", {"latent_sample": (1, 4, 8, 8)}, PLAIN, "W8xH8:b1"),
         ("text_encoder", {"noise": (2, 4, 8, 8)}, Variant(lora_slots=1, lora_rank=4), None),
     ],
