@@ -43,12 +43,13 @@ def write_block(
     normal = [tokens, made.floats("norm.weight", scales), made.floats("norm.bias", np.zeros(CHANNELS))]
     tokens = made.node("LayerNormalization", normal, "normal", axis=-1)
     rows = 1 / scales[:, None]
-    q, v = (made.product(name, tokens, rows) for name in ("to_q", "to_v"))
+    q = made.product("to_q", tokens, rows)
     k = (
         made.node("MatMul", [tokens, "to_q.weight"], "to_k", name="to_k/MatMul")
         if shared
         else made.product("to_k", tokens, rows)
     )
+    v = made.product("to_v", tokens, rows)
     scores = made.node("MatMul", [q, made.node("Transpose", [k], "turned", perm=[0, 2, 1])], "scores")
     attended = made.node("MatMul", [made.node("Softmax", [scores], "shares", axis=-1), v], "attended")
     projected = made.product("proj", attended, np.ones((CHANNELS, 1)))
