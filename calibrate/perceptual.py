@@ -79,7 +79,7 @@ def clip_likeness(folder: Path | None = None) -> Likeness:
     """CLIP score of prompts and their pictures, (H, W, 3) uint8 each: 100 times the cosine of their embeddings, from 0.
 
     Hessel et al. 2021, with 100 for their factor 2.5, as tables of text-to-image models have it. By default of
-    ViT-L/14; prompts are cut after 77 tokens.
+    ViT-L/14; prompts are cut after 77 tokens. NaN where the model makes none of a prompt and its picture.
 
     folder: a CLIP model as transformers saves one, with its tokenizer.
 
@@ -106,7 +106,7 @@ def clip_likeness(folder: Path | None = None) -> Likeness:
         with torch.inference_mode():
             found = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
         cosines = (found.text_embeds * found.image_embeds).sum(dim=-1)
-        return tuple(max(0.0, 100 * float(cosine)) for cosine in cosines)
+        return tuple((100 * cosines).clamp(min=0).tolist())
 
     return likeness
 

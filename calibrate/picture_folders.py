@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.cli.picture_files import read_picture
-from ..runtime.errors import ArgumentError
+from ..runtime.errors import ArgumentError, CalibrationError
 from .quality import Pixels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -49,8 +49,8 @@ def batches(files: Sequence[Path]) -> Iterator[list[Pixels]]:
 
 
 def prompt_in(path: Path) -> str:
-    """What a picture says that it was painted of; ArgumentError where it says nothing."""
+    """What a picture says that it was painted of; CalibrationError where it says nothing."""
     prompt = read_picture("picture", path).image.info.get("prompt")
     if not isinstance(prompt, str):
-        raise ArgumentError(str(path), "holds no prompt", remedy="Give --prompts FILE with one for each picture.")
+        raise CalibrationError(str(path), "holds no prompt", remedy="Give --prompts FILE with one for each picture.")
     return prompt

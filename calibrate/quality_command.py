@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from ..runtime.backends.buffers import one_line
 from ..runtime.cli.reporter import Reporter
-from ..runtime.errors import ArgumentError, TandemError
+from ..runtime.errors import ArgumentError, CalibrationError, TandemError
 from .frechet import FeatureStatistics, frechet_distance
 from .perceptual import clip_likeness, inception_features, lpips_distance
 from .picture_folders import batches, picture_files, pixels_of, prompt_in
@@ -29,21 +31,22 @@ def run(plan: QualityPlan, reporter: Reporter) -> dict[str, Any]:
     """Measure; what cannot be measured is told, and does not keep the rest from it.
 
     Raises:
-        TandemError: a folder holds no picture or a damaged one, the prompts or the scorer cannot be used.
+        ArgumentError: a folder holds no picture or a damaged one, or --prompts or --scorer cannot be used.
     """
-    scorer = None if plan.scorer is None else scorer_of(plan.scorer)
-    job = _Job(plan, reporter, picture_files("PICTURES", plan.pictures))
+    measures = {name: _MEASURES[name] for name in plan.measures}
+    if plan.scorer is not None:
+        measures["scorer"] = partial(_Job.scored, scorer=scorer_of(plan.scorer))
+    files = picture_files("PICTURES", plan.pictures)
+    job = _Job(plan, reporter, files, _given_prompts(plan, len(files)))
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    for name in plan.measures:
-        found = job.measured(name)
-        if isinstance(found, _NotMeasuredError):
+    for name, measure in measures.items():
+        found = _tried(measure, job)
+        if isinstance(found, TandemError):
             missing[name] = str(found)
             reporter.warn(f"not measured: {found}")
         else:
             measured[name] = found
-    if scorer is not None:
-        measured["scorer"] = job.scored(scorer)
     return {
         "pictures": str(plan.pictures),
         "count": len(job.files),
@@ -62,28 +65,19 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def status(result: Mapping[str, Any]) -> int:
-    """1 where a measure that was asked for could not be had."""
-    return int(result["asked"] and bool(result["not_measured"]))
-
-
-class _NotMeasuredError(TandemError):
-    """One measure cannot be had, which leaves the others alone."""
+    """1 where a measure that was asked for could not be had; a scorer is always asked for."""
+    missing = result["not_measured"]
+    return int("scorer" in missing or (result["asked"] and bool(missing)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A plan at work."""
+    """A plan at work. given: the prompts of --prompts."""
 
     plan: QualityPlan
     reporter: Reporter
     files: tuple[Path, ...]
-
-    def measured(self, name: str) -> dict[str, float] | _NotMeasuredError:
-        """A measure by its name, or what keeps it from being had."""
-        try:
-            return _MEASURES[name](self)
-        except _NotMeasuredError as error:
-            return error
+    given: tuple[str, ...] | None
 
     def paired(
         self, name: str, measure: Callable[[Pixels, Pixels], float], *, lower_is_worse: bool
@@ -94,26 +88,26 @@ class _Job:
         for done, path in enumerate(self.files, start=1):
             if path.stem not in references:
                 what = f"{self._against} has no picture named {path.stem}"
-                raise _NotMeasuredError(name, what, remedy="The pictures of both folders need the same names.")
+                raise CalibrationError(name, what, remedy="The pictures of both folders need the same names.")
             picture, reference = pixels_of(path), pixels_of(references[path.stem])
             if picture.shape != reference.shape:
                 got, expected = _size(picture), f"{_size(reference)} as {references[path.stem]}"
-                raise _NotMeasuredError(name, f"{path} has another size", got=got, expected=expected)
+                raise CalibrationError(name, f"{path} has another size", got=got, expected=expected)
             with _computing(name):
                 values.append(measure(picture, reference))
+            _require_number(name, path, values[-1])
             self.reporter.progress(name, done, len(self.files))
         worst = min(values) if lower_is_worse else max(values)
         return {"mean": statistics.fmean(values), "median": statistics.median(values), "worst": worst}
 
     def fid(self) -> dict[str, float]:
         """FID of the two folders."""
-        with _optional("fid"):
-            extract = inception_features(self.plan.inception)
+        extract = inception_features(self.plan.inception)
         folders = {"fid": self.files, "fid, references": picture_files("--against", self._against)}
         found = []
         for label, files in folders.items():
             if len(files) < 2:
-                raise _NotMeasuredError(
+                raise CalibrationError(
                     "fid", "pictures in a folder", got=len(files), expected="2 or more, better thousands"
                 )
             statistics_of = FeatureStatistics()
@@ -127,13 +121,15 @@ class _Job:
 
     def clip(self) -> dict[str, float]:
         """CLIP score: mean, median and worst."""
-        with _optional("clip"):
-            prompts = self._prompts()
-            likeness = clip_likeness(self.plan.clip)
+        prompts = self._prompts()
+        likeness = clip_likeness(self.plan.clip)
         values: list[float] = []
         for pictures in batches(self.files):
+            done = len(values)
             with _computing("clip"):
-                values += likeness(prompts[len(values) : len(values) + len(pictures)], pictures)
+                values += likeness(prompts[done : done + len(pictures)], pictures)
+            for path, value in zip(self.files[done:], values[done:], strict=False):
+                _require_number("clip", path, value)
             self.reporter.progress("clip", len(values), len(self.files))
         return {"mean": statistics.fmean(values), "median": statistics.median(values), "worst": min(values)}
 
@@ -155,42 +151,45 @@ class _Job:
 
     def _prompts(self) -> tuple[str, ...]:
         """Each picture's prompt: of the file in the order of names, or of the picture itself."""
-        if self.plan.prompts is None:
-            return tuple(prompt_in(path) for path in self.files)
-        prompts = read_prompts(self.plan.prompts, self.plan.column, repeats=True)
-        if len(prompts) != len(self.files):
-            expected = f"{len(self.files)}, one for each picture"
-            remedy = "Leave --prompts out for pictures of `tandemrt`, which hold their own."
-            where = f"--prompts {self.plan.prompts}"
-            raise ArgumentError(where, "prompts", got=len(prompts), expected=expected, remedy=remedy)
-        return prompts
+        return tuple(prompt_in(path) for path in self.files) if self.given is None else self.given
 
 
 _MEASURES: Mapping[str, Callable[[_Job], dict[str, float]]] = {
     "psnr": lambda job: job.paired("psnr", psnr_db, lower_is_worse=True),
     "ssim": lambda job: job.paired("ssim", ssim, lower_is_worse=True),
-    "lpips": lambda job: job.paired("lpips", _lpips(), lower_is_worse=False),
+    "lpips": lambda job: job.paired("lpips", lpips_distance(), lower_is_worse=False),
     "fid": _Job.fid,
     "clip": _Job.clip,
 }
 
 
-def _lpips() -> Callable[[Pixels, Pixels], float]:
-    with _optional("lpips"):
-        return lpips_distance()
-
-
-@contextmanager
-def _optional(name: str) -> Iterator[None]:
-    """What keeps one measure from being made ready; wrong arguments still end the run."""
+def _tried(measure: Callable[[_Job], dict[str, float]], job: _Job) -> dict[str, float] | TandemError:
+    """A measure, or what keeps it from being had; what cannot be used as an argument still ends the run."""
     try:
-        yield
+        return measure(job)
     except ArgumentError:
         raise
     except TandemError as error:
-        raise _NotMeasuredError(
-            error.where if error.where != name else name, error.what, remedy=error.remedy
-        ) from error
+        return error
+
+
+def _given_prompts(plan: QualityPlan, count: int) -> tuple[str, ...] | None:
+    """The prompts of --prompts, one for each picture; None where it is not given."""
+    if plan.prompts is None:
+        return None
+    prompts = read_prompts(plan.prompts, plan.column, repeats=True)
+    if len(prompts) != count:
+        where, expected = f"--prompts {plan.prompts}", f"{count}, one for each picture"
+        remedy = "Leave --prompts out for pictures of `tandemrt`, which hold their own."
+        raise ArgumentError(where, "prompts", got=len(prompts), expected=expected, remedy=remedy)
+    return prompts
+
+
+def _require_number(name: str, path: Path, value: float) -> None:
+    """Raise CalibrationError where a network made nothing of a picture."""
+    if not math.isfinite(value):
+        remedy = "Look at the picture, or leave the measure out with --measure."
+        raise CalibrationError(name, f"of {path}", got=value, expected="a finite number", remedy=remedy)
 
 
 @contextmanager
@@ -200,7 +199,7 @@ def _computing(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # torch's and ONNX Runtime's errors have no common class
         what = f"cannot be computed of these pictures ({one_line(error)})"
-        raise _NotMeasuredError(name, what, remedy="Measure others, or leave it out with --measure.") from error
+        raise CalibrationError(name, what, remedy="Measure others, or leave it out with --measure.") from error
 
 
 def _size(picture: Pixels) -> str:

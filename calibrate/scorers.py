@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from ..runtime.errors import ArgumentError
+from ..runtime.backends.buffers import one_line
+from ..runtime.errors import ArgumentError, CalibrationError
 from ..runtime.files import file_sha256
 from .quality import Pixels, Scorer
 
@@ -27,12 +28,19 @@ class NamedScorer:
     _function: Callable[[Sequence[str], Pixels], Sequence[bool]]
 
     def __call__(self, prompts: Sequence[str], pictures: Pixels) -> tuple[bool, ...]:
-        """One answer for each picture; raises ArgumentError where the function gave another number of them."""
-        answers = tuple(bool(answer) for answer in self._function(prompts, pictures))
+        """One answer for each picture; raises CalibrationError where the function failed, or gave something else."""
+        where = f"--scorer {self.name}"
+        try:
+            answers = [(answer, bool(answer)) for answer in self._function(prompts, pictures)]
+            wrong = [answer for answer, taken in answers if not bool(answer == taken)]
+        except Exception as error:  # a function of the user's own can fail in any way
+            raise CalibrationError(where, f"failed ({type(error).__name__}: {one_line(error)})") from error
+        if wrong:
+            raise CalibrationError(where, "an answer it gave", got=wrong[0], expected="True or False")
         if len(answers) != len(prompts):
-            where, expected = f"--scorer {self.name}", f"{len(prompts)}, one for each picture"
-            raise ArgumentError(where, "how many answers it gave", got=len(answers), expected=expected)
-        return answers
+            expected = f"{len(prompts)}, one for each picture"
+            raise CalibrationError(where, "how many answers it gave", got=len(answers), expected=expected)
+        return tuple(taken for _, taken in answers)
 
     def facts(self) -> dict[str, str]:
         """What figures rest on that it made, JSON-able."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -149,6 +151,17 @@ def test_clip_scores_are_cosines_of_embeddings(clip_folder: Path) -> None:
             cosine = float(model(input_ids=tokens, pixel_values=pixels).logits_per_image / model.logit_scale.exp())
         assert score == pytest.approx(max(0.0, 100 * cosine), abs=1e-3)
     assert len(set(scores)) > 1
+
+
+def test_a_clip_that_makes_nothing_of_a_picture_says_so(clip_folder: Path, tmp_path: Path) -> None:
+    """NaN is no score of 0."""
+    from transformers import CLIPModel  # noqa: PLC0415 (seconds)
+
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    model = CLIPModel.from_pretrained(clip_folder)
+    torch.nn.init.constant_(model.visual_projection.weight, math.nan)
+    model.save_pretrained(tmp_path / "clip")
+    assert np.isnan(clip_likeness(tmp_path / "clip")(["a red circle"], PICTURES[:1])).all()
 
 
 @pytest.mark.parametrize("size", [(70, 80), (64, 64), (512, 300), (440, 440), (1136, 760)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from tandemrt.calibrate import quality_command
 from tandemrt.calibrate.frechet import FeatureStatistics, frechet_distance
 from tandemrt.calibrate.quality import psnr_db, ssim
 from tandemrt.runtime.cli import main
@@ -158,6 +160,25 @@ def test_scorers_are_given_prompts_and_pictures(
         assert f"prompts, got {count}, expected 20, one for each picture" in result["error"]["message"]
 
 
+def test_a_scorer_that_fails_leaves_the_other_measures(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second batch, when it has answered for the first; named, it is asked for, whatever else is."""
+    (tmp_path / "failing_scores.py").write_text(
+        "def shows(prompts, pictures):\n    return [True if len(prompts) == 16 else 1 / 0 for _ in prompts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for asked in ((), ("--measure", "psnr")):
+        status, result, told = measured("--scorer", "failing_scores:shows", *asked, "--clip", str(tmp_path))
+        assert status == 1
+        assert result["measures"]["psnr"]["worst"] > 0
+        assert "scorer" not in result["measures"]
+        sentence = "--scorer failing_scores:shows: failed (ZeroDivisionError: division by zero)."
+        assert result["not_measured"]["scorer"] == sentence
+        assert f"warning: not measured: {sentence}" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -189,9 +210,26 @@ def test_pictures_without_prompts(measured: Measured, tmp_path: Path, clip_folde
     _, result, _ = measured("--measure", "clip", "--clip", str(clip_folder), against=False)
     assert 0 <= result["measures"]["clip"]["worst"] <= result["measures"]["clip"]["mean"] <= 100
     Image.new("RGB", (16, 24)).save(tmp_path / "pictures" / "000003.png")
-    status, result, _ = measured("--measure", "clip", "--clip", str(clip_folder), against=False)
-    assert status == 2
-    assert "000003.png: holds no prompt" in result["error"]["message"]
+    status, result, _ = measured("--measure", "psnr", "clip", "--clip", str(clip_folder))
+    assert (status, list(result["measures"])) == (1, ["psnr"])
+    assert "000003.png: holds no prompt" in result["not_measured"]["clip"]
+
+
+@pytest.mark.parametrize(("name", "option"), [("clip", "clip_likeness"), ("lpips", "lpips_distance")])
+def test_nan_is_no_measure_and_its_picture_is_named(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, option: str
+) -> None:
+    """Of one picture behind the first batch."""
+    values = iter([1.0] * 17 + [math.nan] + [1.0] * 20)
+    own: dict[str, Any] = {
+        "clip": lambda folder: lambda prompts, pictures: tuple(next(values) for _ in prompts),
+        "lpips": lambda: lambda picture, reference: next(values),
+    }
+    monkeypatch.setattr(quality_command, option, own[name])
+    status, result, _ = measured("--measure", name, "psnr")
+    assert (status, list(result["measures"])) == (1, ["psnr"])
+    told = f"{name}: of {tmp_path / 'pictures' / '000017.png'}, got nan, expected a finite number."
+    assert result["not_measured"][name].startswith(told)
 
 
 def test_a_person_is_told_a_line_a_measure(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

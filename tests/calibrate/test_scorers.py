@@ -15,7 +15,7 @@ from tandemrt.bench.shapes import scenes as shapes_scenes
 from tandemrt.bench.shapes.scenes import render, scenes
 from tandemrt.calibrate import scorers
 from tandemrt.calibrate.scorers import scorer_of
-from tandemrt.runtime.errors import ArgumentError
+from tandemrt.runtime.errors import ArgumentError, CalibrationError
 
 
 def test_the_shapes_scorer_is_found_by_its_name():
@@ -23,7 +23,7 @@ def test_the_shapes_scorer_is_found_by_its_name():
     pictures = np.stack([render(scene) for scene in chosen])
     scorer = scorer_of("tandemrt.bench.shapes.checker:shows")
     assert scorer([scene.caption for scene in chosen], pictures) == (True, True, True)
-    with pytest.raises(ArgumentError, match="no caption of the shapes family"):
+    with pytest.raises(CalibrationError, match="no caption of the shapes family"):
         scorer(["a castle"], pictures[:1])
 
 
@@ -37,8 +37,36 @@ def test_a_scorer_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest
     pictures = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255)])
     assert scorer(["a", "b"], pictures) == (False, True)
     assert sys.path == path
-    with pytest.raises(ArgumentError, match="how many answers it gave, got 2, expected 1"):
-        scorer(["a"], pictures)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1 / 0", r"own_scores:shows: failed \(ZeroDivisionError: division by zero\)"),
+        ("None", r"failed \(TypeError: 'NoneType' object is not iterable\)"),
+        ("[True, False]", "how many answers it gave, got 2, expected 1, one for each picture"),
+        ("[[True, False]]", r"an answer it gave, got \[True, False\], expected True or False"),
+        ("numpy.zeros((1, 2), bool)", r"failed \(ValueError: .*more than one element"),
+        ("[0.83]", "an answer it gave, got 0.83, expected True or False"),
+        ("['no']", "an answer it gave, got 'no', expected True or False"),
+        ("[None]", "an answer it gave, got None, expected True or False"),
+    ],
+)
+def test_a_scorer_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_scores", raising=False)
+    (tmp_path / "own_scores.py").write_text(f"import numpy\n\n\ndef shows(prompts, pictures):\n    return {given}\n")
+    scorer = scorer_of("own_scores:shows")
+    with pytest.raises(CalibrationError, match=message):
+        scorer(["a"], np.zeros((1, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("given", ["[1, 0]", "numpy.array([1.0, 0.0])", "numpy.array([[True], [False]])"])
+def test_answers_may_be_numbers_that_mean_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_scores", raising=False)
+    (tmp_path / "own_scores.py").write_text(f"import numpy\n\n\ndef shows(prompts, pictures):\n    return {given}\n")
+    assert scorer_of("own_scores:shows")(["a", "b"], np.zeros((2, 8, 8, 3), np.uint8)) == (True, False)
 
 
 @pytest.mark.parametrize(
