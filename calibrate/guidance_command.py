@@ -38,6 +38,7 @@ from .ledger import Ledger, writing
 from .prompts import chosen_prompts, held_out_prompts, prompts_sha256
 from .scorers import NamedScorer, scorer_of
 from .shared_arguments import JUDGED
+from .stored import require_storable
 
 __all__ = ["add_arguments", "plan_from_arguments", "run", "status", "summary"]
 
@@ -58,6 +59,8 @@ def run(plan: GuidancePlan, reporter: Reporter) -> dict[str, Any]:
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
         job = _job(plan, pipe)
         check_folder((plan.out / _LEDGER,), force=True, option="--out")
+        if plan.store:
+            require_storable(pipe.bundle)
         with Ledger(plan.out / _LEDGER, job.ground(plan), discard=plan.discard) as ledger:
             if len(ledger):
                 reporter.note(f"goes on with {len(ledger)} things measured before")

@@ -25,7 +25,7 @@ class Ledger:
     What was put is on the disk: no crash, full disk or second process loses it.
 
     ground: JSON-able facts; a file on another ground is refused. discard: begin anew, whatever is there.
-    forget: is given the key of each thing that is discarded, before that is so.
+    forget: is given the key of each thing that is discarded, before that is so. option: what says where the file lies.
 
     Raises, on entering:
         ArgumentError: the file rests on another ground.
@@ -40,20 +40,21 @@ class Ledger:
         *,
         discard: bool = False,
         forget: Callable[[str], None] = lambda key: None,
+        option: str = "--out",
     ) -> None:
-        self._path, self._discard, self._forget = path, discard, forget
+        self._path, self._discard, self._forget, self._option = path, discard, forget, option
         self._ground: dict[str, Any] = json.loads(json.dumps(ground))  # as it is read again
         self._found: dict[str, Any] = {}
         self._file: FileIO | None = None
 
     def __enter__(self) -> Ledger:
-        with writing(self._path):
+        with writing(self._path, self._option):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Made, but never cut: what it holds is another's until it is locked. Unbuffered: nothing is left to write.
             self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), "a+")
         try:
             self._lock(self._file)
-            with writing(self._path):
+            with writing(self._path, self._option):
                 self._resume(self._file)
         except BaseException:
             self._close()
@@ -92,11 +93,11 @@ class Ledger:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            remedy = "Wait for its end, or give another --out."
+            remedy = f"Wait for its end, or give another {self._option}."
             raise CalibrationError(str(self._path), "another run is writing it", remedy=remedy) from error
         except OSError as error:
             what = f"cannot be locked against other runs ({error.strerror or error})"
-            remedy = "Give another --out, on a file system that knows locks."
+            remedy = f"Give another {self._option}, on a file system that knows locks."
             raise CalibrationError(str(self._path), what, remedy=remedy) from error
 
     def _resume(self, file: FileIO) -> None:
@@ -120,7 +121,7 @@ class Ledger:
         if self._file is None:
             raise ValueError("the ledger is not open")
         before, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
-        with writing(self._path):
+        with writing(self._path, self._option):
             try:
                 while rest:
                     rest = rest[self._file.write(rest) :]
@@ -158,12 +159,12 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise TandemError, with what helps, where the system refuses to write."""
+def writing(path: Path, option: str = "--out") -> Iterator[None]:
+    """Raise TandemError, with what helps, where the system refuses to write; `option` says where to."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error, "--out") from error
+        raise unwritable(path, error, option) from error
 
 
 def _read(path: Path) -> bytes:

@@ -83,7 +83,7 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
             job.forget_ranges()
         if plan.budget.asks:
             path = job.folder / _LEDGER
-            ledger = entered.enter_context(Ledger(path, job.ground(), discard=plan.discard))
+            ledger = entered.enter_context(Ledger(path, job.ground(), discard=plan.discard, option="--cache"))
             if len(ledger):
                 reporter.note(f"goes on with {len(ledger)} things measured before; --discard measures them anew")
         derived = entered.enter_context(Derived(job.bundle, plan.out, force=plan.force))

@@ -31,7 +31,7 @@ from .split import Sweep, judged, measure_pictures, measured_rows, own_timesteps
 from .split_arguments import PROMPTS, SplitSettings, add_arguments, plan_from_arguments
 from .split_plans import QUALITIES, best_within, merged, name_of, pareto_front, require_affordable, split_plans
 from .split_report import PLOT, REPORT, write_report
-from .stored import store
+from .stored import require_storable, store
 from .strata import Runs
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "summary"]
@@ -77,6 +77,8 @@ def run(plan: SplitSettings, reporter: Reporter) -> dict[str, Any]:
         ground = sweep.ground(pipeline.bundle, pipeline.target, plan.threads)
         folder = plan.out or cache_folder(plan.cache) / "splits" / _name_of(ground)
         check_folder((folder / REPORT, folder / PLOT), force=True, option="--out")
+        if plan.budget is not None:
+            require_storable(pipeline.bundle)
         with Ledger(folder / LEDGER, ground, discard=plan.discard) as kept:
             measured = _measured(plan, sweep, pipeline, kept, reporter)
             result = {**_result(plan, sweep, ground, measured), "report": str(folder)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 
 from ..runtime.bundle import Bundle
@@ -11,6 +13,22 @@ from ..runtime.files import NO_LOCKS, locked, sweep_parts
 from ..runtime.manifest import Manifest
 from ..runtime.manifest_checks import check_manifest
 from ..runtime.manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, decode, encode, rewrite
+
+
+def require_storable(bundle: Bundle) -> None:
+    """Find out before anything is measured that nothing could be stored.
+
+    Raises:
+        BundleError: the bundle's folder cannot be locked or written.
+    """
+    where = str(bundle.path / MANIFEST_NAME)
+    try:
+        with locked(bundle.path, wait=False):
+            pass
+        if not os.access(bundle.path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _refused(where, error) from error
 
 
 def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
@@ -40,10 +58,15 @@ def store(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> Bundle:
             check_manifest(decode(raw, where), where)
             rewrite(changed, bundle.path)
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            what = f"its folder cannot be locked against other processes ({error.strerror})"
-            remedy = "Calibrate a copy of the bundle on a file system that knows locks."
-            raise BundleError(where, what, remedy=remedy) from error
-        remedy = "Free space, or give a bundle in a folder that can be written."
-        raise BundleError(where, f"cannot be written ({error.strerror or error})", remedy=remedy) from error
+        raise _refused(where, error) from error
     return Bundle(bundle.path, changed, hashlib.sha256(raw).hexdigest())
+
+
+def _refused(where: str, error: OSError) -> BundleError:
+    """The error for a manifest that the system does not let be replaced."""
+    if error.errno in NO_LOCKS:
+        what = f"its folder cannot be locked against other processes ({error.strerror})"
+        remedy = "Calibrate a copy of the bundle on a file system that knows locks."
+        return BundleError(where, what, remedy=remedy)
+    remedy = "Free space, or give a bundle in a folder that can be written."
+    return BundleError(where, f"cannot be written ({error.strerror or error})", remedy=remedy)

@@ -182,3 +182,5 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     told = r"some\.jsonl: cannot be locked against other runs \(No locks available\)\. Give another --out"
     with pytest.raises(CalibrationError, match=told):
         Ledger(tmp_path / "some.jsonl", GROUND).__enter__()
+    with pytest.raises(CalibrationError, match=r"\. Give another --cache, on a file system"):
+        Ledger(tmp_path / "some.jsonl", GROUND, option="--cache").__enter__()

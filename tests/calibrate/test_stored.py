@@ -6,16 +6,19 @@ import errno
 import fcntl
 import json
 import os
+import stat
+from io import FileIO
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from tandemrt.calibrate.stored import store
+from tandemrt.calibrate.stored import require_storable, store
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import BundleError
+from tandemrt.runtime.files import locked
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.manifest_files import MANIFEST_NAME
 
@@ -97,6 +100,47 @@ def test_a_file_system_without_locks_is_told(bundle: Bundle, monkeypatch: pytest
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(BundleError, match=r"against other processes .* file system that knows locks"):
+    told = r"against other processes .* file system that knows locks"
+    with pytest.raises(BundleError, match=told):
         store(bundle, lambda manifest: with_defaults(manifest, steps=SPLIT))
+    with pytest.raises(BundleError, match=told):
+        require_storable(bundle)
     assert Bundle.open(bundle.path) == bundle
+
+
+def test_what_can_be_stored_is_known_beforehand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while another process stores something, which is waited for later."""
+    with locked(bundle.path):
+        require_storable(bundle)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle.path)
+    with pytest.raises(BundleError, match=r"tandem\.json: cannot be written \(Permission denied\)"):
+        require_storable(bundle)
+
+
+COMMANDS = {
+    "split": ("--budget", "0.6"),
+    "guidance": ("--held-out", "judged.txt", "--store"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_is_measured_that_could_not_be_stored(
+    bundle: Bundle, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files can be locked there, and folders cannot, as on NFS."""
+    flock = fcntl.flock
+
+    def of_files(descriptor: int | FileIO, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor if isinstance(descriptor, int) else descriptor.fileno()).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    folder = bundle.path.parent
+    monkeypatch.chdir(folder)
+    (folder / "prompts.txt").write_text("red\n")
+    (folder / "judged.txt").write_text("blue\n")
+    monkeypatch.setattr(fcntl, "flock", of_files)
+    given = ["calibrate", command, str(bundle.path), "--prompts", "prompts.txt", "--out", "out"]
+    assert main([*given, "--target", "onnxruntime:cpu", *COMMANDS[command]]) == 1
+    assert "tandem.json: its folder cannot be locked against other processes" in capsys.readouterr().err
+    assert not (folder / "out").exists()
