@@ -48,12 +48,8 @@ class Ledger:
         self._file: FileIO | None = None
 
     def __enter__(self) -> Ledger:
-        with writing(self._path, self._option):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Made, but never cut: what it holds is another's until it is locked. Unbuffered: nothing is left to write.
-            self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), "a+")
         try:
-            self._lock(self._file)
+            self._file = self._held()
             with writing(self._path, self._option):
                 self._resume(self._file)
         except BaseException:
@@ -88,6 +84,24 @@ class Ledger:
         if found != {key: self._found.get(key)}:
             self._write(line)
             self._found |= found
+
+    def _held(self) -> FileIO:
+        """The file, locked; a new one where it was removed before it was."""
+        while True:
+            with writing(self._path, self._option):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Made, but never cut: what it holds is another's until it is locked.
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            file = FileIO(descriptor, "a+")  # unbuffered: nothing is left to write
+            try:
+                self._lock(file)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                        return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
 
     def _lock(self, file: FileIO) -> None:
         try:

@@ -13,6 +13,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.cli.inspect_bundle import loss_text, size_text
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import weights_of
+from .cache_entries import sweep_unused
 from .derived import Derived
 from .judged import NO_PROMPTS
 from .ledger import Ledger
@@ -77,6 +78,7 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
         TandemError: the target cannot be used, or a model failed.
     """
     job = job_of(plan)
+    sweep_unused(plan.cache, job.folder, *map(job.ranges, job.names))
     with ExitStack() as entered:
         ledger = None
         if plan.discard:

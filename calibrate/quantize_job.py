@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,7 +12,6 @@ from typing import Any
 
 from ..runtime.architecture import cpu_architecture, usable_cpus
 from ..runtime.bundle import Bundle
-from ..runtime.cache import cache_folder
 from ..runtime.cli.pictures import unwritable
 from ..runtime.engine_files import origin_of, weights_of
 from ..runtime.errors import ArgumentError, CalibrationError
@@ -22,6 +19,7 @@ from ..runtime.manifest import Manifest, QuantizationFormat, Role, SchedulerDefa
 from ..runtime.plan_steps import parse_steps
 from ..runtime.staging import require_free
 from ..runtime.targets import parse_target
+from .cache_entries import entry_of
 from .course import default_count, sharing_denoisers
 from .derived import require_another
 from .grounds import ground_of
@@ -92,7 +90,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where what is found is kept, so that the same search goes on where it stopped."""
-        return cache_folder(self.plan.cache) / "quantize" / _digest(self.ground())
+        return entry_of(self.plan.cache, "quantize", self.ground())
 
     def ranges(self, name: str) -> Path:
         """The file that keeps what is found of a component's values, whatever is made of it then."""
@@ -106,7 +104,7 @@ class Job:
             "machine": [cpu_architecture(), usable_cpus()],
             "versions": _versions(("tandemrt", "onnxruntime", "onnxruntime-gpu")),
         }
-        return cache_folder(self.plan.cache) / "ranges" / f"{_digest(ground)}.npz"
+        return entry_of(self.plan.cache, "ranges", ground, ".npz")
 
     def forget_ranges(self) -> None:
         """Have them found anew.
@@ -120,10 +118,6 @@ class Job:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(path, error, "--cache") from error
-
-
-def _digest(ground: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(ground, sort_keys=True).encode()).hexdigest()
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

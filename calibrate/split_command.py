@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ import msgspec
 
 from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
-from ..runtime.cache import cache_folder
 from ..runtime.calibrations import RowTime, SplitCalibration, SplitHeldOut, SplitPoint
 from ..runtime.cli.columns import aligned
 from ..runtime.cli.inspect_bundle import split_held_out
@@ -22,6 +19,7 @@ from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
 from ..runtime.manifest import Manifest
 from ..runtime.plan_steps import parse_steps, runs_of
+from .cache_entries import entry_of, sweep_unused
 from .ledger import Ledger, writing
 from .prompts import chosen_prompts, held_out_prompts
 from .quality import wilson_interval
@@ -75,10 +73,11 @@ def run(plan: SplitSettings, reporter: Reporter) -> dict[str, Any]:
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipeline:
         sweep = _sweep(plan, pipeline.bundle.manifest)
         ground = sweep.ground(pipeline.bundle, pipeline.target, plan.threads)
-        folder = plan.out or cache_folder(plan.cache) / "splits" / _name_of(ground)
+        folder = plan.out or entry_of(plan.cache, "splits", ground)
         check_folder((folder / REPORT, folder / PLOT), force=True, option="--out")
         if plan.budget is not None:
             require_storable(pipeline.bundle)
+        sweep_unused(plan.cache, folder)
         with Ledger(folder / LEDGER, ground, discard=plan.discard) as kept:
             measured = _measured(plan, sweep, pipeline, kept, reporter)
             result = {**_result(plan, sweep, ground, measured), "report": str(folder)}
@@ -152,11 +151,6 @@ def _evidence(plan: SplitSettings, sweep: Sweep, ground: Mapping[str, Any], meas
         "held_out": measured.held_out,
     }
     return msgspec.convert(msgspec.to_builtins(facts), SplitCalibration)
-
-
-def _name_of(ground: Mapping[str, Any]) -> str:
-    """The folder's name in the cache, by all that the figures rest on."""
-    return hashlib.sha256(json.dumps(ground, sort_keys=True).encode()).hexdigest()
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,12 @@ def test_ranges_are_found_once(tiny: Path, tmp_path: Path, cache: Path, monkeypa
     before = graphs_of(tmp_path / "out")
     assert quantize(tiny, tmp_path / "out", *words) == 0
     assert graphs_of(tmp_path / "out") == before
+    stale = cache / "ranges" / f"{'0' * 64}.npz"
+    stale.touch()
+    for path in cache.glob("ranges/*"):
+        os.utime(path, (0, 0))
     assert quantize(tiny, tmp_path / "out", *words, "--observer", "percentile", "--percentile", 50) == 0
-    assert len(collected) == 3
+    assert (len(collected), stale.exists()) == (3, False)
     assert graphs_of(tmp_path / "out") != before
     assert quantize(tiny, tmp_path / "out", *words, "--samples", 4) == 0
     assert collected[3:] == ["text_encoder", "unet"]

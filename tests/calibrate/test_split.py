@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -82,6 +83,20 @@ def test_every_plan_is_measured_beside_the_large_denoiser(measured: Any, bundle:
     assert len(titles) == 2 * len(points) - 1
     assert any(title.startswith("unet_small:2,unet:2: cost ") for title in titles)
     assert json.loads((tmp_path / "report" / "split.json").read_text())["points"] == result["points"]
+
+
+def test_a_sweep_is_kept_in_the_cache_and_old_ones_go(
+    bundle: Path, prompts: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale = cache / "splits" / ("0" * 64)
+    stale.mkdir(parents=True)
+    (stale / "sweep.jsonl").touch()
+    for path in (stale / "sweep.jsonl", stale):
+        os.utime(path, (0, 0))
+    assert main(["calibrate", "split", str(bundle), "--prompts", str(prompts), *STEPS, "--points", "4", "--json"]) == 0
+    (kept,) = (cache / "splits").iterdir()
+    assert json.loads(capsys.readouterr().out)["report"] == str(kept)
+    assert {path.name for path in kept.iterdir()} == {"sweep.jsonl", "split.json", "split.svg"}
 
 
 @pytest.mark.parametrize("by", ["latent_error", "psnr_db"])
