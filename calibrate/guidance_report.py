@@ -12,9 +12,11 @@ import numpy as np
 
 from ..runtime.files import write_whole
 from .curves import Curve
-from .svg import COLORS, Axis, Chart, Marker
+from .svg import COLORS, Axis, Chart, Marker, Shape
 
 FIGURES, CURVES, CURVES_PLOT, FRONT_PLOT = "guidance.json", "curves.json", "curves.svg", "front.svg"
+
+_KINDS: Sequence[tuple[str, Shape]] = tuple(zip(COLORS, ("circle", "square", "triangle"), strict=False))
 
 
 def write_report(folder: Path, facts: Mapping[str, Any], curves: Sequence[Curve]) -> None:
@@ -50,23 +52,27 @@ def curves_chart(curves: Sequence[Curve]) -> Chart:
 
 
 def front_chart(facts: Mapping[str, Any]) -> Chart:
-    """What the settings of each kind cost and how near their pictures are; those on the front are filled and joined."""
+    """What the settings of each kind cost and how near their pictures are; those on the front are filled and joined.
+
+    Dashed: the PSNR that was asked for.
+    """
     whole = {
         kind: [one for one in found["settings"] if one.get("prompts", 0) == one.get("of")]
         for kind, found in facts["kinds"].items()
     }
-    every = [one for ones in whole.values() for one in ones]
-    decibels = [one["psnr_db"] for one in every] or [0.0]
-    chart = Chart(
-        "What is left of the branches' runs, and what it costs",
-        Axis("runs of a branch, of those with full guidance", 0.45, 1.05),
-        Axis.around("PSNR to full guidance, dB", decibels),
-    )
-    for (kind, ones), color in zip(whole.items(), COLORS, strict=False):
-        chart.legend(kind, Marker(color))
-        at = {index: (one["branches"] / facts["full_branches"], one["psnr_db"]) for index, one in enumerate(ones)}
-        chart.line([at[index] for index, one in enumerate(ones) if one["front"]], color)
-        for index, one in enumerate(ones):
+    asked = facts["loss"]["min_psnr_db"]
+    decibels = [one["psnr_db"] for ones in whole.values() for one in ones]
+    decibels += [] if asked is None else [asked]
+    costs = Axis("runs of a branch, of those with full guidance", 0.45, 1.05)
+    title = "What is left of the branches' runs, and what it costs; filled: the front"
+    chart = Chart(title, costs, Axis.around("PSNR to full guidance, dB", decibels or [0.0]))
+    if asked is not None:
+        chart.line([(costs.low, asked), (costs.high, asked)], "#1c1e22", width=1, dashed=True)
+    for (kind, ones), (color, shape) in zip(whole.items(), _KINDS, strict=False):
+        chart.legend(kind, Marker(color, shape))
+        at = [(one["branches"] / facts["full_branches"], one["psnr_db"]) for one in ones]
+        chart.line([point for point, one in zip(at, ones, strict=True) if one["front"]], color)
+        for point, one in zip(at, ones, strict=True):
             told = ", ".join(f"{name} {value:g}" for name, value in one["numbers"].items())
-            chart.mark(at[index], Marker(color, filled=one["front"]), f"{kind}: {told}")
+            chart.mark(point, Marker(color, shape, filled=one["front"]), f"{kind}: {told}")
     return chart

@@ -23,7 +23,7 @@ _MARKERS: Mapping[str, Marker] = {
     "given": Marker(COLORS[3], "diamond"),
 }
 # Of marks with intervals, which would hide each other at the same cost.
-_ASIDE = {"small first": -0.008, "interleaved": 0.008}
+_ASIDE = {"small first": -0.024, "interleaved": 0.024}
 # Of each quality what its axis says, and whether more of it is better.
 _AXES = {
     "latent_error": ("latent error to the large denoiser alone", False),
@@ -85,7 +85,7 @@ def _chart(result: Mapping[str, Any], measure: str, marks: Sequence[_Mark], titl
     line = sorted((mark.cost, mark.value) for mark, on in zip(marks, front, strict=True) if on)
     chart.line(line, "#1c1e22", width=1.2, dashed=True)
     for mark, on in zip(marks, front, strict=True):
-        _draw(chart, mark, measure, labelled=on or mark.point["best"])
+        _draw(chart, mark, measure, _label(mark.point["steps"], result["large"]) if on or mark.point["best"] else "")
     for order in dict.fromkeys(point["order"] for point in result["points"]):
         chart.legend(order, _MARKERS[order])
     return chart
@@ -98,20 +98,18 @@ def _mark(point: Mapping[str, Any], measure: str) -> _Mark:
     return _Mark(point["cost"] + _ASIDE.get(point["order"], 0), value, low, high, point)
 
 
-def _draw(chart: Chart, mark: _Mark, measure: str, *, labelled: bool) -> None:
+def _draw(chart: Chart, mark: _Mark, measure: str, label: str) -> None:
     marker, at = _MARKERS[mark.point["order"]], (mark.cost, mark.value)
     if mark.low < mark.high:
         chart.line([(mark.cost, mark.low), (mark.cost, mark.high)], marker.color, width=1, opacity=0.4)
     if mark.point["best"]:
         chart.mark(at, Marker(_BEST, "circle", radius=9, filled=False))
     told = f"{mark.point['plan']}: cost {mark.point['cost']:.3f}, {measure} {mark.value:.4g}"
-    chart.mark(at, marker, told, label=_label(mark.point["steps"]) if labelled else "")
+    chart.mark(at, marker, told, label=label)
 
 
-def _label(steps: list[tuple[str, int]]) -> str:
-    """A plan in few letters: its numbers of steps in order, or of many how many are the first denoiser's."""
-    counts = [count for _, count in steps]
-    if len(counts) == 1:
+def _label(steps: list[tuple[str, int]], large: str) -> str:
+    """A plan in few letters: the denoiser that is alone, or how many steps the large one has."""
+    if len(steps) == 1:
         return steps[0][0]
-    own = sum(count for name, count in steps if name == steps[0][0])
-    return "/".join(map(str, counts)) if len(counts) <= 3 else f"{own} of {sum(counts)}"
+    return f"{sum(count for name, count in steps if name == large)} {large}"

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 from xml.sax.saxutils import escape, quoteattr
 
+Shape = Literal["circle", "square", "triangle", "diamond"]
 Point = tuple[float, float]
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart with any colour vision
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 442, 64, 20, 40, 78
+_LETTER = 6.5
+_MARK, _LINE = 10.0, 1.0  # what it counts where a label meets one
 _DASHED = ' stroke-dasharray="4 3"'
 _CORNERS = {
     "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
@@ -48,7 +53,7 @@ class Marker:
     """How a point is drawn; shapes are told apart without colours too."""
 
     color: str
-    shape: Literal["circle", "square", "triangle", "diamond"] = "circle"
+    shape: Shape = "circle"
     radius: float = 4.0
     filled: bool = True
 
@@ -60,6 +65,8 @@ class Chart:
         self.width = width
         self._title, self._x, self._y = title, x, y
         self._shapes: list[str] = []
+        self._labels: list[tuple[Point, str]] = []
+        self._taken: list[tuple[_Box, float]] = []
         self._legend: list[tuple[str, Marker]] = []
 
     @property
@@ -71,18 +78,20 @@ class Chart:
         self, points: Sequence[Point], color: str, *, width: float = 2.0, opacity: float = 1.0, dashed: bool = False
     ) -> None:
         """Straight lines from point to point."""
-        at = " ".join(f"{self._across(x):.1f},{self._down(y):.1f}" for x, y in points)
+        corners = [(self._across(x), self._down(y)) for x, y in points]
+        self._taken += [((x - 1, y - 1, x + 1, y + 1), _LINE * opacity) for x, y in _along(corners)]
+        at = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
         drawn = f'stroke="{color}" stroke-width="{width:g}" stroke-opacity="{opacity:g}"'
         self._shapes.append(f'<polyline points="{at}" fill="none" {drawn}{_DASHED * dashed}/>')
 
     def mark(self, point: Point, marker: Marker, told: str = "", *, label: str = "") -> None:
-        """A point; `told` is shown where a pointer rests on it, `label` beside it."""
+        """A point; `told` is shown where a pointer rests on it, `label` beside it, where there is most room."""
         x, y = self._across(point[0]), self._down(point[1])
         self._shapes.append(_marked(x, y, marker, told))
+        reach = marker.radius + 1
+        self._taken.append(((x - reach, y - reach, x + reach, y + reach), _MARK))
         if label:
-            room = 7 * len(label) + 8 < self.width - x
-            place = (x + 8, "start") if room else (x - 6, "end")
-            self._shapes.append(_text(place[0], y - 8, label, anchor=place[1]))
+            self._labels.append(((x, y), label))
 
     def legend(self, text: str, marker: Marker) -> None:
         """Say what a marker stands for."""
@@ -96,12 +105,32 @@ class Chart:
             _text(_LEFT, 24, self._title, size=15),
             *self._axes(),
             *self._shapes,
+            *self._placed(),
         ]
         x = float(_LEFT)
         for text, marker in self._legend:
             parts += [_marked(x, _HEIGHT - 14, marker), _text(x + 10, _HEIGHT - 10, text)]
-            x += 26 + 6.5 * len(text)
+            x += 32 + _LETTER * len(text)
         return "\n".join([*parts, "</svg>"]) + "\n"
+
+    def _placed(self) -> Iterator[str]:
+        """The labels over everything else, each where it hides least of marks, lines and the labels before it."""
+        taken = list(self._taken)
+        for (x, y), label in self._labels:
+            width = _LETTER * len(label)
+            lefts, baselines = (x + 8, x - 8 - width, x - width / 2), (y - 7, y + 16, y + 4)
+            corners = [(left, baseline) for baseline in baselines for left in lefts][:-1]  # not on the mark itself
+            boxes = [(left, baseline - 11, left + width, baseline + 3) for left, baseline in corners]
+            box = min(boxes, key=lambda box: self._outside(box) + sum(cost for one, cost in taken if _meet(box, one)))
+            taken.append((box, _MARK))
+            yield _text(box[0], box[3] - 3, label, more='fill="none" stroke="#ffffff" stroke-width="3"')
+            yield _text(box[0], box[3] - 3, label)
+
+    def _outside(self, box: _Box) -> float:
+        """What it counts where a box leaves the axes."""
+        left, top, right, bottom = box
+        inside = left >= _LEFT and top >= _TOP and right <= self.width - _RIGHT and bottom <= _HEIGHT - _BOTTOM
+        return 0.0 if inside else 2 * _MARK
 
     def _axes(self) -> Iterator[str]:
         right, bottom = self.width - _RIGHT, _HEIGHT - _BOTTOM
@@ -132,6 +161,17 @@ def side_by_side(charts: Sequence[Chart]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{_HEIGHT}" viewBox="0 0 {width} {_HEIGHT}">'
     )
     return "\n".join([opening, *parts]) + "</svg>\n"
+
+
+def _along(corners: Sequence[Point]) -> Iterator[Point]:
+    """Points of a line, a few units from one another."""
+    for (x1, y1), (x2, y2) in pairwise(corners):
+        count = math.ceil(math.hypot(x2 - x1, y2 - y1) / 4)
+        yield from ((x1 + (x2 - x1) * at / count, y1 + (y2 - y1) * at / count) for at in range(count))
+
+
+def _meet(one: _Box, other: _Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _marked(x: float, y: float, marker: Marker, told: str = "") -> str:

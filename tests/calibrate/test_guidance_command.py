@@ -71,8 +71,13 @@ def test_what_is_found_holds_and_is_stored_and_used(folder: Path, capsys: pytest
     rule = compile_plan(bundle.manifest, Schedule(steps=8, guidance="adaptive")).adaptive
     assert rule is not None
     assert rule.threshold == adaptive["numbers"]["threshold"]
-    for plot in ("curves.svg", "front.svg"):
-        ElementTree.fromstring((folder / "out" / plot).read_bytes())
+    ElementTree.fromstring((folder / "out" / "curves.svg").read_bytes())
+    front = ElementTree.fromstring((folder / "out" / "front.svg").read_bytes())
+    # What was asked for, and of both kinds each setting that was run with all prompts, told apart by their shapes.
+    assert len([line for line in front if "stroke-dasharray" in line.attrib]) == 1
+    for kind, shape in (("interval", "circle"), ("adaptive", "polygon")):
+        settings = [one for one in result["kinds"][kind]["settings"] if one["prompts"] == one["of"]]
+        assert len([mark for mark in front if mark.tag.endswith(shape)]) == len(settings) + 1
     curves = json.loads((folder / "out" / "curves.json").read_text())
     assert [len(curve["discrepancy"]) for curve in curves] == [8, 8, 8]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from xml.etree import ElementTree
 
 import pytest
@@ -28,6 +29,30 @@ def test_a_chart_is_well_formed_and_shows_what_it_was_given() -> None:
     texts = {text.text for text in root.findall(f"{SVG}text")}
     assert {"one", "5 & 30"} <= texts
     assert len(root.findall(f"{SVG}polygon")) == 1
+
+
+def test_labels_hide_no_marks_lines_or_labels_and_stay_within() -> None:
+    """One is beside the edge, one in a corner, and one has a mark where the first two are written."""
+    chart = Chart("", Axis("", 0, 100), Axis("", 0, 100))
+    points = [(50, 50), (54, 53), (55, 54), (99, 99), (1, 1)]
+    for number, point in enumerate(points):
+        chart.mark(point, Marker(COLORS[0]), label=f"label {number}")
+    chart.line([(0, 40), (100, 40)], COLORS[1])
+    shapes = list(ElementTree.fromstring(str(chart)))
+    dots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in shapes if dot.tag == f"{SVG}circle"]
+    labels = [shape for shape in shapes if (shape.text or "").startswith("label") and "stroke" not in shape.attrib]
+    assert (len(labels), len(dots)) == (5, 5)
+    boxes = []
+    for label in labels:
+        left, baseline = float(label.attrib["x"]), float(label.attrib["y"])
+        boxes.append((left, baseline - 10, left + 6 * len("label 0"), baseline))
+    for left, top, right, bottom in boxes:
+        assert left >= 64 and right <= 700 and top >= 40 and bottom <= 364
+        assert not any(left < x < right and top < y < bottom for x, y in dots)
+        assert not top < 234.4 < bottom
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    assert shapes.index(labels[0]) > max(shapes.index(shape) for shape in shapes if shape.tag == f"{SVG}polyline")
 
 
 def test_charts_stand_side_by_side() -> None:
