@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from tandemrt.runtime.cli import main
+
+from ..runtime.tiny_bundle import write_tiny_bundle
+from .collecting import PROMPTS, STEPS, Collect
+
 
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -15,6 +20,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("TANDEMRT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two denoisers that is only read."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def collect(tiny_bundle: Path, tmp_path: Path) -> Collect:
+    """Runs `tandemrt calibrate collect`; further arguments come last, so that they win."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+
+    def collected(*arguments: object, out: str = "out", of: Path = tiny_bundle) -> int:
+        given = ("--prompts", prompts, "--steps", STEPS, "--rows", 2, "--threads", 1, "--out", tmp_path / out)
+        return main([str(word) for word in ("calibrate", "collect", of, *given, *arguments)])
+
+    return collected
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""Trajectories: what is kept is what the models were given, evenly, whether or not it was interrupted."""
+"""Trajectories: what is kept is what the models were given, evenly."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections import Counter
@@ -14,66 +13,27 @@ import msgspec
 import numpy as np
 import pytest
 
-from tandemrt.calibrate.ledger import Ledger
 from tandemrt.calibrate.prompts import read_prompts
-from tandemrt.calibrate.run_folder import RunFolder
 from tandemrt.calibrate.strata import kept_rows, turns
-from tandemrt.calibrate.trajectories import RECORD_NAME, Trajectories
+from tandemrt.calibrate.trajectories import Trajectories
 from tandemrt.runtime import CalibrationError, Pipeline
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.cli.reporter import ConsoleReporter
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.safetensors_files import read_header
 from tandemrt.runtime.tokenizer import PromptTokenizer
 
 from ..runtime.recorded import Recorded
-from ..runtime.tiny_bundle import MAX_LENGTH, resign, write_tiny_bundle
+from ..runtime.tiny_bundle import MAX_LENGTH, resign
 from ..runtime.tiny_families import write_tiny_lcm, write_tiny_sd3, write_tiny_sdxl
-
-PROMPTS = ("red", "blue red", "a red blue", "blue blue", "red a", "blue a")
-STEPS = 5
-Collect = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("collect") / "bundle"
-    write_tiny_bundle(folder)
-    return folder
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return path
-
-
-@pytest.fixture
-def collect(bundle: Path, prompts: Path, tmp_path: Path) -> Collect:
-    """Runs the command; further arguments come last, so that they win."""
-
-    def collected(*arguments: object, out: str = "out", of: Path = bundle) -> int:
-        given = ("--prompts", prompts, "--steps", STEPS, "--rows", 2, "--threads", 1, "--out", tmp_path / out)
-        return main([str(word) for word in ("calibrate", "collect", of, *given, *arguments)])
-
-    return collected
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    return capsys.readouterr().err.splitlines()[-1]
+from .collecting import PROMPTS, STEPS, Collect, error_of
 
 
 def test_every_denoiser_is_kept_at_every_row_as_often_in_both_branches(
-    collect: Collect, bundle: Path, tmp_path: Path
+    collect: Collect, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     assert collect("--rows", STEPS) == 0
-    kept = Trajectories.open(tmp_path / "out", Bundle.open(bundle))
+    kept = Trajectories.open(tmp_path / "out", Bundle.open(tiny_bundle))
     for name in ("unet", "unet_small"):
         samples = list(kept.samples(name))
         counts = Counter(float(sample["timestep"][0]) for sample in samples)
@@ -90,12 +50,12 @@ def test_every_denoiser_is_kept_at_every_row_as_often_in_both_branches(
     assert kept.prompts == PROMPTS
 
 
-def test_what_is_kept_is_what_the_models_were_given(collect: Collect, bundle: Path, tmp_path: Path) -> None:
+def test_what_is_kept_is_what_the_models_were_given(collect: Collect, tiny_bundle: Path, tmp_path: Path) -> None:
     assert collect("--guidance-scale", 3, "--seed", 11) == 0
-    kept, names = Trajectories.open(tmp_path / "out", Bundle.open(bundle)), ("unet", "unet_small")
+    kept, names = Trajectories.open(tmp_path / "out", Bundle.open(tiny_bundle)), ("unet", "unet_small")
     expected: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
     latents = []
-    with Pipeline.open(bundle, threads=1) as pipeline:
+    with Pipeline.open(tiny_bundle, threads=1) as pipeline:
         recorded = Recorded(pipeline)
         for index, prompt in enumerate(PROMPTS):
             steps = turns(names, STEPS, index)
@@ -136,24 +96,24 @@ def test_branches_and_time_steps_are_told_in_the_files(collect: Collect, tmp_pat
 
 
 def test_text_encoders_are_kept_with_each_prompt_and_the_negative_one_once(
-    collect: Collect, bundle: Path, tmp_path: Path
+    collect: Collect, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     assert collect("--negative-prompt", "blue") == 0
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(tiny_bundle)
     samples = list(Trajectories.open(tmp_path / "out", opened).samples("text_encoder"))
     tokenizer = PromptTokenizer(opened.tokenizer_path("text_encoder"), MAX_LENGTH)
     expected = tokenizer.tokenize([PROMPTS[0], "blue", *PROMPTS[1:]]).ids
     assert np.array_equal(np.concatenate([sample["input_ids"] for sample in samples]), expected)
 
 
-def test_without_guidance_one_branch_is_kept(collect: Collect, bundle: Path, tmp_path: Path) -> None:
+def test_without_guidance_one_branch_is_kept(collect: Collect, tiny_bundle: Path, tmp_path: Path) -> None:
     assert collect("--guidance-scale", 1) == 0
-    assert Trajectories.open(tmp_path / "out", Bundle.open(bundle)).count("unet") == len(PROMPTS)
+    assert Trajectories.open(tmp_path / "out", Bundle.open(tiny_bundle)).count("unet") == len(PROMPTS)
 
 
-def test_steps_by_denoiser_are_every_prompt_s(collect: Collect, bundle: Path, tmp_path: Path) -> None:
+def test_steps_by_denoiser_are_every_prompt_s(collect: Collect, tiny_bundle: Path, tmp_path: Path) -> None:
     assert collect("--steps", "unet:2,unet_small:3", "--rows", 5) == 0
-    kept = Trajectories.open(tmp_path / "out", Bundle.open(bundle))
+    kept = Trajectories.open(tmp_path / "out", Bundle.open(tiny_bundle))
     assert {name: kept.count(name) for name in ("unet", "unet_small")} == {"unet": 24, "unet_small": 36}
 
 
@@ -168,138 +128,8 @@ def test_the_plan_says_what_is_kept(collect: Collect, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["kept"] == planned["kept"]
 
 
-class InterruptedReporter(ConsoleReporter):
-    """Interrupts when so many rows are painted."""
-
-    rows = 3 * STEPS + 2
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        if done == self.rows:
-            raise KeyboardInterrupt
-        super().progress(label, done, total)
-
-
-def test_an_interrupted_run_goes_on_to_the_same_files(
-    collect: Collect, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert collect(out="whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr("tandemrt.runtime.cli.program.ConsoleReporter", InterruptedReporter)
-        assert collect() == 130
-    assert sorted(files(tmp_path / "out")) == [*(f"prompt-0000{index}.safetensors" for index in range(3)), RECORD_NAME]
-    with pytest.raises(CalibrationError, match="unfinished: how many files, got 3, expected those of 6 prompts"):
-        Trajectories.open(tmp_path / "out", Bundle.open(bundle))
-    capsys.readouterr()
-    # As when it was killed between a line and its file.
-    (tmp_path / "out" / "prompt-00002.safetensors").unlink()
-    assert collect("--json") == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["painted"] == 4
-    assert "goes on with 2 of 6 prompts there" in told.err
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert collect("--json") == 0
-    assert json.loads(capsys.readouterr().out)["painted"] == 0
-
-
-def test_each_prompt_adds_a_line_and_rewrites_nothing(
-    collect: Collect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thousands of prompts would otherwise write as many records of thousands of lines."""
-    record, seen = tmp_path / "out" / RECORD_NAME, list[tuple[int, bytes]]()
-    add = RunFolder.add
-
-    def watched(self: RunFolder, *given: Any) -> None:
-        add(self, *given)
-        seen.append((record.stat().st_ino, record.read_bytes()))
-
-    monkeypatch.setattr(RunFolder, "add", watched)
-    assert collect() == 0
-    assert len({inode for inode, _ in seen}) == 1
-    assert [content.count(b"\n") for _, content in seen] == [2, 3, 4, 5, 6, 7]
-    assert all(later.startswith(earlier) for (_, earlier), (_, later) in itertools.pairwise(seen))
-
-
-def test_what_is_lost_or_damaged_is_named_and_made_again(
-    collect: Collect, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert collect() == 0
-    before, opened = files(tmp_path / "out"), Bundle.open(bundle)
-    lost, flipped = (tmp_path / "out" / f"prompt-0000{index}.safetensors" for index in (1, 4))
-    flipped.write_bytes(before[flipped.name][:-1] + b"!")
-    kept = Trajectories.open(tmp_path / "out", opened)
-    with pytest.raises(CalibrationError, match=rf"{flipped.name}: damaged: sha256, got"):
-        list(kept.samples("unet"))
-    lost.unlink()
-    with pytest.raises(CalibrationError, match=rf"{lost.name}: cannot be read \(No such file"):
-        Trajectories.open(tmp_path / "out", opened)
-    capsys.readouterr()
-    assert collect() == 0
-    warned = [line for line in capsys.readouterr().err.splitlines() if "missing or damaged" in line]
-    assert [Path(line.split(": ")[1]).name for line in warned] == [lost.name, flipped.name]
-    assert files(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--seed", 1), "seed is 0 there, 1 here"),
-        (("--guidance-scale", 2), "guidance_scale is 5.0 there, 2.0 here"),
-        (("--steps", 4), "steps is 5 there, 4 here"),
-        (("--rows", 3), "rows is 2 there, 3 here"),
-        (("--height", 80), "height is 64 there, 80 here"),
-        (("-n", 4), "prompts are 6 there, 4 here"),
-    ],
-)
-def test_other_settings_are_refused_until_what_is_there_is_discarded(
-    collect: Collect,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[object, ...],
-    words: str,
-) -> None:
-    assert collect() == 0
-    before = files(tmp_path / "out")
-    assert collect(*arguments) == 2
-    told = error_of(capsys)
-    assert words in told
-    assert "--discard" in told
-    assert files(tmp_path / "out") == before
-    assert collect(*arguments, "--discard") == 0
-    assert collect(*arguments, out="fresh") == 0
-    assert files(tmp_path / "out") == files(tmp_path / "fresh")
-
-
-def test_another_bundle_is_refused_and_one_with_other_defaults_is_not(
-    collect: Collect, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert collect() == 0
-    other, tuned = tmp_path / "other", tmp_path / "tuned"
-    for copy, edit in ((other, with_other_unet), (tuned, with_other_guidance)):
-        shutil.copytree(bundle, copy)
-        resign(copy, edit)
-    assert collect(of=other) == 2
-    assert "bundle is " in error_of(capsys)
-    opened = Bundle.open(other)
-    with pytest.raises(
-        CalibrationError, match=f"of another bundle, got '{Bundle.open(bundle).digest}', expected"
-    ) as no:
-        Trajectories.open(tmp_path / "out", opened)
-    assert opened.digest in str(no.value)
-    assert Trajectories.open(tmp_path / "out", Bundle.open(tuned)).count("unet") == 12
-
-
-def with_other_unet(manifest: Manifest) -> Manifest:
-    unet = manifest.components["unet_small"]
-    unet = msgspec.structs.replace(unet, source=msgspec.structs.replace(unet.source, sha256="1" * 64))
-    return msgspec.structs.replace(manifest, components={**manifest.components, "unet_small": unet})
-
-
-def with_other_guidance(manifest: Manifest) -> Manifest:
-    return msgspec.structs.replace(manifest, defaults=msgspec.structs.replace(manifest.defaults, guidance_scale=2.0))
-
-
 def test_a_denoiser_with_a_scheduler_of_its_own_is_visited_alone(
-    collect: Collect, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    collect: Collect, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def own(manifest: Manifest) -> Manifest:
         config = {**manifest.scheduler.config, "timestep_spacing": "trailing"}
@@ -308,7 +138,7 @@ def test_a_denoiser_with_a_scheduler_of_its_own_is_visited_alone(
         return msgspec.structs.replace(manifest, components={**manifest.components, "unet_small": small})
 
     apart = tmp_path / "apart"
-    shutil.copytree(bundle, apart)
+    shutil.copytree(tiny_bundle, apart)
     resign(apart, own)
     assert collect(of=apart) == 0
     kept = Trajectories.open(tmp_path / "out", Bundle.open(apart))
@@ -343,96 +173,6 @@ def test_every_family_s_inputs_are_kept(
             assert {key: (str(values.dtype), values.ndim) for key, values in sample.items()} == {
                 spec.name: (spec.dtype, len(spec.shape)) for spec in specs
             }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("-n", 7), "prompts.txt: prompts, got 6, expected -n 7. Give -n 6, or more prompts."),
-        (("-n", 0), "-n: not usable, got 0, expected 1 to 100000."),
-        (("-n", 1), "-n: number of prompts, got 1, expected 2 or more, one for each of unet, unet_small."),
-        (("--rows", 0), "--rows: number of rows, got 0, expected 1 or more."),
-        (("--steps", "0"), "number of steps in all, got 0"),
-        (("--steps", "5,x"), "not a number of steps, got 'x'"),
-        (("--steps", "unet_large:5"), "unknown denoiser, got 'unet_large'"),
-        (("--denoiser", "unet_smal"), "no such component, got 'unet_smal'"),
-        (("--denoiser", "vae_decoder"), "no denoiser, got 'vae_decoder', expected one of unet, unet_small."),
-        (("--denoiser", "unet", "--steps", "5,5"), "given beside --steps by denoiser"),
-        (("--guidance-scale", "nan"), "guidance_scale: not usable"),
-        (("--height", 63), "height: not usable, got 63"),
-        (("--seed", 2**64 - 3), "seed"),
-        (("--target", "abacus:cpu"), "backend, got 'abacus:cpu'"),
-    ],
-)
-def test_arguments_that_cannot_be_used(
-    collect: Collect, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], words: str
-) -> None:
-    assert collect(*arguments) == 2
-    assert words in error_of(capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_held_out_prompts_are_refused(collect: Collect, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held_out = tmp_path / "held-out.txt"
-    held_out.write_text("green\nBLUE  red\nred a\n")
-    assert collect("--held-out", held_out) == 2
-    assert "2 of them, the first is 'blue red'" in error_of(capsys)
-    held_out.write_text("green\n")
-    assert collect("--held-out", held_out) == 0
-
-
-def test_a_folder_of_something_else_is_left_alone(
-    collect: Collect, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    for arguments in ((), ("--discard",)):
-        assert collect(*arguments) == 2
-        assert "holds other files and no trajectories.jsonl, got 'thesis.tex'" in error_of(capsys)
-    assert list(files(tmp_path / "out")) == ["thesis.tex"]
-    assert collect("--out", bundle / "kept") == 2
-    assert "inside the bundle" in error_of(capsys)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"{\n", "not what a run left"),
-        (b'{"format": 2}\n', "format, got 2, expected 1"),
-        (b'{"format": 1}\n', "not a record of trajectories"),
-        (b"\xff\xfe\n", "not what a run left"),
-    ],
-)
-def test_a_damaged_record_is_told_and_can_be_discarded(
-    collect: Collect, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / RECORD_NAME).write_bytes(content)
-    with pytest.raises(CalibrationError, match=words):
-        Trajectories.open(tmp_path / "out", Bundle.open(bundle))
-    assert collect() in (1, 2)
-    assert "--discard" in error_of(capsys)
-    assert collect("--discard", "-n", 2) == 0
-
-
-def test_a_record_that_leaves_its_folder_is_refused(collect: Collect, bundle: Path, tmp_path: Path) -> None:
-    assert collect("-n", 2) == 0
-    path = tmp_path / "out" / RECORD_NAME
-    path.write_bytes(path.read_bytes().replace(b"prompt-00001.safetensors", b"../prompt-001.safetensors"))
-    with pytest.raises(CalibrationError, match=r"a file that belongs to no prompt, got '\.\./prompt-001"):
-        Trajectories.open(tmp_path / "out", Bundle.open(bundle))
-
-
-def test_no_trajectories_at_all(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"holds no trajectories: no trajectories\.jsonl\. Make them: `tandemrt"):
-        Trajectories.open(tmp_path, Bundle.open(bundle))
-
-
-def test_two_runs_do_not_share_a_folder(collect: Collect, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out").mkdir()
-    with Ledger(tmp_path / "out" / RECORD_NAME, {}):
-        assert collect() == 1
-    assert "another run is writing it" in error_of(capsys)
 
 
 @pytest.fixture(scope="module")
