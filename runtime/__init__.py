@@ -2,6 +2,7 @@
 
 from .errors import (
     ArgumentError,
+    BenchmarkError,
     BundleError,
     CacheError,
     CacheFullError,
@@ -25,6 +26,7 @@ from .trace import traced
 
 __all__ = [
     "ArgumentError",
+    "BenchmarkError",
     "BundleError",
     "CacheError",
     "CacheFullError",

@@ -12,6 +12,7 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 │   ├── UntrustedError       a folder of the cache of engines that others could have written to
 │   └── CacheError           the cache of engines cannot be written, whichever engine is built
 │       └── CacheFullError   the cache of engines has no room for one
+├── BenchmarkError           a benchmark that cannot be run, or a file that is no report of one
 ├── CalibrationError         what was measured cannot be used, or leads to nothing of what was asked for
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
     └── CancelledError       a generation stopped by its caller
@@ -108,6 +109,10 @@ class CacheError(EngineError):
 
 class CacheFullError(CacheError):
     """The file system of the cache has no room for an engine; a smaller one may fit."""
+
+
+class BenchmarkError(TandemError):
+    """A benchmark cannot be run, or a file is no report of one."""
 
 
 class CalibrationError(TandemError):

@@ -26,7 +26,8 @@ class Entry:
     """Where a command lives; its module is imported only when the command is named.
 
     extras: what to install when an import of the command's fails. plans: whether it can say beforehand what it will do.
-    group: whether the module holds no command but `COMMANDS`, a table of those that the next word chooses from.
+    group: whether the module holds no command but `COMMANDS`, a table of those that the next word chooses from, and
+        perhaps `DEFAULT`, the one that is meant where the next word is none of them.
     """
 
     module: str
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, Entry] = {
     "build-engine": Entry("tandemrt.engines.command", "compile a bundle's models for what they run on", "engines"),
     "calibrate": Entry("tandemrt.calibrate.command", "find what suits a bundle by measuring it", "cpu", group=True),
     "generate": Entry("tandemrt.runtime.cli.generate", "paint pictures from prompts with a bundle", "cpu"),
+    "bench": Entry("tandemrt.bench.command", "measure a bundle beside its peers, and report", "cpu,bench", group=True),
     "inspect": Entry("tandemrt.runtime.cli.inspect_bundle", "show what a bundle holds", "cpu", plans=False),
     "verify": Entry("tandemrt.runtime.cli.verify_bundle", "check that a bundle is what was exported", "export,cpu"),
     "doctor": Entry("tandemrt.runtime.cli.doctor", "show what this machine can run, and what is missing", "cpu", False),
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `tandemrt` with these arguments (the process's own by default) and return its exit status."""
     if argv is None:
         signal.signal(signal.SIGTERM, _terminate)
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = _with_default(sys.argv[1:] if argv is None else list(argv))
     try:
         return _guarded(arguments)
     except BrokenPipeError:
@@ -198,6 +200,18 @@ def _execute(command: Command, namespace: argparse.Namespace) -> int:
                 reporter.line(line)
     status: Callable[[Mapping[str, Any]], int] | None = getattr(command, "status", None)
     return 0 if status is None else status(result)
+
+
+def _with_default(arguments: list[str]) -> list[str]:
+    """The arguments with their group's default command, where it has one and they name none and ask for no help."""
+    names, entry = _named_command(arguments)
+    if entry is None or not entry.group:
+        return arguments
+    default = getattr(importlib.import_module(entry.module), "DEFAULT", None)
+    after = arguments.index(names[-1]) + 1
+    if default is None or not arguments[after:] or arguments[after] in ("-h", "--help"):
+        return arguments
+    return [*arguments[:after], default, *arguments[after:]]
 
 
 def _named_command(arguments: Sequence[str]) -> tuple[tuple[str, ...], Entry | None]:

@@ -1,0 +1,16 @@
+"""What `tandemrt bench` does, by name; what is no name is a bundle, for `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tandemrt.runtime.cli.program import Entry
+
+COMMANDS: Mapping[str, Entry] = {
+    "run": Entry("tandemrt.bench.run_command", "measure a bundle, beside its peers, and write a report", "cpu,bench"),
+    "compare": Entry(
+        "tandemrt.bench.compare_command", "what differs between two reports beyond noise", "bench", plans=False
+    ),
+    "setup": Entry("tandemrt.bench.setup_command", "install a peer to measure beside", "bench", plans=False),
+}
+DEFAULT = "run"

@@ -1,0 +1,137 @@
+"""What is measured against each other: processes that paint the same picture when told to, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tandemrt.runtime.errors import BenchmarkError
+
+from . import peers
+
+SCRIPTS = Path(peers.__file__).parent
+# What a library says while it works is kept for the error it may end in.
+_KEPT_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a contender told: figures by name, in seconds and MiB, and words by component."""
+
+    figures: Mapping[str, float]
+    words: Mapping[str, str]
+
+
+class Contender:
+    """A contender's process, which opens its models when it starts.
+
+    Another one may be opened meanwhile, but is not to be: they would slow each other down.
+    """
+
+    def __init__(self, name: str, python: str, script: str, job: Mapping[str, Any]) -> None:
+        """Start it.
+
+        Raises:
+            BenchmarkError: the interpreter is not there.
+        """
+        self.name, self._pictures = name, Path(job["pictures"])
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        try:
+            self._process = subprocess.Popen(
+                [python, "-u", str(SCRIPTS / script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env=environment,
+            )
+        except OSError as error:
+            raise BenchmarkError(name, f"its interpreter cannot be started ({error.strerror})", got=python) from error
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        if stdin is None or stdout is None or stderr is None:
+            raise BenchmarkError(name, "has no pipes")
+        self._stdin, self._stdout, self._said = stdin, stdout, _Tail(stderr)
+        self._told = {"name": name, **job}
+
+    def opened(self) -> Answer:
+        """What opening took; waits until the models are open.
+
+        Raises:
+            BenchmarkError: it failed; the message ends with what it said.
+        """
+        return self._asked(json.dumps(self._told))
+
+    def painted(self, seed: int) -> Answer:
+        """What the picture of this seed took, from its text to its pixels. BenchmarkError where it failed."""
+        return self._asked(str(seed))
+
+    def picture(self, seed: int) -> npt.NDArray[np.float32]:
+        """The picture of this seed, which it has painted, (H, W, 3) float32 in 0..1."""
+        picture: npt.NDArray[np.float32] = np.load(self._pictures / f"{self.name}-{seed}.npy")
+        return picture
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        for pipe in (self._stdin, self._stdout):
+            with suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+    def _asked(self, line: str) -> Answer:
+        try:
+            self._stdin.write(line + "\n")
+            self._stdin.flush()
+            answer = self._stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            status = self._process.wait()
+            raise BenchmarkError(self.name, f"ended with exit status {status}", remedy=self._said.line())
+        facts = json.loads(answer)
+        if "error" in facts:
+            raise BenchmarkError(self.name, facts["error"])
+        return Answer(facts["figures"], facts.get("words", {}))
+
+
+class _Tail:
+    """The last a stream said, read as it comes so that nobody waits to say it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._kept, self._stream = "", stream
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self._kept = (self._kept + line)[-_KEPT_CHARACTERS:]
+
+    def line(self) -> str:
+        """The last line, when the stream has ended."""
+        self._thread.join(timeout=5)
+        return self._kept.strip().rpartition("\n")[2]
+
+    def close(self) -> None:
+        """Let go of the stream, whose other end is closed."""
+        self._thread.join()
+        self._stream.close()

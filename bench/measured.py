@@ -1,0 +1,229 @@
+"""A bundle beside its peers, as sections of a report: whole pictures, their parts, the start, the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.errors import BenchmarkError
+from tandemrt.runtime.onnx_files import external_files
+
+from .contenders import Contender
+from .peer_table import interpreter, named_peer
+from .reports.schema import Column, Figure, Plot, Row, Section, Subject
+from .rounds import Taken
+
+_PARTS = {"text_s": "text encoders", "decode_s": "decoder", "host_s": "the loop itself"}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is painted, the same by all.
+
+    checkpoint: what the bundle was made of; added: its further denoisers, and its decoder where that is another one.
+    arguments: of a request to TandemRT, besides prompt and seed; steps: what they come to, denoiser by denoiser.
+    """
+
+    bundle: Path
+    checkpoint: Path | None
+    added: Mapping[str, Path]
+    prompt: str
+    arguments: Mapping[str, Any]
+    steps: tuple[tuple[str, int], ...]
+    guidance_scale: float
+    height: int
+    width: int
+    decoder: str | None
+    threads: int | None
+    cache: Path
+    pictures: Path
+    peer_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every contender is told."""
+        return {
+            "bundle": str(self.bundle),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "added": {name: str(path) for name, path in self.added.items()},
+            "prompt": self.prompt,
+            "steps": list(self.steps),
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "decoder": str(self.added[self.decoder]) if self.decoder in self.added else None,
+            "threads": self.threads,
+            "pictures": str(self.pictures),
+        }
+
+
+def own_contender(work: Work, target: str) -> Callable[[], Contender]:
+    """TandemRT on a target."""
+    job = {**work.shared, "target": target, "cache": str(work.cache), "arguments": dict(work.arguments)}
+    return partial(Contender, own_name(target), interpreter("diffusers", work.cache), "ours.py", job)
+
+
+def own_name(target: str) -> str:
+    """What TandemRT on a target is called in a report."""
+    return f"tandemrt {target}"
+
+
+def peer_contender(work: Work, name: str) -> Callable[[], Contender]:
+    """A peer; what keeps it from running is told when it is started.
+
+    Raises, when it is called:
+        BenchmarkError: it cannot do this work, or is not installed.
+    """
+
+    def start() -> Contender:
+        peer = named_peer(name)
+        if peer.reads == "checkpoint" and work.checkpoint is None:
+            remedy = "Name the checkpoint that the bundle was made of with --checkpoint."
+            raise BenchmarkError(name, "reads a checkpoint, and none was named", remedy=remedy)
+        if not peer.hybrid and len(dict(work.steps)) > 1:
+            raise BenchmarkError(name, "runs one denoiser in a picture, this plan has several")
+        if not peer.hybrid and work.decoder is not None and work.decoder != "vae_decoder":
+            raise BenchmarkError(name, f"paints with the bundle's first decoder, not with {work.decoder}")
+        return Contender(name, interpreter(name, work.cache), peer.script, {**work.shared, **peer.settings})
+
+    return start
+
+
+def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
+    """Whole pictures, from the text to the pixels. pictures: how many a call paints."""
+    first = next(iter(taken))
+    return Section(
+        key="pictures",
+        title="Whole pictures",
+        baseline=first,
+        columns=(
+            Column(of="total", title="s a call", shown="percentiles"),
+            Column(of="rate", title="images/s"),
+            Column(of="total", title=f"times {first}", shown="ratio"),
+            Column(of="peak", title="peak memory, MiB"),
+            Column(of="psnr", title="PSNR to the first, dB"),
+        ),
+        rows=tuple(_row(name, one, _picture_figures(one, pictures)) for name, one in taken.items()),
+        plots=(Plot(title="Seconds a call; a dot is a round", y="total"),),
+        note="From the prompt to the picture's pixels. Every contender paints the same prompts from the same seeds in "
+        "turns; the peak is of resident memory, in which mapped files count.",
+    )
+
+
+def parts_section(taken: Mapping[str, Taken]) -> Section:
+    """What a picture's time goes to, of contenders that tell."""
+    rows = []
+    for name, one in taken.items():
+        for part in one.parts:
+            if part.endswith("_s") and part != "total_s":
+                samples = one.samples(part)
+                shares = tuple(value / total for value, total in zip(samples, one.samples("total_s"), strict=True))
+                figures = {
+                    "ms": Figure(unit="ms", samples=tuple(1e3 * value for value in samples)),
+                    "share": Figure(unit="share", samples=shares),
+                }
+                rows.append(Row(name=f"{name}: {_PARTS.get(part, part.removesuffix('_s'))}", figures=figures))
+    return Section(
+        key="parts",
+        title="Where the time goes",
+        columns=(
+            Column(of="ms", title="ms a picture", shown="percentiles"),
+            Column(of="share", title="share of the picture"),
+        ),
+        rows=tuple(rows),
+        note="A denoiser's time is that of all its calls for a picture; the loop itself is what a step takes besides: "
+        "guidance, solver, noise.",
+    )
+
+
+def start_section(taken: Mapping[str, Taken]) -> Section:
+    """From an interpreter's start to its first picture."""
+    rows = []
+    for name, one in taken.items():
+        figures = {}
+        if one.opened is not None and one.first is not None:
+            opened, first = one.opened.figures["open_s"], one.first.figures["total_s"]
+            figures = {
+                "open": Figure(unit="s", samples=(opened,)),
+                "first": Figure(unit="s", samples=(opened + first,)),
+            }
+        rows.append(_row(name, one, figures))
+    return Section(
+        key="start",
+        title="Start",
+        columns=(
+            Column(of="open", title="s until opened"),
+            Column(of="first", title="s until the first picture"),
+        ),
+        rows=tuple(rows),
+        note="Of a fresh interpreter, once, with the files in the system's memory or not, as it came; TandemRT loads a "
+        "model when it is first needed. `bench cold` repeats it.",
+    )
+
+
+def models_section(bundle: Bundle, taken: Mapping[str, Taken]) -> Section:
+    """The bundle's models and what they ran on."""
+    rows = []
+    for name, component in bundle.manifest.components.items():
+        words = {"precision": component.computes_in}
+        for contender, one in taken.items():
+            if one.rounds and name in one.rounds[-1].words:
+                words[contender] = one.rounds[-1].words[name]
+        if len(words) > 1:
+            figures = {"file": Figure(unit="MB", samples=(file_mb(bundle, name),))}
+            rows.append(Row(name=name, words=words, figures=figures))
+    told = dict.fromkeys(key for row in rows for key in row.words)
+    return Section(
+        key="models",
+        title="Models",
+        columns=(
+            Column(of="file", title="files, MB"),
+            *(Column(of=key, title=key, shown="words") for key in told),
+        ),
+        rows=tuple(rows),
+        note="The precision is the graph's; a target may compute in another, which it names.",
+    )
+
+
+def otherwise(taken: Mapping[str, Taken]) -> Iterator[str]:
+    """What of TandemRT ran on something else than it could have, or paints another picture than the first."""
+    for name, one in taken.items():
+        for component, words in one.rounds[-1].words.items() if one.rounds else ():
+            ran, _, reason = words.partition(", ")
+            if reason:
+                yield f"{name}: {component} ran on {ran}: {reason}"
+
+
+def subject_of(bundle: Bundle, *, random_weights: bool) -> Subject:
+    """A bundle as a report names it."""
+    sizes = {name: file_mb(bundle, name) for name in bundle.manifest.components}
+    return Subject(name=bundle.path.name, digest=bundle.digest, random_weights=random_weights, file_mb=sizes)
+
+
+def file_mb(bundle: Bundle, name: str) -> float:
+    """The size of a model's files."""
+    model = bundle.model_path(name)
+    files = (model, *(model.parent / one for one in external_files(model)))
+    return sum(path.stat().st_size for path in files) / 1e6
+
+
+def _row(name: str, taken: Taken, figures: Mapping[str, Figure]) -> Row:
+    return Row(name=name, figures={} if taken.failed else figures, failed=taken.failed)
+
+
+def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:
+    if not taken.rounds:
+        return {}
+    seconds = taken.samples("total_s")
+    figures = {
+        "total": Figure(unit="s", samples=seconds),
+        "rate": Figure(unit="images/s", samples=tuple(pictures / value for value in seconds)),
+        "peak": Figure(unit="MiB", samples=(max(taken.samples("peak_mib")),)),
+    }
+    if taken.psnr_db:
+        figures["psnr"] = Figure(unit="dB", samples=(min(taken.psnr_db),))
+    return figures

@@ -1,0 +1,105 @@
+"""What TandemRT is measured beside, and the environment that each needs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandemrt.runtime.arguments import did_you_mean
+from tandemrt.runtime.errors import ArgumentError, BenchmarkError
+
+_SETUP_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A program that paints the same picture.
+
+    script: of `bench/peers`. requirements: what pip installs for it, none where this interpreter has it. reads: whether
+    it is given the checkpoint or the bundle. hybrid: whether it runs plans of several denoisers. settings: more of its
+    job.
+    """
+
+    script: str
+    requirements: tuple[str, ...]
+    reads: str
+    hybrid: bool
+    settings: Mapping[str, Any]
+
+
+PEERS: Mapping[str, Peer] = {
+    "diffusers": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "float32", "compile": False}),
+    "diffusers-bf16": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "bfloat16", "compile": False}),
+    "diffusers-compile": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "float32", "compile": True}),
+    "optimum": Peer(
+        "optimum_onnx.py",
+        ("optimum-onnx[onnxruntime]==0.1.0", "diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0"),
+        "bundle",
+        False,
+        {},
+    ),
+}
+
+
+def named_peer(name: str) -> Peer:
+    """The peer of this name. ArgumentError where there is none."""
+    if name not in PEERS:
+        expected = f"one of {', '.join(PEERS)}"
+        raise ArgumentError("--peer", "unknown peer", got=name, expected=expected, remedy=did_you_mean(name, PEERS))
+    return PEERS[name]
+
+
+def interpreter(name: str, cache: Path) -> str:
+    """The interpreter that runs a peer.
+
+    Raises:
+        BenchmarkError: its environment is not there.
+    """
+    peer = named_peer(name)
+    if not peer.requirements:
+        return sys.executable
+    python = _environment(name, cache) / "bin" / "python"
+    if not python.is_file():
+        remedy = f"Set it up, which installs it from the package registry: tandemrt bench setup {name}"
+        raise BenchmarkError(name, "has no environment yet", remedy=remedy)
+    return str(python)
+
+
+def set_up(name: str, cache: Path) -> Path:
+    """Make a peer's environment, whole or not at all; returns its folder, also where it is there already.
+
+    Raises:
+        BenchmarkError: pip failed; the message ends with what it said.
+    """
+    peer, folder = named_peer(name), _environment(name, cache)
+    if not peer.requirements or folder.is_dir():
+        return folder
+    # Its scripts would name the path it was made at; its interpreter, which is all that is used, goes by its own.
+    making = folder.with_name(f"{folder.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.parent.mkdir(parents=True, exist_ok=True)
+    venv.create(making, with_pip=True)
+    command = [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", *peer.requirements]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SETUP_TIMEOUT_S)
+        said, failed = done.stderr.strip()[-1500:], done.returncode != 0
+    except subprocess.TimeoutExpired:
+        said, failed = f"pip took longer than {_SETUP_TIMEOUT_S:.0f} s", True
+    if failed:
+        shutil.rmtree(making, ignore_errors=True)
+        raise BenchmarkError(name, "cannot be installed", remedy=said)
+    os.replace(making, folder)  # noqa: PTH105 — folders, on one file system
+    return folder
+
+
+def _environment(name: str, cache: Path) -> Path:
+    named = "\n".join((*PEERS[name].requirements, sys.version))
+    return cache / "peers" / f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}"

@@ -1,0 +1,41 @@
+"""TandemRT on a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from wire import Clock, Painter, serve
+
+
+class Ours(Painter):
+    """The job's bundle, target, threads, cache and arguments of the request."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        from tandemrt.runtime import Pipeline  # noqa: PLC0415
+
+        self._pipe = Pipeline.open(job["bundle"], job["target"], threads=job["threads"], cache=job["cache"])
+        self._job, self._words = job, {}
+
+    def paint(self, seed: int, clock: Clock) -> Any:
+        # No text comes twice, so that none is remembered.
+        made = self._pipe(f"{self._job['prompt']} {seed}", seed=seed, output_type="np", **self._job["arguments"])
+        timings = made.timings
+        clock.figures |= {"text_s": timings.text_ms / 1e3, "decode_s": timings.decode_ms / 1e3}
+        for row in timings.rows:
+            name = f"{row.denoiser}_s"
+            clock.figures[name] = clock.figures.get(name, 0.0) + row.model_ms / 1e3
+        clock.figures["host_s"] = sum(row.total_ms - row.model_ms for row in timings.rows) / 1e3
+        self._words = {name: "; ".join(map(_told, ran)) for name, ran in timings.ran_on.items()}
+        return made.images[0]
+
+    def words(self) -> Mapping[str, str]:
+        return self._words
+
+
+def _told(ran: Any) -> str:
+    return ", ".join((str(ran), *ran.refused, *((ran.unasked,) if ran.unasked else ())))
+
+
+if __name__ == "__main__":
+    serve(Ours)

@@ -1,0 +1,77 @@
+"""diffusers' own pipeline on the checkpoint a bundle was made of, eager or with torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from wire import Clock, Painter, serve
+
+
+class Diffusers(Painter):
+    """The job's checkpoint, with further denoisers for a plan of several, in the job's dtype."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        import diffusers  # noqa: PLC0415
+        import torch  # noqa: PLC0415
+
+        self._torch, self._job, self._clock = torch, job, Clock()
+        if job["threads"] is not None:
+            torch.set_num_threads(job["threads"])
+        dtype = getattr(torch, job["dtype"])
+        pipe = diffusers.DiffusionPipeline.from_pretrained(job["checkpoint"], torch_dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        self._main = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+        self._denoisers = {self._main: getattr(pipe, self._main)}
+        kind = type(self._denoisers[self._main])
+        for name in dict.fromkeys(name for name, _ in job["steps"]):
+            if name != self._main:
+                self._denoisers[name] = kind.from_pretrained(job["added"][name], torch_dtype=dtype)
+        if job["decoder"] is not None:
+            config = (Path(job["decoder"]) / "config.json").read_text(encoding="utf-8")
+            vae = "AutoencoderTiny" if "AutoencoderTiny" in config else "AutoencoderKL"
+            pipe.vae = getattr(diffusers, vae).from_pretrained(job["decoder"], torch_dtype=dtype)
+        if job["compile"]:
+            for module in (*self._denoisers.values(), pipe.vae.decoder):
+                module.compile()
+        for name, module in self._denoisers.items():
+            module.forward = self._timed(f"{name}_s", module.forward)
+        pipe.encode_prompt = self._timed("text_s", pipe.encode_prompt)
+        pipe.vae.decode = self._timed("decode_s", pipe.vae.decode)
+        self._pipe = pipe
+        self._by_step = [name for name, count in job["steps"] for _ in range(count)]
+
+    def paint(self, seed: int, clock: Clock) -> Any:
+        self._clock = clock
+        setattr(self._pipe, self._main, self._denoisers[self._by_step[0]])
+        made = self._pipe(
+            f"{self._job['prompt']} {seed}",
+            num_inference_steps=len(self._by_step),
+            guidance_scale=self._job["guidance_scale"],
+            height=self._job["height"],
+            width=self._job["width"],
+            generator=self._torch.Generator("cpu").manual_seed(seed),
+            output_type="np",
+            **({"callback_on_step_end": self._hand_over} if len(self._denoisers) > 1 else {}),
+        )
+        return made.images[0]
+
+    def _hand_over(self, pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Have the next step run on its denoiser."""
+        if step + 1 < len(self._by_step):
+            setattr(pipe, self._main, self._denoisers[self._by_step[step + 1]])
+        return given
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self._clock.part(name):
+                return function(*arguments, **named)
+
+        return timed
+
+
+if __name__ == "__main__":
+    serve(Diffusers)

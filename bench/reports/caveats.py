@@ -1,0 +1,83 @@
+"""What a reader has to know before any figure: what was noisy, drifted, or ran otherwise than it was asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from .schema import TIMES, Figure, Machine, Row, Section, Subject
+
+SPREAD, DRIFT, CLOCK, SMALL = 0.10, 0.05, 0.05, 0.05
+_ROUNDS_TO_TELL = 4
+
+
+def caveats(
+    machine: Machine, subjects: Sequence[Subject], sections: Sequence[Section], asked: Sequence[str]
+) -> tuple[str, ...]:
+    """The sentences, the gravest first.
+
+    asked: what ran otherwise than it was asked to, a sentence each.
+    """
+    return (*asked, *_failed(sections), *_machine(machine), *_noisy(sections), *_random(subjects))
+
+
+def spread_share(figure: Figure) -> float:
+    """How far the 10th and the 90th percentile are apart, as a share of the median."""
+    low, median, high = np.percentile(figure.values, (10, 50, 90))
+    return float((high - low) / median) if median else 0.0
+
+
+def drift_share(figure: Figure) -> float:
+    """By how much the median of the last half of the rounds exceeds that of the first half, as a share of it."""
+    first, last = np.array_split(figure.values, 2)
+    before = float(np.median(first))
+    return float(np.median(last)) / before - 1 if before else 0.0
+
+
+def _failed(sections: Sequence[Section]) -> Iterator[str]:
+    failed = {row.name: row.failed for section in sections for row in section.rows if row.failed}
+    for name, why in failed.items():
+        yield f"Not measured: {name}, {why}"
+
+
+def _machine(machine: Machine) -> Iterator[str]:
+    before, after = machine.clock_mhz
+    if before is not None and after is not None and after < (1 - CLOCK) * before:
+        yield f"The clock fell from {before:,.0f} to {after:,.0f} MHz while it was measured."
+    if machine.load_average[0] > 0.3 * machine.cores:
+        yield (
+            f"Other work ran beside: the load average was {machine.load_average[0]:.1f} on {machine.cores} cores when "
+            "it began."
+        )
+
+
+def _noisy(sections: Sequence[Section]) -> Iterator[str]:
+    """A sentence for each section with rounds that differ, or drift by more than that."""
+    for section in sections:
+        spreads, drifts = {}, {}
+        for row in section.rows:
+            times = [one for one in row.figures.values() if one.unit in TIMES and _counts(row)]
+            spreads[row.name] = max(map(spread_share, times), default=0.0)
+            long = [drift_share(one) for one in times if len(one.samples) >= _ROUNDS_TO_TELL]
+            drifts[row.name] = max(long, default=0.0) if spreads[row.name] <= SPREAD else 0.0
+        yield from _sentence(f"{section.title}: rounds differ by more than {SPREAD:.0%}", spreads, SPREAD)
+        yield from _sentence(f"{section.title}: the later rounds took longer", drifts, DRIFT)
+
+
+def _counts(row: Row) -> bool:
+    """Whether a row is no small share of what it is a part of."""
+    share = row.figures.get("share")
+    return share is None or share.median >= SMALL
+
+
+def _sentence(what: str, shares: Mapping[str, float], most: float) -> Iterator[str]:
+    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > most)
+    if told:
+        yield f"{what}: {told}."
+
+
+def _random(subjects: Sequence[Subject]) -> Iterator[str]:
+    names = [subject.name for subject in subjects if subject.random_weights]
+    if names:
+        yield f"Random weights ({', '.join(names)}): times are those of trained ones, pictures show nothing."

@@ -1,0 +1,89 @@
+"""Reports as Markdown and as a page."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tandemrt.bench.reports.files import NAMES, require_free, write_report_files
+from tandemrt.bench.reports.markdown import markdown
+from tandemrt.bench.reports.page import page, unbeaten
+from tandemrt.bench.reports.told import number, table_of
+from tandemrt.runtime.errors import BenchmarkError
+
+from .sample import OURS, PEER, report
+
+VOID = {"meta", "link", "br", "rect", "line", "circle", "polygon", "polyline"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123"), (999.9, "1,000"), (1e-9, "0.000000")],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_table_has_a_cell_for_every_head() -> None:
+    (section,) = report().sections
+    table = table_of(section)
+    assert table.heads == ("", "s, p50", "s, p90", "s, p99", "times ours")
+    assert {len(row) for row in table.rows} == {5}
+    assert table.rows[1] == (PEER, "2.00", "2.01", "2.02", "2.00 (2.00–2.00)")
+    assert table.rows[2][1] == "not measured"
+
+
+def test_markdown_begins_with_what_to_know() -> None:
+    text = markdown(report())
+    assert text.index("Other work ran beside.") < text.index(OURS)
+    assert "- optimum: has no environment yet" in text
+    assert f"| {PEER} | 2.00 |" in text
+    assert "10,15" in text
+
+
+def test_the_page_is_whole_and_fetches_nothing() -> None:
+    text = page(report())
+    open_tags: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag not in ("script", "link", "img", "iframe")
+            assert not {"src", "href"} & {name for name, _ in attrs}
+            if tag not in VOID:
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag not in VOID:
+                assert open_tags.pop() == tag
+
+    Reader().feed(text)
+    assert not open_tags
+    assert "url(" not in text
+    assert "a &lt;bundle&gt;: a benchmark" in text
+    assert "Know first" in text
+
+
+def test_bars_show_every_round() -> None:
+    assert page(report()).count('class="round"') == 8
+
+
+def test_a_front_is_of_what_no_other_beats() -> None:
+    points = [(1.0, 3.0), (2.0, 2.0), (2.0, 4.0), (3.0, 1.0)]
+    assert unbeaten(points, (False, False)) == [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
+    assert unbeaten(points, (False, True)) == [(1.0, 3.0), (2.0, 4.0)]
+
+
+def test_three_files_are_written(tmp_path: Path) -> None:
+    write_report_files(tmp_path / "out", report())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
+    with pytest.raises(BenchmarkError, match="exists already"):
+        require_free(tmp_path / "out", force=False)
+    require_free(tmp_path / "out", force=True)
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("taken", encoding="utf-8")
+    with pytest.raises(BenchmarkError, match="is no folder"):
+        require_free(tmp_path / "out", force=True)

@@ -1,0 +1,112 @@
+"""Contenders in turns, each a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandemrt.bench.contenders import Contender
+from tandemrt.bench.rounds import MOST_DB, Rounds, in_rounds, psnr_db
+from tandemrt.runtime.errors import BenchmarkError
+
+# Paints the same grey as its seed is, and does what the job's `ends` says at the seed it says.
+SCRIPT = """
+import sys
+sys.path.insert(0, {peers!r})
+import os
+import numpy as np
+from wire import Painter, serve
+
+class Grey(Painter):
+    def __init__(self, job):
+        print("opening, as libraries do")
+        self.job = job
+        if job.get("ends") == "opening":
+            raise RuntimeError("no such model")
+
+    def paint(self, seed, clock):
+        with open(self.job["log"], "a") as log:
+            log.write(f"{{self.job['name']}} {{seed}}\\n")
+        with clock.part("grey_s"):
+            picture = np.full((4, 4, 3), seed / 100 + self.job["offset"], np.float32)
+        if self.job.get("ends") == f"raise {{seed}}":
+            raise ValueError("NaN")
+        if self.job.get("ends") == f"die {{seed}}":
+            print("the library's last words", file=sys.stderr, flush=True)
+            os._exit(7)
+        return picture
+
+serve(Grey)
+"""
+Start = Callable[..., Callable[[], Contender]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    from tandemrt.bench import peers  # noqa: PLC0415
+
+    script = tmp_path / "grey.py"
+    script.write_text(SCRIPT.format(peers=str(Path(peers.__file__).parent)), encoding="utf-8")
+    (tmp_path / "pictures").mkdir()
+
+    def start(name: str, offset: float = 0.0, ends: str = "") -> Callable[[], Contender]:
+        job = {"pictures": str(tmp_path / "pictures"), "log": str(tmp_path / "log"), "offset": offset, "ends": ends}
+        return partial(Contender, name, sys.executable, str(script), job)
+
+    return start
+
+
+def silent(_message: str, _done: int, _total: int) -> None:
+    """Report to nobody."""
+
+
+def test_every_round_begins_with_the_next_contender(start: Start, tmp_path: Path) -> None:
+    taken = in_rounds({"a": start("a"), "b": start("b", 0.1)}, Rounds(1, 2, 5), silent)
+    log = (tmp_path / "log").read_text(encoding="utf-8").split("\n")[:-1]
+    assert log == ["a 5", "b 5", "b 6", "a 6", "a 7", "b 7"]
+    assert [len(one.rounds) for one in taken.values()] == [2, 2]
+    assert taken["a"].parts == ("total_s", "grey_s", "peak_mib")
+    assert all(0 < part <= total for part, total in zip(*map(taken["a"].samples, ("grey_s", "total_s")), strict=True))
+    assert taken["b"].psnr_db == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert taken["a"].psnr_db == []
+    assert taken["a"].opened is not None and taken["a"].opened.figures["open_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ("opening", "RuntimeError: no such model"),
+        ("raise 2", "ValueError: NaN"),
+        ("die 2", "ended with exit status 7. the library's last words"),
+    ],
+)
+def test_one_that_fails_is_told_and_the_others_go_on(ends: str, told: str, start: Start) -> None:
+    taken = in_rounds({"a": start("a"), "b": start("b", ends=ends)}, Rounds(0, 4, 0), silent)
+    assert len(taken["a"].rounds) == 4
+    assert (taken["b"].rounds, taken["b"].psnr_db) == ([], [])
+    assert told in taken["b"].failed
+
+
+def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="peer: its interpreter cannot be started"):
+        Contender("peer", str(tmp_path / "python"), "ours.py", {"pictures": str(tmp_path)})
+
+
+def test_closing_ends_the_process(start: Start) -> None:
+    contender = start("a")()
+    contender.opened()
+    contender.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(contender.pid, 0)
+
+
+def test_distances_of_pictures() -> None:
+    white = np.ones((2, 2, 3), np.float32)
+    assert psnr_db(white, white) == MOST_DB
+    assert psnr_db(white, white * np.float32(0.9)) == pytest.approx(20, abs=1e-4)

@@ -1,0 +1,109 @@
+"""`tandemrt bench` on a bundle of a few kilobytes, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tandemrt.bench.reports.schema import read_report
+from tandemrt.runtime.cli import main
+
+from ..runtime.tiny_bundle import write_tiny_bundle
+
+ORT, OURS = ["--target", "onnxruntime:cpu:fp32", "--threads", "1"], "tandemrt onnxruntime:cpu:fp32"
+SMALL = [*ORT, "--steps", "3", "--rounds", "4"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report"
+    asked = ["bench", str(bundle), *SMALL, "--peer", "diffusers", "--out", str(out), "--cache", str(tmp_path)]
+    assert main(asked) == 0
+    report = read_report(out / "report.json")
+    pictures, parts, start, models = report.sections
+    ours = pictures.row(OURS)
+    assert ours is not None
+    assert len(ours.figures["total"].samples) == 4
+    assert (report.method.rounds, report.method.warm_up, report.method.threads) == (4, 1, 1)
+    peer = pictures.row("diffusers")
+    assert peer is not None and "reads a checkpoint, and none was named" in peer.failed
+    assert "Not measured: diffusers, reads a checkpoint" in report.caveats[0]
+    assert [row.name for row in parts.rows] == [
+        f"{OURS}: {part}" for part in ("text encoders", "decoder", "unet", "the loop itself")
+    ]
+    shares = sum(row.figures["share"].values for row in parts.rows)
+    assert 0 < shares.max() <= 1
+    assert {row.name: row.words[OURS] for row in models.rows}["unet"] == "graph"
+    opened = start.row(OURS)
+    assert opened is not None and opened.figures["open"].median < opened.figures["first"].median
+    assert report.subjects[0].random_weights is False
+    told = capsys.readouterr().out
+    assert all(str(out / name) in told for name in ("report.json", "report.md", "report.html"))
+    assert str(tmp_path) not in (out / "report.json").read_text(encoding="utf-8")
+
+
+def test_two_reports_are_compared(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report"
+    assert main(["bench", str(bundle), *SMALL, "--out", str(out)]) == 0
+    slower = json.loads((out / "report.json").read_bytes())
+    for row in slower["sections"][0]["rows"]:
+        row["figures"]["total"]["samples"] = [9.0 + value for value in row["figures"]["total"]["samples"]]
+    (tmp_path / "slower.json").write_text(json.dumps(slower), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["bench", "compare", str(out / "report.json"), str(tmp_path / "slower.json")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"worse  Whole pictures, {OURS}: total")
+    assert told[-1].startswith("1 of ") and told[-1].endswith(" figures changed beyond noise")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "told"),
+    [
+        (["bench", "compare", "no.json", "no.json"], 1, "no.json: cannot be read"),
+        (["bench", "--out", "report"], 2, "BUNDLE, --preset: what to measure"),
+        (["bench", "bundle", "--preset", "sd15", "--out", "report"], 2, "BUNDLE, --preset: what to measure"),
+        (["bench", "bundle", "--peer", "difusers", "--out", "report"], 2, "Did you mean 'diffusers'"),
+        (["bench", "bundle", "--rounds", "0", "--out", "report"], 2, "--rounds: not usable, got 0, expected 1 or more"),
+        (["bench", "bundle", "--target", "tpu", "--out", "report"], 2, "target"),
+        (["bench", "no-bundle", "--out", "report"], 1, "no-bundle"),
+        (["bench", "setup", "torch"], 2, "--peer: unknown peer, got 'torch'"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_runs(
+    asked: list[str],
+    status: int,
+    told: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(asked) == status
+    assert told in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_is_there_is_kept(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.json").write_text("{}", encoding="utf-8")
+    assert main(["bench", str(bundle), *SMALL, "--out", str(tmp_path)]) == 1
+    assert "report.json: exists already. Give another --out, or --force" in capsys.readouterr().err
+
+
+def test_steps_that_the_bundle_cannot_run_are_told(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(bundle), *ORT, "--steps", "unet_big:3", "--out", str(tmp_path / "out")]) == 2
+    assert "unknown denoiser, got 'unet_big'" in capsys.readouterr().err
+
+
+def test_the_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert {"run", "compare", "setup"} <= set(capsys.readouterr().out.split())
