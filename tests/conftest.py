@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# The fixtures that a run's workers make together, each once.
+SHARED = frozenset({"shapes_bundle", "half_bundle", "steered", "exported"})
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -29,17 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the deep tests out unless they are asked for, and put files with slow tests first.
 
-    Otherwise a worker could come to one of these when the others have nothing left to do. The first file of those that
-    need the shapes family starts, and the rest of them come last: workers wait while one of them exports it.
+    Otherwise a worker could come to one of these when the others have nothing left to do. Of the files that need the
+    same export the first comes early and the others last: workers wait while one of them makes it.
     """
     if not config.getoption("--deep"):
         deep = [item for item in items if item.get_closest_marker("deep")]
         config.hook.pytest_deselected(items=deep)
         items[:] = [item for item in items if item not in deep]
     slow = dict.fromkeys(item.path for item in items if item.get_closest_marker("slow"))
-    shapes = {item.path for item in items if "shapes_bundle" in getattr(item, "fixturenames", ())}
-    first = next((path for path in slow if path in shapes), None)
-    ranks = {path: 2 if path in shapes else 1 for path in slow} | {first: 0}
+    needed: dict[str, dict[Path, None]] = {name: {} for name in SHARED}
+    for item in items:
+        for name in SHARED & set(getattr(item, "fixturenames", ())):
+            needed[name][item.path] = None
+    firsts = {next((path for path in paths if path in slow), None) for paths in needed.values()}
+    others = {path for paths in needed.values() for path in paths} - firsts
+    ranks = {path: 0 if path in firsts else 2 if path in others else 1 for path in slow}
     items.sort(key=lambda item: ranks.get(item.path, 3))
 
 

@@ -33,6 +33,9 @@ from tandemrt.runtime.errors import ArgumentError, CheckpointError, ExportError
 from .mini import UNET_FILE, edit_json, edit_tensors
 
 Change = Callable[[onnx.ModelProto], None]
+
+pytestmark = pytest.mark.slow
+
 GRAPHS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 SYMBOLS = {"batch": "batch_size", "sequence": "sequence_length", "height": "latent_height", "width": "latent_width"}
 

@@ -38,6 +38,8 @@ from tandemrt.runtime.staging import _PART
 
 from .mini import edit_json
 
+pytestmark = pytest.mark.slow
+
 DENOISERS = ("unet", "unet_small", "unet_one_step")
 DECODERS = ("vae_decoder", "vae_decoder_small", "vae_decoder_tiny")
 EXPORTER = """

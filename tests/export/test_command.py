@@ -17,6 +17,8 @@ from tandemrt.export.command import add_arguments, plan_facts, plan_from_argumen
 from tandemrt.export.plan import Added, ExportPlan, LoraSource, PresetPlan, parse_lora
 from tandemrt.runtime.errors import ArgumentError, ExportError
 
+pytestmark = pytest.mark.slow
+
 
 def parse(*arguments: str) -> ExportPlan | PresetPlan:
     parser = argparse.ArgumentParser()

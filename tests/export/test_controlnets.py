@@ -21,6 +21,8 @@ from tandemrt.runtime.tensors import GIVEN, TAKEN
 from .mini import edit_json
 from .steered import write_controlnet
 
+pytestmark = pytest.mark.slow
+
 
 def plan(checkpoint: Path, out: Path, *controlnets: Path) -> ExportPlan:
     return ExportPlan(

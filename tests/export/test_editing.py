@@ -29,6 +29,8 @@ from tandemrt.runtime import Pipeline
 from .family import require_same as require_alike
 from .mini import unet, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PSNR_DB = 60
 PROMPT = "a red circle"
 WIDTH, HEIGHT = 24, 16
