@@ -20,6 +20,7 @@ from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.variant import UPDATE
 
 from .figures import markdown_table, write_report
 from .machine import described, machine_facts
@@ -49,8 +50,10 @@ mark("build")
 
 
 def build_figures(plan: BuildPlan) -> Iterator[dict[str, Any]]:
-    """Build every engine of a plan in a fresh cache, then ask for it again."""
+    """Build every engine of a plan but update engines in a fresh cache, then ask for it again."""
     for request in requests_of(plan, Bundle.open(plan.bundle)):
+        if request.ingredients.variant == UPDATE:
+            continue
         with TemporaryDirectory(dir=plan.cache) as scratch:
             cache = Path(scratch)
             built = ensure_engine(request, cache, _silent, {})

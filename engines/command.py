@@ -37,7 +37,8 @@ _OF_ALL = (CacheError, ImportError, BrokenPipeError)
 DESCRIPTION = (
     "Compile a bundle's models ahead of time for what they run on. Engines go to a cache of your own, under a digest "
     "of everything they depend on: asked for again, one is there at once; when anything has changed, it is built anew. "
-    "TensorRT-RTX engines need no GPU to be built."
+    "TensorRT-RTX engines need no GPU to be built. For TensorRT's flavours, beside whatever is made of a denoiser an "
+    "update engine is built, which does the rest of a step on the GPU."
 )
 EPILOG = """\
 targets:
@@ -97,8 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step",
         action="store_true",
         help="step engines of the denoisers: guidance and the solver's update in the graph, so that one call is one "
-        "step; for both branches or one, as a profile says or the bundle's guidance is by default; on TensorRT's "
-        "flavours also update engines, which do the rest of a step beside a denoiser that runs by itself",
+        "step; for both branches or one, as a profile says or the bundle's guidance is by default",
     )
     parser.add_argument(
         "--fold-steps",
@@ -134,8 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="cut the denoisers into N stages of even work, 2 to 4, and build an engine of each (whole denoisers: "
-        "without this option)",
+        help="cut the denoisers into N stages of even work, 2 to 4, and build an engine of each; whole ones are built "
+        "without this option and, for TensorRT's flavours, with it, as all that a window needs",
     )
     parser.add_argument(
         "--cache",

@@ -32,12 +32,14 @@ class BuildPlan:
     components: all where none is named. profiles: the bundle's default size where none is given.
     explain: say what is there and what is not, and why, and build nothing.
     lora_slots, lora_rank: how many LoRAs of up to which rank the denoisers and text encoders take as inputs.
-    step: make step engines of the denoisers, for the guidance that each profile names, else the bundle's default; for
-        the targets in `ENGINES_ONLY` update engines too.
+    step: make step engines of the denoisers, for the guidance that each profile names, else the bundle's default.
     fold_steps: build the time steps of so many inference steps of the bundle's own scheduler into step engines; 0 for
         those of the bundle's defaults.
     options: of TensorRT's flavours alone.
-    stages: how many stages to cut the denoisers into, an engine for each; 0 leaves them whole.
+    stages: how many stages to cut the denoisers into, an engine for each; 0 leaves them whole. For the targets in
+        `ENGINES_ONLY`, where no graph runs the rows outside a window, they are built whole too.
+
+    Whatever is made of a denoiser, for the targets in `ENGINES_ONLY` an update engine is built beside it.
     """
 
     bundle: Path
@@ -74,7 +76,7 @@ class BuildPlan:
         if self.options.refit:
             self._require_refittable()
         if self.stages and self.step:
-            remedy = "Guidance and the solver's update need the whole prediction; build stages without them."
+            remedy = "A step engine needs the whole denoiser and serves no window; build each by itself."
             raise ArgumentError("--stages", "given together with --step", remedy=remedy)
         if self.stages and not 2 <= self.stages <= MOST_STAGES:
             raise ArgumentError("--stages", "out of range", got=self.stages, expected=f"a number in 2..{MOST_STAGES}")
@@ -197,13 +199,16 @@ class _Graph:
 
 
 def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profile], hands: bool) -> Iterator[_Graph]:
-    """What a plan wants to be made of a component, with the profiles that each is for; hands: as of `composed`."""
+    """What a plan wants to be made of a component, with the profiles that each is for.
+
+    hands: whether it is for the targets in `ENGINES_ONLY`, as of `composed`.
+    """
     component, manifest = bundle.component(name), bundle.manifest
     by_variant: dict[Variant, list[Profile]] = {}
     for profile in profiles:
         by_variant.setdefault(_variant(plan, manifest, name, profile), []).append(profile)
-        if plan.step and hands and component.role == "denoiser":
-            by_variant.setdefault(UPDATE, []).append(profile)
+    if hands and component.role == "denoiser":
+        by_variant[UPDATE] = list(profiles)
     for whole, served in by_variant.items():
         for variant, (sha256, facts) in _made(plan, bundle, name, whole, hands).items():
             if variant.step:
@@ -222,18 +227,20 @@ def _graphs(plan: BuildPlan, bundle: Bundle, name: str, profiles: Sequence[Profi
 def _made(
     plan: BuildPlan, bundle: Bundle, name: str, variant: Variant, hands: bool
 ) -> dict[Variant, tuple[str, Component]]:
-    """The graphs that are wanted of a component as a variant, itself or its stages: sha256 and facts of each."""
+    """The graphs that are wanted of a component as a variant, itself, its stages or both: sha256 and facts of each."""
     component = bundle.component(name)
-    in_stages = plan.stages and component.role == "denoiser"
+    in_stages = bool(plan.stages) and component.role == "denoiser" and variant != UPDATE
+    own = {PLAIN: (origin_of(bundle, name), component)}
     if variant == PLAIN and not in_stages:
-        return {variant: (origin_of(bundle, name), component)}
+        return own
     from .composed import composed_facts, composed_stages  # noqa: PLC0415 (onnx, of the extra `export`)
 
+    whole = hands or not in_stages
+    made = {variant: composed_facts(bundle, name, variant, hands=hands)} if whole and variant != PLAIN else {}
     if in_stages:
-        made = composed_stages(bundle, name, variant, plan.stages)
-    else:
-        made = {variant: composed_facts(bundle, name, variant, hands=hands)}
-    return {one: (composed.sha256, composed.facts) for one, composed in made.items()}
+        made |= composed_stages(bundle, name, variant, plan.stages)
+    composed = {one: (graph.sha256, graph.facts) for one, graph in made.items()}
+    return {**own, **composed} if whole and variant == PLAIN else composed
 
 
 def _variant(plan: BuildPlan, manifest: Manifest, name: str, profile: Profile) -> Variant:

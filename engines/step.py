@@ -36,7 +36,7 @@ from ..runtime.step_row import (
     UPDATE,
 )
 from ..runtime.tensors import latent_names, spec_of
-from .graph_files import replace_all, require_opset, spec
+from .graph_files import LOWEST_OPSET, replace_all, require_opset, spec
 
 HISTORY = 3  # of PNDM, LMS and UniPC of order 3, the most that any solver carries
 _SPLIT_WANTS_COUNT = 18  # the opset from which Split is told into how many equal parts
@@ -83,14 +83,16 @@ def step_graph(
 def update_graph(model: onnx.ModelProto, *, history: int = HISTORY, where: str = "denoiser") -> onnx.ModelProto:
     """What a step engine has around a denoiser's graph, as a graph of its own; `runtime.step_row` lists its tensors.
 
-    It takes the branches' predictions, as the denoiser that runs by itself left them where the backend runs.
+    It takes the branches' predictions, as the denoiser that runs by itself left them where the backend runs, and is of
+    an opset of its own.
 
     Raises:
-        ArgumentError, BundleError: as of `step_graph`.
+        ArgumentError: the graph is no denoiser.
+        BundleError: tensors that leave open how the graph is to be composed.
     """
-    opset = require_opset(model, where)
     denoiser = _denoiser(model.graph, where)
-    made = onnx.ModelProto(ir_version=model.ir_version, opset_import=[helper.make_opsetid("", opset)])
+    opset = helper.make_opsetid("", LOWEST_OPSET)
+    made = onnx.ModelProto(ir_version=helper.find_min_ir_version_for([opset]), opset_import=[opset])
     made.graph.name = "update"
     nodes = _Nodes(made.graph, "step/update")
     entries = nodes.split(STATE, 1 + history, axis=0)

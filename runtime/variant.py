@@ -52,11 +52,12 @@ class Variant(Frozen, frozen=True, kw_only=True):
 
     @property
     def options(self) -> str:
-        """What `tandemrt build-engine` is told to make it, each option after a space."""
+        """What `tandemrt build-engine` is told to make it, each option after a space; nothing for an update engine."""
         slots = f" --lora-slots {self.lora_slots} --lora-rank {self.lora_rank}" if self.lora_slots else ""
         stages = f" --stages {self.stage[1]}" if self.stage else ""
         folded = f" --fold-steps {len(self.timesteps)}" if self.timesteps else ""
-        return slots + (" --step" if self.step else "") + folded + stages
+        step = " --step" if self.step in ("guided", "unguided") else ""
+        return slots + step + folded + stages
 
     def told(self, *, refitted: bool) -> str:
         """It as what ran, perhaps with LoRAs in its weights."""

@@ -11,6 +11,7 @@ from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.variant import UPDATE
 
 from ..conftest import shared_folder
 from ..runtime.tiny_bundle import write_tiny_bundle
@@ -33,7 +34,7 @@ def tiny(tiny_path: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def requests(tiny: Bundle) -> Requests:
-    """The requests for targets, components and profiles as on the command line."""
+    """The requests for targets, components and profiles as on the command line, but for update engines."""
 
     def requests(
         *targets: str, components: tuple[str, ...] = (), profiles: tuple[str, ...] = (), bundle: Bundle = tiny
@@ -45,7 +46,7 @@ def requests(tiny: Bundle) -> Requests:
             components,
             tuple(map(parse_profile, profiles)),
         )
-        return requests_of(plan, bundle)
+        return tuple(one for one in requests_of(plan, bundle) if one.ingredients.variant != UPDATE)
 
     return requests
 

@@ -79,16 +79,17 @@ def test_the_plan_is_shown(tiny_path: Path, tmp_path: Path, capsys: pytest.Captu
     assert call == "its largest call takes about 0.0 MB beside the weights, 0.0 G multiply-adds"
     assert wide.startswith("  64..128:b1-b2: sample (1..4, 4, 8..16, 8..16), ")
     assert re.fullmatch(
-        rf"3 engines to be built one after the other, about .*; 0 in the cache \({re.escape(str(tmp_path))}\)", together
+        rf"4 engines to be built one after the other, about .*; 0 in the cache \({re.escape(str(tmp_path))}\)", together
     )
     assert main([*command, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert [(engine["target"], engine["profiles"]) for engine in shown["engines"]] == [
-        ("tensorrt-rtx:sm89", ["fast", "64..128:b1-b2"]),
-        ("openvino:cpu", ["fast"]),
-        ("openvino:cpu", ["64..128:b1-b2"]),
+    assert [(engine["target"], engine["variant"], engine["profiles"]) for engine in shown["engines"]] == [
+        ("tensorrt-rtx:sm89", "plain", ["fast", "64..128:b1-b2"]),
+        ("tensorrt-rtx:sm89", "update", ["fast", "64..128:b1-b2"]),
+        ("openvino:cpu", "plain", ["fast"]),
+        ("openvino:cpu", "plain", ["64..128:b1-b2"]),
     ]
-    assert shown["engines"][1]["shapes"] == [
+    assert shown["engines"][2]["shapes"] == [
         "sample (2, 4, 8, 8), timestep (1), encoder_hidden_states (2, 12, 8)",
     ]
     assert all(engine["estimated_memory_bytes"] > 1e8 and not engine["cached"] for engine in shown["engines"])

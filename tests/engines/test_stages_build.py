@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tandemrt.runtime.engine_session import Loader
 from tandemrt.runtime.errors import ArgumentError, EngineError
 from tandemrt.runtime.shapes import evaluated
 from tandemrt.runtime.targets import parse_target
-from tandemrt.runtime.variant import Variant
+from tandemrt.runtime.variant import PLAIN, UPDATE, Variant
 
 from .test_stages import Arrays
 
@@ -32,7 +33,7 @@ def requests(bundle: Path, cache: Path, target: str, *profiles: str, stages: int
     return requests_of(plan, Bundle.open(bundle))
 
 
-def built(wanted: tuple[Request, ...], cache: Path) -> None:
+def built(wanted: Sequence[Request], cache: Path) -> None:
     for request in wanted:
         ensure_engine(request, cache, lambda label, done, total: None, {})
 
@@ -71,7 +72,8 @@ def test_stages_built_together_are_the_whole_denoiser(
 
 @pytest.mark.slow
 def test_stages_build_for_gpus(shapes_bundle: Path, tmp_path: Path) -> None:
-    wanted = requests(shapes_bundle, tmp_path, "tensorrt-rtx:sm89", "64..96:b1..2")
+    whole, *wanted, update = requests(shapes_bundle, tmp_path, "tensorrt-rtx:sm89", "64..96:b1..2")
+    assert [one.ingredients.variant for one in (whole, update)] == [PLAIN, UPDATE]
     built(wanted, tmp_path)
     bundle, target = Bundle.open(shapes_bundle), parse_target("tensorrt-rtx:sm89")
     for index, request in enumerate(wanted):
@@ -83,7 +85,7 @@ def test_stages_build_for_gpus(shapes_bundle: Path, tmp_path: Path) -> None:
 
 def test_every_stage_of_every_denoiser_is_wanted_with_its_ranges(shapes_bundle: Path, tmp_path: Path) -> None:
     profiles = "64..96:b1..2:opt=64:b1", "large=128:guided"
-    wanted = requests(shapes_bundle, tmp_path, "tensorrt-rtx:sm89", *profiles, stages=3)
+    _, *wanted, _ = requests(shapes_bundle, tmp_path, "tensorrt-rtx:sm89", *profiles, stages=3)
     assert [one.ingredients.variant.stage for one in wanted] == [(0, 3), (1, 3), (2, 3)]
     assert [str(one.ingredients.variant) for one in wanted] == [f"stage {index} of 3" for index in (1, 2, 3)]
     assert len({one.ingredients.variant.cuts for one in wanted}) == 1
@@ -100,10 +102,23 @@ def test_every_stage_of_every_denoiser_is_wanted_with_its_ranges(shapes_bundle: 
             assert fixed[one.name].min == fixed[one.name].max == guided
 
 
-def test_a_bundles_denoisers_are_cut_and_its_other_models_are_whole(shapes_bundle: Path, tmp_path: Path) -> None:
-    plan = BuildPlan(shapes_bundle, (parse_target("onnxruntime:cpu"),), tmp_path, ("unet", "vae_decoder"), stages=2)
-    made = [(one.component, one.ingredients.variant.stage) for one in requests_of(plan, Bundle.open(shapes_bundle))]
-    assert made == [("unet", (0, 2)), ("unet", (1, 2)), ("vae_decoder", None)]
+@pytest.mark.parametrize(
+    ("target", "slots", "unet"),
+    [
+        ("onnxruntime:cpu", 0, ["stage 1 of 2", "stage 2 of 2"]),
+        ("tensorrt-rtx:sm89", 0, ["plain", "stage 1 of 2", "stage 2 of 2", "update"]),
+        ("tensorrt-rtx:sm89", 1, [f"1 LoRA slot of rank 4{stage}" for stage in ("", ", stage 1 of 2", ", stage 2 of 2")]
+        + ["update"]),
+    ],
+)  # fmt: skip
+def test_all_that_a_window_needs_is_built_at_once(
+    shapes_bundle: Path, tmp_path: Path, target: str, slots: int, unet: list[str]
+) -> None:
+    """Where no graph runs the rows outside it, the whole denoiser too; a bundle's other models are whole."""
+    components, lora = ("unet", "vae_decoder"), {"lora_slots": slots, "lora_rank": 4 * slots}
+    plan = BuildPlan(shapes_bundle, (parse_target(target),), tmp_path, components, stages=2, **lora)
+    made = [(one.component, str(one.ingredients.variant)) for one in requests_of(plan, Bundle.open(shapes_bundle))]
+    assert made == [*(("unet", variant) for variant in unet), ("vae_decoder", "plain")]
 
 
 def test_stages_of_one_cut_serve_each_other_alone(shapes_bundle: Path, tmp_path: Path) -> None:

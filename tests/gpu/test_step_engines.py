@@ -53,7 +53,6 @@ def test_update_engines_paint_the_pictures_of_the_plain_loop(
     shapes_bundle: Path, name: str, build: Build, painted: Painted, given: dict[str, Any]
 ) -> None:
     build(shapes_bundle, name)
-    build(shapes_bundle, name, "unet", profiles=("64:b1-b2:guided",), step=True)
     asked = {"num_inference_steps": 8, "guidance_scale": 2.0, "seed": 7, **given}
     expected = painted(shapes_bundle, "onnxruntime:cpu:fp32", **asked)
     with Pipeline.open(shapes_bundle, target=f"{name}:{device_of(name)}:fp32") as pipeline:

@@ -36,7 +36,7 @@ from tandemrt.runtime.files import file_sha256
 from tandemrt.runtime.manifest import FileRecord
 from tandemrt.runtime.ran_on import with_remedies
 from tandemrt.runtime.targets import Target
-from tandemrt.runtime.variant import PLAIN, Variant
+from tandemrt.runtime.variant import PLAIN, UPDATE, Variant
 
 from .tiny_bundle import write_tiny_bundle
 
@@ -372,3 +372,6 @@ def test_an_engine_is_built_again_as_it_was_made(bundle: Bundle, add: Add, tmp_p
     size = 8 * bundle.manifest.latent.downsampling
     told = f" --step --fold-steps 2 --profile {size}x{size}:b1:guided --cache {tmp_path} --refit --version-compatible"
     assert command.endswith(told)
+    engine = read_sidecar(add(variant=UPDATE))
+    command = rebuild_command(bundle, "unet", OPENVINO, engine, {"noise": (1, 4, 8, 8)}, tmp_path)
+    assert command.endswith(f" --component unet --profile {size}x{size}:b1 --cache {tmp_path}")
