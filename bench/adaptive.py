@@ -17,6 +17,7 @@ import numpy as np
 
 from tandemrt.runtime import Pipeline
 
+from .arguments import add_report, add_threads
 from .figures import markdown_table, write_report
 from .machine import described, machine_facts
 from .program import run_program
@@ -97,10 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write FILE and a Markdown table beside it, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    add_report(parser)
     parser.add_argument("--target", default="onnxruntime:cpu")
     parser.add_argument("--prompts", type=int, default=6, help="how many held-out prompts (default 6)")
-    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
+    add_threads(parser)
     options = parser.parse_args(argv)
     prompts = [scene.caption for scene in scenes(SEED, options.prompts, "held_out")]
     facts: dict[str, Any] = {"machine": machine_facts(), "target": options.target, "prompts": len(prompts)}

@@ -24,6 +24,7 @@ from tandemrt.runtime.backends.openvino_graph import read_graph
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 
+from .arguments import add_report
 from .figures import markdown_table, write_report
 from .machine import described, machine_facts
 from .program import run_program
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write FILE and a Markdown table beside it, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="in fp32")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    add_report(parser)
     options = parser.parse_args(argv)
     require_buildable("cpu", "bf16")
     facts = {"machine": machine_facts(), "figures": list(map(figures_of, options.bundles))}

@@ -22,6 +22,7 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import UPDATE
 
+from .arguments import add_report
 from .figures import markdown_table, write_report
 from .machine import described, machine_facts
 from .program import run_program
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", action="append", required=True, help="as of `tandemrt build-engine`")
     parser.add_argument("--component", action="append", default=[], help="components to build (default: all)")
     parser.add_argument("--profile", default="512x512")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    add_report(parser)
     parser.add_argument("--scratch", type=Path, help="a folder with space for the engines")
     options = parser.parse_args(arguments)
     facts: dict[str, Any] = {"machine": machine_facts(), "goals": GOALS, "profile": options.profile, "builds": []}

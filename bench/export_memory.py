@@ -19,6 +19,7 @@ from tandemrt.export.presets import preset_names
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.manifest import Component, Precision
 
+from .arguments import add_report
 from .figures import markdown_table, write_json, write_text
 from .machine import described, machine_facts
 from .memory import in_fresh_process, peak_gib
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="+", choices=preset_names(), metavar="NAME", help="a preset of the export")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    add_report(parser)
     parser.add_argument("--scratch", type=Path, help="a folder with space for a checkpoint and its bundle")
     options = parser.parse_args(arguments)
     facts = {"machine": machine_facts(), "goals": GOALS, "exports": _kept(options)}

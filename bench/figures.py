@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ def spread(samples: Sequence[float]) -> dict[str, float | int]:
     """The median of `samples` with what surrounds it: extremes, 10th and 90th percentile, and how many there are."""
     low, tenth, median, ninetieth, high = (float(value) for value in np.percentile(samples, (0, 10, 50, 90, 100)))
     return {"median": median, "p10": tenth, "p90": ninetieth, "minimum": low, "maximum": high, "count": len(samples)}
+
+
+def cell(figures: Mapping[str, float], digits: int) -> str:
+    """A `spread` in a table: its median, in brackets the 10th to 90th percentile."""
+    return f"{figures['median']:,.{digits}f} ({figures['p10']:,.{digits}f}–{figures['p90']:,.{digits}f})"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

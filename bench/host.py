@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import markdown_table, write_report
+from .arguments import add_report, add_rounds
+from .figures import cell, markdown_table, write_report
 from .loops import LATENT_SHAPE, STEPS, step_overheads
 from .machine import described, machine_facts
 from .program import run_program
@@ -39,10 +40,10 @@ def host_figures(bundle: Path | None, checkpoint: Path, warm_up: int, repeats: i
 def markdown(facts: dict[str, Any]) -> str:
     """The figures as Markdown tables: medians with the 10th to 90th percentile."""
     overheads = [
-        [row["solver"], _cell(row["tandemrt"], 1), _cell(row["diffusers"], 1)] for row in facts["step_overhead"]["rows"]
+        [row["solver"], cell(row["tandemrt"], 1), cell(row["diffusers"], 1)] for row in facts["step_overhead"]["rows"]
     ]
     imports = [
-        [f"`{row['import']}`", _cell(row["import_s"], 3), _cell(row["import_peak_mib"], 0)]
+        [f"`{row['import']}`", cell(row["import_s"], 3), cell(row["import_peak_mib"], 0)]
         for row in facts["imports"]["rows"]
     ]
     parts = [
@@ -52,7 +53,7 @@ def markdown(facts: dict[str, Any]) -> str:
     if "openings" in facts:
         marks = ("open", "first_picture", "second_picture")
         rows = [
-            [row["runtime"], *(_cell(row[f"{mark}_s"], 2) for mark in marks), _cell(row["second_picture_peak_mib"], 0)]
+            [row["runtime"], *(cell(row[f"{mark}_s"], 2) for mark in marks), cell(row["second_picture_peak_mib"], 0)]
             for row in facts["openings"]["rows"]
         ]
         parts.append(
@@ -66,17 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="an exported shapes bundle; without it no opening is measured")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the same weights in diffusers layout")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the tables beside it")
-    parser.add_argument("--warm-up", type=int, default=10, help="generations before the first that counts")
-    parser.add_argument("--repeats", type=int, default=100, help="generations that count")
+    add_report(parser)
+    add_rounds(parser, 10, 100, "generations")
     parser.add_argument("--starts", type=int, default=9, help="fresh interpreters of each kind")
     options = parser.parse_args(arguments)
     facts = host_figures(options.bundle, options.checkpoint, options.warm_up, options.repeats, options.starts)
     write_report(options.json, facts, markdown(facts))
-
-
-def _cell(figures: dict[str, float], digits: int) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
 
 
 if __name__ == "__main__":

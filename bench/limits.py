@@ -28,7 +28,8 @@ from tandemrt.runtime.errors import BundleError
 from tandemrt.runtime.onnx_files import external_files
 from tandemrt.runtime.targets import Target, parse_target
 
-from .figures import markdown_table, spread, write_report
+from .arguments import add_report, add_rounds, add_threads
+from .figures import cell, markdown_table, spread, write_report
 from .machine import described, machine_facts
 from .program import run_program
 
@@ -193,15 +194,15 @@ def markdown(facts: dict[str, Any]) -> str:
             f"`{row['component']}`, {row['precision']}",
             f"{row['flops'] / 1e9:,.1f}",
             f"{row['bytes'] / 1e6:,.0f}",
-            _cell(row["call_ms"], 1),
-            _cell(row["gflops"], 0),
-            _cell(row["share"], 2),
+            cell(row["call_ms"], 1),
+            cell(row["gflops"], 0),
+            cell(row["share"], 2),
         ]
         for row in facts["rows"]
     ]
-    products = ", ".join(f"{_cell(one, 0)} GFLOP/s in {name}" for name, one in facts["product_gflops"].items())
+    products = ", ".join(f"{cell(one, 0)} GFLOP/s in {name}" for name, one in facts["product_gflops"].items())
     table = markdown_table(("a call", "GFLOP", "MB at least", "ms", "GFLOP/s", "share of the limit"), rows)
-    limits = f"products, {products}; a copy, {_cell(facts['copy_gbytes_per_s'], 1)} GB/s"
+    limits = f"products, {products}; a copy, {cell(facts['copy_gbytes_per_s'], 1)} GB/s"
     return (
         f"{facts['bundle']} on `{facts['target']}`, {facts['profile']}. Limits: {limits}.\n\n{table}\n"
         "Medians, in brackets the 10th to 90th percentile; shares are of the same round. " + described(facts["machine"])
@@ -211,15 +212,14 @@ def markdown(facts: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    add_report(parser)
     parser.add_argument("--target", default="openvino:cpu", help="one that runs ONNX (default: %(default)s)")
     parser.add_argument("--component", action="append", help="by default all; may be given several times")
     parser.add_argument("--profile", default="512x512:unguided", help="as of build-engine (default: %(default)s)")
     parser.add_argument("--side", type=int, default=2048, help="of the matrices of the product (default: %(default)s)")
     parser.add_argument("--copied", type=int, default=1 << 26, help="numbers that are copied (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
-    parser.add_argument("--warm-up", type=int, default=2, help="rounds before the first that counts")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
+    add_threads(parser)
+    add_rounds(parser, 2, 15)
     given = parser.parse_args(arguments)
     bundle = Bundle.open(given.bundle)
     names = given.component or tuple(bundle.manifest.components)
@@ -266,10 +266,6 @@ def _in_turns(bindings: Sequence[Binding], options: Options) -> list[Times]:
             if round_ >= options.warm_up:
                 kept.append((time.perf_counter() - began) * 1e3)
     return [np.array(kept) for kept in taken]
-
-
-def _cell(figures: dict[str, float], digits: int) -> str:
-    return f"{figures['median']:,.{digits}f} ({figures['p10']:,.{digits}f}–{figures['p90']:,.{digits}f})"
 
 
 if __name__ == "__main__":

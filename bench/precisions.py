@@ -31,7 +31,8 @@ from tandemrt.runtime.cli.reporter import ConsoleReporter
 from tandemrt.runtime.errors import ArgumentError
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, spread, write_json, write_report
+from .arguments import add_report, add_rounds, add_threads
+from .figures import cell, markdown_table, spread, write_json, write_report
 from .machine import described, machine_facts
 from .memory import in_fresh_process, resident_mib
 from .program import run_program
@@ -181,8 +182,8 @@ def markdown(facts: dict[str, Any]) -> str:
     rows = [
         [
             f"`{row['target']}`, {row['format']}",
-            _cell(row["picture_ms"], 0),
-            _cell(row["of_fp32"], 2),
+            cell(row["picture_ms"], 0),
+            cell(row["of_fp32"], 2),
             "" if index == 0 else f"{row['psnr_db']:.1f}",
             "" if index == 0 else f"{row['median_psnr_db']:.1f}",
             "" if index == 0 else f"{row['worst_psnr_db']:.1f}",
@@ -228,14 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the shapes family's, in fp32")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    add_report(parser)
     row = "a row of the table, such as openvino:cpu,int8; again for more (default: all)"
     parser.add_argument("--only", type=_case, action="append", choices=CASES, metavar="TARGET,FORMAT", help=row)
     parser.add_argument("--prompts", type=int, default=208, help="how many held-out prompts (default 208)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of a picture (default {STEPS})")
-    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
-    parser.add_argument("--warm-up", type=int, default=2, help="pictures before the first that is timed (default 2)")
-    parser.add_argument("--repeats", type=int, default=25, help="pictures that are timed (default 25)")
+    add_threads(parser)
+    add_rounds(parser, 2, 25, "pictures")
     parser.add_argument("--scratch", type=Path, help="a folder with space for the quantized bundles")
     return parser
 
@@ -252,10 +252,6 @@ def _run(command: ModuleType, *words: object) -> None:
     plan = command.plan_from_arguments(parser.parse_args([str(word) for word in words]))
     with ConsoleReporter(sys.stderr, sys.stderr) as reporter:
         command.run(plan, reporter)
-
-
-def _cell(figures: Mapping[str, float], digits: int) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from tandemrt.runtime.engine_files import GRAPH_NAME
 from tandemrt.runtime.onnx_files import external_files, graph_tensors
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, spread, write_report
+from .arguments import add_report, add_rounds, add_threads
+from .figures import cell, markdown_table, spread, write_report
 from .loops import Float32
 from .machine import described, machine_facts
 from .memory import in_fresh_process, peak_gib, resident_mib
@@ -156,7 +157,7 @@ def markdown(facts: dict[str, Any]) -> str:
     rows = [
         [
             f"`{row['target']}`{', ' + row['format'] if row['format'] in WEIGHTS else ''}",
-            _cell(row["call_ms"], 0),
+            cell(row["call_ms"], 0),
             *(_speed(row, precision) for precision in ("fp32", "bf16")),
             f"{row['relative_rms']:.4f}",
             f"{row['model_mib']:.0f}",
@@ -183,15 +184,14 @@ def markdown(facts: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="DIR", help="a denoiser's folder in an fp32 bundle")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the table beside it")
+    add_report(parser)
     parser.add_argument("--target", action="append", help=f"by default {', '.join(TARGETS)}")
     parser.add_argument("--weights", action="store_true", help="also with weights alone in eight and four bits")
     parser.add_argument("--calibrate-only", action="store_true", help="quantize, and measure no call; fp16 will do")
     parser.add_argument("--latent", type=int, default=64, help="height and width of the latent")
     parser.add_argument("--samples", type=int, default=8, help="what is calibrated on")
-    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
-    parser.add_argument("--warm-up", type=int, default=2, help="rounds before the first that counts")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
+    add_threads(parser)
+    add_rounds(parser, 2, 15)
     parser.add_argument("--scratch", type=Path, help="a folder with space for the quantized model")
     given = parser.parse_args(arguments)
     options = Options(given.latent, given.samples, given.threads, given.warm_up, given.repeats)
@@ -221,15 +221,11 @@ def _session(model: Path, target: str, options: Options) -> Session:
 
 def _speed(row: Mapping[str, Any], precision: str) -> str:
     over = [figures for target, figures in row["speed_over"].items() if parse_target(target).precision == precision]
-    return _cell(over[0], 2) if over else ""
+    return cell(over[0], 2) if over else ""
 
 
 def _model_bytes(model: Path) -> int:
     return sum(path.stat().st_size for path in (model, *(model.parent / name for name in external_files(model))))
-
-
-def _cell(figures: dict[str, float], digits: int) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names
 from tandemrt.runtime.variant import Variant
 
-from .figures import markdown_table, spread, write_report
+from .arguments import add_report, add_rounds, add_threads
+from .figures import cell, markdown_table, spread, write_report
 from .loops import SCHEDULE, Float32, normal
 from .machine import described, machine_facts
 from .program import run_program
@@ -129,8 +130,8 @@ def markdown(facts: dict[str, Any]) -> str:
     steps = [
         [
             f"{case['case']}, `{timing['target']}`",
-            _cell(timing["step_ms"][LOOP], 0),
-            *(_cell(timing["ratios"][name], 3) for name in (FUSED, FOLDED, SLOTTED)),
+            cell(timing["step_ms"][LOOP], 0),
+            *(cell(timing["ratios"][name], 3) for name in (FUSED, FOLDED, SLOTTED)),
         ]
         for case in facts["cases"]
         for timing in case["timings"]
@@ -149,13 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one-step", type=Path, metavar="DIR", help="a one-step model's folder")
     parser.add_argument("--schedule", type=Path, metavar="DIR", help="the folder of a model of many steps")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the tables beside it")
+    add_report(parser)
     parser.add_argument("--target", action="append", help=f"by default {' and '.join(TARGETS)}")
     parser.add_argument("--latent", type=int, default=64, help="height and width of the latent")
     parser.add_argument("--rows", type=int, default=2, help="steps of the schedule that are timed")
-    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
-    parser.add_argument("--warm-up", type=int, default=1, help="rounds before the first that counts")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds that count")
+    add_threads(parser)
+    add_rounds(parser, 1, 9)
     parser.add_argument("--scratch", type=Path, help="a folder with space for a copy of the weights for each graph")
     given = parser.parse_args(arguments)
     cases = [one_step_case(given.one_step)] if given.one_step else []
@@ -239,10 +239,6 @@ def _with_lora(branch: dict[str, Float32], session: Session) -> Conditioning:
         for module, (read, made) in slot_widths(session.inputs).items()
     }
     return Conditioning(branch, branch, adapters=(Adapter("random", changes),) if changes else ())
-
-
-def _cell(figures: dict[str, float], digits: int) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from tandemrt.runtime import Output, Pipeline, Timings
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import parse_target
 
-from .figures import markdown_table, spread, write_json, write_report
+from .arguments import add_report, add_rounds, add_threads
+from .figures import cell, markdown_table, spread, write_json, write_report
 from .loops import Float32
 from .machine import described, machine_facts
 from .program import run_program
@@ -166,12 +167,12 @@ def markdown(facts: dict[str, Any]) -> str:
         rows = [
             [
                 f"{one['bundle']}, `{one['target']}`: {name}",
-                _cell(way["row_ms"], 1),
-                _cell(way["ratio"], 3),
+                cell(way["row_ms"], 1),
+                cell(way["ratio"], 3),
                 f"{way['psnr_db']:.0f}",
                 f"{way['guided']['median']:g} of {one['rows']}",
                 f"{way['host_share']['median']:.2%}",
-                _cell(way["host_us"], 0),
+                cell(way["host_us"], 0),
             ]
             for one in facts["ways"]
             for name, way in one["ways"].items()
@@ -184,7 +185,7 @@ def markdown(facts: dict[str, Any]) -> str:
                 f"{one['plan']}, `{one['target']}`: {name}",
                 f"{score['all_right']['share']:.1%} ({score['all_right']['low']:.1%}–{score['all_right']['high']:.1%})",
                 "" if score["psnr_db"] is None else f"{score['psnr_db']:.1f}",
-                _cell(one["ratio"][name], 3),
+                cell(one["ratio"][name], 3),
                 f"{one['guided'][name]['median']:g} of {one['rows']}",
             ]
             for one in facts["accuracy"]
@@ -196,8 +197,8 @@ def markdown(facts: dict[str, Any]) -> str:
         rows = [
             [
                 f"{one['case']['name']}, `{one['target']}`: {kind}",
-                _cell(taken, 2),
-                _cell(one["times_faster"][kind], 2) if kind in one["times_faster"] else "",
+                cell(taken, 2),
+                cell(one["times_faster"][kind], 2) if kind in one["times_faster"] else "",
             ]
             for one in facts["peers"]
             for kind, taken in one["seconds"].items()
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundle: dict[str, Any] = {"type": Path, "metavar": "BUNDLE"}
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go; a .md of the tables beside it")
+    add_report(parser)
     parser.add_argument("--ways", action="append", default=[], **bundle, help="a bundle whose first denoiser is timed")
     parser.add_argument("--shapes", action="append", default=[], **bundle, help="the shapes family's bundle")
     parser.add_argument("--hybrid", **bundle, help="SD 1.4 and its small UNet, beside diffusers")
@@ -240,9 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=6, help="rows of the plan whose ways are timed (default 6)")
     parser.add_argument("--size", type=int, default=512, help="the picture's side in pixels (default 512)")
     parser.add_argument("--prompts", type=int, default=300, help="prompts of the shapes family (default 300)")
-    parser.add_argument("--threads", type=int, help="threads of a model; the backend's choice by default")
-    parser.add_argument("--warm-up", type=int, default=1, help="rounds before the first that counts (default 1)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
+    add_threads(parser)
+    add_rounds(parser, 1, 5)
     return parser
 
 
@@ -274,10 +274,6 @@ def _psnr_db(latents: Float32, reference: Float32) -> float:
     error = float(np.square(latents.astype(np.float64) - reference).mean())
     peak = float(np.abs(reference).max())
     return 200.0 if error == 0 else min(200.0, 10 * float(np.log10(peak**2 / error)))
-
-
-def _cell(figures: dict[str, float], digits: int) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import numpy as np
 from tandemrt.runtime.architecture import usable_cpus
 from tandemrt.runtime.bundle import Bundle
 
-from .figures import markdown_table, spread, write_report
+from .arguments import add_report, add_rounds
+from .figures import cell, markdown_table, spread, write_report
 from .machine import described, machine_facts
 from .program import run_program
 from .worker_ways import BATCHED, WAYS, Case, Way, opened, save_mapped
@@ -114,8 +115,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
         [
             f"{one['bundle']} {one['denoiser']}, {one['backend']}: {one['way']}",
             f"{one['memory_mib']:.0f}",
-            _cell(one["row_ms"], 1),
-            _cell(one["ratio"], 3),
+            cell(one["row_ms"], 1),
+            cell(one["ratio"], 3),
             f"{one['least_ratio']:.3f}",
             f"{one['relative_rms']:.1e}",
         ]
@@ -135,22 +136,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write FILE and a Markdown table beside it, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="in fp32")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    add_report(parser)
     parser.add_argument("--backend", action="append", choices=tuple(WAYS), help="by default both")
     parser.add_argument("--size", type=int, help="the picture's side in pixels; the bundle's own by default")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="of all workers (default: one a CPU)")
-    parser.add_argument("--warm-up", type=int, default=5, help="rounds before the first that counts (default 5)")
-    parser.add_argument("--repeats", type=int, default=100, help="rounds that count (default 100)")
+    add_rounds(parser, 5, 100)
     parser.add_argument("--scratch", type=Path, help="a folder with space for a denoiser's weights, and half as much")
     given = parser.parse_args(argv)
     options = Options(given.threads, given.warm_up, given.repeats)
     facts: dict[str, Any] = {"machine": machine_facts(), "threads": given.threads, "repeats": given.repeats}
     facts["figures"] = [one for path in given.bundles for one in bundle_figures(path, given.size, given, options)]
     write_report(given.json, facts, markdown(facts))
-
-
-def _cell(figures: Mapping[str, float], digits: int) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['p10']:.{digits}f}–{figures['p90']:.{digits}f})"
 
 
 if __name__ == "__main__":

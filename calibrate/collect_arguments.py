@@ -8,7 +8,16 @@ from pathlib import Path
 
 from ..runtime.cli.prompts import require_text
 from ..runtime.errors import ArgumentError
-from .shared_arguments import add_bundle, add_discard, add_held_out, add_place, add_prompts, add_seed, check_shared
+from .shared_arguments import (
+    add_bundle,
+    add_discard,
+    add_held_out,
+    add_pictures,
+    add_place,
+    add_prompts,
+    add_seed,
+    check_shared,
+)
 
 PROMPTS = 64
 ROWS = 4
@@ -87,10 +96,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="a denoiser that is to run, in turns with others that are named so; see below",
     )
-    group.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="for every prompt (default: none)")
-    group.add_argument("--height", type=int, metavar="PIXELS", help="default: the bundle's")
-    group.add_argument("--width", type=int, metavar="PIXELS", help="default: the bundle's")
+    add_pictures(group)
     add_seed(group)
 
 

@@ -13,6 +13,7 @@ from .prompts import MAX_PROMPTS
 from .shared_arguments import (
     add_bundle,
     add_discard,
+    add_guidance_scale,
     add_held_out,
     add_judged,
     add_place,
@@ -117,7 +118,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--steps", "--num-inference-steps", metavar="STEPS", help="as of `generate` (default: the bundle's)"
     )
-    group.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
+    add_guidance_scale(group)
     add_seed(group)
 
 

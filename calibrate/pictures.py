@@ -22,7 +22,16 @@ from ..runtime.plan_steps import parse_steps
 from ..runtime.targets import installed_version
 from .prompts import chosen_prompts, prompts_sha256
 from .run_folder import RunFolder
-from .shared_arguments import add_bundle, add_discard, add_place, add_prompts, add_seed, check_number, check_shared
+from .shared_arguments import (
+    add_bundle,
+    add_discard,
+    add_pictures,
+    add_place,
+    add_prompts,
+    add_seed,
+    check_number,
+    check_shared,
+)
 
 DESCRIPTION = (
     "Paint one picture of each prompt of a file, for measures that need thousands. Picture i is painted of prompt i "
@@ -75,10 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", metavar="STEPS", help="25, 10,15 or unet:10,unet_small:15, as in `tandemrt generate`")
     group.add_argument("--solver", metavar="NAME", help="the bundle's scheduler by default")
-    group.add_argument("--guidance-scale", type=float, metavar="X", help="how strongly the prompt counts; 1 is off")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from, for every prompt")
-    group.add_argument("--width", type=int, metavar="PIXELS", help="the bundle's default otherwise")
-    group.add_argument("--height", type=int, metavar="PIXELS", help="the bundle's default otherwise")
+    add_pictures(group)
     group.add_argument("--decoder", metavar="NAME", help="which of the bundle's decoders paints; its first by default")
 
 

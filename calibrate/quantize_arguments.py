@@ -17,7 +17,15 @@ from .observers import OBSERVERS
 from .quality import MAX_PSNR_DB
 from .quantizers import FORMATS, NEEDS_SAMPLES, TOOLS
 from .ranges import LIMITS
-from .shared_arguments import add_bundle, add_discard, add_place, add_prompts, add_scorer, check_shared
+from .shared_arguments import (
+    add_bundle,
+    add_discard,
+    add_guidance_scale,
+    add_place,
+    add_prompts,
+    add_scorer,
+    check_shared,
+)
 
 PROMPTS, SAMPLES = 16, 64
 INT8 = Int8Settings()
@@ -153,9 +161,7 @@ def _add_judging(group: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="what is run for these pictures, as in `generate` (default: as in the trajectories)",
     )
-    group.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="default: the trajectories', else the bundle's"
-    )
+    add_guidance_scale(group, "the trajectories', else the bundle's")
     add_place(group)
     add_discard(group)
 

@@ -61,6 +61,19 @@ def add_judged(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_guidance_scale(group: argparse._ArgumentGroup, default: str = "the bundle's") -> None:
+    """Declare --guidance-scale. default: whose it is otherwise."""
+    group.add_argument("--guidance-scale", type=float, metavar="X", help=f"default: {default}")
+
+
+def add_pictures(group: argparse._ArgumentGroup) -> None:
+    """Declare --guidance-scale, --negative-prompt, --height and --width."""
+    add_guidance_scale(group)
+    group.add_argument("--negative-prompt", metavar="TEXT", help="for every prompt (default: none)")
+    group.add_argument("--height", type=int, metavar="PIXELS", help="default: the bundle's")
+    group.add_argument("--width", type=int, metavar="PIXELS", help="default: the bundle's")
+
+
 def add_seed(group: argparse._ArgumentGroup) -> None:
     """Declare --seed."""
     group.add_argument(
