@@ -39,7 +39,8 @@ EPILOG = """\
 formats:
   int8           activations and weights, computed in eight bits; needs --trajectories of `tandemrt calibrate collect`
   fp8            both in E4M3, of denoisers alone, for TensorRT on GPUs from sm89 on; needs them too
-  int8-weights   weights alone, a quarter of fp32's size and half of fp16's, computed as before
+  int8-weights   weights alone, files of a quarter of fp32's size and half of fp16's, computed as before; OpenVINO
+                 needs as much memory for convolutions as before
   int4-weights   those of matrix products in four bits, of convolutions in eight
 
 examples:
