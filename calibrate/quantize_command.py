@@ -18,6 +18,7 @@ from .derived import Derived
 from .judged import NO_PROMPTS
 from .ledger import Ledger
 from .quantize_arguments import QuantizePlan, add_arguments, plan_from_arguments
+from .quantize_floor import floor_warnings
 from .quantize_job import Job, job_of
 from .quantize_search import Search
 from .quantizers import layer_names
@@ -92,6 +93,9 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
         losses = Search(job, derived, ledger, reporter.progress).settled()
         for name in job.names:
             derived.tell_losses(name, [losses[way] for way in job.ways[name]])
+        if not plan.budget.asks:
+            for text in floor_warnings(job.ways, losses, held_out=job.judged.prompts != NO_PROMPTS):
+                reporter.warn(text)
         return _told(job, derived.publish())
 
 

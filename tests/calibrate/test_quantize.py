@@ -94,6 +94,18 @@ def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path, capsys: pytest
     assert main(command(tmp_path / "out", "--out", tmp_path / "again", *words[3:])) == 2
 
 
+def test_a_component_that_ruins_pictures_is_told(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ruined = ("--component", "unet", "--observer", "percentile", "--percentile", 20)
+    assert quantize(tiny, tmp_path / "out", *ruined) == 0
+    told = capsys.readouterr().err
+    assert "warning: unet: pictures of unet 4, vae_decoder are " in told
+    assert "expected 30 dB and 0.9 or more. Try --min-psnr 30, which keeps" in told
+    assert quantize(tiny, tmp_path / "asked", *ruined, "--min-psnr", 2) == 0
+    assert "Try --min-psnr" not in capsys.readouterr().err
+
+
 def test_the_bundle_itself_is_never_replaced(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = Bundle.open(tiny / "bundle")
     assert quantize(tiny, tiny / "bundle", "--component", "unet", "--force") == 2
