@@ -392,8 +392,7 @@ def test_openvino_runs_step_engines_within_their_profiles(
         )
 
 
-@pytest.mark.parametrize(("target", "atol"), [(ORT, 0), (OPENVINO, 1e-4)])
-@pytest.mark.parametrize("fold_steps", [None, 4])
+@pytest.mark.parametrize(("target", "atol", "fold_steps"), [(ORT, 0, None), (OPENVINO, 1e-4, 4)])
 def test_trained_models_paint_the_plain_loops_pictures(
     shapes_bundle: Path, tmp_path: Path, both: Both, target: str, atol: float, fold_steps: int | None
 ) -> None:

@@ -15,6 +15,7 @@ from unittest import mock
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -111,3 +112,11 @@ def _shortened(model: Model) -> Model:
 
 def _at_most(most: int, value: Any) -> Any:
     return [_at_most(most, each) for each in value] if isinstance(value, list) else min(most, value)
+
+
+def require_one_time_step_serves(model: Path, given: Mapping[str, npt.NDArray[Any]]) -> None:
+    """A denoiser's graph takes one time step for a whole batch, or one for each of its rows."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    rows = next(iter(given.values())).shape[0]
+    made = [session.run(None, {**given, "timestep": np.full(count, 417.25, np.float32)})[0] for count in (1, rows)]
+    np.testing.assert_allclose(*made, atol=1e-6)

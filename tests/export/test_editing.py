@@ -118,6 +118,7 @@ def test_inpainting(pipe: Pipeline, steered: Path, solver: str, strength: float)
         assert np.mean(np.square(found - paint(pipe, solver=solver, **other, **same))) > least
 
 
+@pytest.mark.deep
 def test_an_inpainting_unet_of_nine_channels(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     torch.manual_seed(9)

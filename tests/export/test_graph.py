@@ -15,7 +15,7 @@ from tandemrt.export import graph as graphs
 from tandemrt.export.agreement import latent_space
 from tandemrt.export.audit import find_islands
 from tandemrt.export.autoencoders import decoder_graph
-from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint, read_denoiser
+from tandemrt.export.checkpoint import read_autoencoder, read_checkpoint
 from tandemrt.export.denoisers import denoiser_graph
 from tandemrt.export.graph import onnx_from_module, save
 from tandemrt.export.half import half_from_float
@@ -25,14 +25,9 @@ from tandemrt.export.samples import Inputs
 from tandemrt.runtime.errors import ExportError
 from tandemrt.runtime.manifest import Precision
 
-from .mini import TEXT_WIDTH, UNET_FILE, edit_tensors, unet
+from .family import require_one_time_step_serves
+from .mini import TEXT_WIDTH, UNET_FILE, edit_tensors
 
-# What makes a UNet read pooled text of width 10 and SDXL's sizes.
-SIZED = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-    "projection_class_embeddings_input_dim": 6 * 4 + 10,
-}
 LATENT = {"latent_sample": np.random.default_rng(0).standard_normal((1, 4, 6, 8)).astype(np.float32)}
 
 
@@ -81,22 +76,9 @@ def test_a_denoiser_runs_at_every_size_batch_and_text_length(denoiser: tuple[Gra
     require_close("unet", compare("unet", graph, model, [given], "fp32"))
 
 
-@pytest.mark.parametrize("sized", [False, True])
-def test_one_time_step_serves_a_whole_batch(
-    denoiser: tuple[Graph, Path], checkpoint: Path, tmp_path: Path, *, sized: bool
-) -> None:
-    """optimum's pipelines give the time step as one number, whatever the batch."""
-    model, given = denoiser[1], inputs(3, 4, 6)
-    if sized:
-        unet(**SIZED).save_pretrained(tmp_path)
-        part = read_denoiser(tmp_path, read_checkpoint(checkpoint)).part
-        model = save(onnx_from_module("unet", denoiser_graph(part)), tmp_path)
-        given |= {"text_embeds": noise(3, 10), "time_ids": 64 * np.ones((3, 6), np.float32)}
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    given["timestep"] = np.full(3, 417.25, np.float32)
-    many = session.run(None, given)[0]
-    one = session.run(None, {**given, "timestep": np.array([417.25], np.float32)})[0]
-    np.testing.assert_allclose(one, many, atol=1e-6)
+def test_one_time_step_serves_a_whole_batch(denoiser: tuple[Graph, Path]) -> None:
+    """optimum's pipelines give the time step as one number, whatever the batch. Of sizes too: see test_sdxl."""
+    require_one_time_step_serves(denoiser[1], inputs(3, 4, 6))
 
 
 def test_a_graph_says_nothing_of_the_machine_it_was_made_on(denoiser: tuple[Graph, Path]) -> None:

@@ -34,7 +34,14 @@ OTHER_PROMPT = "two blue houses by the sea"
 SIZE = 64
 # What diffusers wants to be told where the index leaves it out.
 LEFT_OUT = {"sd3-medium-no-t5": {"text_encoder_3": None, "tokenizer_3": None}}
-PAINTED = ("sdxl", "ssd-1b", "sdxs-1024", "hyper-sdxl-1step", "sd3-medium", "sd3-medium-no-t5", "lcm-sd1")
+# SDXL and SD3 themselves paint in test_sdxl and test_sd3.
+PAINTED = (
+    "lcm-sd1",
+    *(
+        pytest.param(name, marks=pytest.mark.deep)
+        for name in ("sdxl", "ssd-1b", "sdxs-1024", "hyper-sdxl-1step", "sd3-medium", "sd3-medium-no-t5")
+    ),
+)
 CONTROLLED = {
     "sd15-controlnet": StableDiffusionControlNetPipeline,
     "sdxs-512-sketch": StableDiffusionControlNetPipeline,
@@ -80,7 +87,9 @@ def test_diffusers_loads_and_paints(name: str, tmp_path: Path) -> None:
     assert np.abs(first - other).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", CONTROLLED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.deep) if "sdxl" in name else name for name in CONTROLLED]
+)
 def test_diffusers_loads_and_obeys_the_controlnet(name: str, tmp_path: Path) -> None:
     preset = read_preset(name)
     (folder,) = write_checkpoint(preset, tmp_path, "tiny").values()

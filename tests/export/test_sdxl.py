@@ -19,9 +19,12 @@ from diffusers import (
 )
 from PIL import Image
 
+from tandemrt.engines.formulas import sizes_of
+from tandemrt.runtime.shapes import evaluated
+
 from ..engines.families import require_engines
 from ..engines.tandem import require_tandem
-from .family import PROMPT, SIZE, Family, drawn, require_same
+from .family import PROMPT, SIZE, Family, drawn, require_one_time_step_serves, require_same
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +102,15 @@ def test_sdxl_starts_from_a_picture(sdxl: Family, strength: float) -> None:
     require_same(found, sdxl.painted_by(StableDiffusionXLImg2ImgPipeline, {}, image=drawn(), **same))
     mirrored = drawn().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert np.abs(found - sdxl.actual(image=mirrored, **same)).max() > 1e-2
+
+
+def test_one_time_step_serves_a_whole_batch_of_sizes(sdxl: Family) -> None:
+    bundle, random = sdxl.pipe.bundle, np.random.default_rng(0)
+    inputs = bundle.component("unet").inputs
+    sizes = sizes_of(inputs, batch=3, height=8, width=8, sequence=7)
+    shapes = {one.name: evaluated(one.shape, sizes) for one in inputs if one.name != "timestep"}
+    given = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    require_one_time_step_serves(bundle.model_path("unet"), given)
 
 
 def test_sdxl_builds_on_every_backend(sdxl: Family, tmp_path: Path) -> None:
