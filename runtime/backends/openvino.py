@@ -27,7 +27,7 @@ from .modules import imported
 from .openvino_graph import read_graph
 
 # What arithmetic is asked for. Left to itself, OpenVINO runs an fp32 graph in bf16 where the processor can.
-_INFERENCE_PRECISIONS = {None: "f32", "fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
+_INFERENCE_PRECISIONS = {None: "f32", "fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32", "fp8": "f32"}
 # Every change of shapes from one run to the next is some 4 ms more for a UNet: as long as a small one takes by itself,
 # and nothing beside the seconds of a large one. A model of no larger files runs a second batch on weights of its own.
 _TWICE_BYTES = 64 << 20
@@ -204,9 +204,10 @@ def precision_hint(device: str, precision: str | None) -> str:
     """The arithmetic that is asked of a device: an fp16 graph is computed in fp32 by a CPU, as by ONNX Runtime's.
 
     What an int8 graph does not quantize is computed in bf16 where the CPU can: SDXS-512's UNet took 1.2 times as long
-    in fp32, and was as far from the fp32 graph's numbers.
+    in fp32, and was as far from the fp32 graph's numbers. So is all of an fp8 graph: what its rounding to E4M3 leaves
+    is 16 times coarser than bf16.
     """
-    if precision == "int8" and device == "cpu" and "BF16" in _cpu_capabilities():
+    if precision in ("int8", "fp8") and device == "cpu" and "BF16" in _cpu_capabilities():
         return "bf16"
     return "f16" if precision == "fp16" and device != "cpu" else _INFERENCE_PRECISIONS[precision]
 

@@ -15,6 +15,7 @@ import pytest
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from tandemrt.engines.build import ensure_engine
+from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends import open_engine
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -22,7 +23,9 @@ from tandemrt.runtime.engine_files import Layer, read_layers
 from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.errors import TargetError
 from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.targets import Target
 
+from ..interop.picture import psnr_db
 from ..runtime.tiny_bundle import call_quantized, quantization_in, resign
 from .conftest import Requests
 from .test_build import FEEDS, VERSIONS, reference, silent
@@ -75,11 +78,17 @@ def quantized(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
     return with_pairs(tiny_path, tmp_path_factory.mktemp("quantized") / "bundle", QuantType.QInt8, "Conv")
 
 
-def test_a_graph_in_fp8_is_built_as_it_is(tiny_path: Path, tmp_path: Path, requests: Requests) -> None:
-    """Matrix products in E4M3; TensorRT-RTX multiplies eight bits, and joins what dequantizes to the product."""
+@pytest.fixture(scope="module")
+def in_fp8(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Matrix products in E4M3."""
     options = {"calibrate_method": CalibrationMethod.Distribution, "extra_options": {"QuantizeBias": False}}
-    bundle = with_pairs(tiny_path, tmp_path / "bundle", QuantType.QFLOAT8E4M3FN, "MatMul", **options)
-    (request,) = requests("tensorrt-rtx:sm89:fp8", components=("unet",), profiles=("64:guided",), bundle=bundle)
+    folder = tmp_path_factory.mktemp("in_fp8") / "bundle"
+    return with_pairs(tiny_path, folder, QuantType.QFLOAT8E4M3FN, "MatMul", **options)
+
+
+def test_a_graph_in_fp8_is_built_as_it_is(in_fp8: Bundle, tmp_path: Path, requests: Requests) -> None:
+    """TensorRT-RTX multiplies eight bits, and joins what dequantizes to the product."""
+    (request,) = requests("tensorrt-rtx:sm89:fp8", components=("unet",), profiles=("64:guided",), bundle=in_fp8)
     assert request.ingredients.precision == "fp8"
     layers = read_layers(ensure_engine(request, tmp_path, silent, VERSIONS).folder)
     (product,) = [layer for layer in layers if any("MatMul" in node for node in layer.nodes)]
@@ -134,14 +143,31 @@ def test_a_graph_that_quantizes_is_built_as_it_is(
     assert any(map(CONVOLVES_INTEGERS[request.target.backend], layers)), layers
     if request.target.backend == "tensorrt-rtx":
         return  # which runs on a GPU alone
+    assert 0 < relative_error(quantized, request.target, tmp_path, tiny) <= MAX_RELATIVE_ERROR
+
+
+def relative_error(bundle: Bundle, target: Target, cache: Path, floats: Bundle) -> float:
+    """How far the UNet's engine in a cache is from the float graph, of the largest number of that."""
     shapes = {name: array.shape for name, array in FEEDS.items()}
-    found = fitting_engines(quantized, "unet", request.target, shapes, cache=tmp_path)[0]
-    session = open_engine(found, request.target, threads=1)
+    exact = target.of_component(bundle.component("unet"))
+    found = fitting_engines(bundle, "unet", exact, shapes, cache=cache)[0]
+    session = open_engine(found, exact, threads=1)
     binding = session.bind(shapes)
     for name, array in FEEDS.items():
         binding.inputs[name][...] = array
     binding.run()
-    expected = reference(tiny)
+    expected = reference(floats)
     error = np.abs(binding.outputs["out_sample"] - expected).max() / np.abs(expected).max()
-    assert 0 < error <= MAX_RELATIVE_ERROR
     session.close()
+    return float(error)
+
+
+def test_openvino_builds_and_runs_fp8(in_fp8: Bundle, tiny: Bundle, requests: Requests, tmp_path: Path) -> None:
+    (request,) = requests("openvino:cpu", components=("unet",), profiles=("64:guided",), bundle=in_fp8)
+    assert request.ingredients.precision == "fp8"
+    ensure_engine(request, tmp_path, silent, VERSIONS)
+    assert 0 < relative_error(in_fp8, request.target, tmp_path, tiny) <= MAX_RELATIVE_ERROR
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1, "seed": 7, "output_type": "np"}
+    with Pipeline.open(in_fp8.path, "openvino:cpu") as ours, Pipeline.open(in_fp8.path, "onnxruntime:cpu") as theirs:
+        found, expected = (np.asarray(pipe("red", **arguments).images[0]) for pipe in (ours, theirs))
+    assert psnr_db(found, expected) >= 35

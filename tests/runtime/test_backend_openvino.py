@@ -143,13 +143,14 @@ def test_int8_runs_what_the_graph_quantizes(tmp_path: Path) -> None:
     assert np.abs(results[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize(("capabilities", "hint"), [(("FP32", "INT8", "BF16"), "bf16"), (("FP32", "INT8"), "f32")])
-def test_int8_computes_the_rest_in_what_is_fastest(
-    capabilities: tuple[str, ...], hint: str, monkeypatch: pytest.MonkeyPatch
+def test_eight_bits_compute_the_rest_in_what_is_fastest(
+    capabilities: tuple[str, ...], hint: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "_cpu_capabilities", lambda: frozenset(capabilities))
-    assert backend.precision_hint("cpu", "int8") == hint
-    assert (backend.precision_hint("cpu", "fp32"), backend.precision_hint("gpu", "int8")) == ("f32", "f32")
+    assert backend.precision_hint("cpu", precision) == hint
+    assert (backend.precision_hint("cpu", "fp32"), backend.precision_hint("gpu", precision)) == ("f32", "f32")
 
 
 @pytest.mark.parametrize("backend_of", ["openvino", "onnxruntime"])
