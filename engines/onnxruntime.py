@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.backends.modules import imported
-from ..runtime.backends.onnxruntime import EXACT_PRODUCTS
+from ..runtime.backends.onnxruntime import EXACT_PRODUCTS, with_pairs_of_e4m3
 from ..runtime.engine_files import GRAPH_NAME, Layer
 from ..runtime.errors import EngineError, TargetError
 from .job import Built, Job, Progress
@@ -41,7 +41,8 @@ def build(job: Job, progress: Progress) -> Built:
     options.add_session_config_entry(*EXACT_PRODUCTS)
     provider = PROVIDERS[job.device]
     try:
-        session = ort.InferenceSession(_source(job, options), options, providers=[provider])
+        source = _source(job, options)
+        session = with_pairs_of_e4m3(options, lambda: ort.InferenceSession(source, options, providers=[provider]))
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
         reason = " ".join(str(error).split())[:500]
         raise EngineError(job.component, f"ONNX Runtime cannot optimize the graph ({reason})") from error

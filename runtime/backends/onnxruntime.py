@@ -3,7 +3,7 @@ the binding has buffers there too, filled before the run and read after it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -151,17 +151,25 @@ def session_options(ort: Any, threads: int | None) -> Any:
     return options
 
 
+def with_pairs_of_e4m3(options: Any, load: Callable[[], Any]) -> Any:
+    """What `load` makes with the options; where E4M3 keeps it from that, with pairs of Q/DQ left as they are.
+
+    ONNX Runtime takes pairs of E4M3 for those of int8, and joins them to products of whole numbers, which it then
+    refuses.
+    """
+    try:
+        return load()
+    except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+        if _E4M3 not in str(error):
+            raise
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return load()
+
+
 def _loaded(ort: Any, model: Path, target: Target, threads: int | None, engine_of: str | None) -> Any:
     options = session_options(ort, threads)
     try:
-        try:
-            return opened(ort, model, options, target)
-        except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
-            if _E4M3 not in str(error):
-                raise
-        # It takes pairs of E4M3 for those of int8, and joins them to products of whole numbers, which it then refuses.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        return opened(ort, model, options, target)
+        return with_pairs_of_e4m3(options, lambda: opened(ort, model, options, target))
     except TargetError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own

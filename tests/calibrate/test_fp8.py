@@ -12,10 +12,12 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from tandemrt.calibrate.fp8 import Fp8Settings, quantize_fp8
+from tandemrt.engines.job import Job
+from tandemrt.engines.onnxruntime import build
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.errors import ArgumentError, BundleError
 from tandemrt.runtime.onnx_files import graph_tensors
-from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.targets import Target
 
 from .small_graphs import samples_of, write_block
 from .test_int8 import FEEDS, FEW, LAYERS, relative_rms, require_built_in_eight_bits
@@ -24,11 +26,12 @@ SETTINGS = Fp8Settings(limits=FEW)
 # Of the RMS of the float graph's output. E4M3 has three bits behind the first: rounding changes a number by 3.6% RMS at
 # most, and a value goes through twelve roundings, of six layers' weights and inputs.
 MAX_RELATIVE_RMS = 0.036 * 12**0.5 * 1.2
+HERE = Target("onnxruntime", "cpu")
 
 
-def ran(model: Path, feeds: Mapping[str, Any] = FEEDS) -> np.ndarray[Any, Any]:
+def ran(model: Path, feeds: Mapping[str, Any] = FEEDS, target: Target = HERE) -> np.ndarray[Any, Any]:
     """What the runtime makes of it, where ONNX Runtime by itself refuses products of E4M3."""
-    session = open_session(model, parse_target("onnxruntime:cpu:fp32"), threads=1)
+    session = open_session(model, target, threads=1)
     binding = session.bind({name: array.shape for name, array in feeds.items()})
     for name, array in feeds.items():
         binding.inputs[name][...] = array
@@ -107,6 +110,29 @@ def test_numbers_beyond_the_range_are_clipped(pair: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("pair", [True], ids=["fp16"], indirect=True)
 def test_tensorrt_rtx_builds_layers_of_eight_bits(pair: tuple[Path, Path], tmp_path: Path) -> None:
     require_built_in_eight_bits(pair[1], "fp8", tmp_path)
+
+
+def test_onnxruntime_builds_what_it_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """An engine for its CPU gives the very numbers of the graph that it was built of."""
+    job = Job(
+        component="unet",
+        model=str(pair[1]),
+        folder=str(tmp_path),
+        backend="onnxruntime",
+        device="cpu",
+        precision="fp8",
+        profiles=(),
+        flags={},
+    )
+    layers = build(job, lambda label, done, total: None).layers
+    assert sum(layer.kind == "QuantizeLinear" for layer in layers) == 4
+    np.testing.assert_array_equal(ran(tmp_path / "model.onnx"), ran(pair[1]))
+
+
+def test_openvino_rounds_alike(pair: tuple[Path, Path]) -> None:
+    """But for what lies halfway between two numbers of E4M3, which it takes for one of them a little too early."""
+    expected, rounded = ran(pair[0]), ran(pair[1], target=Target("openvino", "cpu", "fp8"))
+    assert 0 < relative_rms(rounded, expected) < MAX_RELATIVE_RMS
 
 
 def test_interfaces_stay(pair: tuple[Path, Path]) -> None:
