@@ -160,7 +160,8 @@ def _painted(plan: PicturesPlan, pipe: Pipeline, folder: RunFolder, reporter: Re
     began, total = time.perf_counter(), len(plan.prompts)
     missing = folder.missing([_name(index) for index in range(total)], "pictures", reporter)
     batches = [missing[start : start + plan.batch] for start in range(0, len(missing), plan.batch)]
-    facts = {"bundle": pipe.bundle.digest, "target": str(pipe.target), "tandemrt": version("tandemrt")}
+    target = pipe.target.told(pipe.bundle.manifest)
+    facts = {"bundle": pipe.bundle.digest, "target": target, "tandemrt": version("tandemrt")}
     made = dropped = 0
     for batch, output in zip(batches, pipe.map(_request(plan, pipe, batch) for batch in batches), strict=True):
         request, images = _request(plan, pipe, batch), cast("tuple[Image.Image, ...]", output.images)
@@ -172,7 +173,7 @@ def _painted(plan: PicturesPlan, pipe: Pipeline, folder: RunFolder, reporter: Re
         reporter.progress("pictures", total - len(missing) + made, total)
     if dropped:
         reporter.warn(f"{dropped} of the prompts painted now were too long for a text encoder, and were cut")
-    return {"made": made, "cut": dropped, "seconds": round(time.perf_counter() - began, 3)}
+    return {"target": target, "made": made, "cut": dropped, "seconds": round(time.perf_counter() - began, 3)}
 
 
 def _opened(plan: PicturesPlan) -> Pipeline:

@@ -87,7 +87,7 @@ class Pipeline:
     ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
 
-        target: `auto`, or backend, device and precision such as `onnxruntime:cpu:fp32`.
+        target: `auto`, or backend, device and precision such as `onnxruntime:cpu:fp32`: of what is not quantized.
         threads: how many CPU threads a model may use; the backend's choice otherwise.
         cache: the folder where engines and measurements are; `$TANDEMRT_CACHE` otherwise, or the user's own folder for
             caches, neither of which need be there.
@@ -119,7 +119,8 @@ class Pipeline:
         return cls(opened, wanted, count, cache_folder(cache), observe)
 
     def __repr__(self) -> str:
-        return f"<Pipeline {self.bundle.path} on {self.target}, {'closed' if self._models.closed else 'open'}>"
+        target = self.target.told(self.bundle.manifest)
+        return f"<Pipeline {self.bundle.path} on {target}, {'closed' if self._models.closed else 'open'}>"
 
     def __enter__(self) -> Pipeline:
         return self

@@ -68,6 +68,12 @@ class Target:
         """Whether the precision is one that graphs are quantized in."""
         return self.precision is not None and self.precision not in _EXPORTED_IN
 
+    def told(self, manifest: Manifest) -> str:
+        """The target, and what a bundle's layers are quantized to where it names a precision for all others alone."""
+        others = self.precision is not None and not self.quantizes
+        quantized = sorted({one.computes_in for one in manifest.components.values()} - set(_EXPORTED_IN))
+        return ", ".join([str(self), *(f"{precision} layers" for precision in quantized if others)])
+
     def check_quantized(self, where: str, manifest: Manifest) -> None:
         """Raise TargetError when this target asks for a quantized bundle, and no component of one is quantized so."""
         parts = manifest.components.values()

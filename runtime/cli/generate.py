@@ -50,7 +50,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
         files = [names.picture(seed) for request, names in checked.named for seed in request["seed"]]
         return {
             "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
-            "target": {"name": str(pipe.target), "reason": pipe.target.reason or "asked for"},
+            "target": {"name": pipe.target.told(pipe.bundle.manifest), "reason": pipe.target.reason or "asked for"},
             "devices": _device_facts(plan, pipe.target),
             "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
             "pictures": checked.pictures.facts(),
@@ -87,7 +87,7 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
         facts = {
             "plan": checked.compiled.facts(),
             "bundle": pipe.bundle.digest,
-            "target": str(pipe.target),
+            "target": pipe.target.told(pipe.bundle.manifest),
             "tandemrt": version("tandemrt"),
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),

@@ -19,12 +19,12 @@ from PIL import Image
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.cli.generate_told import guidance_line
-from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.manifest import Manifest, QuantizationFormat
 from tandemrt.runtime.pipeline import Pipeline
 from tandemrt.runtime.plan import RowGuidance
 from tandemrt.runtime.solvers import SOLVERS
 
-from .tiny_bundle import resign, write_tiny_bundle
+from .tiny_bundle import call_quantized, resign, write_tiny_bundle
 
 STEPS = ["--steps", "2,2"]
 
@@ -53,6 +53,31 @@ def pixels(path: Path) -> Any:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "told"),
+    [
+        ("int8", "onnxruntime:cpu:fp32", "onnxruntime:cpu:fp32, int8 layers"),
+        ("fp8", "openvino:cpu:fp32", "openvino:cpu:fp32, fp8 layers"),
+        ("int8", "onnxruntime:cpu:int8", "onnxruntime:cpu:int8"),
+        ("int8", "onnxruntime:cpu", "onnxruntime:cpu"),
+        ("int8-weights", "onnxruntime:cpu:fp32", "onnxruntime:cpu:fp32"),  # which all compute in
+    ],
+)
+def test_a_precision_is_told_as_that_of_what_is_not_quantized(
+    form: QuantizationFormat, target: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    call_quantized(tmp_path / "bundle", form, "unet")
+    arguments = ["--prompt", "red", "--seed", "1", "--target", target, *STEPS]
+    assert generate(tmp_path / "bundle", tmp_path / "out", *arguments, "--print-plan") == 0
+    assert f"target {told}: asked for\n" in capsys.readouterr().out
+    assert generate(tmp_path / "bundle", tmp_path / "out", *arguments) == 0
+    assert f" on {told}, seed 1\n" in capsys.readouterr().out
+    assert texts(tmp_path / "out" / "0001-seed1-red.png")["target"] == told
+    with Pipeline.open(tmp_path / "bundle", target) as pipe:
+        assert f" on {told}, open>" in repr(pipe)
 
 
 def test_a_picture_says_how_it_was_made(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
