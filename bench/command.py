@@ -8,6 +8,10 @@ from tandemrt.runtime.cli.program import Entry
 
 COMMANDS: Mapping[str, Entry] = {
     "run": Entry("tandemrt.bench.run_command", "measure a bundle, beside its peers, and write a report", "cpu,bench"),
+    "hybrid": Entry(
+        "tandemrt.bench.hybrid_command", "what handing over to the small denoiser costs, and does", "cpu,bench"
+    ),
+    "cfg": Entry("tandemrt.bench.cfg_command", "what the ways of running guidance cost, and do", "cpu,bench"),
     "compare": Entry(
         "tandemrt.bench.compare_command", "what differs between two reports beyond noise", "bench", plans=False
     ),

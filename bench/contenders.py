@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from tandemrt.runtime.errors import BenchmarkError
 
 from . import peers
@@ -44,7 +41,7 @@ class Contender:
         Raises:
             BenchmarkError: the interpreter is not there.
         """
-        self.name, self._pictures = name, Path(job["pictures"])
+        self.name = name
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         try:
             self._process = subprocess.Popen(
@@ -63,7 +60,7 @@ class Contender:
         if stdin is None or stdout is None or stderr is None:
             raise BenchmarkError(name, "has no pipes")
         self._stdin, self._stdout, self._said = stdin, stdout, _Tail(stderr)
-        self._told = {"name": name, **job}
+        self._job = job
 
     def opened(self) -> Answer:
         """What opening took; waits until the models are open.
@@ -71,16 +68,14 @@ class Contender:
         Raises:
             BenchmarkError: it failed; the message ends with what it said.
         """
-        return self._asked(json.dumps(self._told))
+        return self._asked(json.dumps(self._job))
 
-    def painted(self, seed: int) -> Answer:
-        """What the picture of this seed took, from its text to its pixels. BenchmarkError where it failed."""
-        return self._asked(str(seed))
+    def painted(self, seed: int, arguments: Mapping[str, Any], file: Path) -> Answer:
+        """What the picture of this seed took, from its text to its pixels, which are saved to a file.
 
-    def picture(self, seed: int) -> npt.NDArray[np.float32]:
-        """The picture of this seed, which it has painted, (H, W, 3) float32 in 0..1."""
-        picture: npt.NDArray[np.float32] = np.load(self._pictures / f"{self.name}-{seed}.npy")
-        return picture
+        arguments: what differs from the job. BenchmarkError where it failed.
+        """
+        return self._asked(json.dumps({"seed": seed, "arguments": dict(arguments), "file": str(file)}))
 
     @property
     def pid(self) -> int:
@@ -110,7 +105,7 @@ class Contender:
             raise BenchmarkError(self.name, f"ended with exit status {status}", remedy=self._said.line())
         facts = json.loads(answer)
         if "error" in facts:
-            raise BenchmarkError(self.name, facts["error"])
+            raise BenchmarkError(self.name, facts["error"].rstrip("."))
         return Answer(facts["figures"], facts.get("words", {}))
 
 

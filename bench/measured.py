@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tandemrt.runtime.onnx_files import external_files
 from .contenders import Contender
 from .peer_table import interpreter, named_peer
 from .reports.schema import Column, Figure, Plot, Row, Section, Subject
-from .rounds import Taken
+from .rounds import Entrant, Taken
 
 _PARTS = {"text_s": "text encoders", "decode_s": "decoder", "host_s": "the loop itself"}
 
@@ -40,8 +41,6 @@ class Work:
     decoder: str | None
     threads: int | None
     cache: Path
-    pictures: Path
-    peer_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -57,14 +56,13 @@ class Work:
             "width": self.width,
             "decoder": str(self.added[self.decoder]) if self.decoder in self.added else None,
             "threads": self.threads,
-            "pictures": str(self.pictures),
         }
 
 
-def own_contender(work: Work, target: str) -> Callable[[], Contender]:
+def own_entrant(work: Work, target: str) -> Entrant:
     """TandemRT on a target."""
     job = {**work.shared, "target": target, "cache": str(work.cache), "arguments": dict(work.arguments)}
-    return partial(Contender, own_name(target), interpreter("diffusers", work.cache), "ours.py", job)
+    return Entrant(partial(Contender, own_name(target), sys.executable, "ours.py", job))
 
 
 def own_name(target: str) -> str:
@@ -72,7 +70,7 @@ def own_name(target: str) -> str:
     return f"tandemrt {target}"
 
 
-def peer_contender(work: Work, name: str) -> Callable[[], Contender]:
+def peer_entrant(work: Work, name: str) -> Entrant:
     """A peer; what keeps it from running is told when it is started.
 
     Raises, when it is called:
@@ -90,7 +88,7 @@ def peer_contender(work: Work, name: str) -> Callable[[], Contender]:
             raise BenchmarkError(name, f"paints with the bundle's first decoder, not with {work.decoder}")
         return Contender(name, interpreter(name, work.cache), peer.script, {**work.shared, **peer.settings})
 
-    return start
+    return Entrant(start)
 
 
 def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
@@ -111,6 +109,25 @@ def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
         plots=(Plot(title="Seconds a call; a dot is a round", y="total"),),
         note="From the prompt to the picture's pixels. Every contender paints the same prompts from the same seeds in "
         "turns; the peak is of resident memory, in which mapped files count.",
+    )
+
+
+def variants_section(key: str, title: str, taken: Mapping[str, Taken], note: str) -> Section:
+    """Whole pictures of one process in several ways, beside the first of these."""
+    first = next(iter(taken))
+    return Section(
+        key=key,
+        title=title,
+        baseline=first,
+        columns=(
+            Column(of="total", title="s a picture", shown="percentiles"),
+            Column(of="denoise", title="of it the rows, s"),
+            Column(of="total", title=f"times {first}", shown="ratio"),
+            Column(of="psnr", title=f"PSNR to {first}, dB"),
+        ),
+        rows=tuple(_row(name, one, _variant_figures(one)) for name, one in taken.items()),
+        plots=(Plot(title="Seconds a picture; a dot is a round", y="total"),),
+        note=note,
     )
 
 
@@ -226,4 +243,15 @@ def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:
     }
     if taken.psnr_db:
         figures["psnr"] = Figure(unit="dB", samples=(min(taken.psnr_db),))
+    return figures
+
+
+def _variant_figures(taken: Taken) -> dict[str, Figure]:
+    figures = _picture_figures(taken, 1)
+    figures.pop("rate", None)
+    figures.pop("peak", None)
+    if taken.rounds:
+        others = [taken.samples(name) for name in ("total_s", "text_s", "decode_s")]
+        rows = tuple(total - text - decode for total, text, decode in zip(*others, strict=True))
+        figures["denoise"] = Figure(unit="s", samples=rows)
     return figures

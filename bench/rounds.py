@@ -1,9 +1,12 @@
-"""Contenders painting in turns: every round all of them paint the same seed, each round another one first."""
+"""Entrants painting in turns: every round all of them paint the same seed, each round another one first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +33,17 @@ class Rounds:
         return self.warm_up + self.count
 
 
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """What paints in every round. Entrants with the same `start` share the process that it starts.
+
+    arguments: what differs from the process's job in this one's pictures.
+    """
+
+    start: Callable[[], Contender]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Taken:
     """What one contender took.
@@ -54,37 +68,51 @@ class Taken:
         return tuple(dict.fromkeys(name for answer in self.rounds for name in answer.figures))
 
 
-def in_rounds(start: Mapping[str, Callable[[], Contender]], rounds: Rounds, progress: Progress) -> dict[str, Taken]:
-    """Open the contenders one after the other, then let them paint in turns; one that fails is left out from there on.
+def in_rounds(entrants: Mapping[str, Entrant], rounds: Rounds, pictures: Path, progress: Progress) -> dict[str, Taken]:
+    """Open the entrants' processes one after the other, then let them paint in turns; one that fails is left out.
 
-    The first is the one that pictures are compared with.
+    The first is the one that pictures are compared with. pictures: an empty folder.
     """
-    taken = {name: Taken() for name in start}
+    taken = {name: Taken() for name in entrants}
     running: dict[str, Contender] = {}
-    work = len(start) * (1 + rounds.total)
-    done = 0
+    opened: dict[Callable[[], Contender], Contender] = {}
+    done, work = 0, len(entrants) * (1 + rounds.total)
     try:
-        for name, opening in start.items():
+        for name, entrant in entrants.items():
             progress(f"open {name}", done, work)
-            with _Failing(taken[name], running, name):
-                running[name] = opening()
-                taken[name].opened = running[name].opened()
+            with _failing(taken[name], running, name):
+                if entrant.start not in opened:
+                    opened[entrant.start] = entrant.start()
+                    taken[name].opened = opened[entrant.start].opened()
+                running[name] = opened[entrant.start]
             done += 1
         for round_ in range(rounds.total):
-            seed = rounds.seed + round_
-            for name in _order(tuple(start), round_):
+            seed, files = rounds.seed + round_, {}
+            for index, name in _order(tuple(entrants), round_):
                 progress(f"round {round_ + 1} of {rounds.total}: {name}", done, work)
-                if name in running:
-                    with _Failing(taken[name], running, name):
-                        _round(taken[name], running[name].painted(seed), counts=round_ >= rounds.warm_up)
                 done += 1
+                if name in running:
+                    with _failing(taken[name], running, name):
+                        file = pictures / f"{index}-{seed}.npy"
+                        answer = running[name].painted(seed, entrants[name].arguments, file)
+                        files[name] = file
+                        _keep(taken[name], answer, counts=round_ >= rounds.warm_up)
             if round_ >= rounds.warm_up:
-                _compare(taken, running, next(iter(start)), seed)
+                _compare(taken, files, next(iter(entrants)))
+            for file in files.values():
+                file.unlink()
         progress("done", work, work)
     finally:
-        for contender in running.values():
+        for contender in opened.values():
             contender.close()
     return taken
+
+
+def require_measured(taken: Mapping[str, Taken], names: Iterable[str]) -> None:
+    """Raise BenchmarkError for the first of these that has no figures: a report without it would say nothing."""
+    for name in names:
+        if taken[name].failed:
+            raise BenchmarkError(name, taken[name].failed)
 
 
 def psnr_db(picture: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> float:
@@ -93,42 +121,37 @@ def psnr_db(picture: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
     return MOST_DB if error == 0 else min(MOST_DB, -10 * float(np.log10(error)))
 
 
-class _Failing:
-    """What ends a contender is kept with its figures, and the others go on."""
-
-    def __init__(self, taken: Taken, running: dict[str, Contender], name: str) -> None:
-        self._taken, self._running, self._name = taken, running, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        if not isinstance(error, BenchmarkError):
-            return False
-        self._taken.failed = str(error).partition(": ")[2]
-        self._taken.rounds.clear()
-        self._taken.psnr_db.clear()
-        contender = self._running.pop(self._name, None)
-        if contender is not None:
-            contender.close()
-        return True
+@contextmanager
+def _failing(taken: Taken, running: dict[str, Contender], name: str) -> Iterator[None]:
+    """What ends an entrant is kept in place of its figures, and the others go on."""
+    try:
+        yield
+    except BenchmarkError as error:
+        taken.failed = str(error).partition(": ")[2]
+        taken.rounds.clear()
+        taken.psnr_db.clear()
+        running.pop(name, None)
 
 
-def _round(taken: Taken, answer: Answer, *, counts: bool) -> None:
+def _keep(taken: Taken, answer: Answer, *, counts: bool) -> None:
     if taken.first is None:
         taken.first = answer
     if counts:
         taken.rounds.append(answer)
 
 
-def _order(names: Sequence[str], round_: int) -> Sequence[str]:
-    first = round_ % len(names)
-    return (*names[first:], *names[:first])
+def _order(names: Sequence[str], round_: int) -> Sequence[tuple[int, str]]:
+    """The names with their indices, those before the round's first behind the others."""
+    first, numbered = round_ % len(names), tuple(enumerate(names))
+    return (*numbered[first:], *numbered[:first])
 
 
-def _compare(taken: Mapping[str, Taken], running: Mapping[str, Contender], first: str, seed: int) -> None:
-    """Add the distance of the round's pictures to the first contender's; a picture of another size has none."""
-    pictures = {name: contender.picture(seed) for name, contender in running.items()}
-    for name, picture in pictures.items():
-        if name != first and first in pictures and picture.shape == pictures[first].shape:
-            taken[name].psnr_db.append(psnr_db(picture, pictures[first]))
+def _compare(taken: Mapping[str, Taken], files: Mapping[str, Path], first: str) -> None:
+    """Add the distance of the round's pictures to the first entrant's; a picture of another size has none."""
+    if first not in files:
+        return
+    reference = np.load(files[first])
+    for name, file in files.items():
+        picture = reference if name == first else np.load(file)
+        if name != first and picture.shape == reference.shape:
+            taken[name].psnr_db.append(psnr_db(picture, reference))

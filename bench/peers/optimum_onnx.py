@@ -26,7 +26,7 @@ class Optimum(Painter):
         self._pipe = getattr(optimum, f"ORT{kind}").from_pretrained(job["bundle"], session_options=options)
         self._pipe.set_progress_bar_config(disable=True)
 
-    def paint(self, seed: int, clock: Clock) -> Any:
+    def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         job = self._job
         made = self._pipe(
             f"{job['prompt']} {seed}",

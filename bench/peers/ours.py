@@ -17,9 +17,10 @@ class Ours(Painter):
         self._pipe = Pipeline.open(job["bundle"], job["target"], threads=job["threads"], cache=job["cache"])
         self._job, self._words = job, {}
 
-    def paint(self, seed: int, clock: Clock) -> Any:
+    def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
+        given = {**self._job["arguments"], **arguments}
         # No text comes twice, so that none is remembered.
-        made = self._pipe(f"{self._job['prompt']} {seed}", seed=seed, output_type="np", **self._job["arguments"])
+        made = self._pipe(f"{self._job['prompt']} {seed}", seed=seed, output_type="np", **given)
         timings = made.timings
         clock.figures |= {"text_s": timings.text_ms / 1e3, "decode_s": timings.decode_ms / 1e3}
         for row in timings.rows:

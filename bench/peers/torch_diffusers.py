@@ -43,7 +43,7 @@ class Diffusers(Painter):
         self._pipe = pipe
         self._by_step = [name for name, count in job["steps"] for _ in range(count)]
 
-    def paint(self, seed: int, clock: Clock) -> Any:
+    def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         self._clock = clock
         setattr(self._pipe, self._main, self._denoisers[self._by_step[0]])
         made = self._pipe(

@@ -1,7 +1,8 @@
 """How a contender is spoken to: JSON lines on its stdin and stdout, whatever the libraries it uses print.
 
 First comes the job, one object, and is answered when the models are open, by the seconds since the interpreter began.
-Then every line is a seed, answered by what its picture took. A contender that fails answers with `error` and ends.
+Then every line is an object: a seed, arguments of this picture alone, and the file it is to be saved to as .npy, (H, W,
+3) float32. It is answered by what the picture took, or with `error`, as is a job whose models cannot be opened.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +36,11 @@ class Clock:
 class Painter:
     """What a contender offers after it has opened its models."""
 
-    def paint(self, seed: int, clock: Clock) -> Any:
-        """The picture of the job's prompt for this seed, (H, W, 3) float32 in 0..1; its parts' seconds to the clock."""
+    def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
+        """The picture of the job's prompt for this seed, (H, W, 3) float32 in 0..1; its parts' seconds to the clock.
+
+        arguments: what differs from the job, of those who can.
+        """
         raise NotImplementedError
 
     def words(self) -> Mapping[str, str]:
@@ -44,10 +49,7 @@ class Painter:
 
 
 def serve(opened: Callable[[Mapping[str, Any]], Painter]) -> None:
-    """Answer until stdin ends. `opened` makes the painter of a job.
-
-    A picture is saved as .npy to the job's `pictures` folder, named by its seed.
-    """
+    """Answer until stdin ends. `opened` makes the painter of a job."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -58,22 +60,31 @@ def serve(opened: Callable[[Mapping[str, Any]], Painter]) -> None:
     try:
         job = json.loads(sys.stdin.readline())
         painter = opened(job)
-        answer({"figures": {"open_s": time.perf_counter() - BEGAN}})
-        for line in sys.stdin:
-            answer(_painted(painter, job, int(line)))
     except Exception as error:
-        answer({"error": f"{type(error).__name__}: {error}"})
-        raise
+        answer(_failure(error))
+        return
+    answer({"figures": {"open_s": time.perf_counter() - BEGAN}})
+    for line in sys.stdin:
+        answer(_painted(painter, json.loads(line)))
 
 
-def _painted(painter: Painter, job: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+def _failure(error: Exception) -> Mapping[str, str]:
+    """What ended a picture, for the report; where it arose goes to stderr."""
+    traceback.print_exception(error)
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _painted(painter: Painter, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     import numpy as np  # noqa: PLC0415
 
     clock = Clock()
     began = time.perf_counter()
-    picture = painter.paint(seed, clock)
+    try:
+        picture = painter.paint(asked["seed"], asked["arguments"], clock)
+    except Exception as error:
+        return _failure(error)
     total = time.perf_counter() - began
-    np.save(os.path.join(job["pictures"], f"{job['name']}-{seed}.npy"), np.asarray(picture, np.float32))  # noqa: PTH118
+    np.save(asked["file"], np.asarray(picture, np.float32))
     return {"figures": {"total_s": total, **clock.figures, "peak_mib": _peak_mib()}, "words": dict(painter.words())}
 
 

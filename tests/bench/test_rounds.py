@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tandemrt.bench.contenders import Contender
-from tandemrt.bench.rounds import MOST_DB, Rounds, in_rounds, psnr_db
+from tandemrt.bench.rounds import MOST_DB, Entrant, Rounds, Taken, in_rounds, psnr_db
 from tandemrt.runtime.errors import BenchmarkError
 
 # Paints the same grey as its seed is, and does what the job's `ends` says at the seed it says.
@@ -30,9 +30,10 @@ class Grey(Painter):
         if job.get("ends") == "opening":
             raise RuntimeError("no such model")
 
-    def paint(self, seed, clock):
+    def paint(self, seed, arguments, clock):
+        name = arguments.get("name", self.job["name"])
         with open(self.job["log"], "a") as log:
-            log.write(f"{{self.job['name']}} {{seed}}\\n")
+            log.write(f"{{name}} {{seed}}\\n")
         with clock.part("grey_s"):
             picture = np.full((4, 4, 3), seed / 100 + self.job["offset"], np.float32)
         if self.job.get("ends") == f"raise {{seed}}":
@@ -45,6 +46,7 @@ class Grey(Painter):
 serve(Grey)
 """
 Start = Callable[..., Callable[[], Contender]]
+Run = Callable[..., dict[str, Taken]]
 
 
 @pytest.fixture
@@ -53,23 +55,39 @@ def start(tmp_path: Path) -> Start:
 
     script = tmp_path / "grey.py"
     script.write_text(SCRIPT.format(peers=str(Path(peers.__file__).parent)), encoding="utf-8")
-    (tmp_path / "pictures").mkdir()
 
     def start(name: str, offset: float = 0.0, ends: str = "") -> Callable[[], Contender]:
-        job = {"pictures": str(tmp_path / "pictures"), "log": str(tmp_path / "log"), "offset": offset, "ends": ends}
+        job = {"name": name, "log": str(tmp_path / "log"), "offset": offset, "ends": ends}
         return partial(Contender, name, sys.executable, str(script), job)
 
     return start
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Run:
+    """Of entrants, with (warm-up, count, first seed)."""
+    (tmp_path / "pictures").mkdir()
+
+    def rounds(entrants: dict[str, Entrant], *numbers: int) -> dict[str, Taken]:
+        taken = in_rounds(entrants, Rounds(*numbers), tmp_path / "pictures", silent)
+        assert not list((tmp_path / "pictures").iterdir())
+        return taken
+
+    return rounds
 
 
 def silent(_message: str, _done: int, _total: int) -> None:
     """Report to nobody."""
 
 
-def test_every_round_begins_with_the_next_contender(start: Start, tmp_path: Path) -> None:
-    taken = in_rounds({"a": start("a"), "b": start("b", 0.1)}, Rounds(1, 2, 5), silent)
-    log = (tmp_path / "log").read_text(encoding="utf-8").split("\n")[:-1]
-    assert log == ["a 5", "b 5", "b 6", "a 6", "a 7", "b 7"]
+def logged(folder: Path) -> list[str]:
+    """Who painted which seed, in order."""
+    return (folder / "log").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def test_every_round_begins_with_the_next_contender(start: Start, rounds: Run, tmp_path: Path) -> None:
+    taken = rounds({"a": Entrant(start("a")), "b": Entrant(start("b", 0.1))}, 1, 2, 5)
+    assert logged(tmp_path) == ["a 5", "b 5", "b 6", "a 6", "a 7", "b 7"]
     assert [len(one.rounds) for one in taken.values()] == [2, 2]
     assert taken["a"].parts == ("total_s", "grey_s", "peak_mib")
     assert all(0 < part <= total for part, total in zip(*map(taken["a"].samples, ("grey_s", "total_s")), strict=True))
@@ -86,16 +104,24 @@ def test_every_round_begins_with_the_next_contender(start: Start, tmp_path: Path
         ("die 2", "ended with exit status 7. the library's last words"),
     ],
 )
-def test_one_that_fails_is_told_and_the_others_go_on(ends: str, told: str, start: Start) -> None:
-    taken = in_rounds({"a": start("a"), "b": start("b", ends=ends)}, Rounds(0, 4, 0), silent)
+def test_one_that_fails_is_told_and_the_others_go_on(ends: str, told: str, start: Start, rounds: Run) -> None:
+    taken = rounds({"a": Entrant(start("a")), "b": Entrant(start("b", ends=ends))}, 0, 4, 0)
     assert len(taken["a"].rounds) == 4
     assert (taken["b"].rounds, taken["b"].psnr_db) == ([], [])
     assert told in taken["b"].failed
 
 
+def test_entrants_share_a_process_and_differ_in_arguments(start: Start, rounds: Run, tmp_path: Path) -> None:
+    shared = start("one")
+    taken = rounds({"a": Entrant(shared, {"name": "a"}), "b": Entrant(shared, {"name": "b"})}, 0, 2, 0)
+    assert logged(tmp_path) == ["a 0", "b 0", "b 1", "a 1"]
+    assert taken["a"].opened is not None and taken["b"].opened is None
+    assert taken["b"].psnr_db == [MOST_DB, MOST_DB]
+
+
 def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="peer: its interpreter cannot be started"):
-        Contender("peer", str(tmp_path / "python"), "ours.py", {"pictures": str(tmp_path)})
+        Contender("peer", str(tmp_path / "python"), "ours.py", {})
 
 
 def test_closing_ends_the_process(start: Start) -> None:

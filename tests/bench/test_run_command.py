@@ -107,3 +107,41 @@ def test_steps_that_the_bundle_cannot_run_are_told(
 def test_the_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     assert {"run", "compare", "setup"} <= set(capsys.readouterr().out.split())
+
+
+def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
+    asked = ["bench", "hybrid", str(bundle), *ORT, "--steps", "4", "--points", "2,0", "--rounds", "2"]
+    assert main([*asked, "--out", str(tmp_path)]) == 0
+    (section,) = read_report(tmp_path / "report.json").sections
+    assert [row.name for row in section.rows] == ["4/0", "2/2", "0/4"]
+    large, half, small = (row.figures for row in section.rows)
+    assert "psnr" not in large
+    assert 0 < small["psnr"].median < half["psnr"].median < 200
+    assert all(0 < figures["denoise"].values.min() < figures["total"].values.min() for figures in (large, half, small))
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_ways_of_guidance(bundle: Path, tmp_path: Path) -> None:
+    asked = ["bench", "cfg", str(bundle), "--target", "onnxruntime:cpu:fp32", "--threads", "2", "--steps", "22"]
+    assert main([*asked, "--rounds", "2", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 0
+    (section,) = read_report(tmp_path / "report.json").sections
+    rows = {row.name: row for row in section.rows}
+    assert list(rows) == ["batched", "sequential", "parallel", "adaptive", "hybridiff"]
+    assert all(rows[name].figures["psnr"].median > 60 for name in ("sequential", "parallel"))
+    assert "build-engine" in rows["hybridiff"].failed
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "told"),
+    [
+        (["hybrid", "--steps", "4", "--points", "5"], 2, "--points: more or fewer steps than there are, got '5'"),
+        (["hybrid", "--points", "a"], 2, "--points: not numbers of steps, got 'a'"),
+        (["cfg", "--guidance-scale", "1"], 1, "runs no guidance: guidance_scale is 1 or below"),
+    ],
+)
+def test_kinds_that_cannot_be_run_are_told(
+    asked: list[str], status: int, told: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, *rest = asked
+    assert main(["bench", kind, str(bundle), *ORT, *rest, "--out", str(tmp_path / "out")]) == status
+    assert told in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""What a benchmark begins and ends with: the bundle it measures, and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli.reporter import Reporter
+from tandemrt.runtime.errors import BenchmarkError
+from tandemrt.runtime.plan import Plan, Schedule, compile_plan
+from tandemrt.runtime.plan_steps import Steps
+
+from .measured import Work, subject_of
+from .preset_work import preset_bundle
+from .reports.caveats import caveats
+from .reports.files import require_free, write_report_files
+from .reports.schema import Method, Report, Section
+from .rounds import ORDER
+from .setting import Watch
+from .shared_arguments import Shared
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A bundle that is measured.
+
+    checkpoint: what it was made of, where that is known; sources: that of further components.
+    """
+
+    bundle: Bundle
+    checkpoint: Path | None
+    sources: Mapping[str, Path]
+    watch: Watch
+
+    def plan(self, shared: Shared, steps: Steps | None, placement: str = "batched") -> Plan:
+        """The plan of a request. PlanError, RequestError: the bundle cannot do that."""
+        schedule = Schedule(steps=steps, guidance_scale=shared.guidance_scale, placement=placement)
+        return compile_plan(self.bundle.manifest, schedule)
+
+    def work(self, shared: Shared, plan: Plan, decoder: str | None = None, pictures: int = 1) -> Work:
+        """What every contender paints."""
+        defaults = self.bundle.manifest.defaults
+        width, height = shared.size or (defaults.width, defaults.height)
+        arguments: dict[str, Any] = {
+            "steps": plan.steps,
+            "guidance_scale": plan.guidance_scale,
+            "placement": plan.placement,
+            "height": height,
+            "width": width,
+            "decoder": decoder,
+            "num_images_per_prompt": pictures,
+        }
+        return Work(
+            bundle=self.bundle.path,
+            checkpoint=self.checkpoint,
+            added=self.sources,
+            prompt=shared.prompt,
+            arguments=arguments,
+            steps=plan.steps,
+            guidance_scale=plan.guidance_scale,
+            height=height,
+            width=width,
+            decoder=decoder,
+            threads=shared.threads,
+            cache=shared.cache,
+        )
+
+
+def opened(
+    shared: Shared, reporter: Reporter, checkpoint: Path | None = None, sources: Mapping[str, Path] | None = None
+) -> Measured:
+    """Check that the report can be written, then open the bundle, or the preset's, which is exported if need be.
+
+    Raises:
+        BenchmarkError: the report's folder is taken.
+        BundleError, ExportError: the bundle is damaged, or the preset cannot be exported.
+    """
+    require_free(shared.out, force=shared.force)
+    shared.cache.mkdir(parents=True, exist_ok=True)
+    if shared.bundle is not None:
+        return Measured(Bundle.open(shared.bundle), checkpoint, dict(sources or {}), Watch())
+    if shared.preset is None:
+        raise BenchmarkError("bench", "nothing to measure", remedy="Name a bundle, or a --preset.")
+    folder = preset_bundle(shared.preset, shared.scale, shared.dtype, shared.cache, reporter.progress)
+    own = (shared.preset, "checkpoint")
+    added = {one.name: one for one in folder.iterdir() if one.is_dir() and one.name not in own}
+    return Measured(Bundle.open(folder / shared.preset), folder / "checkpoint", added, Watch())
+
+
+def publish(
+    title: str,
+    shared: Shared,
+    measured: Measured,
+    request: Mapping[str, str],
+    sections: Sequence[Section],
+    otherwise: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write the report and return what the command tells of it. otherwise: as `asked` of `caveats`.
+
+    Raises:
+        BenchmarkError: the folder cannot be written or is full.
+    """
+    machine, rounds = measured.watch.machine(), shared.rounds
+    subjects = (subject_of(measured.bundle, random_weights=shared.preset is not None),)
+    report = Report(
+        title=f"{subjects[0].name}: {title}",
+        began=measured.watch.began,
+        request=request,
+        machine=machine,
+        method=Method(
+            warm_up=rounds.warm_up, rounds=rounds.count, order=ORDER, seed=rounds.seed, threads=shared.threads
+        ),
+        subjects=subjects,
+        sections=tuple(sections),
+        caveats=caveats(machine, subjects, sections, otherwise),
+    )
+    written = write_report_files(shared.out, report)
+    return {"written": [str(one) for one in written], "caveats": list(report.caveats)}
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    """What a command tells of its report, as lines."""
+    yield from (f"know first: {caveat}" for caveat in result["caveats"])
+    yield from result["written"]
+
+
+def planned(shared: Shared, request: Mapping[str, str]) -> dict[str, Any]:
+    """What `--print-plan` shows; no bundle is looked at."""
+    return {**request, "warm_up": shared.rounds.warm_up, "rounds": shared.rounds.count, "out": str(shared.out)}

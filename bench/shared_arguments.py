@@ -1,0 +1,113 @@
+"""Arguments that several benchmarks have: what is measured, where, how often, where the report goes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandemrt.runtime.arguments import thread_count
+from tandemrt.runtime.cache import cache_folder
+from tandemrt.runtime.cli.values import parse_size
+from tandemrt.runtime.errors import ArgumentError
+from tandemrt.runtime.targets import parse_target
+
+from .rounds import Rounds
+
+PROMPT = "a red circle left of a blue square"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What every benchmark of a bundle is told; None stands for the bundle's default.
+
+    preset: exported with random weights instead of a bundle. size: (width, height) in pixels.
+    """
+
+    bundle: Path | None
+    preset: str | None
+    scale: str
+    dtype: str
+    targets: tuple[str, ...]
+    size: tuple[int, int] | None
+    guidance_scale: float | None
+    prompt: str
+    threads: int | None
+    rounds: Rounds
+    cache: Path
+    out: Path
+    force: bool
+
+    @property
+    def subject(self) -> str:
+        """What is measured, without its path: that says nothing on another machine."""
+        return f"preset {self.preset} {self.scale} {self.dtype}" if self.bundle is None else self.bundle.name
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What was asked for, for the report."""
+        return {
+            "of": self.subject,
+            "targets": ", ".join(self.targets),
+            "size": "the bundle's" if self.size is None else f"{self.size[0]}x{self.size[1]}",
+            "guidance scale": "the bundle's" if self.guidance_scale is None else f"{self.guidance_scale:g}",
+        }
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Declare BUNDLE or --preset, what of a picture all benchmarks are told, where, how often."""
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    preset = parser.add_argument_group("instead of a bundle")
+    preset.add_argument(
+        "--preset", metavar="NAME", help="export a published architecture with random weights, and measure that"
+    )
+    preset.add_argument("--scale", choices=("full", "tiny"), default="full", help="of the preset (default: full)")
+    preset.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of its weights (default: fp32)")
+    picture = parser.add_argument_group("what is painted")
+    picture.add_argument("--size", metavar="PIXELS", help="512, or 768x512; default: the bundle's")
+    picture.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
+    picture.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
+    where = parser.add_argument_group("where, how often")
+    where.add_argument(
+        "--target",
+        action="append",
+        dest="targets",
+        default=[],
+        metavar="TARGET",
+        help="backend:device[:precision]; several are measured in the same rounds (default: auto)",
+    )
+    where.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use, of all")
+    where.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before the first that counts (1)")
+    where.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds that count (7)")
+    where.add_argument("--seed", type=int, default=0, metavar="N", help="of the first round; each next has the next")
+    where.add_argument("--cache", type=Path, metavar="DIR", help="where engines, presets and peers are kept")
+    where.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the report")
+    where.add_argument("--force", action="store_true", help="replace a report that is there")
+
+
+def shared_from(namespace: argparse.Namespace) -> Shared:
+    """These arguments.
+
+    Raises:
+        ArgumentError: one cannot be used.
+    """
+    if (namespace.bundle is None) == (namespace.preset is None):
+        raise ArgumentError("BUNDLE, --preset", "what to measure", expected="one of the two")
+    thread_count("--threads", namespace.threads)
+    require_least("--warm-up", namespace.warm_up, 0)
+    require_least("--rounds", namespace.rounds, 1)
+    parsed = {
+        "targets": tuple(dict.fromkeys(str(parse_target(target)) for target in namespace.targets or ("auto",))),
+        "size": None if namespace.size is None else parse_size(namespace.size),
+        "rounds": Rounds(namespace.warm_up, namespace.rounds, namespace.seed),
+        "cache": cache_folder(namespace.cache),
+    }
+    as_given = {name: getattr(namespace, name) for name in Shared.__slots__ if name not in parsed}
+    return Shared(**as_given, **parsed)
+
+
+def require_least(option: str, number: int, least: int) -> None:
+    """Raise ArgumentError for a number below the least that can be used."""
+    if number < least:
+        raise ArgumentError(option, "not usable", got=number, expected=f"{least} or more")
