@@ -82,6 +82,11 @@ class State:
         else:
             self.arrays[...] = binding.outputs[NEXT_STATE][: self.entries]
 
+    def stay(self, binding: Binding) -> None:
+        """Be what a step or update engine was given, on the host, where its run has written over it."""
+        if self.held is binding:
+            self._arrays[...], self.held = read(binding, STATE)[: self.entries], None
+
     def change(self, change: Callable[[Float32], None]) -> None:
         """Let the latent x be changed in place, on the host; the history stays where it lies."""
         if self.held is None:

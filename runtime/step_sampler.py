@@ -109,6 +109,7 @@ class StepSampler:
             bound.binding.run()
         returned = time.perf_counter()
         if not sound(bound.binding):
+            state.stay(bound.binding)
             require_finite(self._plan, row, "prediction", read(bound.binding, names.PREDICTION), running)
             require_finite(self._plan, row, "latent", read(bound.binding, names.NEXT_STATE, 0), running)
         state.become(bound.binding)

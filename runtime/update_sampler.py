@@ -88,6 +88,7 @@ class UpdateSampler:
         self._give(row, made, adaptive, update)
         binding.run()
         if not sound(binding):
+            state.stay(binding)
             require_finite(plan, row, "prediction", read(binding, names.PREDICTION), made.running)
             require_finite(plan, row, "latent", read(binding, names.NEXT_STATE, 0), made.running)
         guidance = self._guidance(row, made, adaptive, binding)

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from tandemrt.engines.graph_files import read_graph, write_graph
 from tandemrt.engines.step import HISTORY, step_graph
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Session
+from tandemrt.runtime.backends.tensorrt_binding import TensorRtBinding
 from tandemrt.runtime.binding import Conditioning
+from tandemrt.runtime.errors import ExecutionError
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
@@ -24,6 +27,7 @@ from tandemrt.runtime.state import State
 from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names, spec_of
+from tandemrt.runtime.update_sampler import UpdateSampler
 from tandemrt.runtime.variant import Variant
 
 TOKENS = 6
@@ -107,3 +111,24 @@ def latent_shape(manifest: Manifest, plan: Plan, batch: int = 1) -> tuple[int, .
     latent = spec_of(component.inputs, latent_names(component.inputs).sample)
     assert latent is not None
     return batch, manifest.latent.channels, 8, 16
+
+
+def require_state_stays(
+    runner: StepSampler | UpdateSampler, state: State, same: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of engines on stand-in GPUs that makes NaN raises, and leaves its state what it was: `same`, of others."""
+    expected, run = same.arrays.copy(), TensorRtBinding.run
+
+    def spoiling(binding: TensorRtBinding) -> None:
+        run(binding)
+        if "sums" in binding.outputs:
+            for name in ("sums", "next_state"):
+                binding.outputs[name].fill(np.nan)
+            binding.write("next_state")
+
+    monkeypatch.setattr(TensorRtBinding, "run", spoiling)
+    before = state.row
+    with pytest.raises(ExecutionError, match="NaN or Inf in the latent"):
+        next(runner.run(state))
+    assert state.row == before
+    np.testing.assert_array_equal(state.arrays, expected)

@@ -29,7 +29,7 @@ from tandemrt.runtime.variant import Variant
 
 from ..runtime.stand_in_gpus import Gpus, stand_in, write_engine, write_engines
 from ..runtime.tiny_families import write_tiny_control, write_tiny_editing
-from .loops import conditioning
+from .loops import conditioning, require_state_stays
 
 TARGET = "tensorrt-rtx:sm89:fp32"
 SIDE = 16
@@ -279,4 +279,23 @@ def test_rows_as_one_that_fail_leave_the_state_they_began_from(
         assert [row.together for row in runner.run(state)] == ([1, 1] if fails else [2, 2])
         made.append(state.latents.copy())
     np.testing.assert_array_equal(*made)
+    assert gpus.wrong == []
+
+
+def test_a_row_that_fails_leaves_the_state_before_it(
+    steered: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though that lies in the binding whose run wrote over it."""
+    bundle = Bundle.open(steered / "bundle")
+    plan = compile_plan(bundle.manifest, Schedule(steps={"unet": 4}, solver="unipc"))
+    (found,) = fitting_engines(bundle, "unet", parse_target(TARGET), cache=steered / "cache", variant=GUIDED)
+    given = Rows(plan, conditioning(bundle.manifest, plan), lambda _: None)
+
+    def halfway() -> tuple[StepSampler, State]:
+        runner = StepSampler(given, {("unet", True): StepEngine(TensorRtSession(found.folder, found.engine), GUIDED)})
+        state = runner.begin(np.ones((1, 4, SIDE, SIDE), np.float32))
+        list(runner.run(state, 2))
+        return runner, state
+
+    require_state_stays(*halfway(), halfway()[1], monkeypatch)
     assert gpus.wrong == []

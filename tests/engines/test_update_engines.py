@@ -44,7 +44,7 @@ from ..runtime.tiny_bundle import (
     write_tokenizer,
 )
 from ..runtime.tiny_families import write_tiny_control, write_tiny_editing, write_tiny_sd3
-from .loops import conditioning
+from .loops import conditioning, require_state_stays
 from .tandem import PLACED, ROWS, WINDOW, build_stages
 
 TARGET = "tensorrt-rtx:sm89:fp32"
@@ -248,6 +248,26 @@ def test_a_state_is_taken_out_for_another_and_goes_on_elsewhere(plain: Path, gpu
     list(runner.run(states[1]))
     for made, wanted in zip((moved, states[1]), expected, strict=True):
         np.testing.assert_allclose(made.latents, wanted, atol=1e-6)
+    assert gpus.wrong == []
+
+
+def test_a_row_that_fails_leaves_the_state_before_it(plain: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(plain / "bundle")
+    plan = compile_plan(bundle.manifest, Schedule(steps={"unet": 4}, solver="unipc"))
+    rows = Rows(plan, conditioning(bundle.manifest, plan), lambda _: None)
+
+    def session(variant: Variant) -> TensorRtSession:
+        (found,) = fitting_engines(bundle, "unet", parse_target(TARGET), cache=plain / "cache", variant=variant)
+        return TensorRtSession(found.folder, found.engine)
+
+    def halfway() -> tuple[UpdateSampler, State]:
+        worker = Worker(plan, {"unet": session(PLAIN)}, rows.conditioning, hands=True)
+        runner = UpdateSampler(rows, Sequential(worker), {"unet": session(UPDATE)})
+        state = runner.begin(np.ones((1, 4, SIDE, SIDE), np.float32))
+        list(runner.run(state, 2))
+        return runner, state
+
+    require_state_stays(*halfway(), halfway()[1], monkeypatch)
     assert gpus.wrong == []
 
 
