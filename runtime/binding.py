@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Session, Shape
+from .backends.base import Array, Binding, Handed, Handing, Session, Shape
 from .errors import BundleError, ExecutionError
 from .lora_slots import Adapter, slot_inputs
 from .manifest import TensorSpec
@@ -104,6 +104,20 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
         binding.inputs["timestep"],
         tuple(binding.inputs[residual] for residual in residuals),
     )
+
+
+def take(label: str, binding: Binding, handed: Iterable[Handed]) -> None:
+    """Have a model's inputs be what others made, without the host.
+
+    label: of the model, for errors.
+
+    Raises:
+        ExecutionError: its backend hands nothing on, or failed.
+    """
+    if not isinstance(binding, Handing):
+        names = ", ".join(dict.fromkeys(one.name for one in handed))
+        raise ExecutionError(label, "inputs handed to a backend that hands nothing on", got=names, expected="none")
+    binding.take(handed)
 
 
 def _residual_shapes(name: str, inputs: tuple[TensorSpec, ...], latent: str, sample: Shape) -> dict[str, Shape]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .architecture import usable_cpus
 from .backends.base import Array, Handing, Lying, Session, Shape
-from .binding import Bound, Conditioning, bind
+from .binding import Bound, Conditioning, bind, take
 from .control import Control, Running, Steering, steer
 from .errors import RequestError, TandemError, TargetError
 from .plan import Plan
@@ -152,11 +152,14 @@ class Call:
         return Lying(self.bound.binding, self.names.prediction, self.prediction.shape, first)
 
     def give(self, sample: Sample, at: Sequence[int]) -> None:
-        """Write the denoiser's input to each of these places in its batch."""
+        """Write the denoiser's input to each of these places in its batch.
+
+        Raises:
+            ExecutionError: see `take`.
+        """
         if isinstance(sample, Lying):
+            take(self.bound.label, self.bound.binding, [sample.handed(self.names.sample, one) for one in at])
             self.lies = True
-            if isinstance(self.bound.binding, Handing):
-                self.bound.binding.take([sample.handed(self.names.sample, one) for one in at])
             return
         for one in at:
             self.bound.sample[one : one + len(sample)] = sample

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends.base import Array, Binding, Handed, Handing, Lying, Session, Shape
-from .binding import Conditioning
+from .binding import Conditioning, take
 from .errors import BundleError
 from .manifest import TensorSpec
 from .shapes import evaluated
@@ -49,11 +49,15 @@ class Part:
         return dict.fromkeys(self.binding.outputs, self.binding)
 
     def give(self, sample: Float32 | Lying, timestep: float, handed: Mapping[str, Binding]) -> None:
-        """Write what the next run reads; copies, so that what others hand on may change meanwhile."""
+        """Write what the next run reads; copies, so that what others hand on may change meanwhile.
+
+        Raises:
+            ExecutionError: see `take`.
+        """
         carried = {name: handed[name] for name in self.binding.inputs if name.startswith(CARRIED)}
-        if isinstance(self.binding, Handing):
-            lying = [sample.handed(self.latent)] if isinstance(sample, Lying) and self.sample is not None else []
-            self.binding.take([*(Handed(name, maker, name) for name, maker in carried.items()), *lying])
+        lying = [sample.handed(self.latent)] if isinstance(sample, Lying) and self.sample is not None else []
+        if lying or isinstance(self.binding, Handing):
+            take(self.label, self.binding, [*(Handed(name, maker, name) for name, maker in carried.items()), *lying])
         else:
             for name, maker in carried.items():
                 self.binding.inputs[name][...] = maker.outputs[name]

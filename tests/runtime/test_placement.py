@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tandemrt.runtime import CancelledError, ExecutionError, Output, Pipeline, RequestError, TargetError
+from tandemrt.runtime.backends.base import Lying
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.discrepancy import relative_mae
 from tandemrt.runtime.manifest import Manifest
@@ -21,6 +22,7 @@ from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import SampledRow, Sampler
 from tandemrt.runtime.solvers import SOLVERS
+from tandemrt.runtime.stage_parts import Part
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.window import require_window_rows
 
@@ -124,6 +126,19 @@ def test_what_each_call_is_given(tmp_path: Path) -> None:
             rows = [len(one["sample"]) for one in given]
             assert rows == ([4, 4] if placement == "batched" else [2, 2, 2, 2])
         assert len(recorded.given(placement="parallel", guidance_scale=1.0)) == 1
+
+
+def test_a_sample_that_lies_where_a_model_runs_is_refused_by_one_that_is_handed_nothing() -> None:
+    compiled, binding = plan(2), Denoiser().bind({"sample": SHAPE})
+    worker = Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))
+    lying, stage = Lying(binding, "out_sample", SHAPE), Part("stage 1", binding, binding.inputs["sample"], "sample")
+    for label, give in (
+        (r"unet \(both\)", lambda: Batched(worker).predict(0, lying, guided=True)),
+        (r"unet \(conditional\)", lambda: Sequential(worker).predict(0, lying, guided=True)),
+        ("stage 1", lambda: stage.give(lying, 0.0, {})),
+    ):
+        with pytest.raises(ExecutionError, match=f"{label}: inputs handed to a backend that .* got 'sample'"):
+            give()
 
 
 class MeetingDenoiser(Denoiser):
