@@ -60,33 +60,14 @@ STEP_INDEX = "step_index"
 Float32 = npt.NDArray[np.float32]
 
 
-def model_input_row(table: Table, row: int, history: int) -> Float32:
-    """`model_input` for a row: (1+history,) float32.
+def coefficients(table: Table, history: int) -> tuple[Float32, Float32]:
+    """`model_input` and `update` of all N rows of a table, (N, 1+history) and (N, 1+history, 3+history) float32.
+
+    Entries that the schedule lacks are zero.
 
     Raises:
         PlanError: the schedule carries more history than the engine's state holds.
     """
-    _require_room(table, history)
-    coefficients = np.zeros(1 + history, np.float32)
-    coefficients[: 1 + table.history] = table.model_input[row]
-    return coefficients
-
-
-def update_row(table: Table, row: int, history: int) -> Float32:
-    """`update` for a row: (1+history, 3+history) float32; entries that the schedule lacks stay zero.
-
-    Raises:
-        PlanError: the schedule carries more history than the engine's state holds.
-    """
-    _require_room(table, history)
-    coefficients, entries = np.zeros((1 + history, 3 + history), np.float32), 1 + table.history
-    coefficients[:entries, :entries] = table.transition[row]
-    coefficients[:entries, -2] = table.prediction[row]
-    coefficients[:entries, -1] = table.noise[row]
-    return coefficients
-
-
-def _require_room(table: Table, history: int) -> None:
     if table.history > history:
         raise PlanError(
             "solver",
@@ -95,3 +76,11 @@ def _require_room(table: Table, history: int) -> None:
             expected=f"at most {history}, which the engine was composed for",
             remedy="Compose the step engine with more history, or use another solver.",
         )
+    entries = 1 + table.history
+    model_input = np.zeros((table.rows, 1 + history), np.float32)
+    model_input[:, :entries] = table.model_input
+    update = np.zeros((table.rows, 1 + history, 3 + history), np.float32)
+    update[:, :entries, :entries] = table.transition
+    update[:, :entries, -2] = table.prediction
+    update[:, :entries, -1] = table.noise
+    return model_input, update

@@ -63,11 +63,7 @@ class StepSampler:
         self._carried: State | None = None
         self._bound: dict[Key, _BoundEngine] = {}
         self._coefficients = {
-            history: [
-                (names.model_input_row(plan.table, row, history), names.update_row(plan.table, row, history))
-                for row in range(plan.table.rows)
-            ]
-            for history in {history_of(engine.session.inputs) for engine in engines.values()}
+            key: names.coefficients(plan.table, history_of(engine.session.inputs)) for key, engine in engines.items()
         }
 
     def begin(self, latents: Float32) -> State:
@@ -102,7 +98,7 @@ class StepSampler:
         """Run the state's row; returns its engine, and the milliseconds that took with its ControlNets."""
         row, bound = state.row, self._engine(state.row, state.shape)
         self._enter(state).give(bound.binding)
-        self._give(row, bound.history, bound.binding.inputs)
+        self._give(row, bound.binding.inputs)
         called = time.perf_counter()
         running = self._steer(bound, row, state.entries)
         with span("model", bound.denoiser.label):
@@ -142,8 +138,8 @@ class StepSampler:
         if any(state.held is one.binding for one in bound):
             state.settle()  # which the chain writes over, and one after another begins from
         self._enter(state).give(first)
-        for row, one, inputs in zip(rows, bound, chain.rows, strict=True):
-            self._give(row, one.history, inputs)
+        for row, inputs in zip(rows, chain.rows, strict=True):
+            self._give(row, inputs)
         called = time.perf_counter()
         with span("model", f"rows {rows[0]} to {rows[-1]}"):
             chain.run()
@@ -169,9 +165,10 @@ class StepSampler:
         given = {names.MODEL_INPUT, names.UPDATE, *({"timestep", names.STEP_INDEX} & binding.inputs.keys())}
         return frozenset({*given, names.NOISE} if self._plan.table.draws_noise[row] else given)
 
-    def _give(self, row: int, history: int, inputs: Mapping[str, Array]) -> None:
+    def _give(self, row: int, inputs: Mapping[str, Array]) -> None:
         """Write those inputs."""
-        inputs[names.MODEL_INPUT][...], inputs[names.UPDATE][...] = self._coefficients[history][row]
+        model_input, update = self._coefficients[self._plan.denoisers[row], self._plan.guided[row]]
+        inputs[names.MODEL_INPUT][...], inputs[names.UPDATE][...] = model_input[row], update[row]
         if "timestep" in inputs:
             inputs["timestep"].fill(self._plan.table.timesteps[row])
         if names.STEP_INDEX in inputs:

@@ -39,11 +39,19 @@ class UpdateSampler:
     """
 
     def __init__(self, rows: Rows, placed: Placed, engines: Mapping[str, Session]) -> None:
-        """Nothing is allocated yet."""
+        """No buffers are allocated yet.
+
+        Raises:
+            BundleError: one is no update engine.
+            PlanError: the plan carries more history than an engine's state holds.
+        """
         self._rows, self._plan, self._placed, self._engines = rows, rows.plan, placed, engines
         self._adaptive = None if rows.plan.adaptive is None else AdaptiveGuidance(rows.plan.adaptive)
         self._bound: dict[str, _Update] = {}
         self._carried: State | None = None
+        self._coefficients = {
+            name: names.coefficients(rows.plan.table, history_of(session.inputs)) for name, session in engines.items()
+        }
 
     def begin(self, latents: Float32) -> State:
         """The state before the first row, from the latents x there, (B, C, h, w) float32."""
@@ -107,9 +115,10 @@ class UpdateSampler:
         if state.held is update.binding and state.scaled:
             return
         self._take(state, update.binding, ())
-        inputs, entries = update.binding.inputs, 1 + update.history
-        inputs[names.MODEL_INPUT][...] = names.model_input_row(self._plan.table, state.row, update.history)
-        inputs[names.UPDATE][...] = np.eye(entries, entries + 2, dtype=np.float32)
+        inputs = update.binding.inputs
+        inputs[names.MODEL_INPUT][...] = update.model_input[state.row]
+        inputs[names.UPDATE].fill(0)
+        np.fill_diagonal(inputs[names.UPDATE], 1)
         inputs[names.BRANCHES][...], inputs[names.GUIDANCE_SCALE][...] = _NONE, 0
         update.binding.run()
         state.become(update.binding)
@@ -126,9 +135,9 @@ class UpdateSampler:
     def _give(self, row: int, made: Branches, adaptive: AdaptiveGuidance | None, update: _Update) -> None:
         """Write what is the row's own."""
         plan, table, inputs = self._plan, self._plan.table, update.binding.inputs
-        inputs[names.UPDATE][...] = names.update_row(table, row, update.history)
+        inputs[names.UPDATE][...] = update.update[row]
         if row + 1 < table.rows:
-            inputs[names.MODEL_INPUT][...] = names.model_input_row(table, row + 1, update.history)
+            inputs[names.MODEL_INPUT][...] = update.model_input[row + 1]
         scale = plan.guidance_scale
         if made.unconditional is None:
             scale = 0.0 if adaptive is None else adaptive.weight(plan.guidance_scale)
@@ -171,13 +180,17 @@ class UpdateSampler:
         binding.leave([*given, *made])
         for one in (*given, names.NEXT_DIFFERENCE):
             binding.write(one)  # zeros, but for the channels: memory may hold what is not finite
-        return _Update(binding, history_of(session.inputs), latent)
+        return _Update(binding, latent, *self._coefficients[name])
 
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """An update engine's buffers; how many earlier predictions its state holds; what it calls its denoiser's input."""
+    """An update engine's buffers, and what it calls its denoiser's input.
+
+    model_input, update: of all rows; see `coefficients`.
+    """
 
     binding: Handing
-    history: int
     latent: str
+    model_input: Float32
+    update: Float32
