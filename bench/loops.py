@@ -16,6 +16,7 @@ from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
+from tandemrt.runtime.state import State
 
 from .figures import spread
 
@@ -85,7 +86,7 @@ def runtime_loop(scheduler_class: str) -> Callable[[], Float32]:
         table = compile_table(scheduler_class, SCHEDULE, STEPS)
         plan = Plan(table, ("unet",) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
         sampler = Sampler(plan, Batched(Worker(plan, sessions, conditioning)), lambda: noise)
-        state = sampler.begin(noise * np.float32(table.init_noise_sigma))
+        state = State.begin(table, noise * np.float32(table.init_noise_sigma))
         for _ in sampler.run(state):
             pass
         return state.latents

@@ -32,6 +32,7 @@ from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.rows import Rows
 from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
+from tandemrt.runtime.state import State
 from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.tensors import latent_names
@@ -207,7 +208,7 @@ def _pair(
     for round_ in range(options.warm_up + options.repeats):
         latents = []
         for sampler, kept in zip(samplers, steps, strict=True):
-            state = sampler.begin(begun)
+            state = State.begin(case.plan.table, begun)
             taken = [done.total_ms for done in sampler.run(state, case.rows)]
             latents.append(state.latents.copy())
             if round_ >= options.warm_up:

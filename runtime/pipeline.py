@@ -38,6 +38,7 @@ from .request_calls import request_of, takes_request
 from .request_checks import checked_array, checked_loras
 from .rows import Rows
 from .sampling import models_of, open_loop, step_variants
+from .state import State
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
@@ -265,7 +266,7 @@ class Pipeline:
         )  # fmt: skip
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
-        state = loop.begin(beginning.latents)
+        state = State.begin(plan.table, beginning.latents)
         for done in loop.run(state):
             name, together = plan.denoisers[done.row], done.together
             timings.append(RowTiming(name, done.model_ms, done.total_ms, done.guidance, together))

@@ -23,6 +23,8 @@ from .trace import record, span
 
 Float32 = npt.NDArray[np.float32]
 Terms = tuple[tuple[int, float], ...]
+# Of a row that has run: how long its model took in milliseconds, and `denoised` and `guidance` of `SampledRow`.
+Advanced = tuple[float, Callable[[], Float32], RowGuidance]
 
 
 class Vectors(Protocol):
@@ -69,12 +71,6 @@ class Sampler:
         self._rows = _compiled_rows(plan)
         self._adaptive = None if plan.adaptive is None else AdaptiveGuidance(plan.adaptive)
 
-    def begin(self, latents: Float32) -> State:
-        """The state before the first row, from the latents x there, (B, C, h, w) float32."""
-        arrays = np.zeros((1 + self._plan.table.history, *latents.shape), np.float32)
-        arrays[0] = latents
-        return State(arrays)
-
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
         """Advance `state` in place, row by row, to before row `until` (the end by default), with all bound beforehand.
 
@@ -88,19 +84,12 @@ class Sampler:
         sample, scratch = np.empty((2, *state.shape), np.float32)
         self._placed.bind(self._plan.calls(range(state.row, end)), state.shape)
         try:
-            while state.row < end:
-                began = time.perf_counter()
-                # What overflows is raised as an error that names the row, without numpy's warning before it.
-                with span("row", state.row), np.errstate(over="ignore", invalid="ignore"):
-                    model_ms, guidance = self._advance(state, vectors, sample, scratch)
-                total_ms = (time.perf_counter() - began) * 1e3
-                denoised = _Denoised(self._rows[state.row - 1].denoised, vectors, state.shape)
-                yield SampledRow(state.row - 1, model_ms, total_ms, denoised, guidance)
+            yield from walked(state, end, lambda: self._advance(state, vectors, sample, scratch))
         finally:
             self._placed.rest()
 
-    def _advance(self, state: State, vectors: Float32, sample: Float32, scratch: Float32) -> tuple[float, RowGuidance]:
-        """Run the state's row; returns the milliseconds its model took, and what became of guidance."""
+    def _advance(self, state: State, vectors: Float32, sample: Float32, scratch: Float32) -> Advanced:
+        """Run the state's row."""
         row = self._rows[state.row]
         prediction, noise = vectors[-2], vectors[-1]
         vectors[:-2] = state.arrays
@@ -120,7 +109,7 @@ class Sampler:
             self._keep(state.row, state.latents)
         record("update", state.row, returned)
         state.row += 1
-        return made.model_ms, guidance
+        return made.model_ms, _Denoised(row.denoised, vectors, state.shape), guidance
 
     def _guided(
         self, row: int, made: Branches, adaptive: AdaptiveGuidance | None, prediction: Float32, scratch: Float32
@@ -147,6 +136,16 @@ class Sampler:
                 adaptive.saw(conditional, unconditional, discrepancy)
         growth = None if adaptive is None or unconditional is None else adaptive.growth
         return RowGuidance(unconditional is not None, made.placement, why, discrepancy, made.taus, growth)
+
+
+def walked(state: State, end: int, advance: Callable[[], Advanced]) -> Iterator[SampledRow]:
+    """The rows of a state to before row `end`, each run and timed when it is asked for; `advance` runs the state's."""
+    while state.row < end:
+        row, began = state.row, time.perf_counter()
+        # What overflows is raised as an error that names the row, without numpy's warning before it.
+        with span("row", row), np.errstate(over="ignore", invalid="ignore"):
+            model_ms, denoised, guidance = advance()
+        yield SampledRow(row, model_ms, (time.perf_counter() - began) * 1e3, denoised, guidance)
 
 
 def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Sequence[Running]) -> None:

@@ -8,8 +8,6 @@ from functools import partial
 from typing import Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from .auto_placement import AutoPlacement
 from .backends.base import Session, Shape
@@ -32,15 +30,11 @@ from .update_sampler import UpdateSampler
 from .variant import UPDATE, Variant
 from .window import Window
 
-Float32 = npt.NDArray[np.float32]
 _ON_STEP_ENGINES = ("batched", "auto")
 
 
 class Loop(Protocol):
     """Walks a plan's rows, whatever they run on; see `Sampler`."""
-
-    def begin(self, latents: Float32) -> State:
-        """The state before the first row."""
 
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
         """Advance `state` in place, row by row."""

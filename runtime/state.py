@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from .backends.base import Array, Binding, Handed, Handing
 from .step_row import NEXT_STATE, STATE
+from .table import Table
 
 Float32 = npt.NDArray[np.float32]
 
@@ -36,6 +37,13 @@ class State:
         self._arrays, self.row = arrays, row
         self.held: Handing | None = None
         self.scaled = False
+
+    @classmethod
+    def begin(cls, table: Table, latents: Float32) -> State:
+        """The state before the first row of a table, from the latents x there, (B, C, h, w) float32."""
+        arrays = np.zeros((1 + table.history, *latents.shape), np.float32)
+        arrays[0] = latents
+        return cls(arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:

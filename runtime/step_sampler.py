@@ -18,7 +18,7 @@ from .errors import PlanError
 from .lora_slots import slot_inputs
 from .plan import Plan, RowGuidance
 from .rows import Rows
-from .sampler import SampledRow, denoised_estimate, finite, model_input, require_finite
+from .sampler import Advanced, SampledRow, denoised_estimate, finite, model_input, require_finite, walked
 from .state import State, read
 from .step_inputs import given_inputs, history_of, input_shapes
 from .tensors import TAKEN
@@ -66,12 +66,6 @@ class StepSampler:
             key: names.coefficients(plan.table, history_of(engine.session.inputs)) for key, engine in engines.items()
         }
 
-    def begin(self, latents: Float32) -> State:
-        """The state before the first row, from the latents x there, (B, C, h, w) float32."""
-        arrays = np.zeros((1 + self._plan.table.history, *latents.shape), np.float32)
-        arrays[0] = latents
-        return State(arrays)
-
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
         """Advance `state` in place, row by row, to before row `until` (the end by default), with all bound beforehand.
 
@@ -86,16 +80,10 @@ class StepSampler:
             denoiser = self._engine(row, state.shape).denoiser
             if self._steering is not None:
                 self._steering.running(denoiser, row, guided=self._plan.guided[row])
-        while state.row < end:
-            row, began = state.row, time.perf_counter()
-            # What overflows is raised as an error that names the row, without numpy's warning before it.
-            with span("row", row), np.errstate(over="ignore", invalid="ignore"):
-                bound, model_ms = self._advance(state)
-            denoised = denoised_estimate(self._plan.table, row, StepVectors(bound.binding, state.entries), state.shape)
-            yield SampledRow(row, model_ms, _since(began), denoised, self._guidance(row))
+        yield from walked(state, end, lambda: self._advance(state))
 
-    def _advance(self, state: State) -> tuple[_BoundEngine, float]:
-        """Run the state's row; returns its engine, and the milliseconds that took with its ControlNets."""
+    def _advance(self, state: State) -> Advanced:
+        """Run the state's row; the ControlNets are counted with its model."""
         row, bound = state.row, self._engine(state.row, state.shape)
         self._enter(state).give(bound.binding)
         self._give(row, bound.binding.inputs)
@@ -113,7 +101,8 @@ class StepSampler:
             state.change(partial(self._keep, row))
         record("update", row, returned)
         state.row += 1
-        return bound, (returned - called) * 1e3
+        denoised = denoised_estimate(self._plan.table, row, StepVectors(bound.binding, state.entries), state.shape)
+        return (returned - called) * 1e3, denoised, self._guidance(row)
 
     def _enter(self, state: State) -> State:
         """The state, when another that lies in the bindings is taken out of them."""

@@ -18,7 +18,7 @@ from .errors import ExecutionError
 from .placement import Branches, Placed
 from .plan import RowGuidance
 from .rows import Rows
-from .sampler import SampledRow, denoised_estimate, require_finite
+from .sampler import Advanced, SampledRow, denoised_estimate, require_finite, walked
 from .state import State, read
 from .step_inputs import history_of, input_shapes
 from .step_sampler import StepVectors, sound
@@ -53,12 +53,6 @@ class UpdateSampler:
             name: names.coefficients(rows.plan.table, history_of(session.inputs)) for name, session in engines.items()
         }
 
-    def begin(self, latents: Float32) -> State:
-        """The state before the first row, from the latents x there, (B, C, h, w) float32."""
-        arrays = np.zeros((1 + self._plan.table.history, *latents.shape), np.float32)
-        arrays[0] = latents
-        return State(arrays)
-
     def run(self, state: State, until: int | None = None) -> Iterator[SampledRow]:
         """Advance `state` in place, row by row, to before row `until` (the end by default), with all bound beforehand.
 
@@ -71,19 +65,12 @@ class UpdateSampler:
         for name in dict.fromkeys(plan.denoisers[state.row : end]):
             self._bound[name] = self._bound.get(name) or self._bind(name, state.shape)
         try:
-            while state.row < end:
-                row, began = state.row, time.perf_counter()
-                # What overflows is raised as an error that names the row, without numpy's warning before it.
-                with span("row", row), np.errstate(over="ignore", invalid="ignore"):
-                    update, model_ms, guidance = self._advance(state)
-                total_ms = (time.perf_counter() - began) * 1e3
-                denoised = denoised_estimate(plan.table, row, StepVectors(update.binding, state.entries), state.shape)
-                yield SampledRow(row, model_ms, total_ms, denoised, guidance)
+            yield from walked(state, end, lambda: self._advance(state))
         finally:
             self._placed.rest()
 
-    def _advance(self, state: State) -> tuple[_Update, float, RowGuidance]:
-        """Run the state's row; returns its update engine, how long the model took, and what became of guidance."""
+    def _advance(self, state: State) -> Advanced:
+        """Run the state's row."""
         plan, row = self._plan, state.row
         name, update = plan.denoisers[row], self._bound[plan.denoisers[row]]
         binding = update.binding
@@ -105,7 +92,8 @@ class UpdateSampler:
             state.change(partial(self._rows.keep, row))
         record("update", row, returned)
         state.row += 1
-        return update, made.model_ms, guidance
+        denoised = denoised_estimate(plan.table, row, StepVectors(binding, state.entries), state.shape)
+        return made.model_ms, denoised, guidance
 
     def _enter(self, state: State, update: _Update) -> None:
         """Have the engine make the denoiser's input of a state that it did not make itself, or that changed since."""

@@ -94,7 +94,7 @@ class Walk:
     def end(self, *samplers: Sampler | StepSampler) -> tuple[State, list[npt.NDArray[np.float32]]]:
         """The final state and each row's denoised estimate; several samplers share the rows evenly."""
         self._generator = new_generator(7)
-        state, estimates = samplers[0].begin(self._begun.copy()), []
+        state, estimates = State.begin(self.plan.table, self._begun.copy()), []
         for index, sampler in enumerate(samplers, 1):
             until = self.plan.table.rows * index // len(samplers)
             estimates += [done.denoised() for done in sampler.run(state, until)]

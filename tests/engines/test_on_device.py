@@ -230,11 +230,11 @@ def test_a_state_is_taken_out_for_another_and_goes_on_elsewhere(steered: Path, g
     expected = []
     for one in latents:
         runner = sampler()
-        state = runner.begin(one)
+        state = State.begin(plan.table, one)
         list(runner.run(state))
         expected.append(state.latents.copy())
     runner = sampler()
-    states = [runner.begin(one) for one in latents]
+    states = [State.begin(plan.table, one) for one in latents]
     for _ in range(2):
         for state in states:
             list(runner.run(state, state.row + 1))
@@ -273,7 +273,7 @@ def test_rows_as_one_that_fail_leave_the_state_they_began_from(
     made = []
     for fails in (False, True):
         runner = StepSampler(given, {("unet", True): StepEngine(session, GUIDED)})
-        state, spoilt[0] = runner.begin(latents), False
+        state, spoilt[0] = State.begin(plan.table, latents), False
         assert [row.together for row in runner.run(state, 2)] == [2, 2]
         spoilt[0] = fails
         assert [row.together for row in runner.run(state)] == ([1, 1] if fails else [2, 2])
@@ -293,7 +293,7 @@ def test_a_row_that_fails_leaves_the_state_before_it(
 
     def halfway() -> tuple[StepSampler, State]:
         runner = StepSampler(given, {("unet", True): StepEngine(TensorRtSession(found.folder, found.engine), GUIDED)})
-        state = runner.begin(np.ones((1, 4, SIDE, SIDE), np.float32))
+        state = State.begin(plan.table, np.ones((1, 4, SIDE, SIDE), np.float32))
         list(runner.run(state, 2))
         return runner, state
 

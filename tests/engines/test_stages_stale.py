@@ -25,6 +25,7 @@ from tandemrt.runtime.sampler import Sampler
 from tandemrt.runtime.solvers import compile_table
 from tandemrt.runtime.stage_parts import Stages, bound_parts
 from tandemrt.runtime.stage_work import Pipelining
+from tandemrt.runtime.state import State
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.window import Window
 
@@ -127,7 +128,7 @@ def test_the_sampler_reaches_the_references_latents(
         units = Units(denoiser, torch.from_numpy(latent), given[0], [one.stage.begins for one in made[1:]])
     reference = Reference(units, (given[0], given[1]), window.pipelining, TAUS, GUIDANCE_SCALE)
     sampler = Sampler(plan, placed, lambda _: None)
-    state, rows = sampler.begin(latent), []
+    state, rows = State.begin(plan.table, latent), []
     expected = reference.steps(scheduler, torch.from_numpy(latent))
     for row, (_, wanted) in zip(sampler.run(state), expected, strict=True):
         assert np.abs(state.latents - wanted.numpy()).max() <= TOLERANCE * max(1.0, float(wanted.abs().max()))

@@ -235,11 +235,11 @@ def test_a_state_is_taken_out_for_another_and_goes_on_elsewhere(plain: Path, gpu
     latents = np.random.default_rng(2).standard_normal((2, 1, 4, SIDE, SIDE)).astype(np.float32)
     expected = []
     for one in latents:
-        state = sampler().begin(one)
+        state = State.begin(plan.table, one)
         list(sampler().run(state))
         expected.append(state.latents.copy())
     runner = sampler()
-    states = [runner.begin(one) for one in latents]
+    states = [State.begin(plan.table, one) for one in latents]
     for _ in range(2):
         for state in states:
             list(runner.run(state, state.row + 1))
@@ -263,7 +263,7 @@ def test_a_row_that_fails_leaves_the_state_before_it(plain: Path, gpus: Gpus, mo
     def halfway() -> tuple[UpdateSampler, State]:
         worker = Worker(plan, {"unet": session(PLAIN)}, rows.conditioning, hands=True)
         runner = UpdateSampler(rows, Sequential(worker), {"unet": session(UPDATE)})
-        state = runner.begin(np.ones((1, 4, SIDE, SIDE), np.float32))
+        state = State.begin(plan.table, np.ones((1, 4, SIDE, SIDE), np.float32))
         list(runner.run(state, 2))
         return runner, state
 

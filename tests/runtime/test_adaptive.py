@@ -14,6 +14,7 @@ from tandemrt.runtime.binding import Conditioning
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.placement import Batched, Worker
 from tandemrt.runtime.sampler import Sampler
+from tandemrt.runtime.state import State
 
 from ..interop.picture import psnr_db
 from .test_sampler import SHAPE, Denoiser, plan
@@ -92,7 +93,7 @@ def sampled(**arguments: Any) -> tuple[np.ndarray, list[Any]]:
     branches = [{"encoder_hidden_states": np.full((SHAPE[0], 5, 3), value, np.float32)} for value in (0.3, 0.25)]
     placed = Batched(Worker(compiled, {"unet": Denoiser()}, {"unet": Conditioning(*branches)}))
     runner = Sampler(compiled, placed, lambda: np.zeros(SHAPE, np.float32))
-    state = runner.begin(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
+    state = State.begin(compiled.table, np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
     return state.latents, [row.guidance for row in runner.run(state)]
 
 

@@ -23,6 +23,7 @@ from tandemrt.runtime.rng import new_generator
 from tandemrt.runtime.sampler import SampledRow, Sampler
 from tandemrt.runtime.solvers import SOLVERS
 from tandemrt.runtime.stage_parts import Part
+from tandemrt.runtime.state import State
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.window import require_window_rows
 
@@ -163,7 +164,7 @@ class MeetingDenoiser(Denoiser):
 def run(compiled: Plan, placed: Placed) -> tuple[np.ndarray, list[SampledRow]]:
     generator = new_generator(3)
     runner = Sampler(compiled, placed, generator.fill)
-    state = runner.begin(generator.randn(SHAPE))
+    state = State.begin(compiled.table, generator.randn(SHAPE))
     return state.latents, list(runner.run(state))
 
 
@@ -234,7 +235,7 @@ def test_a_workers_thread_ends_with_the_rows() -> None:
     compiled, generator = plan(3), new_generator(3)
     before = set(threading.enumerate())
     runner = Sampler(compiled, parallel(compiled, Denoiser()), generator.fill)
-    state = runner.begin(generator.randn(SHAPE))
+    state = State.begin(compiled.table, generator.randn(SHAPE))
     for _ in range(2):
         rows = runner.run(state, until=state.row + 1)
         next(rows)

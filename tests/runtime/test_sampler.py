@@ -86,7 +86,7 @@ def latents(compiled: Plan, split: int | None = None) -> np.ndarray:
     """Sample to the end; with `split`, stop there and go on from a copy of the state in a new sampler."""
     generator = new_generator(3)
     first = sampler(compiled, generator)
-    state = first.begin(generator.randn(SHAPE) * np.float32(compiled.table.init_noise_sigma))
+    state = State.begin(compiled.table, generator.randn(SHAPE) * np.float32(compiled.table.init_noise_sigma))
     if split is not None:
         list(first.run(state, until=split))
         first = sampler(compiled, generator)
@@ -141,14 +141,14 @@ def test_noise_is_drawn_only_where_the_row_needs_it() -> None:
     for solver in ("ddim", "euler", "dpmsolver++", "pndm"):
         compiled = plan(4, solver)
         runner = Sampler(compiled, Batched(Worker(compiled, {"unet": Denoiser()}, conditioning(compiled))), refuse)
-        list(runner.run(runner.begin(new_generator(0).randn(SHAPE))))
+        list(runner.run(State.begin(compiled.table, new_generator(0).randn(SHAPE))))
 
 
 def test_denoised_is_the_last_rows_result_for_ddim() -> None:
     compiled = plan(4, solver_config={"set_alpha_to_one": True})
     generator = new_generator(3)
     runner = sampler(compiled, generator)
-    state = runner.begin(generator.randn(SHAPE))
+    state = State.begin(compiled.table, generator.randn(SHAPE))
     estimates = [done.denoised() for done in runner.run(state)]
     np.testing.assert_allclose(estimates[-1], state.latents, rtol=1e-4, atol=1e-4)
     assert np.abs(estimates[0] - state.latents).max() > 1e-2
@@ -158,28 +158,29 @@ def test_each_branch_is_bound_once() -> None:
     denoiser = Denoiser()
     compiled = plan(10, guidance_interval=(0.2, 0.6))
     runner = sampler(compiled, new_generator(0), denoiser)
-    list(runner.run(runner.begin(new_generator(1).randn(SHAPE))))
+    list(runner.run(State.begin(compiled.table, new_generator(1).randn(SHAPE))))
     assert denoiser.bound == 2
 
 
 def test_nan_is_caught_at_its_step_and_names_the_model() -> None:
     compiled = plan({"unet": 2, "unet_small": 3})
     runner = sampler(compiled, new_generator(0), Denoiser(poison_at=3))
-    state = runner.begin(new_generator(1).randn(SHAPE))
+    state = State.begin(compiled.table, new_generator(1).randn(SHAPE))
     with pytest.raises(ExecutionError, match=r"step 3 \(timestep \d+, unet_small\): NaN or Inf in the prediction"):
         list(runner.run(state))
     assert state.row == 3
 
 
 def test_guidance_that_overflows_is_an_error_and_no_warning() -> None:
-    runner = sampler(plan(2, guidance_scale=1e300), new_generator(0))
+    compiled = plan(2, guidance_scale=1e300)
+    runner = sampler(compiled, new_generator(0))
     with pytest.raises(ExecutionError, match="NaN or Inf in the prediction"):
-        list(runner.run(runner.begin(new_generator(1).randn(SHAPE))))
+        list(runner.run(State.begin(compiled.table, new_generator(1).randn(SHAPE))))
 
 
 def test_large_finite_values_are_no_alarm() -> None:
     compiled = plan(2, guidance_scale=1.0)
     runner = sampler(compiled, new_generator(0))
-    state = runner.begin(np.full(SHAPE, 3e36, np.float32))
+    state = State.begin(compiled.table, np.full(SHAPE, 3e36, np.float32))
     list(runner.run(state))
     assert np.isfinite(state.latents).all()
