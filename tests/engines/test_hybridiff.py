@@ -21,7 +21,8 @@ from tandemrt.runtime.cli import main
 from tandemrt.runtime.stage_engines import find_stages
 from tandemrt.runtime.variant import PLAIN
 
-from ..runtime.stand_in_gpus import stand_in, write_engine, write_engines
+from ..runtime.engine_writing import write_engine, write_engines
+from ..runtime.stand_in_gpus import stand_in
 from ..runtime.test_allocation import peaks_bytes
 from ..runtime.test_concurrency import at_once
 from .tandem import LEAST_PSNR_DB, PLACED, ROWS, WINDOW, build_stages, distance_db, require_window

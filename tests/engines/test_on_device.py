@@ -27,7 +27,8 @@ from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import Variant
 
-from ..runtime.stand_in_gpus import Gpus, stand_in, write_engine, write_engines
+from ..runtime.engine_writing import write_engine, write_engines
+from ..runtime.stand_in_gpus import Gpus, stand_in
 from ..runtime.tiny_families import write_tiny_control, write_tiny_editing
 from .loops import conditioning, require_state_stays
 

@@ -33,7 +33,8 @@ from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.update_sampler import UpdateSampler
 from tandemrt.runtime.variant import PLAIN, UPDATE, Variant
 
-from ..runtime.stand_in_gpus import Gpus, stand_in, write_engine, write_engines
+from ..runtime.engine_writing import write_engine, write_engines
+from ..runtime.stand_in_gpus import Gpus, stand_in
 from ..runtime.tiny_bundle import (
     MAX_LENGTH,
     decoder,

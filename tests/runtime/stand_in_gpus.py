@@ -1,14 +1,14 @@
 """GPUs in the host's memory: a CUDA runtime and a TensorRT that compute, and note whatever is done on the wrong one.
 
-An engine of theirs is an ONNX graph, which ONNX Runtime runs on the buffers the context was given.
+An engine of theirs is an ONNX graph, which ONNX Runtime runs on the buffers the context was given. What is queued on a
+stream is done as late as CUDA may do it, when that stream is waited for: who does not wait finds what was there before.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import threading
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,32 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 
-from tandemrt.engines.graph_files import spec
 from tandemrt.runtime import targets
-from tandemrt.runtime.architecture import system_architecture
 from tandemrt.runtime.backends import cuda, tensorrt
-from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.cache import engines_folder
-from tandemrt.runtime.engine_files import (
-    FORMAT,
-    RECIPES,
-    SIDECAR_NAME,
-    Engine,
-    Ingredients,
-    origin_of,
-    weights_of,
-)
-from tandemrt.runtime.manifest import FileRecord
-from tandemrt.runtime.targets import installed_version
-from tandemrt.runtime.variant import PLAIN, Variant
 
-BACKEND = "tensorrt-rtx"
 SCRATCH_BYTES = 16
 ALREADY_ENABLED = 704
 
@@ -59,9 +40,10 @@ class Ran:
 class Gpus:
     """GPUs of these architectures.
 
-    wrong: what was done on another GPU than it belongs to, or to what is not there, which is an error besides. ran: the
-    calls of engines. set_up: the GPUs that anything was made on, or that a thread was moved to. loaded: the GPU of each
-    engine that was loaded. peers: whether they can reach each other's memory. copies: each one's kind and bytes.
+    wrong: what was done on another GPU than it belongs to, or to what is not there, which is an error besides, or too
+    early. ran: the calls of engines. set_up: the GPUs that anything was made on, or that a thread was moved to. loaded:
+    the GPU of each engine that was loaded. peers: whether they can reach each other's memory. copies: each one's kind
+    and bytes.
     recorded, launched: how many graphs were, of the latter each time.
     """
 
@@ -82,6 +64,7 @@ class Gpus:
         self._reaching: set[tuple[int, int]] = set()
         self._graphs: dict[int, list[Callable[[], None]]] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
+        self._queued: defaultdict[int, deque[Callable[[], None]]] = defaultdict(deque)
 
     @property
     def current(self) -> int:
@@ -142,11 +125,15 @@ class Gpus:
         return 0, thing
 
     def queue(self, what: str, stream: int, work: Callable[[], None]) -> None:
+        """Have work done on a stream when it is waited for, or whenever what it records is launched."""
         self.check(what, stream)
-        if stream in self._recording:
-            self._recording[stream].append(work)
-        else:
-            work()
+        self._recording.get(stream, self._queued[stream]).append(work)
+
+    def _waited(self, stream: int) -> tuple[int]:
+        self.check("StreamSynchronize", stream)
+        while self._queued[stream]:
+            self._queued[stream].popleft()()
+        return (0,)
 
     def _allocated(self, size: int) -> tuple[int, int]:
         block = (ctypes.c_byte * size)()
@@ -188,6 +175,8 @@ class Gpus:
     def _freed(self, what: str) -> Callable[[int], tuple[int]]:
         def free(thing: int) -> tuple[int]:
             self.check(what, thing)
+            if self._queued.pop(thing, ()):
+                self.wrong.append(f"{what} of what nobody waited for")
             del self._owners[thing]
             self._blocks.pop(thing, None)
             self._graphs.pop(thing, None)
@@ -217,7 +206,7 @@ class Gpus:
         self.check("GraphLaunch", graph, stream)
         self.launched += 1
         for work in self._graphs[graph]:
-            work()
+            self.queue("GraphLaunch", stream, work)
         return (0,)
 
     def _attribute(self, which: str, gpu: int) -> tuple[int, int]:
@@ -239,7 +228,7 @@ class Gpus:
             "Malloc": self._allocated,
             "MallocHost": self._allocated,
             "StreamCreateWithFlags": lambda _: self.made(next(self._names)),
-            "StreamSynchronize": lambda stream: (self.check("StreamSynchronize", stream), (0,))[1],
+            "StreamSynchronize": self._waited,
             "StreamBeginCapture": self._begun,
             "StreamEndCapture": self._ended,
             "MemcpyAsync": self._copied,
@@ -302,6 +291,7 @@ class _Context:
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
         self._addresses: dict[str, int] = {}
+        self._profiled = False
         self._check("create_execution_context")
 
     def __del__(self) -> None:
@@ -313,7 +303,12 @@ class _Context:
         return True
 
     def set_optimization_profile_async(self, _: int, stream: int) -> bool:
-        return self._check("set_optimization_profile_async", stream)
+        self._check("set_optimization_profile_async", stream)
+        self._gpus.queue("set_optimization_profile_async", stream, self._take_profile)
+        return True
+
+    def _take_profile(self) -> None:
+        self._profiled = True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         dtype = {"tensor(int64)": np.int64}.get(self._engine.types[name], np.float32)
@@ -345,6 +340,8 @@ class _Context:
 
     def _run(self) -> None:
         self._gpus.require("execute_async_v3", *self._addresses.values())
+        if not self._profiled:
+            self._gpus.wrong.append("an engine runs before it has its profile")
         for name, array in self._inputs.items():
             ctypes.memmove(array.ctypes.data, self._addresses[name], array.nbytes)
         made = self._computed()
@@ -367,47 +364,3 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *architectures: str) -> Gpus:
     monkeypatch.setattr(cuda, "devices", lambda: here)
     monkeypatch.setattr(tensorrt, "imported", lambda _: gpus.flavour)
     return gpus
-
-
-def write_engines(cache: Path, bundle: Path, device: str, *names: str) -> None:
-    """Engines for the stand-ins of a bundle's components, all of them or those named."""
-    opened = Bundle.open(bundle)
-    for name in names or tuple(opened.manifest.components):
-        write_engine(cache, opened, name, device, onnx.load(opened.model_path(name)))
-
-
-def write_engine(
-    cache: Path, bundle: Bundle, name: str, device: str, model: onnx.ModelProto, variant: Variant = PLAIN
-) -> None:
-    """One engine for the stand-ins: a graph, with its weights."""
-    graph = model.SerializeToString()
-    ingredients = Ingredients(
-        graph=hashlib.sha256(graph).hexdigest(),
-        weights=weights_of(bundle, name),
-        origin=origin_of(bundle, name),
-        variant=variant,
-        profiles=(),
-        backend=BACKEND,
-        backend_version=installed_version(BACKEND),
-        device=device,
-        architecture=system_architecture(),
-        precision=bundle.component(name).precision,
-        flags={},
-        recipe=RECIPES[BACKEND],
-    )
-    engine = Engine(
-        format=FORMAT,
-        component=name,
-        ingredients=ingredients,
-        files={"model.engine": FileRecord(size=len(graph), sha256=ingredients.graph)},
-        inputs=tuple(spec(value, name) for value in model.graph.input),
-        outputs=tuple(spec(value, name) for value in model.graph.output),
-        profile_names=(),
-        build_s=0.0,
-        peak_memory_bytes=0,
-        versions={},
-    )
-    folder = engines_folder(cache) / ingredients.key
-    folder.mkdir(parents=True)
-    (folder / "model.engine").write_bytes(graph)
-    (folder / SIDECAR_NAME).write_bytes(msgspec.json.encode(engine))

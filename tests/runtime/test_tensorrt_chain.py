@@ -11,7 +11,7 @@ import pytest
 
 from tandemrt.runtime import ExecutionError
 from tandemrt.runtime.backends import cuda
-from tandemrt.runtime.backends.base import Chaining
+from tandemrt.runtime.backends.base import Chaining, Handed
 from tandemrt.runtime.backends.tensorrt_binding import TensorRtBinding
 from tandemrt.runtime.manifest import TensorSpec
 
@@ -27,6 +27,7 @@ class Context:
     def __init__(self, gpu: Gpus, factor: float, wants: int) -> None:
         self._gpu, self._factor, self._wants = gpu, factor, wants
         self._arrays: dict[str, Any] = {}
+        self._profiled = False
 
     def get_tensor_shape(self, _: str) -> tuple[int, ...]:
         return SHAPE
@@ -39,11 +40,19 @@ class Context:
         self._arrays[name] = np.frombuffer(block, np.float32).reshape(SHAPE)
         return True
 
+    def set_optimization_profile_async(self, _: int, stream: int) -> bool:
+        self._gpu.queue("set_optimization_profile_async", stream, self._take_profile)
+        return True
+
+    def _take_profile(self) -> None:
+        self._profiled = True
+
     def execute_async_v3(self, stream: int) -> bool:
         self._gpu.queue("execute_async_v3", stream, self._run)
         return True
 
     def _run(self) -> None:
+        assert self._profiled
         arrays = self._arrays
         arrays["next"][...] = self._factor * arrays["state"] + arrays["row"] + arrays["whole"]
 
@@ -129,6 +138,22 @@ def test_a_binding_runs_by_itself_beside_a_chain_of_it() -> None:
         alone.run()
         expected = np.float32(-3) * alone.inputs["state"] + alone.inputs["row"] + alone.inputs["whole"]
         np.testing.assert_array_equal(alone.outputs["next"], expected)
+
+
+def test_what_is_taken_and_written_is_what_there_is_at_that_time() -> None:
+    two = Bindings()
+    two.small.leave(["state", "whole"])
+    state, whole = two.large.inputs["state"], two.small.inputs["whole"]
+    state[...], whole[...] = 1, 10
+    two.large.run()
+    two.small.write("whole")
+    whole[...] = 1000
+    two.small.take([Handed("state", two.large, "next")])
+    state[...] = 100
+    two.large.run()
+    two.small.run()
+    np.testing.assert_array_equal(two.small.outputs["next"], np.full(SHAPE, -3 * 2 + 10))
+    assert two.gpu.wrong == []
 
 
 def test_runs_of_another_backend_are_refused() -> None:

@@ -19,7 +19,8 @@ from tandemrt.runtime.cli import main
 from tandemrt.runtime.errors import ArgumentError, EngineError, ExecutionError, TargetError
 from tandemrt.runtime.variant import PLAIN
 
-from .stand_in_gpus import SCRATCH_BYTES, Gpus, Ran, stand_in, write_engines
+from .engine_writing import write_engines
+from .stand_in_gpus import SCRATCH_BYTES, Gpus, Ran, stand_in
 from .tiny_bundle import write_tiny_bundle
 from .tiny_families import write_tiny_control
 
@@ -285,8 +286,9 @@ def test_what_is_freed_or_let_go_of_on_the_wrong_gpu_is_noticed(gpus: Gpus, cach
     for touch in (lambda: first.call("cudaFree", address), lambda: stream.upload(host, address)):
         with pytest.raises(AssertionError, match="was freed"):
             touch()
+    graph.launch(stream)
     with pytest.raises(AssertionError, match="HostToDevice of what is not there"):
-        graph.launch(stream)
+        stream.wait()
     assert len(gpus.wrong) == 3
     with second.current():
         second.runtime.cudaStreamSynchronize(stream.handle)
@@ -298,6 +300,29 @@ def test_what_is_freed_or_let_go_of_on_the_wrong_gpu_is_noticed(gpus: Gpus, cach
     assert [words.partition(" of GPU")[0] for words in gpus.wrong[3:]] == [
         "StreamSynchronize", "a context is destroyed", "an engine is destroyed",
     ]  # fmt: skip
+
+
+def test_what_is_queued_is_done_when_its_stream_is_waited_for(gpus: Gpus) -> None:
+    """The stand-ins themselves."""
+    first, _ = cuda.devices()
+    host, memory = cuda.pinned(first, (4,), np.float32), cuda.Memory(first, 16)
+    there, other = cuda.Stream(first), cuda.Stream(first)
+    there.upload(host, memory.address)
+    host[...] = 1  # too early
+    there.wait()
+    host[...] = 2
+    there.upload(host, memory.address)
+    for waited in (other, there):
+        waited.wait()
+        back = cuda.pinned(first, (4,), np.float32)
+        other.download(memory.address, back)
+        other.wait()
+        np.testing.assert_array_equal(back, 1 if waited is other else 2)
+    assert gpus.wrong == []
+    other.download(memory.address, back)
+    del waited, other
+    gc.collect()
+    assert gpus.wrong == ["StreamDestroy of what nobody waited for"]
 
 
 @pytest.mark.parametrize(("peers", "enabled"), [(True, False), (True, True), (False, False)])
@@ -313,13 +338,16 @@ def test_memory_is_copied_between_gpus_directly_where_that_can_be(gpus: Gpus, pe
     source, target = cuda.Memory(first, host.nbytes), cuda.Memory(second, host.nbytes)
     there, here = cuda.Stream(second), cuda.Stream(first)
     here.upload(host, source.address)
+    here.wait()
     for _ in range(2):
         there.take(source, target)
     back = cuda.pinned(second, (4,), np.float32)
     there.download(target.address, back)
+    there.wait()
     np.testing.assert_array_equal(back, host)
     assert gpus.copied["direct" if peers else "staged"] == 2 * host.nbytes
     here.take(source, source)
+    here.wait()
     assert gpus.copied["DeviceToDevice"] == host.nbytes
     assert gpus.current == 0
     assert gpus.wrong == []
