@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, Entry] = {
     "guidance": Entry(
         "tandemrt.calibrate.guidance_command", "find how much of guidance can be left out", "engines,cpu"
     ),
+    "forget": Entry("tandemrt.calibrate.forget", "take a stored split, interval or window out of a bundle", "cpu"),
     "quality": Entry("tandemrt.calibrate.quality_command", "measure how good pictures are", "quality", plans=False),
     "quantize": Entry(
         "tandemrt.calibrate.quantize_command", "make a bundle in eight or four bits of another one", "engines,cpu"

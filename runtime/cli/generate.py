@@ -15,20 +15,19 @@ from PIL import Image
 from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
 from ..files import file_sha256
-from ..guidance_defaults import stored_interval
 from ..lora_files import read_lora
 from ..manifest import Manifest
 from ..output import Output
 from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan
-from ..plan_steps import parse_steps
 from ..request import Request
 from ..targets import Target
 from ..text import DroppedText, merged
 from ..tokenizer import PromptTokenizer
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
-from .generate_told import guidance_line, outdated_line, plan_lines, summary
+from .generate_stored import own_interval, own_steps, stored_facts
+from .generate_told import guidance_line, outdated_line, passed_over_lines, plan_lines, summary
 from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, png_facts, unwritable, write_picture
 from .reporter import Reporter
@@ -56,7 +55,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
             "plan": checked.compiled.facts(),
-            "outdated": list(_outdated(plan, pipe.bundle.manifest)),
+            **stored_facts(plan, pipe.bundle.manifest),
             "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
             "files": [str(path) for path in files] if seeded else None,
         }
@@ -92,7 +91,10 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
         }
-        for name in _outdated(plan, pipe.bundle.manifest):
+        stored = stored_facts(plan, pipe.bundle.manifest)
+        for line in passed_over_lines(stored):
+            reporter.note(line)
+        for name in stored["outdated"]:
             reporter.warn(outdated_line(name))
         for dropped in checked.dropped_text:
             reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
@@ -203,37 +205,9 @@ class _Job:
             }
 
 
-def _own_steps(plan: GeneratePlan, manifest: Manifest) -> tuple[tuple[str, int], ...] | None:
-    """The steps asked for, or those of the bundle's stored plan: calibrated anew, it would run others by default."""
-    if plan.steps is not None:
-        return parse_steps(plan.steps, manifest.names("denoiser"))
-    defaults = manifest.defaults
-    named = plan.num_inference_steps is not None or plan.timesteps is not None or defaults.timesteps is not None
-    return None if named else defaults.steps
-
-
-def _interval(plan: GeneratePlan, manifest: Manifest) -> tuple[float, float] | None:
-    """The interval asked for, or the bundle's, where it holds for this guidance and placement."""
-    if plan.guidance_interval is not None or manifest.defaults.guidance_interval is None:
-        return plan.guidance_interval
-    return stored_interval(manifest, plan.guidance, plan.placement)
-
-
-def _outdated(plan: GeneratePlan, manifest: Manifest) -> tuple[str, ...]:
-    """The calibrations that give this run its defaults, and were measured with other models than the bundle's."""
-    fixed = plan.guidance == "fixed" and plan.placement != "hybridiff"
-    used = {
-        "split": plan.steps is None and _own_steps(plan, manifest) is not None,
-        "interval": fixed and plan.guidance_interval is None,
-        "adaptive": plan.guidance == "adaptive",
-        "hybridiff": plan.placement == "hybridiff",
-    }
-    return tuple(name for name in manifest.calibrations.outdated(manifest.files_digest) if used.get(name))
-
-
 def _requests(plan: GeneratePlan, manifest: Manifest, seed: int) -> list[dict[str, Any]]:
     """For each prompt the arguments of `Request` that decide its pictures, but for pictures; JSON-able."""
-    steps, interval = _own_steps(plan, manifest), _interval(plan, manifest)
+    steps, interval = own_steps(plan, manifest), own_interval(plan, manifest)
     return [
         {
             "prompt": prompt,

@@ -24,6 +24,7 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     steps, rows = ", ".join(f"{count} of {name}" for name, count in plan["steps"]), len(plan["timesteps"])
     yield f"steps: {steps}; {plan['solver']}, {rows} model calls, time steps {_ends(plan['timesteps'])}"
     yield f"guidance: {_guidance(plan, rows)}"
+    yield from passed_over_lines(facts)
     yield from map(outdated_line, facts["outdated"])
     yield from (f"{name}: {picture}" for name, picture in _named(facts["pictures"]))
     scales = facts["requests"][0]["loras"] or {}
@@ -72,6 +73,13 @@ def outdated_line(name: str) -> str:
     return (
         f"the bundle's {what} was measured with other models than it has now: run `tandemrt calibrate {command}` again"
     )
+
+
+def passed_over_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What is said where a number of steps stands in the place of a stored split. facts: of `stored_facts`."""
+    if facts["passed_over"]:
+        split = ",".join(f"{name}:{count}" for name, count in facts["passed_over"])
+        yield f"a number of steps is the first denoiser's: the bundle's own split, --steps {split}, is passed over"
 
 
 def _guidance(plan: Mapping[str, Any], rows: int) -> str:

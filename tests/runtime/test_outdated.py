@@ -34,9 +34,8 @@ def calibrations(files_sha256: str) -> Calibrations:
     return Calibrations(split=split, guidance={"interval": guidance, "adaptive": guidance})
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
+def write_calibrated(folder: Path) -> None:
+    """The tiny bundle with a split, an interval and adaptive guidance stored, each with its evidence."""
     write_tiny_bundle(folder)
 
     def calibrated(manifest: Manifest) -> Manifest:
@@ -47,7 +46,12 @@ def bundle(tmp_path: Path) -> Path:
         return msgspec.structs.replace(manifest, defaults=defaults, calibrations=measured)
 
     resign(folder, calibrated)
-    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_calibrated(tmp_path / "bundle")
+    return tmp_path / "bundle"
 
 
 def change_a_model(bundle: Path) -> None:
@@ -127,3 +131,28 @@ def test_the_interval_is_of_fixed_guidance_alone(
     window = ("--steps", "unet:25", "--placement", "hybridiff", "--threads", "2", "--cache", str(tmp_path))
     assert main([*command, *window, "--print-plan"]) == 1
     assert "there is no engine for onnxruntime:cpu:fp32 (stage 1 of 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed_over"),
+    [
+        ((), False),
+        (("--steps", "4"), True),
+        (("--num-inference-steps", "4"), True),
+        (("--timesteps", "999,500"), True),
+        (("--steps", "unet:4"), False),  # said on purpose
+        (("--steps", "unet:2", "--timesteps", "999,500"), False),
+        (("--steps", "2,2"), False),
+    ],
+)
+def test_a_number_of_steps_passes_over_the_split_and_is_told(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], passed_over: bool
+) -> None:
+    command = ("generate", str(bundle), "--prompt", "red", "--seed", "1", "--output-dir", str(tmp_path), *arguments)
+    planned = json.loads(told_by(capsys, *command, "--print-plan", "--json"))
+    assert planned["passed_over"] == ([list(run) for run in STEPS] if passed_over else [])
+    assert len(planned["plan"]["steps"]) == (2 if arguments in ((), ("--steps", "2,2")) else 1)
+    line = "the bundle's own split, --steps unet:2,unet_small:2, is passed over\n"
+    assert (line in told_by(capsys, *command, "--print-plan")) == passed_over
+    if passed_over and arguments[0] == "--num-inference-steps":
+        assert line in told_by(capsys, *command, "--threads", "1")
