@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Handed, Handing, Session, Shape
+from .backends.base import Array, Binding, Session, Shape
 from .errors import BundleError, ExecutionError
 from .lora_slots import Adapter, slot_inputs
 from .manifest import TensorSpec
@@ -17,6 +17,7 @@ from .ran_on import serving
 from .shapes import evaluated
 from .tensors import TAKEN, latent_names, spec_of
 from .trace import span
+from .transfers import place
 
 Float32 = npt.NDArray[np.float32]
 
@@ -49,21 +50,23 @@ class Bound:
     """A model's binding and those of its buffers that every row writes and reads.
 
     label: what its calls are called on a timeline.
-    residuals: where ControlNets' results go, the middle one last; `steered` while they hold any.
+    residuals: where ControlNets' results go by name, the middle one last; `steered` while they hold any.
     """
 
     label: str
     binding: Binding
     sample: Array
     timestep: Array
-    residuals: tuple[Array, ...]
+    residuals: Mapping[str, Array]
     steered: bool = False
 
 
-def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, *, guided: bool) -> Bound:
+def bind(
+    name: str, session: Session, conditioning: Conditioning, shape: Shape, *, guided: bool, hands: bool = False
+) -> Bound:
     """The buffers of component `name` for one or both guidance branches, with the conditioning already in place.
 
-    shape: the latents', (B, C, h, w).
+    shape: the latents', (B, C, h, w). hands: whether the sample and the prediction are left where the backend runs.
 
     Raises:
         ExecutionError: a guided row without unconditional branch, or the backend cannot allocate.
@@ -76,25 +79,23 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
             raise ExecutionError(name, "a guided row without an unconditional branch")
         given = {key: np.concatenate([other[key], values]) for key, values in given.items()}
     given.update(conditioning.whole)
-    latent, batch, channels = latent_names(session.inputs).sample, shape[0] * (1 + guided), shape[1]
+    names, batch, channels = latent_names(session.inputs), shape[0] * (1 + guided), shape[1]
     more = 0 if conditioning.channels is None else conditioning.channels.shape[1]
     sample_shape = (batch, channels + more, *shape[2:])
     timestep = spec_of(session.inputs, "timestep")
-    residuals = _residual_shapes(name, session.inputs, latent, sample_shape)
+    residuals = _residual_shapes(name, session.inputs, names.sample, sample_shape)
     shapes = {
-        latent: sample_shape,
+        names.sample: sample_shape,
         "timestep": tuple(batch if isinstance(size, str) else size for size in timestep.shape) if timestep else (),
         **{key: values.shape for key, values in given.items()},
         **residuals,
     }
     session = serving(session, shapes)
-    slots = slot_inputs(session.inputs, conditioning.adapters)
+    given.update(slot_inputs(session.inputs, conditioning.adapters))
     with span("bind", name):
-        binding = session.bind({**shapes, **{key: values.shape for key, values in slots.items()}})
-    given.update(slots)
-    for key, values in given.items():
-        binding.inputs[key][...] = values
-    sample = binding.inputs[latent]
+        binding = session.bind({**shapes, **{key: values.shape for key, values in given.items()}})
+    place(binding, {**given, **dict.fromkeys(residuals, 0.0)}, (names.sample, names.prediction) if hands else ())
+    sample = binding.inputs[names.sample]
     if conditioning.channels is not None:
         sample[:, channels:] = np.concatenate([conditioning.channels] * (1 + guided))
     return Bound(
@@ -102,22 +103,8 @@ def bind(name: str, session: Session, conditioning: Conditioning, shape: Shape, 
         binding,
         sample[:, :channels],
         binding.inputs["timestep"],
-        tuple(binding.inputs[residual] for residual in residuals),
+        {residual: binding.inputs[residual] for residual in residuals},
     )
-
-
-def take(label: str, binding: Binding, handed: Iterable[Handed]) -> None:
-    """Have a model's inputs be what others made, without the host.
-
-    label: of the model, for errors.
-
-    Raises:
-        ExecutionError: its backend hands nothing on, or failed.
-    """
-    if not isinstance(binding, Handing):
-        names = ", ".join(dict.fromkeys(one.name for one in handed))
-        raise ExecutionError(label, "inputs handed to a backend that hands nothing on", got=names, expected="none")
-    binding.take(handed)
 
 
 def _residual_shapes(name: str, inputs: tuple[TensorSpec, ...], latent: str, sample: Shape) -> dict[str, Shape]:

@@ -21,6 +21,7 @@ from .request import Request
 from .request_checks import require_count
 from .tensors import CONTROLNET_PREFIX, GIVEN, TAKEN, spec_of
 from .trace import span
+from .transfers import write
 
 Float32 = npt.NDArray[np.float32]
 
@@ -128,7 +129,7 @@ class Steering:
             for control in self._controls
             if control.rows[row]
         ]
-        taken = [residual.shape for residual in denoiser.residuals]
+        taken = [residual.shape for residual in denoiser.residuals.values()]
         for one in listed:
             made = [result.shape for result in one.results]
             if made != taken:
@@ -147,21 +148,24 @@ class Steering:
 def steer(running: Sequence[Running], denoiser: Bound, timestep: float) -> None:
     """Run ControlNets on what the denoiser is given, and leave the sum of their results in its buffers.
 
-    Without any these hold zeros, which change nothing.
+    Without any these hold zeros, which change nothing, and go nowhere.
     """
+    residuals = denoiser.residuals
     for index, one in enumerate(running):
         one.bound.sample[...] = denoiser.sample
         one.bound.timestep.fill(timestep)
         with span("model", one.bound.label):
             one.bound.binding.run()
-        for result, residual in zip(one.results, denoiser.residuals, strict=True):
+        for result, residual in zip(one.results, residuals.values(), strict=True):
             if index:
                 np.add(residual, result, out=residual)
             else:
                 residual[...] = result
     if denoiser.steered and not running:
-        for residual in denoiser.residuals:
+        for residual in residuals.values():
             residual.fill(0)
+    if denoiser.steered or running:
+        write(denoiser.binding, *residuals)
     denoiser.steered = bool(running)
 
 

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from .architecture import usable_cpus
 from .backends.base import Array, Handing, Lying, Session, Shape
-from .binding import Bound, Conditioning, bind, take
+from .binding import Bound, Conditioning, bind
 from .control import Control, Running, Steering, steer
 from .errors import RequestError, TandemError, TargetError
 from .plan import Plan
 from .targets import ENGINES_ONLY, Target
 from .tensors import LatentNames, latent_names
 from .trace import span
+from .transfers import take
 
 Float32 = npt.NDArray[np.float32]
 Sessions = Mapping[str, Session]
@@ -121,12 +122,9 @@ class Worker:
 
     def _bound(self, name: str, shape: Shape, guided: bool) -> Call:
         session = self._sessions[name]
-        bound = bind(name, session, self._conditioning[name], shape, guided=guided)
-        call = Call(bound, latent_names(session.inputs))
-        if isinstance(bound.binding, Handing):
-            bound.binding.leave([call.names.sample, call.names.prediction] if self._hands else [])
-        self._calls[name, guided] = call
-        return call
+        bound = bind(name, session, self._conditioning[name], shape, guided=guided, hands=self._hands)
+        self._calls[name, guided] = Call(bound, latent_names(session.inputs))
+        return self._calls[name, guided]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends.base import Array, Binding, Handed, Handing, Lying, Session, Shape
-from .binding import Conditioning, take
+from .binding import Conditioning
 from .errors import BundleError
 from .manifest import TensorSpec
 from .shapes import evaluated
@@ -17,6 +17,7 @@ from .stage_work import Pipelining
 from .stages import CARRIED, call_sizes
 from .tensors import latent_names
 from .trace import span
+from .transfers import place, take
 
 Float32 = npt.NDArray[np.float32]
 
@@ -129,12 +130,9 @@ def _part(stages: Stages, index: int, conditioning: Conditioning, conditional: b
     shapes = {spec.name: _evaluated(where, spec, sizes) for spec in session.inputs}
     with span("bind", where):
         binding = session.bind(shapes)
-    if isinstance(binding, Handing):
-        handed = (latent, latent_names(stages.inputs).prediction) if stages.hands else ()
-        binding.leave([one for one in (*binding.inputs, *binding.outputs) if one.startswith(CARRIED) or one in handed])
-    for name, values in text.items():
-        if name in binding.inputs:
-            binding.inputs[name][...] = values
+    handed = (latent, latent_names(stages.inputs).prediction) if stages.hands else ()
+    left = [one for one in (*binding.inputs, *binding.outputs) if one.startswith(CARRIED) or one in handed]
+    place(binding, {name: values for name, values in text.items() if name in binding.inputs}, left)
     sample = binding.inputs.get(latent)
     if sample is not None and conditioning.channels is not None:
         sample[:, shape[1] :] = conditioning.channels

@@ -7,19 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .backends.base import Array, Binding, Handed, Handing
+from .backends.base import Binding, Handed, Handing
 from .step_row import NEXT_STATE, STATE
 from .table import Table
+from .transfers import read, write
 
 Float32 = npt.NDArray[np.float32]
-
-
-def read(binding: Binding, name: str, entry: int | None = None) -> Array:
-    """What a binding has in a tensor, or in one entry along its first axis, wherever that lies."""
-    if isinstance(binding, Handing):
-        return binding.read(name, entry)
-    array = binding.inputs[name] if name in binding.inputs else binding.outputs[name]
-    return array if entry is None else array[entry]
 
 
 class State:
@@ -80,8 +73,7 @@ class State:
             binding.take([Handed(STATE, self.held, NEXT_STATE)])
             return
         binding.inputs[STATE][: self.entries] = self.arrays
-        if isinstance(binding, Handing):
-            binding.write(STATE)
+        write(binding, STATE)
 
     def become(self, binding: Binding) -> None:
         """Be what a step or update engine has made of it, which stays where it lies."""
@@ -101,5 +93,5 @@ class State:
             change(self._arrays[0])
             return
         change(self.held.read(NEXT_STATE, 0))
-        self.held.write(NEXT_STATE, 0)
+        self.held.write(NEXT_STATE, entry=0)
         self.scaled = False

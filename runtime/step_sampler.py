@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import step_row as names
-from .backends.base import Array, Binding, Chaining, Handing, Session, Shape
+from .backends.base import Array, Binding, Chaining, Session, Shape
 from .binding import Bound
 from .control import Running, Steering, steer
 from .errors import PlanError
@@ -19,10 +19,11 @@ from .lora_slots import slot_inputs
 from .plan import Plan, RowGuidance
 from .rows import Rows
 from .sampler import Advanced, SampledRow, denoised_estimate, finite, model_input, require_finite, walked
-from .state import State, read
+from .state import State
 from .step_inputs import given_inputs, history_of, input_shapes
 from .tensors import TAKEN
 from .trace import record, span
+from .transfers import place, read, write
 from .variant import Variant
 
 Float32 = npt.NDArray[np.float32]
@@ -87,6 +88,8 @@ class StepSampler:
         row, bound = state.row, self._engine(state.row, state.shape)
         self._enter(state).give(bound.binding)
         self._give(row, bound.binding.inputs)
+        if self._plan.table.draws_noise[row]:
+            write(bound.binding, names.NOISE)
         called = time.perf_counter()
         running = self._steer(bound, row, state.entries)
         with span("model", bound.denoiser.label):
@@ -192,19 +195,17 @@ class StepSampler:
         given.update(slot_inputs(session.inputs, conditioning.adapters))
         with span("bind", name):
             binding = self._lease.bind(session, input_shapes(name, session.inputs, given, shape, guided=guided))
-        for one, values in given.items():
-            binding.inputs[one][...] = values
-        if isinstance(binding, Handing):
-            binding.inputs[names.LATENT_SPACE][...] = self._latent_space
-            binding.leave([names.STATE, names.NEXT_STATE, names.PREDICTION, names.LATENT_SAMPLE])
-            binding.write(names.STATE)  # zeros: where the plan has less history than the engine they stay
         residuals = TAKEN.names(binding.inputs) if TAKEN.mid in binding.inputs else ()
+        # Where the plan has less history than the engine, or draws no noise, the zeros stay.
+        zeros = dict.fromkeys((names.STATE, names.NOISE, *residuals), 0.0)
+        space = {names.LATENT_SPACE: self._latent_space} if names.LATENT_SPACE in binding.inputs else {}
+        place(binding, {**given, **zeros, **space}, [names.NEXT_STATE, names.PREDICTION, names.LATENT_SAMPLE])
         denoiser = Bound(
             conditioning.label(name, guided=guided),
             binding,
             np.zeros((shape[0] * (1 + guided), *shape[1:]), np.float32),
             binding.inputs.get("timestep", np.zeros(0, np.float32)),
-            tuple(binding.inputs[residual] for residual in residuals),
+            {residual: binding.inputs[residual] for residual in residuals},
         )
         self._bound[key] = _BoundEngine(binding, history_of(session.inputs), denoiser, np.empty(shape, np.float32))
         return self._bound[key]

@@ -18,6 +18,7 @@ from .lora_slots import Adapter, slot_inputs
 from .manifest import TextConditioning
 from .tokenizer import DroppedText, PromptTokenizer, Tokens
 from .trace import span
+from .transfers import place
 
 __all__ = ["DroppedText", "Embeddings", "PromptEncoder", "Tokens", "joined", "merged"]
 
@@ -121,8 +122,7 @@ class PromptEncoder:
                 shapes = {name: values.shape for name, values in slots.items()}
                 self._binding = self._session.bind({"input_ids": (1, tokens), **shapes})
             self._in_slots = None  # nothing to rely on, should it fail halfway
-            for name, values in slots.items():
-                self._binding.inputs[name][...] = values
+            place(self._binding, slots)
             self._in_slots = wanted
         return self._binding
 

@@ -19,11 +19,12 @@ from .placement import Branches, Placed
 from .plan import RowGuidance
 from .rows import Rows
 from .sampler import Advanced, SampledRow, denoised_estimate, require_finite, walked
-from .state import State, read
+from .state import State
 from .step_inputs import history_of, input_shapes
 from .step_sampler import StepVectors, sound
 from .tensors import latent_names
 from .trace import record, span
+from .transfers import place, read
 
 Float32 = npt.NDArray[np.float32]
 # As `step_row.BRANCHES`: of rows with both branches, of rows with the conditional one, of no prediction.
@@ -158,16 +159,15 @@ class UpdateSampler:
         if not isinstance(binding, Handing):
             raise ExecutionError(name, "an update engine of a backend that hands nothing on")
         latent = next(one.name for one in session.outputs if one.name == latent_names([one]).sample)
-        binding.inputs[names.LATENT_SPACE][...] = self._rows.latent_space
-        given = [names.STATE, names.NOISE, names.CONDITIONAL, names.UNCONDITIONAL, names.DIFFERENCE]
+        # Zeros, since memory may hold what is not finite.
+        zeros = (names.STATE, names.NOISE, names.CONDITIONAL, names.UNCONDITIONAL, names.DIFFERENCE)
+        given: dict[str, npt.ArrayLike] = {names.LATENT_SPACE: self._rows.latent_space, **dict.fromkeys(zeros, 0.0)}
         channels = self._rows.conditioning[name].channels
         if channels is not None:
-            binding.inputs[names.CHANNELS][...] = channels
-            given.append(names.CHANNELS)
+            given[names.CHANNELS] = channels
         made = [names.NEXT_STATE, names.PREDICTION, names.LATENT_SAMPLE, names.NEXT_DIFFERENCE, latent]
-        binding.leave([*given, *made])
-        for one in (*given, names.NEXT_DIFFERENCE):
-            binding.write(one)  # zeros, but for the channels: memory may hold what is not finite
+        place(binding, given, made)
+        binding.write(names.NEXT_DIFFERENCE)
         return _Update(binding, latent, *self._coefficients[name])
 
 

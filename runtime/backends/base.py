@@ -113,8 +113,8 @@ class Handing(Binding, Protocol):
             ExecutionError: the backend failed.
         """
 
-    def write(self, name: str, entry: int | None = None) -> None:
-        """Copy the host array of what was left, or one entry, to where the backend runs; now.
+    def write(self, *names: str, entry: int | None = None) -> None:
+        """Copy the host arrays of what was left, or one entry of each, to where the backend runs; now.
 
         Raises:
             ExecutionError: the backend failed.

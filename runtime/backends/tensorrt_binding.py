@@ -131,11 +131,11 @@ class TensorRtBinding:
             self.stream.wait()
         return host
 
-    def write(self, name: str, entry: int | None = None) -> None:
+    def write(self, *names: str, entry: int | None = None) -> None:
         """See `Handing.write`."""
-        host, address = self._part(name, entry)
         with self.device.current():
-            self.stream.upload(host, address)
+            for name in names:
+                self.stream.upload(*self._part(name, entry))
             self.stream.wait()
 
     def require_open(self) -> None:
