@@ -11,6 +11,7 @@ from types import TracebackType
 import msgspec
 
 from ..runtime.bundle import Bundle
+from ..runtime.calibrations import CallTime
 from ..runtime.engine_files import weights_of
 from ..runtime.errors import ArgumentError, BundleError
 from ..runtime.manifest import Component, Loss, Quantization
@@ -99,12 +100,12 @@ class Derived:
             raise writing_failed(self._staging.out, error) from error
         self._components[name] = self._bundle.manifest.components[name]
 
-    def tell_losses(self, name: str, losses: Sequence[Loss]) -> None:
-        """Say what the quantization of component `name` took."""
+    def tell(self, name: str, losses: Sequence[Loss], speed: CallTime | None = None) -> None:
+        """Say what the quantization of component `name` took from pictures, and how long its calls take then."""
         component = self._components[name]
         if component.quantization is None:
             raise ValueError(f"{name}: not replaced")
-        quantization = msgspec.structs.replace(component.quantization, losses=tuple(losses))
+        quantization = msgspec.structs.replace(component.quantization, losses=tuple(losses), speed=speed)
         self._components[name] = msgspec.structs.replace(component, quantization=quantization)
 
     def opened(self) -> Bundle:

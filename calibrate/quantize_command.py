@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 
 from ..runtime.bundle import Bundle
-from ..runtime.cli.inspect_bundle import loss_text, size_text
+from ..runtime.cli.inspect_bundle import loss_text, size_text, speed_text
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import weights_of
 from .cache_entries import sweep_unused
+from .call_times import call_times
 from .derived import Derived
 from .judged import NO_PROMPTS
 from .ledger import Ledger
@@ -91,8 +92,9 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
                 reporter.note(f"goes on with {len(ledger)} things measured before; --discard measures them anew")
         derived = entered.enter_context(Derived(job.bundle, plan.out, force=plan.force))
         losses = Search(job, derived, ledger, reporter.progress).settled()
+        speeds = call_times(job.bundle, derived.opened(), job.ways, job.judged, reporter.progress)
         for name in job.names:
-            derived.tell_losses(name, [losses[way] for way in job.ways[name]])
+            derived.tell(name, [losses[way] for way in job.ways[name]], speeds.get(name))
         if not plan.budget.asks:
             for text in floor_warnings(job.ways, losses, held_out=job.judged.prompts != NO_PROMPTS):
                 reporter.warn(text)
@@ -106,6 +108,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         kept = f", {len(one['kept'])} kept in floating point" if one["kept"] else ""
         smaller = f"{size_text(one['size_bytes_before'])} to {size_text(one['size_bytes'])}"
         yield f"{name}: {one['layers']} layers in {result['format']}{kept}; {smaller}"
+        if one["speed"] is not None:
+            yield f"{name}: {speed_text(one['speed'])}"
         losses |= {loss["painted"]: loss for loss in one["losses"]}
     yield from map(loss_text, losses.values())
     yield f"{result['out']}: digest {result['digest']}"

@@ -21,6 +21,24 @@ class RowTime(_Record, frozen=True, kw_only=True):
     most_ms: float
 
 
+class CallTime(_Record, frozen=True, kw_only=True):
+    """How long a call for one picture takes a quantized component beside the float one, in turns within one run.
+
+    The medians over `rounds` in milliseconds, and the quantized one's time by the float one's in the same round: the
+    median and the extremes. A denoiser's call is a row. `target`, `threads` and `machine` are as in `SplitCalibration`.
+    """
+
+    float_ms: float
+    quantized_ms: float
+    ratio: float
+    least_ratio: float
+    most_ratio: float
+    rounds: int
+    target: str
+    threads: int | None
+    machine: tuple[str, ...]
+
+
 class SplitPoint(_Record, frozen=True, kw_only=True):
     """A plan that was measured: its runs of steps, its cost as a share of the large denoiser's, and its quality.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from .calibrations import Calibrations
+from .calibrations import Calibrations, CallTime
 
 FORMAT = 1
 
@@ -124,7 +124,7 @@ class Quantization(Frozen, frozen=True, kw_only=True):
     `int8-weights` and `int4-weights` keep weights so and compute in the component's precision.
     `tool` with its `version` quantized, by `settings`. `layers` is how many layers are quantized; `kept` names those
     that could have been and are not. `float_model` is the sha256 of the graph that was quantized, `trajectories` the
-    digest of what it was given while ranges were found, None where none are needed.
+    digest of what it was given while ranges were found, None where none are needed. `speed` is of where it was judged.
     """
 
     format: QuantizationFormat
@@ -136,6 +136,7 @@ class Quantization(Frozen, frozen=True, kw_only=True):
     float_model: str
     trajectories: str | None = None
     losses: tuple[Loss, ...] = ()
+    speed: CallTime | None = None
 
     @property
     def computes(self) -> bool:

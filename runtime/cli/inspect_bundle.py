@@ -249,6 +249,7 @@ def _quantized(quantization: Mapping[str, Any]) -> str:
     told = [f"{quantization['format']} in {quantization['layers']} layers{kept}"]
     told.append(f"{quantization['tool']} {quantization['version']}")
     told += map(loss_text, quantization["losses"])
+    told += [] if quantization["speed"] is None else [speed_text(quantization["speed"])]
     return "; ".join(told)
 
 
@@ -262,6 +263,14 @@ def loss_text(loss: Mapping[str, Any]) -> str:
         told.append(f"{loss['accuracy']:.1%} right beside the float bundle's {loss['float_accuracy']:.1%}{asked}")
     prompts = f"{loss['prompts']} held-out prompts" if loss["held_out"] else "the empty prompt, as none were given"
     return f"{', '.join(told)}, {prompts}, {loss['painted']}"
+
+
+def speed_text(speed: Mapping[str, Any]) -> str:
+    """What a call takes beside the float component's, in words; `speed` is a `CallTime` as JSON has it."""
+    spread = f"{speed['least_ratio']:.2f} to {speed['most_ratio']:.2f} in {speed['rounds']} rounds"
+    slower = ": slower here" if speed["ratio"] > 1 else ""
+    taken = f"{speed['quantized_ms']:.3g} ms beside {speed['float_ms']:.3g} ms in floating point"
+    return f"a call takes {taken}, {speed['ratio']:.2f} times as long ({spread}){slower}; on {_where(speed)}"
 
 
 def _tensor_table(components: Mapping[str, Any]) -> Iterator[Sequence[str]]:

@@ -48,7 +48,7 @@ def test_a_graph_takes_the_place_of_another(bundle: Bundle, tmp_path: Path) -> N
         assert restored.components == bundle.manifest.components
         assert restored.files == bundle.manifest.files
         derived.replace("unet", make)
-        derived.tell_losses("unet", [loss])
+        derived.tell("unet", [loss])
         assert not out.exists()
         made = derived.publish()
     quantization = made.component("unet").quantization

@@ -68,6 +68,12 @@ def test_int8_is_published_with_what_it_took(tiny: Path, tmp_path: Path, capsys:
     shown = capsys.readouterr().out
     assert "unet is quantized: int8 in" in shown
     assert "2 held-out prompts, unet 4, vae_decoder, 64x64, onnxruntime:cpu" in shown
+    speed = quantization.speed
+    assert speed is not None
+    assert (speed.target, speed.threads) == ("onnxruntime:cpu", 1)
+    assert told["components"]["unet"]["speed"]["ratio"] == speed.ratio
+    assert f"{speed.ratio:.2f} times as long ({speed.least_ratio:.2f} to {speed.most_ratio:.2f} in" in shown
+    assert (": slower here;" in shown) == (speed.ratio > 1)
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert "not compared with PyTorch: unet, which is quantized" in capsys.readouterr().out
 
@@ -81,7 +87,9 @@ def test_weights_need_no_trajectories(tiny: Path, tmp_path: Path, capsys: pytest
     assert quantization.losses[0].painted.startswith("unet 2, ")
     # The empty prompt is not passed off as one that was held out.
     assert (quantization.losses[0].prompts, quantization.losses[0].held_out) == (1, False)
-    assert "the empty prompt, as none were given, unet 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "the empty prompt, as none were given, unet 2" in told
+    assert "unet: a call takes " in told
     assert main(["inspect", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "the empty prompt, as none were given, unet 2" in shown
