@@ -32,11 +32,12 @@ class NamedScorer:
         where = f"--scorer {self.name}"
         try:
             answers = [(answer, bool(answer)) for answer in self._function(prompts, pictures)]
-            wrong = [answer for answer, taken in answers if not bool(answer == taken)]
+            wrong = [index for index, (answer, taken) in enumerate(answers) if not bool(answer == taken)]
         except Exception as error:  # a function of the user's own can fail in any way
             raise CalibrationError(where, f"failed ({type(error).__name__}: {one_line(error)})") from error
         if wrong:
-            raise CalibrationError(where, "an answer it gave", got=wrong[0], expected="True or False")
+            what, remedy = f"answer {wrong[0]} of {len(answers)}", "Compare scores with a threshold in the function."
+            raise CalibrationError(where, what, got=answers[wrong[0]][0], expected="True or False", remedy=remedy)
         if len(answers) != len(prompts):
             expected = f"{len(prompts)}, one for each picture"
             raise CalibrationError(where, "how many answers it gave", got=len(answers), expected=expected)

@@ -45,11 +45,13 @@ def test_a_scorer_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest
         ("1 / 0", r"own_scores:shows: failed \(ZeroDivisionError: division by zero\)"),
         ("None", r"failed \(TypeError: 'NoneType' object is not iterable\)"),
         ("[True, False]", "how many answers it gave, got 2, expected 1, one for each picture"),
-        ("[[True, False]]", r"an answer it gave, got \[True, False\], expected True or False"),
+        ("[[True, False]]", r"answer 0 of 1, got \[True, False\], expected True or False"),
         ("numpy.zeros((1, 2), bool)", r"failed \(ValueError: .*more than one element"),
-        ("[0.83]", "an answer it gave, got 0.83, expected True or False"),
-        ("['no']", "an answer it gave, got 'no', expected True or False"),
-        ("[None]", "an answer it gave, got None, expected True or False"),
+        ("[True, 0.3]", r"^--scorer own_scores:shows: answer 1 of 2, got 0.3, expected True or False. Compare scores"),
+        ("numpy.array([float('nan')])", "answer 0 of 1, got .*nan.*, expected True or False"),
+        ("[0.83]", "answer 0 of 1, got 0.83, expected True or False"),
+        ("['no']", "answer 0 of 1, got 'no', expected True or False"),
+        ("[None]", "answer 0 of 1, got None, expected True or False"),
     ],
 )
 def test_a_scorer_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str) -> None:
