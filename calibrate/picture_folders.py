@@ -32,6 +32,14 @@ def picture_files(option: str, folder: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def paired(files: Sequence[Path], references: Sequence[Path]) -> tuple[tuple[tuple[Path, Path], ...], list[Path]]:
+    """Pictures with their references of the same name, whatever the suffix, and those of either without their like."""
+    named, known = {path.stem: path for path in references}, {path.stem for path in files}
+    pairs = tuple((path, named[path.stem]) for path in files if path.stem in named)
+    strays = [path for path in files if path.stem not in named]
+    return pairs, strays + [path for path in references if path.stem not in known]
+
+
 def pixels_of(path: Path) -> Pixels:
     """A picture, (H, W, 3) uint8."""
     return np.asarray(read_picture("picture", path).image.convert("RGB"))

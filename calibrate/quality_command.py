@@ -18,13 +18,15 @@ from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError, CalibrationError, TandemError
 from .frechet import FeatureStatistics, frechet_distance
 from .perceptual import clip_likeness, inception_features, lpips_distance
-from .picture_folders import batches, picture_files, pixels_of, prompt_in
+from .picture_folders import batches, paired, picture_files, pixels_of, prompt_in
 from .prompts import read_prompts
 from .quality import Pixels, Scorer, psnr_db, ssim, wilson_interval
-from .quality_arguments import QualityPlan, add_arguments, plan_from_arguments
+from .quality_arguments import PAIRED, QualityPlan, add_arguments, plan_from_arguments
 from .scorers import scorer_of
 
 __all__ = ["add_arguments", "plan_from_arguments", "run", "status", "summary"]
+
+_TOLD = 5  # of names in a sentence
 
 
 def run(plan: QualityPlan, reporter: Reporter) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def run(plan: QualityPlan, reporter: Reporter) -> dict[str, Any]:
     if plan.scorer is not None:
         measures["scorer"] = partial(_Job.scored, scorer=scorer_of(plan.scorer))
     files = picture_files("PICTURES", plan.pictures)
-    job = _Job(plan, reporter, files, _given_prompts(plan, len(files)))
+    pairs, strays = _pairs(plan, files, reporter) if set(measures) & set(PAIRED) else ((), [])
+    job = _Job(plan, reporter, files, pairs, _given_prompts(plan, len(files)))
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, measure in measures.items():
@@ -51,6 +54,7 @@ def run(plan: QualityPlan, reporter: Reporter) -> dict[str, Any]:
         "pictures": str(plan.pictures),
         "count": len(job.files),
         "against": None if plan.against is None else str(plan.against),
+        "unpaired": list(map(str, strays)),
         "measures": measured,
         "not_measured": missing,
         "asked": plan.asked,
@@ -65,45 +69,45 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def status(result: Mapping[str, Any]) -> int:
-    """1 where a measure that was asked for could not be had; a scorer is always asked for."""
+    """1 where nothing was measured, or not what was asked for; a scorer is always asked for."""
     missing = result["not_measured"]
-    return int("scorer" in missing or (result["asked"] and bool(missing)))
+    return int(not result["measures"] or "scorer" in missing or (result["asked"] and bool(missing)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A plan at work. given: the prompts of --prompts."""
+    """A plan at work. pairs: pictures with their references. given: the prompts of --prompts."""
 
     plan: QualityPlan
     reporter: Reporter
     files: tuple[Path, ...]
+    pairs: tuple[tuple[Path, Path], ...]
     given: tuple[str, ...] | None
 
     def paired(
         self, name: str, measure: Callable[[Pixels, Pixels], float], *, lower_is_worse: bool
     ) -> dict[str, float]:
         """A measure of each picture and its reference: mean, median and worst."""
-        references = {path.stem: path for path in picture_files("--against", self._against)}
+        if not self.pairs:
+            what = f"{self.plan.against} has no picture named as one of {self.plan.pictures}"
+            raise CalibrationError(name, what, remedy="The pictures of both folders need the same names.")
         values = []
-        for done, path in enumerate(self.files, start=1):
-            if path.stem not in references:
-                what = f"{self._against} has no picture named {path.stem}"
-                raise CalibrationError(name, what, remedy="The pictures of both folders need the same names.")
-            picture, reference = pixels_of(path), pixels_of(references[path.stem])
+        for done, (path, like) in enumerate(self.pairs, start=1):
+            picture, reference = pixels_of(path), pixels_of(like)
             if picture.shape != reference.shape:
-                got, expected = _size(picture), f"{_size(reference)} as {references[path.stem]}"
+                got, expected = _size(picture), f"{_size(reference)} as {like}"
                 raise CalibrationError(name, f"{path} has another size", got=got, expected=expected)
             with _computing(name):
                 values.append(measure(picture, reference))
             _require_number(name, path, values[-1])
-            self.reporter.progress(name, done, len(self.files))
+            self.reporter.progress(name, done, len(self.pairs))
         worst = min(values) if lower_is_worse else max(values)
         return {"mean": statistics.fmean(values), "median": statistics.median(values), "worst": worst}
 
     def fid(self) -> dict[str, float]:
         """FID of the two folders."""
         extract = inception_features(self.plan.inception)
-        folders = {"fid": self.files, "fid, references": picture_files("--against", self._against)}
+        folders = {"fid": self.files, "fid, references": picture_files("--against", _against(self.plan))}
         found = []
         for label, files in folders.items():
             if len(files) < 2:
@@ -143,12 +147,6 @@ class _Job:
         low, high = wilson_interval(right, done)
         return {"share": right / done, "low": low, "high": high}
 
-    @property
-    def _against(self) -> Path:
-        if self.plan.against is None:
-            raise ArgumentError("--against", "not given")
-        return self.plan.against
-
     def _prompts(self) -> tuple[str, ...]:
         """Each picture's prompt: of the file in the order of names, or of the picture itself."""
         return tuple(prompt_in(path) for path in self.files) if self.given is None else self.given
@@ -171,6 +169,23 @@ def _tried(measure: Callable[[_Job], dict[str, float]], job: _Job) -> dict[str, 
         raise
     except TandemError as error:
         return error
+
+
+def _pairs(
+    plan: QualityPlan, files: tuple[Path, ...], reporter: Reporter
+) -> tuple[tuple[tuple[Path, Path], ...], list[Path]]:
+    """See `paired`; pictures without their like are told, where others have theirs."""
+    pairs, strays = paired(files, picture_files("--against", _against(plan)))
+    if pairs and strays:
+        told = ", ".join(map(str, strays[:_TOLD])) + " …" * (len(strays) > _TOLD)
+        reporter.warn(f"{len(pairs)} pairs of pictures are compared; without their like are {len(strays)}: {told}")
+    return pairs, strays
+
+
+def _against(plan: QualityPlan) -> Path:
+    if plan.against is None:
+        raise ArgumentError("--against", "not given")
+    return plan.against
 
 
 def _given_prompts(plan: QualityPlan, count: int) -> tuple[str, ...] | None:

@@ -80,6 +80,19 @@ def test_fid_of_a_network_of_ones_own(measured: Measured, tmp_path: Path) -> Non
     assert result["measures"]["fid"]["value"] == pytest.approx(frechet_distance(*found), rel=1e-4)
 
 
+def test_it_fails_where_nothing_was_measured(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where nothing was asked for by name."""
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for path in (tmp_path / "references").iterdir():
+        path.rename(path.with_name(f"other-{path.name}"))
+    status, result, told = measured("--clip", str(tmp_path))
+    assert (status, result["measures"]) == (1, {})
+    assert f"psnr: {tmp_path / 'references'} has no picture named as one of {tmp_path / 'pictures'}" in told
+
+
 def test_what_cannot_be_had_is_told_and_the_rest_measured(
     measured: Measured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -123,12 +136,19 @@ def test_pictures_smaller_than_the_window_of_ssim_have_psnr(tmp_path: Path, caps
     assert "sides from 11 on" in result["not_measured"]["ssim"]
 
 
-def test_a_picture_without_its_like_is_told(measured: Measured, tmp_path: Path) -> None:
-    onnx.save(means_of_rows(), tmp_path / "means.onnx")
-    (tmp_path / "references" / "000004.png").unlink()
-    status, result, told = measured("--measure", "psnr", "fid", "--inception", str(tmp_path / "means.onnx"))
-    assert (status, list(result["measures"])) == (1, ["fid"])
-    assert "has no picture named 000004" in told
+def test_pictures_without_their_like_are_told_and_the_others_measured(measured: Measured, tmp_path: Path) -> None:
+    own, other = tmp_path / "pictures", tmp_path / "references"
+    (other / "000004.png").rename(other / "stray.png")
+    status, result, told = measured("--measure", "psnr")
+    values = np.delete([psnr_db(*pair) for pair in zip(PICTURES, REFERENCES, strict=True)], 4)
+    assert status == 0
+    assert result["measures"]["psnr"] == pytest.approx(
+        {"mean": np.mean(values), "median": np.median(values), "worst": min(values)}
+    )
+    assert result["unpaired"] == [str(own / "000004.png"), str(other / "stray.png")]
+    strays = f"{own / '000004.png'}, {other / 'stray.png'}"
+    assert f"warning: {COUNT - 1} pairs of pictures are compared; without their like are 2: {strays}\n" in told
+    (other / "stray.png").unlink()
     save_png(Image.new("RGB", (16, 12)), tmp_path / "references" / "000004.png", {})
     assert "000004.png has another size, got '16x24', expected 16x12" in measured("--measure", "psnr")[2]
 
