@@ -20,7 +20,7 @@ from ..runtime.images import png_bytes
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan_steps import parse_steps
 from ..runtime.targets import installed_version
-from .prompts import chosen_prompts, prompts_sha256
+from .prompts import chosen_prompts, prompt_lines, prompts_sha256
 from .run_folder import RunFolder
 from .shared_arguments import (
     add_bundle,
@@ -51,10 +51,15 @@ MAX_BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class PicturesPlan:
-    """What to paint; None stands for the bundle's default. `settings` are arguments of `Request`."""
+    """What to paint; None stands for the bundle's default. `settings` are arguments of `Request`.
+
+    lines: of the file, where each of `prompts` is first. repeated: how many more of its lines hold one of these again.
+    """
 
     bundle: Path
     prompts: tuple[str, ...]
+    lines: tuple[int, ...]
+    repeated: int
     out: Path
     steps: str | None
     settings: Mapping[str, Any]
@@ -101,9 +106,13 @@ def plan_from_arguments(namespace: argparse.Namespace) -> PicturesPlan:
     check_number("--batch", namespace.batch, MAX_BATCH)
     if namespace.negative_prompt is not None:
         require_text("--negative-prompt", namespace.negative_prompt)
+    prompts = chosen_prompts(namespace.prompts, namespace.column, namespace.count, None)
+    lines, repeated = prompt_lines(namespace.prompts, namespace.column, prompts)
     return PicturesPlan(
         bundle=namespace.bundle,
-        prompts=chosen_prompts(namespace.prompts, namespace.column, namespace.count, None),
+        prompts=prompts,
+        lines=lines,
+        repeated=repeated,
         out=namespace.out,
         steps=namespace.steps,
         settings={name: getattr(namespace, name) for name in SETTINGS},
@@ -138,6 +147,8 @@ def run(plan: PicturesPlan, reporter: Reporter) -> dict[str, Any]:
         TandemError: the bundle, an argument or the target cannot be used, the folder holds something else, a file
             cannot be written, or a model failed.
     """
+    if plan.repeated:
+        reporter.note(f"{plan.repeated} lines of the prompts' file hold a prompt again, which is painted once")
     with _opened(plan) as pipe:
         ground = _ground(plan, pipe)
         check_folder((plan.out / LEDGER,), force=True, option="--out")
@@ -168,7 +179,7 @@ def _painted(plan: PicturesPlan, pipe: Pipeline, folder: RunFolder, reporter: Re
         for index, image in zip(batch, images, strict=True):
             prompt, seed = plan.prompts[index], plan.seed + index
             told = png_facts({**request, "prompt": prompt, "seed": [seed]}, seed, facts)
-            folder.add(_name(index), png_bytes(image, told), {"prompt": prompt})
+            folder.add(_name(index), png_bytes(image, told), {"prompt": prompt, "line": plan.lines[index]})
         made, dropped = made + len(batch), dropped + len(output.dropped_text)
         reporter.progress("pictures", total - len(missing) + made, total)
     if dropped:
@@ -194,7 +205,7 @@ def _ground(plan: PicturesPlan, pipe: Pipeline) -> dict[str, Any]:
 
 
 def _prompt_facts(plan: PicturesPlan) -> dict[str, Any]:
-    return {"prompts": prompts_sha256(plan.prompts), "count": len(plan.prompts)}
+    return {"prompts": prompts_sha256(plan.prompts), "count": len(plan.prompts), "repeated": plan.repeated}
 
 
 def _require_prefix(plan: PicturesPlan, found: Mapping[str, Any]) -> None:

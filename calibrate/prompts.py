@@ -31,7 +31,29 @@ def read_prompts(path: str | Path, column: str | None = None, *, repeats: bool =
         ArgumentError: the file cannot be read, is not UTF-8, holds NUL, a prompt of over 64 KiB or none at all; or the
             table has no such column, or a row without it. The message names the line.
     """
-    path = Path(path)
+    prompts: dict[str | int, str] = {}
+    for line, prompt in _numbered(Path(path), column):
+        prompts.setdefault(line if repeats else normalised(prompt), prompt)
+    return tuple(prompts.values())
+
+
+def prompt_lines(path: Path, column: str | None, prompts: Iterable[str]) -> tuple[tuple[int, ...], int]:
+    """The line of a file that each of its prompts is on first, and how many more lines hold one of these again.
+
+    Raises:
+        ArgumentError: as `read_prompts`.
+    """
+    keys = list(map(normalised, prompts))
+    wanted, lines, found = set(keys), dict[str, int](), 0
+    for line, prompt in _numbered(path, column):
+        if normalised(prompt) in wanted:
+            lines.setdefault(normalised(prompt), line)
+            found += 1
+    return tuple(lines[key] for key in keys), found - len(lines)
+
+
+def _numbered(path: Path, column: str | None) -> Iterator[tuple[int, str]]:
+    """Every prompt of a file with the line that it ends in; see `read_prompts`."""
     where = str(path)
     text = read_text(where, path, "Check the path.")
     if "\0" in text:
@@ -43,7 +65,7 @@ def read_prompts(path: str | Path, column: str | None = None, *, repeats: bool =
         )
     delimiter = _DELIMITERS.get(path.suffix.lower(), None if column is None else ",")
     numbered = enumerate(text.split("\n"), 1) if delimiter is None else _cells(where, text, delimiter, column)
-    prompts: dict[str | int, str] = {}
+    there = False
     for line, cell in numbered:
         prompt = " ".join(cell.split())
         size = len(prompt.encode())
@@ -51,11 +73,11 @@ def read_prompts(path: str | Path, column: str | None = None, *, repeats: bool =
             expected = f"at most {MAX_PROMPT_BYTES} bytes"
             raise ArgumentError(f"{where}, line {line}", "a prompt that is too long", got=size, expected=expected)
         if prompt:
-            prompts.setdefault(line if repeats else normalised(prompt), prompt)
-    if not prompts:
+            there = True
+            yield line, prompt
+    if not there:
         expected = "one a line" if delimiter is None else "one a row below the columns' names"
         raise ArgumentError(where, "holds no prompt", expected=expected)
-    return tuple(prompts.values())
 
 
 def chosen_prompts(

@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="the pictures' prompts in the order of their names, one a line or a CSV file (default: those that "
-        "TandemRT wrote into the pictures)",
+        help="the pictures' prompts in the order of their names, one a line or a CSV file; pictures that TandemRT "
+        "painted of prompts in it keep their own (default: those that TandemRT wrote into the pictures)",
     )
     parser.add_argument(
         "--column", metavar="NAME", help="the column (default: the first there is of caption, prompt and text)"

@@ -19,7 +19,7 @@ from ..runtime.errors import ArgumentError, CalibrationError, TandemError
 from .frechet import FeatureStatistics, frechet_distance
 from .perceptual import clip_likeness, inception_features, lpips_distance
 from .picture_folders import batches, paired, picture_files, pixels_of, prompt_in
-from .prompts import read_prompts
+from .prompts import normalised, read_prompts
 from .quality import Pixels, Scorer, psnr_db, ssim, wilson_interval
 from .quality_arguments import PAIRED, QualityPlan, add_arguments, plan_from_arguments
 from .scorers import scorer_of
@@ -40,7 +40,7 @@ def run(plan: QualityPlan, reporter: Reporter) -> dict[str, Any]:
         measures["scorer"] = partial(_Job.scored, scorer=scorer_of(plan.scorer))
     files = picture_files("PICTURES", plan.pictures)
     pairs, strays = _pairs(plan, files, reporter) if set(measures) & set(PAIRED) else ((), [])
-    job = _Job(plan, reporter, files, pairs, _given_prompts(plan, len(files)))
+    job = _Job(plan, reporter, files, pairs, _given_prompts(plan, files, reporter))
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, measure in measures.items():
@@ -188,14 +188,25 @@ def _against(plan: QualityPlan) -> Path:
     return plan.against
 
 
-def _given_prompts(plan: QualityPlan, count: int) -> tuple[str, ...] | None:
-    """The prompts of --prompts, one for each picture; None where it is not given."""
+def _given_prompts(plan: QualityPlan, files: tuple[Path, ...], reporter: Reporter) -> tuple[str, ...] | None:
+    """The prompts of --prompts, one for each picture; None where it is not given, or the pictures hold prompts of it.
+
+    As `pictures` paints the first ones, and each once, its pictures are not those of the file's lines in turn.
+    """
     if plan.prompts is None:
         return None
     prompts = read_prompts(plan.prompts, plan.column, repeats=True)
-    if len(prompts) != count:
-        where, expected = f"--prompts {plan.prompts}", f"{count}, one for each picture"
-        remedy = "Leave --prompts out for pictures of `tandemrt`, which hold their own."
+    known = set(map(normalised, prompts))
+    try:
+        painted_of_them = all(normalised(prompt_in(path)) in known for path in files)
+    except CalibrationError:
+        painted_of_them = False
+    if painted_of_them:
+        reporter.note(f"prompts are those in the pictures, all of which {plan.prompts} holds")
+        return None
+    if len(prompts) != len(files):
+        where, expected = f"--prompts {plan.prompts}", f"{len(files)}, one for each picture"
+        remedy = "Give a file of the pictures' own prompts; those of `tandemrt` hold them, and need none."
         raise ArgumentError(where, "prompts", got=len(prompts), expected=expected, remedy=remedy)
     return prompts
 

@@ -92,6 +92,32 @@ def test_an_interrupted_run_goes_on(
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_prompts_that_come_again_are_told_and_quality_knows_whose_pictures_are(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures of a file's first prompts are measured with the whole file, whichever of its lines were left out."""
+    table = tmp_path / "captions.csv"
+    table.write_text("id,caption\n1,a red square\n2,A red  square\n3,\n4,blue\n5,a red square\n6,red\n7,red\n")
+    assert run("-n", "2", "--json") == 0
+    told = capsys.readouterr()
+    assert "2 lines of the prompts' file hold a prompt again, which is painted once" in told.err
+    assert json.loads(told.out)["repeated"] == 2
+    facts = [json.loads(line) for line in (tmp_path / "out" / "run.jsonl").read_text().splitlines()[1:]]
+    assert [one["line"] for line in facts for one in line.values()] == [2, 5]
+    (tmp_path / "scores_of_prompts.py").write_text(
+        "def shows(prompts, pictures):\n    return [text == 'blue' for text in prompts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    scored = ("--scorer", "scores_of_prompts:shows", "--prompts", "captions.csv", "--json")
+    assert main(["calibrate", "quality", "out", *scored]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["measures"]["scorer"]["share"] == 0.5
+    assert "prompts are those in the pictures, all of which captions.csv holds" in told.err
+    table.write_text("caption\na red square\ngreen\ngreen\n")
+    assert main(["calibrate", "quality", "out", *scored]) == 2
+    assert "prompts, got 3, expected 2, one for each picture" in capsys.readouterr().out
+
+
 def test_a_picture_that_is_not_what_was_painted_is_painted_again(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
