@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from PIL import Image
 
-from tandemrt.engines.composed import composed
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime import ExecutionError, Output, Pipeline
@@ -27,47 +24,36 @@ from tandemrt.runtime.step_sampler import StepEngine, StepSampler
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import Variant
 
-from ..runtime.engine_writing import write_engine, write_engines
 from ..runtime.stand_in_gpus import Gpus, stand_in
 from ..runtime.tiny_families import write_tiny_control, write_tiny_editing
+from . import on_gpus
 from .loops import conditioning, require_state_stays
+from .on_gpus import (
+    ASKED,
+    LATENT_BYTES,
+    PICTURE_BYTES,
+    SIDE,
+    STATE_BYTES,
+    TARGET,
+    copied,
+    require_same_pictures,
+    write_variants,
+    written,
+)
 
-TARGET = "tensorrt-rtx:sm89:fp32"
-SIDE = 16
-LATENT_BYTES = 4 * 4 * SIDE * SIDE
-STATE_BYTES = 4 * LATENT_BYTES  # x, and three earlier predictions
-PICTURE_BYTES = 3 * 4 * (8 * SIDE) ** 2
-LARGE = (LATENT_BYTES, 2 * LATENT_BYTES, STATE_BYTES)
-ASKED: dict[str, Any] = {"prompt": "red", "negative_prompt": "blue", "seed": 7, "height": 8 * SIDE, "width": 8 * SIDE}
 HYBRID: dict[str, Any] = {"steps": {"unet": 2, "unet_second": 2}}
-GUIDED, UNGUIDED = Variant(step="guided"), Variant(step="unguided")
-
-
-def written(folder: Path, write: Callable[[Path], Any], *denoisers: str) -> Path:
-    """A bundle, and beside it a cache with engines for the stand-ins, step engines of these denoisers too."""
-    write(folder / "bundle")
-    write_engines(folder / "cache", folder / "bundle", "sm89")
-    opened = Bundle.open(folder / "bundle")
-    for name in denoisers:
-        for variant in (GUIDED, UNGUIDED):
-            write_step_engine(folder / "cache", opened, name, variant, hands=True)
-    return folder
-
-
-def write_step_engine(cache: Path, bundle: Bundle, name: str, variant: Variant, *, hands: bool) -> None:
-    graph = composed(bundle.model_path(name), variant, name, hands=hands)
-    onnx.load_external_data_for_model(graph, str(bundle.model_path(name).parent))
-    write_engine(cache, bundle, name, "sm89", graph, variant)
+GUIDED = Variant(step="guided")
+BOTH = (GUIDED, Variant(step="unguided"))
 
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("steered"), write_tiny_control, "unet", "unet_second")
+    return written(tmp_path_factory.mktemp("steered"), write_tiny_control, dict.fromkeys(("unet", "unet_second"), BOTH))
 
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("edited"), write_tiny_editing, "unet", "unet_inpaint")
+    return written(tmp_path_factory.mktemp("edited"), write_tiny_editing, dict.fromkeys(("unet", "unet_inpaint"), BOTH))
 
 
 @pytest.fixture
@@ -98,23 +84,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     return stand_in(monkeypatch, "sm89")
 
 
-def painted(folder: Path, target: str = TARGET, *, streamed: bool = False, **arguments: Any) -> Output:
-    cache = folder / "cache"
-    with Pipeline.open(folder / "bundle", target, cache=cache if target == TARGET else None, threads=1) as pipe:
-        given = {**ASKED, "output_type": "np", **arguments}
-        out = pipe.stream(**given).result() if streamed else pipe(**given)
+def painted(folder: Path, target: str = TARGET, **arguments: Any) -> Output:
+    """On step engines, where the target has any."""
+    out = on_gpus.painted(folder, target, **arguments)
     assert out.timings.step_engines == (target == TARGET)
     return out
-
-
-def require_same(out: Output, expected: Output) -> None:
-    np.testing.assert_allclose(out.latents, expected.latents, atol=1e-5)
-    np.testing.assert_allclose(np.stack(out.images), np.stack(expected.images), atol=1e-5)
-
-
-def copied(gpus: Gpus, kind: str) -> list[int]:
-    """The sizes of copies of this kind, as far as they are as large as latents, states or pictures."""
-    return [size for one, size in gpus.copies if one == kind and size in (*LARGE, PICTURE_BYTES)]
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
@@ -130,21 +104,21 @@ def test_the_state_stays_where_the_engines_run(
     # From row to row the state, and what the decoder is given.
     assert copied(gpus, "DeviceToDevice") == [STATE_BYTES] * 3 + [LATENT_BYTES]
     assert sum(size == 8 for kind, size in gpus.copies if kind == "DeviceToHost") == (4 if streamed else 1)
-    require_same(out, painted(steered, "onnxruntime:cpu", solver=solver, **HYBRID))
+    require_same_pictures(out, painted(steered, "onnxruntime:cpu", solver=solver, **HYBRID))
 
 
 def test_each_picture_of_a_batch_is_handed_to_the_decoder(steered: Path, gpus: Gpus) -> None:
     given = {**HYBRID, "prompt": ["red", "blue"], "seed": [3, 4]}
     out = painted(steered, **given)
     assert copied(gpus, "DeviceToDevice")[-2:] == [LATENT_BYTES] * 2
-    require_same(out, painted(steered, "onnxruntime:cpu", **given))
+    require_same_pictures(out, painted(steered, "onnxruntime:cpu", **given))
     assert gpus.wrong == []
 
 
 def test_what_is_kept_from_one_generation_serves_the_next_as_it_was(steered: Path, gpus: Gpus) -> None:
     """Also where its decoder was handed latents before and is given previews now."""
     with Pipeline.open(steered / "bundle", TARGET, cache=steered / "cache") as pipe:
-        given = {**ASKED, **HYBRID, "output_type": "np"}
+        given = {**ASKED, **HYBRID}
         first = pipe(**given)
         for more in ({"previews": 1}, {}, {"previews": 2}, {}):
             np.testing.assert_array_equal(np.stack(pipe(**given, **more).images), np.stack(first.images))
@@ -174,7 +148,7 @@ def test_controlnets_are_given_what_is_read_back(
     # In the first two rows x, for what the ControlNets read.
     assert reads == [("state", 0), ("state", 0), ("next_state", 0)]
     assert copied(gpus, "DeviceToDevice").count(STATE_BYTES) == 3
-    require_same(out, painted(steered, "onnxruntime:cpu", **given))
+    require_same_pictures(out, painted(steered, "onnxruntime:cpu", **given))
     assert gpus.wrong == []
 
 
@@ -186,15 +160,14 @@ def test_what_is_put_back_outside_a_mask_is_put_back_there(edited: Path, gpus: G
     given = {"steps": steps, "image": pixels, "mask_image": mask, "strength": 1.0, "solver": "unipc"}
     out = painted(edited, **given)
     assert copied(gpus, "DeviceToDevice").count(STATE_BYTES) == 3
-    require_same(out, painted(edited, "onnxruntime:cpu", **given))
+    require_same_pictures(out, painted(edited, "onnxruntime:cpu", **given))
     assert gpus.wrong == []
 
 
 def test_step_engines_that_hand_nothing_on_are_passed_over(tmp_path: Path, gpus: Gpus) -> None:
     """As versions made them that read the whole state back."""
-    written(tmp_path, write_tiny_control)
-    bundle = Bundle.open(tmp_path / "bundle")
-    write_step_engine(tmp_path / "cache", bundle, "unet", GUIDED, hands=False)
+    written(tmp_path, write_tiny_control, {})
+    write_variants(tmp_path, {"unet": [GUIDED]}, hands=False)
     with Pipeline.open(tmp_path / "bundle", TARGET, cache=tmp_path / "cache") as pipe:
         out = pipe(**ASKED, num_inference_steps=2)
     assert not out.timings.step_engines

@@ -7,24 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-import onnx
 import pytest
 from PIL import Image
 
 from tandemrt.engines.build import ensure_engine
-from tandemrt.engines.composed import composed, composed_stages
+from tandemrt.engines.composed import composed_stages
 from tandemrt.engines.estimate import estimated
-from tandemrt.engines.graph_files import spec
 from tandemrt.engines.plan import BuildPlan, requests_of
 from tandemrt.engines.profiles import parse_profile
-from tandemrt.runtime import ExecutionError, Output, Pipeline
+from tandemrt.runtime import ExecutionError, Pipeline
 from tandemrt.runtime.backends.tensorrt import TensorRtSession
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.engine_files import read_layers
 from tandemrt.runtime.engine_search import fitting_engines
-from tandemrt.runtime.manifest import TextConditioning, TextEncoding
 from tandemrt.runtime.placement import Sequential, Worker
 from tandemrt.runtime.plan import Schedule, compile_plan
 from tandemrt.runtime.rows import Rows
@@ -33,93 +29,55 @@ from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.update_sampler import UpdateSampler
 from tandemrt.runtime.variant import PLAIN, UPDATE, Variant
 
-from ..runtime.engine_writing import write_engine, write_engines
 from ..runtime.stand_in_gpus import Gpus, stand_in
 from ..runtime.tiny_bundle import (
-    MAX_LENGTH,
-    decoder,
-    denoiser,
-    text_encoder,
-    write_bundle,
     write_tiny_bundle,
-    write_tokenizer,
 )
 from ..runtime.tiny_families import write_tiny_control, write_tiny_editing, write_tiny_sd3
 from .loops import conditioning, require_state_stays
+from .on_gpus import (
+    ASKED,
+    LATENT_BYTES,
+    PICTURE_BYTES,
+    SIDE,
+    STATE_BYTES,
+    TARGET,
+    copied,
+    on_update_engines,
+    painted,
+    require_same,
+    write_cut_bundle,
+    write_variants,
+    written,
+)
 from .tandem import PLACED, ROWS, WINDOW, build_stages
 
-TARGET = "tensorrt-rtx:sm89:fp32"
-SIDE = 16
-LATENT_BYTES = 4 * 4 * SIDE * SIDE
-STATE_BYTES = 4 * LATENT_BYTES  # x, and three earlier predictions
-LARGE = (LATENT_BYTES, 2 * LATENT_BYTES, STATE_BYTES)
-ASKED: dict[str, Any] = {"prompt": "red", "negative_prompt": "blue", "seed": 7, "height": 8 * SIDE, "width": 8 * SIDE}
 HYBRID: dict[str, Any] = {"steps": {"unet": 3, "unet_small": 3}}
 ADAPTIVE: dict[str, Any] = {"guidance": "adaptive", "guidance_config": {"threshold": 10.0, "steady": 1e6, "probe": 3}}
 
 
-def written(folder: Path, write: Callable[[Path], Any], *denoisers: str) -> Path:
-    """A bundle, and beside it a cache with engines for the stand-ins, these denoisers' update engines too."""
-    write(folder / "bundle")
-    write_engines(folder / "cache", folder / "bundle", "sm89")
-    for name in denoisers:
-        write_variant(folder, name, UPDATE)
-    return folder
-
-
-def write_variant(folder: Path, name: str, variant: Variant) -> None:
-    bundle = Bundle.open(folder / "bundle")
-    graph = composed(bundle.model_path(name), variant, name, hands=True)
-    onnx.load_external_data_for_model(graph, str(bundle.model_path(name).parent))
-    onnx.checker.check_model(graph, full_check=True)
-    write_engine(folder / "cache", bundle, name, "sm89", graph, variant)
+def updates(*denoisers: str) -> dict[str, tuple[Variant, ...]]:
+    return dict.fromkeys(denoisers, (UPDATE,))
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("plain"), write_tiny_bundle, "unet", "unet_small")
+    return written(tmp_path_factory.mktemp("plain"), write_tiny_bundle, updates("unet", "unet_small"))
 
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("steered"), write_tiny_control, "unet", "unet_second")
+    return written(tmp_path_factory.mktemp("steered"), write_tiny_control, updates("unet", "unet_second"))
 
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("edited"), write_tiny_editing, "unet", "unet_inpaint")
+    return written(tmp_path_factory.mktemp("edited"), write_tiny_editing, updates("unet", "unet_inpaint"))
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     return stand_in(monkeypatch, "sm89", "sm89")
-
-
-def painted(folder: Path, target: str = TARGET, devices: tuple[int, ...] | None = None, **arguments: Any) -> Output:
-    cache = folder / "cache" if target == TARGET else None
-    with Pipeline.open(folder / "bundle", target, cache=cache, threads=2, devices=devices) as pipe:
-        return pipe(**{**ASKED, "output_type": "np", **arguments})
-
-
-def on_update_engines(out: Output) -> bool:
-    """Whether the rows ran on update engines, of all denoisers or none."""
-    (made,) = {"update" in [one.variant for one in out.timings.ran_on[name]] for name in set(out.plan.denoisers)}
-    return made
-
-
-def require_same(out: Output, expected: Output) -> None:
-    """The pictures, and what is told of guidance, are those of the loop on the host."""
-    np.testing.assert_allclose(out.latents, expected.latents, atol=2e-5)
-    np.testing.assert_allclose(np.stack(out.images), np.stack(expected.images), atol=2e-5)
-    for one, other in zip(out.plan.ran, expected.plan.ran, strict=True):
-        assert (one.guided, one.placement) == (other.guided, other.placement)
-        for got, wanted in ((one.discrepancy, other.discrepancy), (one.growth, other.growth)):
-            assert got == (None if wanted is None else pytest.approx(wanted, rel=1e-3))
-
-
-def copied(gpus: Gpus, kind: str) -> Counter[int]:
-    """How many copies of this kind are as large as latents, predictions or states, by their size."""
-    return Counter(size for one, size in gpus.copies if one == kind and size in LARGE)
 
 
 CASES: list[tuple[dict[str, Any], int]] = [
@@ -142,11 +100,11 @@ def test_between_text_and_picture_nothing_of_a_latents_size_is_up_or_downloaded(
     out = painted(plain, devices=devices, **given)
     assert on_update_engines(out)
     # When it is bound an engine is given zeros; then the state before the first row, and the noise that rows draw.
-    assert copied(gpus, "HostToDevice") == {STATE_BYTES: 2 + 1, LATENT_BYTES: 2 * 5 + noisy_rows}
-    assert copied(gpus, "DeviceToHost") == {LATENT_BYTES: 1}  # the latents that the output has
+    assert Counter(copied(gpus, "HostToDevice")) == {STATE_BYTES: 2 + 1, LATENT_BYTES: 2 * 5 + noisy_rows}
+    assert copied(gpus, "DeviceToHost") == [LATENT_BYTES, PICTURE_BYTES]  # the latents that the output has
     both = sum(row.guided for row in out.plan.ran)
     across = 2 * both if devices and asked["placement"] == "parallel" else 0  # the second GPU's sample and prediction
-    assert copied(gpus, "direct") == ({LATENT_BYTES: across} if across else {})
+    assert copied(gpus, "direct") == [LATENT_BYTES] * across
     assert gpus.wrong == []
     require_same(out, painted(plain, "onnxruntime:cpu", **given))
     if "guidance" in asked:
@@ -159,7 +117,7 @@ def test_what_is_kept_from_one_generation_serves_the_next_as_it_was(plain: Path,
     for target in (TARGET, "onnxruntime:cpu"):
         cache = plain / "cache" if target == TARGET else None
         with Pipeline.open(plain / "bundle", target, cache=cache, threads=2) as pipe:
-            given = {**ASKED, **HYBRID, "output_type": "np", "placement": "sequential"}
+            given = {**ASKED, **HYBRID, "placement": "sequential"}
             first = pipe(**given)
             for more in ({"placement": "auto"}, {}, {"num_images_per_prompt": 2}, {"placement": "parallel"}, {}):
                 np.testing.assert_allclose(pipe(**{**given, **more}).images[0], first.images[0], atol=2e-5)
@@ -196,7 +154,7 @@ def test_channels_lie_behind_the_latent_and_masks_are_put_back(
 
 
 def test_transformers_have_names_of_their_own(tmp_path: Path, gpus: Gpus) -> None:
-    folder = written(tmp_path, write_tiny_sd3, "transformer")
+    folder = written(tmp_path, write_tiny_sd3, updates("transformer"))
     given = {"steps": {"transformer": 3}, "placement": "sequential"}
     out = painted(folder, **given)
     assert on_update_engines(out)
@@ -210,7 +168,7 @@ def test_what_is_not_finite_is_found(plain: Path, gpus: Gpus, placement: str) ->
 
 
 def test_without_an_engine_for_every_denoiser_the_host_goes_on_and_says_why(tmp_path: Path, gpus: Gpus) -> None:
-    folder = written(tmp_path, write_tiny_bundle, "unet")
+    folder = written(tmp_path, write_tiny_bundle, updates("unet"))
     out = painted(folder, placement="sequential", **HYBRID)
     assert not on_update_engines(out)
     refused = " ".join(out.timings.ran_on["unet"][0].refused)
@@ -289,9 +247,8 @@ def test_who_looks_on_sees_what_the_models_are_given(plain: Path, gpus: Gpus) ->
 def cut(exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With stages of the denoiser, for the stand-ins and for ONNX Runtime."""
     folder = tmp_path_factory.mktemp("cut")
-    written(folder, lambda bundle: write_cut_bundle(bundle, exported("sd15")), "unet")
-    for variant in composed_stages(Bundle.open(folder / "bundle"), "unet", PLAIN, 2):
-        write_variant(folder, "unet", variant)
+    written(folder, lambda bundle: write_cut_bundle(bundle, exported("sd15")), updates("unet"))
+    write_variants(folder, {"unet": list(composed_stages(Bundle.open(folder / "bundle"), "unet", PLAIN, 2))})
     build_stages(folder / "bundle", folder / "cache", "unet", 2)
     return folder
 
@@ -304,30 +261,14 @@ def test_the_window_of_stages_stays_there_too(
     made = []
     for target, at in ((TARGET, devices), ("onnxruntime:cpu", None)):
         with Pipeline.open(cut / "bundle", target, cache=cut / "cache", threads=2, devices=at) as pipe:
-            made.append(pipe(**ASKED, **window, num_inference_steps=ROWS, output_type="np"))
+            made.append(pipe(**ASKED, **window, num_inference_steps=ROWS))
     assert on_update_engines(made[0])
     require_same(*made)
     assert [row.placement for row in made[0].plan.ran] == PLACED[stride]
     assert made[0].plan.taus == made[1].plan.taus == (2, 4)
-    assert copied(gpus, "DeviceToHost") == {LATENT_BYTES: 1}
-    assert copied(gpus, "HostToDevice")[STATE_BYTES] == 2
+    assert copied(gpus, "DeviceToHost") == [LATENT_BYTES, PICTURE_BYTES]
+    assert copied(gpus, "HostToDevice").count(STATE_BYTES) == 2
     assert gpus.wrong == []
-
-
-def write_cut_bundle(folder: Path, model: Path) -> None:
-    """A bundle with a denoiser that can be cut into stages."""
-    folder.mkdir()
-    vocabulary, graph = write_tokenizer(folder / "tokenizer"), onnx.load(model)
-    inputs, outputs = (tuple(spec(one, "unet") for one in values) for values in (graph.graph.input, graph.graph.output))
-    width = int(next(one.shape[-1] for one in inputs if one.name == "encoder_hidden_states"))
-    _, described = denoiser("unet", seed=1, hidden=8)
-    components = {
-        "text_encoder": text_encoder("text_encoder", vocabulary, width, ("last_hidden_state",)),
-        "unet": (graph, msgspec.structs.replace(described, inputs=inputs, outputs=outputs, spatial_multiple=4)),
-        "vae_decoder": decoder("vae_decoder", seed=3, hidden=8),
-    }
-    text = TextConditioning(encoders={"text_encoder": TextEncoding(max_length=MAX_LENGTH, width=width)}, width=width)
-    write_bundle(folder, components, text)
 
 
 def test_tensorrt_builds_update_engines_beside_step_engines(tiny: Bundle, tmp_path: Path) -> None:

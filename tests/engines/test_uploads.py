@@ -12,19 +12,22 @@ import pytest
 from PIL import Image
 
 from tandemrt.runtime import Pipeline
-from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.onnx_files import projections
-from tandemrt.runtime.variant import UPDATE, Variant
+from tandemrt.runtime.variant import Variant
 
 from ..runtime.lora_writing import write_lora
 from ..runtime.stand_in_gpus import Gpus, stand_in
 from ..runtime.tiny_bundle import write_tiny_bundle
 from ..runtime.tiny_families import write_tiny_control, write_tiny_editing, write_tiny_sdxl
-from .test_on_device import ASKED, LATENT_BYTES, SIDE, TARGET, write_step_engine, written
+from .on_gpus import ASKED, LATENT_BYTES, SIDE, TARGET, written
 
 PICTURES = 4  # so that of what a row is given its coefficients are the smallest, but for the time step
 COEFFICIENTS_BYTES = 4 * 4 * 6
 SLOTS = {"lora_slots": 1, "lora_rank": 2}
+VARIANTS = (
+    *(Variant(step=step) for step in ("guided", "unguided", "update")),
+    *(Variant(step=step, **SLOTS) for step in (None, "guided")),
+)
 FAMILIES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "bare": (write_tiny_bundle, ()),
     "steered": (write_tiny_control, ("unet", "unet_second")),
@@ -42,13 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     @cache
     def of(family: str) -> Path:
         write, denoisers = FAMILIES[family]
-        path = written(tmp_path_factory.mktemp(family), write, *denoisers)
-        bundle = Bundle.open(path / "bundle")
-        for name in denoisers:
-            for variant in (UPDATE, Variant(**SLOTS), Variant(step="guided", **SLOTS)):
-                write_step_engine(path / "cache", bundle, name, variant, hands=True)
+        path = written(tmp_path_factory.mktemp(family), write, dict.fromkeys(denoisers, VARIANTS))
         for seed in (1, 2):
-            modules = {"unet": projections(bundle.path / "unet" / "model.onnx")}
+            modules = {"unet": projections(path / "bundle" / "unet" / "model.onnx")}
             write_lora(path / f"{seed}.safetensors", modules, rank=2, seed=seed)
         return path
 

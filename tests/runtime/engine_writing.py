@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx
@@ -36,9 +37,15 @@ def write_engines(cache: Path, bundle: Path, device: str, *names: str) -> None:
 
 
 def write_engine(
-    cache: Path, bundle: Bundle, name: str, device: str, model: onnx.ModelProto, variant: Variant = PLAIN
+    cache: Path,
+    bundle: Bundle,
+    name: str,
+    device: str,
+    model: onnx.ModelProto,
+    variant: Variant = PLAIN,
+    **others: Any,
 ) -> None:
-    """One engine for the stand-ins: a graph, with its weights."""
+    """One engine for the stand-ins: a graph, with its weights; others: of its ingredients."""
     graph = model.SerializeToString()
     ingredients = Ingredients(
         graph=hashlib.sha256(graph).hexdigest(),
@@ -54,6 +61,7 @@ def write_engine(
         flags={},
         recipe=RECIPES[BACKEND],
     )
+    ingredients = msgspec.structs.replace(ingredients, **others)
     engine = Engine(
         format=FORMAT,
         component=name,
