@@ -98,7 +98,7 @@ class Pipeline:
             branches at once (parallel, hybridiff, auto); everything else runs on the first.
         observe: called before every run of a component, by the thread that runs it, with its name and its inputs by
             name, which the next run overwrites. Not of engines that are more than the component: with LoRAs in slots,
-            of its stages, or step engines, of which placement sequential runs none.
+            of its stages, or step engines, of which placement sequential runs none. Update engines are not used.
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.

@@ -19,7 +19,8 @@ class RanOn:
     engine: the engine's key in the cache, None for the bundle's own graph. variant: what the engine was made as.
     refused: why not on an engine, or not on the one that comes first, where the cache had one, and what helps;
         otherwise empty.
-    unasked: why the request, as it was asked for, is for no step engines, where the cache has some; otherwise empty.
+    unasked: why the request, as it was asked for, is for no step engines, or none of the update engines, where the
+        cache has some; otherwise empty.
     gpu: of an engine of TensorRT's the GPU, by CUDA's index.
     """
 
@@ -83,7 +84,7 @@ class Ran:
         self.tried: Mapping[str, float] = {}
         self._ran: dict[str, dict[RanOn, None]] = {}
         self._refused: dict[str, tuple[str, ...]] = {}
-        self._unasked: dict[str, str] = {}
+        self._unasked: dict[str, tuple[str, ...]] = {}
 
     def add(self, name: str, ran_on: RanOn) -> None:
         """Component `name` runs on this, for one kind of its calls."""
@@ -94,8 +95,8 @@ class Ran:
         self._refused[name] = (*self._refused.get(name, ()), *reasons)
 
     def leave(self, name: str, why: str) -> None:
-        """Why the request is for none of the step engines that the cache has of component `name`."""
-        self._unasked[name] = why
+        """Why the request is for none of the step engines, or update engines, that the cache has of `name`."""
+        self._unasked[name] = (*self._unasked.get(name, ()), why)
 
     def join(self, other: Ran) -> None:
         """Add all that another has."""
@@ -114,7 +115,7 @@ class Ran:
                 replace(
                     one,
                     refused=(*self._refused.get(name, ()), *one.refused),
-                    unasked=self._unasked.get(name, ""),
+                    unasked="; ".join(self._unasked.get(name, ())),
                 )
                 for one in ran
             )

@@ -76,7 +76,7 @@ def open_loop(
     steps = engines.load(wanted, before=before, ran=rows.ran) if wanted else None
     if not wanted:
         takes_none = f"placement {plan.placement}" if plan.placement not in _ON_STEP_ENGINES else "adaptive guidance"
-        engines.leave(dict.fromkeys(plan.denoisers), f"{takes_none} takes no step engines", rows.ran)
+        engines.leave(dict.fromkeys(plan.denoisers), takes_none, "step", rows.ran)
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
         return _on_denoisers(rows, shape, models, engines, auto, before), False
@@ -89,8 +89,11 @@ def _on_denoisers(
     rows: Rows, shape: Shape, models: Models, engines: StepEngines, auto: AutoPlacement, before: Callable[[], None]
 ) -> Loop:
     """The loop on the denoisers themselves; guidance and the solver's update run beside them where engines do both."""
-    plan = rows.plan
-    updates = None if models.observed else engines.load(_updates(rows, shape), before=before, ran=rows.ran)
+    plan, updates = rows.plan, None
+    if models.observed:
+        engines.leave(dict.fromkeys(plan.denoisers), "observe", "update", rows.ran)
+    else:
+        updates = engines.load(_updates(rows, shape), before=before, ran=rows.ran)
 
     def place(placement: str, ran: Ran, *, hands: bool) -> Placed:
         placed_so = replace(rows, plan=replace(plan, placement=placement), ran=ran)

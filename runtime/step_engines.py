@@ -131,8 +131,10 @@ class StepEngines:
                     return engines
         return None
 
-    def leave(self, names: Iterable[str], why: str, ran: Ran) -> None:
-        """Tell `ran` of the denoisers that have step engines here, and why the request is for none.
+    def leave(self, names: Iterable[str], why: str, kind: str, ran: Ran) -> None:
+        """Tell `ran` of the denoisers that have engines of a kind here, and why the request is for none.
+
+        why: in words before `takes no step engines`. kind: `step` or `update`.
 
         Raises:
             EngineError, TargetError: as of `load`.
@@ -140,8 +142,8 @@ class StepEngines:
         with self._lock:
             for name in names:
                 listed = self._of(name).values()
-                if any(one.misfit is None and one.engine.ingredients.variant != UPDATE for one in listed):
-                    ran.leave(name, why)
+                if any(one.misfit is None and one.engine.ingredients.variant.step_kind == kind for one in listed):
+                    ran.leave(name, f"{why} takes no {kind} engines")
 
     def _chosen(self, wanted: Mapping[Key, Wanted], ran: Ran) -> dict[Key, Found] | None:
         """The best engine for each; None where one is missing, and `ran` is told why the others do not do."""

@@ -128,6 +128,17 @@ def test_loras_in_slots_come_and_go(
     assert variants == [{made, "update"} for made in ("plain", *[str(SLOTS)] * 3, "plain")]
 
 
+def test_update_engines_are_told_of_that_who_looks_on_leaves_unused(tuned: Path, gpus: Gpus) -> None:
+    steps, updates = "placement sequential takes no step engines", "observe takes no update engines"
+    for cache, told in (("cache", f"{steps}; {updates}"), ("host", steps)):
+        folder, seen = tuned / cache, set[str]()
+        with Pipeline.open(tuned / "bundle", TARGET, cache=folder, observe=lambda name, _: seen.add(name)) as pipe:  # noqa: B023
+            ran = pipe(**ASKED, steps={"unet": 2}, placement="sequential").timings.ran_on
+        assert "unet" in seen
+        assert {(one.variant, one.unasked, one.refused) for one in ran["unet"]} == {("plain", told, ())}
+        assert {one.unasked for one in ran["vae_decoder"]} == {""}
+
+
 class Refittable(stand_in_gpus._Engine):
     """An engine of the stand-ins that keeps its graph, and can be given other weights."""
 
