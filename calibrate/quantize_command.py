@@ -91,7 +91,7 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
             if len(ledger):
                 reporter.note(f"goes on with {len(ledger)} things measured before; --discard measures them anew")
         derived = entered.enter_context(Derived(job.bundle, plan.out, force=plan.force))
-        losses = Search(job, derived, ledger, reporter.progress).settled()
+        losses = Search(job, derived, ledger, reporter).settled()
         speeds = call_times(job.bundle, derived.opened(), job.ways, job.judged, reporter.progress)
         for name in job.names:
             derived.tell(name, [losses[way] for way in job.ways[name]], speeds.get(name))

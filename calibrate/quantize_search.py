@@ -17,6 +17,7 @@ import numpy as np
 
 from ..engines.job import Progress
 from ..runtime.bundle import Bundle
+from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import origin_of
 from ..runtime.errors import CalibrationError
 from ..runtime.manifest import Loss, Quantization
@@ -36,13 +37,14 @@ Losses = Mapping[Way, Loss]
 class Search:
     """Candidates in one bundle in the making, whose layers are kept in the order of what they take from pictures."""
 
-    def __init__(self, job: Job, derived: Derived, ledger: Ledger | None, progress: Progress) -> None:
+    def __init__(self, job: Job, derived: Derived, ledger: Ledger | None, reporter: Reporter) -> None:
         """ledger: has what was measured by then; needed where there is a budget.
 
         Raises:
             ArgumentError, BundleError, CalibrationError, ExecutionError: samples or a graph cannot be used.
         """
-        self._job, self._derived, self._ledger = job, derived, ledger
+        self._job, self._derived, self._ledger, self._note = job, derived, ledger, reporter.note
+        progress = reporter.progress
         self._quantizers = {name: _quantizer(job, name, ledger, progress) for name in job.names}
         self._there: dict[str, tuple[str, ...]] = {}
         budget = job.plan.budget
@@ -72,6 +74,7 @@ class Search:
         while True:
             losses = self._judge.losses(self._made(self._kept(count)), self._ways)
             tried[count] = {way: msgspec.structs.replace(one, judged=len(tried) + 1) for way, one in losses.items()}
+            self._tell("judged with", count, tried[count])
             if _holds(tried[count].values()):
                 return tried[count]
             if count == self.most:
@@ -88,12 +91,19 @@ class Search:
 
         def holds(count: int) -> bool:
             tried[count] = self._searched(judge, self._kept(count), self._ways)
+            self._tell("searched with", count, tried[count])
             return _holds(tried[count].values())
 
         count = fewest_kept(self.most, holds)
         if count is None:
             raise self._missed(tried)
         return count
+
+    def _tell(self, how: str, count: int, losses: Losses) -> None:
+        """Say of a candidate what it reaches of the budget, where there is one."""
+        if self._job.plan.budget.asks:
+            kept = sum(map(len, self._kept(count).values()))
+            self._note(f"{how} {kept} kept: {reached(losses.values())}")
 
     def _searched(self, judge: Judge, kept: Kept, ways: Sequence[Way]) -> Losses:
         """What a candidate takes with the search's prompts, as it was measured before where it was."""
@@ -193,6 +203,18 @@ def _quantizer(job: Job, name: str, ledger: Ledger | None, progress: Progress) -
     )
     make = FORMATS[plan.format] if plan.tool is None else TOOLS[plan.tool][1]
     return make(work, plan.int8)
+
+
+def reached(losses: Iterable[Loss]) -> str:
+    """Of each figure that a budget has the one that is nearest to it or furthest beyond, and whether it holds."""
+    worst: dict[str, tuple[float, str, str, str]] = {}
+    for found in sorted(_margins(losses)):
+        worst.setdefault(found[1], found)
+    told = []
+    for margin, metric, got, expected in worst.values():
+        figure = f"accuracy {got}" if metric == "accuracy" else got
+        told.append(f"{figure}, {'misses' if margin < 0 else 'holds'} {expected.removeprefix('at least ')}")
+    return "; ".join(told)
 
 
 def _holds(losses: Iterable[Loss]) -> bool:

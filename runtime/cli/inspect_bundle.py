@@ -116,6 +116,8 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         if component["quantization"] is not None:
             yield ""
             yield f"{name} is quantized: {_quantized(component['quantization'])}"
+            if component["quantization"]["kept"]:
+                yield f"{name} keeps in floating point: {', '.join(component['quantization']['kept'])}"
         if component["scheduler"] is not None:
             yield ""
             yield f"{name} brings its own scheduler: {_scheduler(component['scheduler'])}"

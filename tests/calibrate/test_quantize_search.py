@@ -106,6 +106,10 @@ def test_an_unmet_budget_names_the_nearest(
     distances = [facts["psnr_db"] for facts in found(cache).values() if isinstance(facts, dict)]
     assert len(distances) == 3
     assert got[2] == f"{max(distances):.1f}"
+    course = [
+        f"searched with {kept} kept: {distance:.1f} dB, misses 98 dB\n" for kept, distance in enumerate(distances)
+    ]
+    assert all(line in told for line in course)
     assert distances.index(max(distances)) == int(got[1])
     assert list(tmp_path.iterdir()) == []
 
@@ -158,14 +162,17 @@ def test_what_was_found_is_of_the_target_that_auto_means_and_of_this_machine(
 
 
 def test_prompts_and_seeds_that_judge_are_not_those_of_the_search_nor_of_the_calibration(
-    tiny: Path, tmp_path: Path, watch: Watch
+    tiny: Path, tmp_path: Path, watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quantize(tiny, tmp_path / "out", "--min-psnr", "10") == 0
+    course = re.findall(r"(searched|judged) with 0 kept: ([\d.]+) dB, holds 10 dB\n", capsys.readouterr().err)
     assert [prompts for prompts, _ in watch.painted] == [SEARCHED, JUDGED]
     assert watch.painted[0][1] == watch.painted[1][1]
     quantization = Bundle.open(tmp_path / "out").component("unet").quantization
     assert quantization is not None
     (loss,) = quantization.losses
+    assert [how for how, _ in course] == ["searched", "judged"]
+    assert course[1][1] == f"{loss.psnr_db:.1f}"
     searched = quantization.settings["searched_with"]
     calibrated, after = range(SEED, SEED + len(CALIBRATED)), SEED + len(CALIBRATED)
     assert (loss.seed, searched["seed"]) == (after, after + len(JUDGED))
@@ -175,7 +182,7 @@ def test_prompts_and_seeds_that_judge_are_not_those_of_the_search_nor_of_the_cal
 
 
 def test_more_is_kept_where_the_judged_prompts_miss_the_budget(
-    tiny: Path, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What holds with the search's prompts need not hold with others."""
     holds = quantize_search._holds
@@ -192,6 +199,20 @@ def test_more_is_kept_where_the_judged_prompts_miss_the_budget(
     assert quantization is not None
     assert (quantization.losses[0].judged, quantization.settings["kept_for_the_budget"]) == (3, 2)
     assert quantization.layers == 1
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert len(quantization.kept) == 2
+    assert f"unet keeps in floating point: {', '.join(quantization.kept)}\n" in capsys.readouterr().out
+
+
+def test_the_worst_of_each_figure_is_told() -> None:
+    told = [
+        Loss(psnr_db=psnr_db, worst_psnr_db=psnr_db, ssim=0.9, latent_error=0.1, accuracy=accuracy, float_accuracy=0.96,
+             min_psnr_db=30, min_accuracy=0.97, bundle="", prompts=2, prompts_sha256="", seed=0, painted="")
+        for psnr_db, accuracy in ((28.9, 0.96), (40.0, 0.94))
+    ]  # fmt: skip
+    assert quantize_search.reached(told) == (
+        "28.9 dB, misses 30 dB; accuracy 0.940, holds 0.9312, of the float bundle's 0.960"
+    )
 
 
 def test_nothing_is_published_where_no_number_holds_with_the_judged_prompts(
