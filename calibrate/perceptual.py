@@ -24,6 +24,10 @@ ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET}"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 CLIP = "openai/clip-vit-large-patch14"
+_INSTALL = (
+    'Install it: pip install "tandemrt[quality]"; on a CPU first pip install torch torchvision --index-url '
+    "https://download.pytorch.org/whl/cpu, else PyPI's CUDA build replaces torch."
+)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 Distance = Callable[[Pixels, Pixels], float]
@@ -183,10 +187,9 @@ def _importing(measure: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, RuntimeError, OSError) as error:
-        install = 'Install it: pip install "tandemrt[quality]"'
         if name := getattr(error, "name", None):
-            raise TandemError(measure, f"needs {name}, which cannot be imported here", remedy=f"{install}.") from error
-        what, remedy = f"its packages cannot be imported ({error})", f"{install}, and torchvision of torch's own build."
+            raise TandemError(measure, f"needs {name}, which cannot be imported here", remedy=_INSTALL) from error
+        what, remedy = f"its packages cannot be imported ({error})", f"{_INSTALL} torchvision has to be of torch's own."
         raise TandemError(measure, what, remedy=remedy) from error
 
 

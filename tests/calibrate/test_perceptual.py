@@ -90,8 +90,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_package_that_is_missing_is_named(measure: Any, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(TandemError, match=rf'needs {package}\S*, .*Install it: pip install "tandemrt\[quality\]"'):
+    with pytest.raises(
+        TandemError, match=rf'needs {package}\S*, .*Install it: pip install "tandemrt\[quality\]"'
+    ) as told:
         measure()
+    # As for torch itself in the README: PyPI's torchvision would bring PyPI's torch.
+    assert "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu" in str(told.value)
 
 
 def test_weights_that_are_missing_are_named(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
