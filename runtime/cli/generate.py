@@ -27,7 +27,7 @@ from ..tokenizer import PromptTokenizer
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .generate_stored import own_interval, own_steps, stored_facts
-from .generate_told import guidance_line, outdated_line, passed_over_lines, plan_lines, summary
+from .generate_told import calibration_lines, guidance_line, passed_over_lines, plan_lines, summary
 from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, png_facts, unwritable, write_picture
 from .reporter import Reporter
@@ -55,7 +55,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
             "plan": checked.compiled.facts(),
-            **stored_facts(plan, pipe.bundle.manifest),
+            **stored_facts(plan, pipe.bundle.manifest, checked.compiled),
             "dropped_text": [asdict(dropped) for dropped in checked.dropped_text],
             "files": [str(path) for path in files] if seeded else None,
         }
@@ -91,11 +91,11 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
         }
-        stored = stored_facts(plan, pipe.bundle.manifest)
+        stored = stored_facts(plan, pipe.bundle.manifest, checked.compiled)
         for line in passed_over_lines(stored):
             reporter.note(line)
-        for name in stored["outdated"]:
-            reporter.warn(outdated_line(name))
+        for line in calibration_lines({**facts, **stored}):
+            reporter.warn(line)
         for dropped in checked.dropped_text:
             reporter.warn(f"{dropped.tokens} tokens too many, not painted: {dropped.text!r} of {dropped.prompt!r}")
         job, count = _Job(plan, pipe, checked.pictures.arguments(), facts, reporter), len(checked.named)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..guidance_defaults import stored_interval
 from ..manifest import Manifest
+from ..plan import Plan
 from ..plan_steps import parse_steps
 from .generate_arguments import GeneratePlan
 
@@ -25,10 +27,11 @@ def own_interval(plan: GeneratePlan, manifest: Manifest) -> tuple[float, float] 
     return stored_interval(manifest, plan.guidance, plan.placement)
 
 
-def stored_facts(plan: GeneratePlan, manifest: Manifest) -> dict[str, Any]:
+def stored_facts(plan: GeneratePlan, manifest: Manifest, compiled: Plan) -> dict[str, Any]:
     """What a run is to be told of the bundle's calibrations, JSON-able.
 
     `outdated`: those that give the run its defaults, and were measured with other models than the bundle's.
+    `measured_for`: the steps and guidance of those of guidance that it uses, where its own are others.
     `passed_over`: the stored split, where a number of steps or time steps has the first denoiser run them all.
     """
     used = _used(plan, manifest)
@@ -37,6 +40,13 @@ def stored_facts(plan: GeneratePlan, manifest: Manifest) -> dict[str, Any]:
         counted = plan.steps.strip().isdigit()
     return {
         "outdated": [name for name in manifest.calibrations.outdated(manifest.files_digest) if used.get(name)],
+        "measured_for": {
+            name: {"steps": [list(run) for run in one.steps], "guidance_scale": one.guidance_scale}
+            for name, one in manifest.calibrations.guidance.items()
+            if used.get(name)
+            and any(compiled.guided)
+            and (one.steps, one.guidance_scale) != (compiled.steps, compiled.guidance_scale)
+        },
         "passed_over": [list(run) for run in (manifest.defaults.steps or ()) if counted],
     }
 
@@ -47,6 +57,12 @@ def _used(plan: GeneratePlan, manifest: Manifest) -> dict[str, bool]:
     return {
         "split": plan.steps is None and own_steps(plan, manifest) is not None,
         "interval": fixed and plan.guidance_interval is None,
-        "adaptive": plan.guidance == "adaptive",
-        "hybridiff": plan.placement == "hybridiff",
+        "adaptive": plan.guidance == "adaptive" and not _brings(plan.guidance_config, manifest, "adaptive"),
+        "hybridiff": plan.placement == "hybridiff" and not _brings(plan.placement_config, manifest, "hybridiff"),
     }
+
+
+def _brings(config: Mapping[str, Any], manifest: Manifest, name: str) -> bool:
+    """Whether a request has numbers of its own for all that were measured of a kind."""
+    measured = manifest.calibrations.guidance.get(name)
+    return measured is not None and config.keys() >= measured.numbers.keys()

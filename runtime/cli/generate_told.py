@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..plan import Plan
@@ -25,7 +25,7 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"steps: {steps}; {plan['solver']}, {rows} model calls, time steps {_ends(plan['timesteps'])}"
     yield f"guidance: {_guidance(plan, rows)}"
     yield from passed_over_lines(facts)
-    yield from map(outdated_line, facts["outdated"])
+    yield from calibration_lines(facts)
     yield from (f"{name}: {picture}" for name, picture in _named(facts["pictures"]))
     scales = facts["requests"][0]["loras"] or {}
     yield from (f"LoRA {path}, times {scales[path]:g}" for path in facts["loras"])
@@ -67,18 +67,39 @@ def guidance_line(plan: Plan, tried: Mapping[str, float]) -> str:
     return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{chosen}{window}"
 
 
-def outdated_line(name: str) -> str:
-    """What is said where a default was measured with other models. name: of `Calibrations.outdated`."""
-    what, command = _CALIBRATED[name]
-    return (
-        f"the bundle's {what} was measured with other models than it has now: run `tandemrt calibrate {command}` again"
-    )
+def calibration_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What is said of defaults that were measured with other models, steps or guidance than the run's.
+
+    facts: those of `stored_facts`, and the run's plan.
+    """
+    for name in facts["outdated"]:
+        what, command = _CALIBRATED[name]
+        yield (
+            f"the bundle's {what} was measured with other models than it has now: run `tandemrt calibrate {command}` "
+            "again"
+        )
+    for name, measured in facts["measured_for"].items():
+        what, command = _CALIBRATED[name]
+        yield (
+            f"the bundle's {what} was measured with {_runs(measured)}, and is used with {_runs(facts['plan'])}: run "
+            f"`tandemrt calibrate {command}` with these, or give numbers of your own"
+        )
+
+
+def _runs(plan: Mapping[str, Any]) -> str:
+    """Steps and guidance, as options name them."""
+    return f"--steps {_steps(plan['steps'])} --guidance-scale {plan['guidance_scale']:g}"
+
+
+def _steps(steps: Iterable[tuple[str, int]]) -> str:
+    """Runs of steps as --steps takes them."""
+    return ",".join(f"{name}:{count}" for name, count in steps)
 
 
 def passed_over_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """What is said where a number of steps stands in the place of a stored split. facts: of `stored_facts`."""
     if facts["passed_over"]:
-        split = ",".join(f"{name}:{count}" for name, count in facts["passed_over"])
+        split = _steps(facts["passed_over"])
         yield f"a number of steps is the first denoiser's: the bundle's own split, --steps {split}, is passed over"
 
 

@@ -138,8 +138,12 @@ def _encodings(text: Mapping[str, Any]) -> Iterator[str]:
 
 def _steps(defaults: Mapping[str, Any]) -> str:
     """How many steps, and whose they are where a calibration has divided them."""
-    shared = ", ".join(f"{name} {count}" for name, count in defaults["steps"] or ())
-    return f"{defaults['num_inference_steps']} steps" + (f" ({shared})" if shared else "")
+    shared = defaults["steps"]
+    return _shared(shared) if shared else f"{defaults['num_inference_steps']} steps"
+
+
+def _shared(steps: Sequence[tuple[str, int]]) -> str:
+    return f"{sum(count for _, count in steps)} steps ({', '.join(f'{name} {count}' for name, count in steps)})"
 
 
 def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, str]]:
@@ -155,7 +159,8 @@ def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, st
     for name, one in result["calibrations"]["guidance"].items():
         saved = 1 - one["branches"] / one["full_branches"]
         told = f"{saved:.1%} of the branches' runs saved at {one['psnr_db']:.1f} dB to full guidance"
-        told += f", {one['held_out']} held-out prompts, guidance {one['guidance_scale']:g}, on {_where(one)}"
+        told += f", {one['held_out']} held-out prompts, for {_shared(one['steps'])}, guidance scale "
+        told += f"{one['guidance_scale']:g}, on {_where(one)}"
         yield name, told + _OTHER_MODELS * (name in outdated)
 
 

@@ -26,10 +26,11 @@ def calibrations(files_sha256: str) -> Calibrations:
         files_sha256=files_sha256, large="unet", small="unet_small", row_times={}, budget=0.9, chosen_by="ssim",
         points=(), **RAN,
     )  # fmt: skip
+    numbers = dict.fromkeys(("threshold", "release", "probe", "steady"), 1.0)
     guidance = GuidanceCalibration(
-        files_sha256=files_sha256, numbers={}, steps=STEPS, guidance_scale=5.0, held_out=4, held_out_sha256="1" * 64,
-        min_psnr_db=30.0, max_lost=None, branches=6.0, full_branches=8, time_ratio=0.8, psnr_db=31.5,
-        worst_psnr_db=25.0, **RAN,
+        files_sha256=files_sha256, numbers=numbers, steps=STEPS, guidance_scale=5.0, held_out=4,
+        held_out_sha256="1" * 64, min_psnr_db=30.0, max_lost=None, branches=6.0, full_branches=8, time_ratio=0.8,
+        psnr_db=31.5, worst_psnr_db=25.0, **RAN,
     )  # fmt: skip
     return Calibrations(split=split, guidance={"interval": guidance, "adaptive": guidance})
 
@@ -69,7 +70,8 @@ def test_inspect_tells(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = told_by(capsys, "inspect", str(bundle))
     assert "other models" not in before
     assert "25.0% of the branches' runs saved at 31.5 dB to full guidance, 4 held-out prompts" in before
-    assert "on onnxruntime:cpu, 1 thread\n" in before
+    held_for = "for 4 steps (unet 2, unet_small 2), guidance scale 5, on onnxruntime:cpu, 1 thread\n"
+    assert before.count(held_for) == 2
     change_a_model(bundle)
     assert told_by(capsys, "inspect", str(bundle)).count("; measured with other models than these\n") == 3
     assert json.loads(told_by(capsys, "inspect", str(bundle), "--json"))["outdated"] == [
@@ -156,3 +158,38 @@ def test_a_number_of_steps_passes_over_the_split_and_is_told(
     assert (line in told_by(capsys, *command, "--print-plan")) == passed_over
     if passed_over and arguments[0] == "--num-inference-steps":
         assert line in told_by(capsys, *command, "--threads", "1")
+
+
+ADAPTIVE = ("--guidance", "adaptive")
+OWN = tuple(f"--guidance-config={number}" for number in ("threshold=0.1", "release=0.2", "probe=4", "steady=1.5"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), []),
+        (("--steps", "unet:6"), ["interval"]),
+        (("--guidance-scale", "3"), ["interval"]),
+        (("--guidance-scale", "0"), []),  # which leaves nothing to decide
+        (ADAPTIVE, []),
+        ((*ADAPTIVE, "--guidance-scale", "3"), ["adaptive"]),
+        ((*ADAPTIVE, "--steps", "unet:4", *OWN[:1]), ["adaptive"]),  # the others are the bundle's
+        ((*ADAPTIVE, "--steps", "unet:4", *OWN), []),
+    ],
+)
+def test_generate_tells_of_guidance_measured_with_other_steps_or_guidance(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: list[str]
+) -> None:
+    command = ("generate", str(bundle), "--prompt", "red", "--seed", "1", "--output-dir", str(tmp_path), *arguments)
+    planned = json.loads(told_by(capsys, *command, "--print-plan", "--json"))
+    assert list(planned["measured_for"]) == expected
+    assert (" was measured with --steps " in told_by(capsys, *command, "--print-plan")) == bool(expected)
+
+
+def test_generate_warns_of_them_and_goes_on(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("generate", str(bundle), "--prompt", "red", "--output-dir", str(tmp_path), "--steps", "unet:6")
+    told = told_by(capsys, *command, *ADAPTIVE, "--threads", "1")
+    assert (
+        "warning: the bundle's adaptive guidance was measured with --steps unet:2,unet_small:2 --guidance-scale 5, and "
+        "is used with --steps unet:6 --guidance-scale 5: run `tandemrt calibrate guidance` with these, or give numbers "
+    ) in told
