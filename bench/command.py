@@ -12,6 +12,7 @@ COMMANDS: Mapping[str, Entry] = {
         "tandemrt.bench.hybrid_command", "what handing over to the small denoiser costs, and does", "cpu,bench"
     ),
     "cfg": Entry("tandemrt.bench.cfg_command", "what the ways of running guidance cost, and do", "cpu,bench"),
+    "vae": Entry("tandemrt.bench.vae_command", "what a bundle's decoders cost, and do", "cpu,bench"),
     "compare": Entry(
         "tandemrt.bench.compare_command", "what differs between two reports beyond noise", "bench", plans=False
     ),

@@ -46,6 +46,20 @@ PEERS: Mapping[str, Peer] = {
         False,
         {},
     ),
+    "openvino-genai": Peer(
+        "openvino_genai_pipeline.py",
+        ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "transformers==5.23.0"),
+        "bundle",
+        False,
+        {"precision": "f32"},
+    ),
+    "openvino-genai-bf16": Peer(
+        "openvino_genai_pipeline.py",
+        ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "transformers==5.23.0"),
+        "bundle",
+        False,
+        {"precision": "bf16"},
+    ),
 }
 
 

@@ -121,6 +121,17 @@ def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_decoders(bundle: Path, tmp_path: Path) -> None:
+    asked = ["bench", "vae", str(bundle), *ORT, "--rounds", "3", "--latents", "2", "--out", str(tmp_path / "report")]
+    assert main(asked) == 0
+    (section,) = read_report(tmp_path / "report" / "report.json").sections
+    base, tiny = section.rows
+    assert (base.name, tiny.name) == ("vae_decoder", "vae_decoder_tiny")
+    assert len(set(tiny.figures["psnr"].samples)) == 2
+    assert all(row.figures["peak"].median > 20 and row.figures["file"].median > 0 for row in (base, tiny))
+    assert len(base.figures["decode"].samples) == 3
+
+
 def test_ways_of_guidance(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "cfg", str(bundle), "--target", "onnxruntime:cpu:fp32", "--threads", "2", "--steps", "22"]
     assert main([*asked, "--rounds", "2", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 0

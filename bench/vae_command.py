@@ -1,0 +1,139 @@
+"""`tandemrt bench vae`: a bundle's decoders beside each other, each alone in a process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.cli.reporter import Reporter
+
+from .contenders import Contender
+from .measured import Work, file_mb
+from .memory import in_fresh_process
+from .published import Measured, opened, planned, publish, summary
+from .reports.schema import Column, Figure, Plot, Row, Section
+from .rounds import Entrant, Taken, in_rounds, require_measured
+from .shared_arguments import Shared, add_shared, require_least, shared_from
+
+__all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
+
+NOTE = (
+    "A latent to a picture. Each decoder is alone in its process, so that the peak of resident memory is its own and "
+    "the interpreter's; the PSNR is to the first decoder's pictures."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VaePlan:
+    """How many latents are painted to decode."""
+
+    shared: Shared
+    latents: int
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What was asked for, for the report."""
+        return {**self.shared.facts, "latents": str(self.latents)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tandemrt bench vae`."""
+    parser.description = (
+        "Measure a bundle's decoders, such as Hybrid-SD's base, small and tiny one: latency, memory, and how far their "
+        "pictures are from the first one's, on latents that the bundle painted."
+    )
+    add_shared(parser)
+    parser.add_argument("--latents", type=int, default=2, metavar="N", help="painted beforehand, decoded in turns (2)")
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> VaePlan:
+    """The command line as a plan. ArgumentError: an option's value cannot be used."""
+    require_least("--latents", namespace.latents, 1)
+    return VaePlan(shared_from(namespace), namespace.latents)
+
+
+def plan_facts(plan: VaePlan) -> dict[str, Any]:
+    """What would be measured, in JSON's types; no bundle is looked at."""
+    return planned(plan.shared, plan.facts)
+
+
+def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
+    """Measure, and write the report.
+
+    Raises:
+        BenchmarkError: the first decoder failed, or the report's folder is taken or cannot be written.
+        BundleError, ExportError, PlanError, RequestError: as `bench run`.
+    """
+    shared = plan.shared
+    measured = opened(shared, reporter)
+    work = measured.work(shared, measured.plan(shared, None))
+    sections = []
+    with TemporaryDirectory() as folder:
+        latents = Path(folder, "latents.npy")
+        reporter.progress("paint the latents", 0, 1)
+        in_fresh_process(paint_latents, work, shared.targets[0], plan.latents, latents)
+        reporter.progress("paint the latents", 1, 1)
+        for target in shared.targets:
+            entrants = {
+                name: _entrant(work, name, target, latents) for name in measured.bundle.manifest.names("vae_decoder")
+            }
+            Path(folder, "pictures").mkdir(exist_ok=True)
+            taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress)
+            require_measured(taken, tuple(entrants)[:1])
+            sections.append(_section(measured, target, taken))
+    return publish("decoders", shared, measured, plan.facts, sections)
+
+
+def paint_latents(work: Work, target: str, count: int, out: Path) -> None:
+    """Save latents of the work's prompt, (count, C, h, w) float32."""
+    arguments = {**work.arguments, "output_type": "latent", "num_images_per_prompt": 1}
+    with Pipeline.open(work.bundle, target, threads=work.threads, cache=work.cache) as pipe:
+        np.save(out, np.concatenate([pipe(work.prompt, seed=seed, **arguments).latents for seed in range(count)]))
+
+
+def _entrant(work: Work, name: str, target: str, latents: Path) -> Entrant:
+    job = {
+        "bundle": str(work.bundle),
+        "component": name,
+        "target": target,
+        "threads": work.threads,
+        "latents": str(latents),
+    }
+    return Entrant(partial(Contender, name, sys.executable, "decoder.py", job))
+
+
+def _section(measured: Measured, target: str, taken: Mapping[str, Taken]) -> Section:
+    rows = []
+    for name, one in taken.items():
+        figures = {"file": Figure(unit="MB", samples=(file_mb(measured.bundle, name),))}
+        if one.rounds:
+            figures["decode"] = Figure(unit="ms", samples=tuple(1e3 * value for value in one.samples("decode_s")))
+            figures["peak"] = Figure(unit="MiB", samples=(max(one.samples("peak_mib")),))
+        if one.psnr_db:
+            figures["psnr"] = Figure(unit="dB", samples=tuple(one.psnr_db))
+        rows.append(Row(name=name, figures=figures, failed=one.failed))
+    first = next(iter(taken))
+    return Section(
+        key=f"vae {target}",
+        title=f"Decoders on {target}",
+        baseline=first,
+        columns=(
+            Column(of="decode", title="ms a picture", shown="percentiles"),
+            Column(of="decode", title=f"times {first}", shown="ratio"),
+            Column(of="peak", title="peak memory, MiB"),
+            Column(of="file", title="files, MB"),
+            Column(of="psnr", title=f"PSNR to {first}, dB"),
+        ),
+        rows=tuple(rows),
+        plots=(Plot(title="Milliseconds a picture; a dot is a round", y="decode"),),
+        note=NOTE,
+    )
