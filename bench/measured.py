@@ -182,6 +182,38 @@ def start_section(taken: Mapping[str, Taken]) -> Section:
     )
 
 
+def cold_section(taken: Mapping[str, Taken]) -> Section:
+    """Fresh starts: until the models are open, until the first picture."""
+    first = next(iter(taken))
+    rows = []
+    for name, one in taken.items():
+        figures = {}
+        if one.rounds:
+            until = zip(one.samples("open_s"), one.samples("total_s"), strict=True)
+            figures = {
+                "open": Figure(unit="s", samples=one.samples("open_s")),
+                "first": Figure(unit="s", samples=tuple(map(sum, until))),
+                "peak": Figure(unit="MiB", samples=one.samples("peak_mib")),
+            }
+        rows.append(_row(name, one, figures))
+    return Section(
+        key="cold",
+        title="From a fresh start",
+        baseline=first,
+        columns=(
+            Column(of="open", title="s until opened"),
+            Column(of="first", title="s until the first picture", shown="percentiles"),
+            Column(of="first", title=f"times {first}", shown="ratio"),
+            Column(of="peak", title="peak memory, MiB"),
+        ),
+        rows=tuple(rows),
+        plots=(Plot(title="Seconds until the first picture; a dot is a start", y="first"),),
+        note="Of a fresh interpreter each, imports and the loading of models among it, with the files in the system's "
+        "memory after the rounds that go before. TandemRT loads a model when it is first needed, so that the first "
+        "picture is what to compare.",
+    )
+
+
 def models_section(bundle: Bundle, taken: Mapping[str, Taken]) -> Section:
     """The bundle's models and what they ran on."""
     rows = []

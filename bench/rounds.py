@@ -62,6 +62,12 @@ class Taken:
         """A figure of every round that counts; of a part that a round did not have, 0."""
         return tuple(answer.figures.get(name, 0.0) for answer in self.rounds)
 
+    def add(self, start: Taken) -> None:
+        """Add the picture of a fresh start, with what opening took."""
+        if start.opened is not None:
+            figures = {**start.opened.figures, **start.rounds[0].figures}
+            self.rounds.append(Answer(figures, start.rounds[0].words))
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The figures that rounds told, in their order."""

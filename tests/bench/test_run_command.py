@@ -121,6 +121,16 @@ def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
+    asked = ["bench", "cold", str(bundle), *ORT, "--rounds", "2", "--peer", "diffusers", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    (section,) = read_report(tmp_path / "report.json").sections
+    ours, peer = section.rows
+    assert len(ours.figures["first"].samples) == 2
+    assert (ours.figures["open"].values < ours.figures["first"].values).all()
+    assert "reads a checkpoint" in peer.failed
+
+
 def test_decoders(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "vae", str(bundle), *ORT, "--rounds", "3", "--latents", "2", "--out", str(tmp_path / "report")]
     assert main(asked) == 0
