@@ -16,10 +16,10 @@ FOLDERS := export engines runtime calibrate bench
 
 export VENV
 
-.PHONY: help demo test check lock clean FORCE
+.PHONY: help demo test bench-quick check lock clean FORCE
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' Makefile | awk -F'#' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1#/p' Makefile | awk -F'#' '{printf "%-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.ready ## export the trained shapes family, paint the contact sheet into out/
 	$(VENV)/bin/tandemrt demo --output-dir $(OUT)
@@ -27,6 +27,11 @@ demo: $(VENV)/.ready ## export the trained shapes family, paint the contact shee
 test: $(VENV)/.ready ## everything a change must pass: make check, then the tests
 	scripts/check
 	scripts/test
+
+bench-quick: demo ## measure the demo's bundle beside diffusers, into out/bench, in some minutes
+	$(VENV)/bin/tandemrt bench $(OUT)/shapes-bundle --steps 10,15 --checkpoint bench/shapes/weights/large \
+		--small bench/shapes/weights/small --peer diffusers --target onnxruntime:cpu --target openvino:cpu:fp32 \
+		--out $(OUT)/bench --force
 
 check: $(VENV)/.ready ## style, types and import directions
 	scripts/check

@@ -28,11 +28,12 @@ class Diffusers(Painter):
         kind = type(self._denoisers[self._main])
         for name in dict.fromkeys(name for name, _ in job["steps"]):
             if name != self._main:
-                self._denoisers[name] = kind.from_pretrained(job["added"][name], torch_dtype=dtype)
+                self._denoisers[name] = loaded(kind, model_folder(job["added"][name], self._main), dtype)
         if job["decoder"] is not None:
-            config = (Path(job["decoder"]) / "config.json").read_text(encoding="utf-8")
+            folder = model_folder(job["decoder"], "vae")
+            config = (folder / "config.json").read_text(encoding="utf-8")
             vae = "AutoencoderTiny" if "AutoencoderTiny" in config else "AutoencoderKL"
-            pipe.vae = getattr(diffusers, vae).from_pretrained(job["decoder"], torch_dtype=dtype)
+            pipe.vae = getattr(diffusers, vae).from_pretrained(folder, torch_dtype=dtype)
         if job["compile"]:
             for module in (*self._denoisers.values(), pipe.vae.decoder):
                 module.compile()
@@ -71,6 +72,27 @@ class Diffusers(Painter):
                 return function(*arguments, **named)
 
         return timed
+
+
+def loaded(kind: Any, folder: Path, dtype: Any) -> Any:
+    """A further denoiser; one whose inner widths its configuration does not tell, as a pruned one's, by its tensors."""
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    from tandemrt.export.pruned import resize_inner_widths  # noqa: PLC0415
+
+    files = sorted(folder.glob("*.safetensors"))
+    if kind.__name__ != "UNet2DConditionModel" or len(files) != 1:
+        return kind.from_pretrained(folder, torch_dtype=dtype)
+    tensors, module = load_file(files[0]), kind.from_config(kind.load_config(folder))
+    resize_inner_widths(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    module.load_state_dict(tensors)
+    return module.to(dtype).eval()
+
+
+def model_folder(source: str, part: str) -> Path:
+    """Where a model lies: in the folder that is named, or in its part of a pipeline's."""
+    folder = Path(source)
+    return folder if (folder / "config.json").is_file() else folder / part
 
 
 if __name__ == "__main__":
