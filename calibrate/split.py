@@ -25,7 +25,7 @@ from .scorers import NamedScorer
 from .split_plans import SplitPlan, plan_cost
 from .strata import Runs
 
-FORMAT = 2
+FORMAT = 3
 _ROW_TIMES = "row times"
 _UNGUIDED = " unguided"
 _ROUNDS = 9
@@ -110,7 +110,9 @@ def measured_rows(pipeline: Pipeline, sweep: Sweep, kept: Ledger) -> Mapping[str
             if round_:  # the first one loads and warms up
                 taken.append(float(np.median([row.model_ms for row in output.timings.rows])))
     times = {
-        kind: RowTime(median_ms=float(np.median(taken)), least_ms=min(taken), most_ms=max(taken))
+        kind: RowTime(
+            median_ms=float(np.median(taken)), least_ms=min(taken), most_ms=max(taken), rounds_ms=tuple(taken)
+        )
         for kind, taken in rounds.items()
     }
     kept.put(_ROW_TIMES, msgspec.to_builtins(times))
@@ -122,6 +124,24 @@ def plan_costs(manifest: Manifest, sweep: Sweep, rows: Mapping[str, RowTime]) ->
     row_ms = {kind: time.median_ms for kind, time in rows.items()}
     kinds = [row_kinds(manifest, plan) for plan in sweep.plans]
     return [plan_cost(rows_of, kinds[0], row_ms) for rows_of in kinds]
+
+
+def cost_intervals(
+    manifest: Manifest, sweep: Sweep, rows: Mapping[str, RowTime], costs: Sequence[float]
+) -> list[tuple[float, float]]:
+    """Between what the median of each plan's cost lies with 96%: the second least and most of nine rounds' costs.
+
+    Of nine values the median of what they are drawn from lies outside these two with 2 * (1 + 9) / 2**9.
+    """
+    kinds = [row_kinds(manifest, plan) for plan in sweep.plans]
+    rounds = [
+        dict(zip(rows, taken, strict=True)) for taken in zip(*(row.rounds_ms for row in rows.values()), strict=True)
+    ]
+    found = []
+    for rows_of, cost in zip(kinds, costs, strict=True):
+        ordered = sorted(plan_cost(rows_of, kinds[0], row_ms) for row_ms in rounds)
+        found.append((min(cost, ordered[1]), max(cost, ordered[-2])))
+    return found
 
 
 def own_timesteps(manifest: Manifest) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from ..runtime import Pipeline
 from ..runtime.bundle import Bundle
 from ..runtime.calibrations import RowTime, SplitCalibration, SplitHeldOut, SplitPoint
 from ..runtime.cli.columns import aligned
-from ..runtime.cli.inspect_bundle import split_held_out
+from ..runtime.cli.inspect_bundle import cost_text, split_held_out
 from ..runtime.cli.pictures import check_folder
 from ..runtime.cli.reporter import Reporter
 from ..runtime.errors import ArgumentError
@@ -25,9 +25,27 @@ from .prompts import chosen_prompts, held_out_prompts
 from .quality import wilson_interval
 from .scorers import scorer_of
 from .shared_arguments import JUDGED
-from .split import Sweep, judged, measure_pictures, measured_rows, own_timesteps, plan_costs, split_points
+from .split import (
+    Sweep,
+    cost_intervals,
+    judged,
+    measure_pictures,
+    measured_rows,
+    own_timesteps,
+    plan_costs,
+    split_points,
+)
 from .split_arguments import PROMPTS, SplitSettings, add_arguments, plan_from_arguments
-from .split_plans import QUALITIES, best_within, merged, name_of, pareto_front, require_affordable, split_plans
+from .split_plans import (
+    QUALITIES,
+    best_within,
+    merged,
+    name_of,
+    pareto_front,
+    require_affordable,
+    split_plans,
+    unsure_plans,
+)
 from .split_report import PLOT, REPORT, write_report
 from .stored import require_storable, store
 from .strata import Runs
@@ -111,9 +129,19 @@ def _measured(plan: SplitSettings, sweep: Sweep, pipeline: Pipeline, kept: Ledge
     if plan.budget is not None:
         require_affordable(sweep.plans, costs, plan.budget)
     measure_pictures(pipeline, sweep, kept, reporter.progress)
-    points = split_points(sweep, kept, costs)
+    intervals = cost_intervals(pipeline.bundle.manifest, sweep, rows, costs)
+    points = tuple(
+        msgspec.structs.replace(point, cost_interval=interval)
+        for point, interval in zip(split_points(sweep, kept, costs), intervals, strict=True)
+    )
     if plan.budget is None:
         return _Measured(rows, points, None)
+    if unsure := unsure_plans(points, plan.budget):
+        told = "; ".join(f"{name_of(point.steps)} {cost_text(msgspec.to_builtins(point))}" for point in unsure)
+        reporter.warn(
+            f"--budget {plan.budget:g} lies within the interval of what some plans cost, which another run may find on "
+            f"its other side: {told}. Measure on a quieter machine, or give another budget."
+        )
     best = best_within(points, plan.budget, QUALITIES[plan.chosen_by])
     return _Measured(rows, points, best, judged(pipeline, sweep, best, kept, reporter.progress))
 
@@ -164,7 +192,7 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     rows = [("plan", "cost", "latent error", "PSNR, dB", "SSIM", *(("right",) if scored else ()), "")]
     for point in sorted(result["points"], key=operator.itemgetter("cost"), reverse=True):
         figures = [
-            f"{point['cost']:.3f}",
+            cost_text(point),
             f"{point['latent_error']:.4f}",
             f"{point['psnr_db']:.1f}",
             f"{point['ssim']:.3f}",

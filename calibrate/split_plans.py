@@ -114,6 +114,15 @@ def require_affordable(plans: Sequence[SplitPlan], costs: Sequence[float], budge
         )
 
 
+def unsure_plans(points: Sequence[SplitPoint], budget: float) -> list[SplitPoint]:
+    """Those of which it is not certain whether they cost `budget` or less, as rows differ between rounds."""
+    return [
+        point
+        for point in points
+        if point.cost_interval is not None and point.cost_interval[0] < budget < point.cost_interval[1]
+    ]
+
+
 def best_within(points: Sequence[SplitPoint], budget: float, quality: Quality) -> SplitPoint:
     """The point of the best quality that costs `budget` or less; the cheapest of several that are as good.
 

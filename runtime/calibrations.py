@@ -14,11 +14,15 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RowTime(_Record, frozen=True, kw_only=True):
-    """How long a row of one picture took in its denoiser, in milliseconds: the median over rounds, and the extremes."""
+    """How long a row of one picture took in its denoiser, in milliseconds: the median over rounds, and the extremes.
+
+    `rounds_ms` are all of them, in the order in which the denoisers took turns.
+    """
 
     median_ms: float
     least_ms: float
     most_ms: float
+    rounds_ms: tuple[float, ...] = ()
 
 
 class CallTime(_Record, frozen=True, kw_only=True):
@@ -42,6 +46,7 @@ class CallTime(_Record, frozen=True, kw_only=True):
 class SplitPoint(_Record, frozen=True, kw_only=True):
     """A plan that was measured: its runs of steps, its cost as a share of the large denoiser's, and its quality.
 
+    `cost_interval`: the 96% interval of the cost's median over rounds, where rows were timed for this point.
     Quality is to the pictures of the large denoiser alone from the same noise, the median over pictures.
     `right`: how many pictures the scorer let pass, where there was one.
     """
@@ -52,6 +57,7 @@ class SplitPoint(_Record, frozen=True, kw_only=True):
     psnr_db: float
     ssim: float
     right: int | None = None
+    cost_interval: tuple[float, float] | None = None
 
 
 class SplitHeldOut(_Record, frozen=True, kw_only=True):

@@ -151,7 +151,7 @@ def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, st
     split, outdated = result["calibrations"]["split"], result["outdated"]
     if split is not None:
         chosen = next((point for point in split["points"] if point["steps"] == steps), None)
-        cost = "" if chosen is None else f"; the default costs {chosen['cost']:.2f} of {split['large']} alone"
+        cost = "" if chosen is None else f"; the default costs {cost_text(chosen)} of {split['large']} alone"
         told = f"of {len(split['points'])} plans, {split['prompts']} prompts, on {_where(split)}{cost}"
         if split["held_out"] is not None:
             told += f"; {split_held_out(split['held_out'])}"
@@ -162,6 +162,12 @@ def _calibrated(result: Mapping[str, Any], steps: Any) -> Iterator[tuple[str, st
         told += f", {one['held_out']} held-out prompts, for {_shared(one['steps'])}, guidance scale "
         told += f"{one['guidance_scale']:g}, on {_where(one)}"
         yield name, told + _OTHER_MODELS * (name in outdated)
+
+
+def cost_text(point: Mapping[str, Any]) -> str:
+    """What a plan costs with the interval of that, where there is one; `point` is a `SplitPoint` as JSON has it."""
+    low, high = point["cost_interval"] or (0, 0)
+    return f"{point['cost']:.3f}" + (f" ({low:.3f}–{high:.3f})" if low < high else "")
 
 
 def split_held_out(one: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from tandemrt.calibrate.quality import psnr_db
 from tandemrt.calibrate.split_plans import name_of
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.calibrations import RowTime
 from tandemrt.runtime.cli import main
 
 from ..runtime.tiny_bundle import write_tiny_bundle
@@ -196,6 +197,31 @@ def test_the_best_plan_within_a_budget_runs_by_default(
     assert (status, Bundle.open(bundle).digest) == (0, after.digest)
     assert main(["inspect", str(bundle)]) == 0
     assert "4 steps (unet 4)" in capsys.readouterr().out
+
+
+def test_a_budget_within_the_interval_of_a_cost_is_warned_of(
+    measured: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of nine rounds the least and the most are left out; rounds are compared with themselves."""
+    large = (10.0, 20.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0)
+    small = (4.0, 8.0, 3.0, 1.0, 9.0, 5.0, 4.0, 4.0, 4.0)
+    rows = {
+        name: RowTime(median_ms=median, least_ms=min(taken), most_ms=max(taken), rounds_ms=taken)
+        for name, median, taken in (("unet", 10.0, large), ("unet_small", 4.0, small))
+    }
+    monkeypatch.setattr(split_command, "measured_rows", lambda *given: rows)
+    given = ("--points", "0", "--by", "ssim")
+    for budget, warned in (("0.45", True), ("0.55", False)):
+        status, result, told = measured(*given, "--budget", budget)
+        unsure = f"--budget {budget} lies within the interval of what some plans cost"
+        assert (status, unsure in told) == (0, warned)
+    point = result["points"][-1]
+    assert (point["plan"], point["cost"], point["cost_interval"]) == ("unet_small:4", 0.4, [0.3, 0.5])
+    assert "unet_small:4 0.400 (0.300–0.500). Measure on a quieter machine" in measured(*given, "--budget", "0.45")[2]
+    assert result["points"][0]["cost_interval"] == [1, 1]
+    assert any("unet_small:4  0.400 (0.300–0.500)  " in line for line in split_command.summary(result))
+    assert main(["inspect", str(bundle)]) == 0
+    assert "the default costs 0.400 (0.300–0.500) of unet alone" in capsys.readouterr().out
 
 
 def test_what_is_chosen_is_judged_by_prompts_that_it_was_not_chosen_with(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from tandemrt.calibrate.split_plans import (
     plan_cost,
     require_affordable,
     split_plans,
+    unsure_plans,
 )
 from tandemrt.runtime.calibrations import SplitPoint
 from tandemrt.runtime.errors import ArgumentError, CalibrationError
@@ -136,3 +138,12 @@ def test_a_budget_that_no_plan_meets_names_the_nearest() -> None:
         CalibrationError, match=r"got 0\.3, expected 0\.400 or more, which b:6 costs\. Nothing was stored"
     ):
         require_affordable(plans, costs, 0.3)
+
+
+def test_plans_on_either_side_of_a_budget_may_be_unsure() -> None:
+    """Whether they are within it by their medians or not; one that ends at the budget is not."""
+    within, beyond, certain, ends = (
+        msgspec.structs.replace(point(cost, 0.1), cost_interval=interval)
+        for cost, interval in ((0.55, (0.5, 0.65)), (0.62, (0.58, 0.7)), (0.4, (0.3, 0.5)), (0.6, (0.6, 0.7)))
+    )
+    assert unsure_plans([within, beyond, certain, ends, point(0.6, 0.1)], 0.6) == [within, beyond]

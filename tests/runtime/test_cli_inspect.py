@@ -82,11 +82,11 @@ def test_inspect_tells_the_split_that_runs_by_default(bundle: Path, capsys: pyte
     stdout = capsys.readouterr().out
     assert "other models" not in stdout
     assert "10 steps (unet 4, unet_small 6)" in stdout
-    assert "of 1 plans, 64 prompts, on onnxruntime:cpu:fp32, 2 threads; the default costs 0.58 of unet alone" in stdout
+    assert "of 1 plans, 64 prompts, on onnxruntime:cpu:fp32, 2 threads; the default costs 0.580 of unet alone" in stdout
     (bundle / "model_index.json").write_text("{}")
     resign(bundle)
     assert main(["inspect", str(bundle)]) == 0
-    assert "0.58 of unet alone; measured with other models than these\n" in capsys.readouterr().out
+    assert "0.580 of unet alone; measured with other models than these\n" in capsys.readouterr().out
 
 
 def test_inspect_needs_no_backend(bundle: Path) -> None:
