@@ -60,7 +60,7 @@ def drawn(result: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """A plan in a chart, with the ends of its interval where there is one."""
+    """A plan in a chart, with the ends of its interval where there is one. cost: where it is drawn, perhaps aside."""
 
     cost: float
     value: float
@@ -81,7 +81,7 @@ def _chart(result: Mapping[str, Any], measure: str, marks: Sequence[_Mark], titl
     chart = Chart(title, costs, Axis.around(label, ends), width=_WIDTH)
     if result["budget"] is not None and result["budget"] <= costs.high:
         chart.line([(result["budget"], end) for end in chart.y_ends], _BEST, width=1, dashed=True)
-    front = pareto_front([(mark.cost, mark.value if rises else -mark.value) for mark in marks])
+    front = pareto_front([(mark.point["cost"], mark.value if rises else -mark.value) for mark in marks])
     line = sorted((mark.cost, mark.value) for mark, on in zip(marks, front, strict=True) if on)
     chart.line(line, "#1c1e22", width=1.2, dashed=True)
     for mark, on in zip(marks, front, strict=True):
