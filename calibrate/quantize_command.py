@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 
 from ..runtime.bundle import Bundle
+from ..runtime.calibrations import CallTime
 from ..runtime.cli.inspect_bundle import loss_text, size_text, speed_text
 from ..runtime.cli.reporter import Reporter
 from ..runtime.engine_files import weights_of
+from ..runtime.errors import TandemError
 from .cache_entries import sweep_unused
 from .call_times import call_times
 from .derived import Derived
@@ -92,7 +94,7 @@ def run(plan: QuantizePlan, reporter: Reporter) -> dict[str, Any]:
                 reporter.note(f"goes on with {len(ledger)} things measured before; --discard measures them anew")
         derived = entered.enter_context(Derived(job.bundle, plan.out, force=plan.force))
         losses = Search(job, derived, ledger, reporter).settled()
-        speeds = call_times(job.bundle, derived.opened(), job.ways, job.judged, reporter.progress)
+        speeds = _speeds(job, derived.opened(), reporter)
         for name in job.names:
             derived.tell(name, [losses[way] for way in job.ways[name]], speeds.get(name))
         if not plan.budget.asks:
@@ -113,6 +115,15 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
         losses |= {loss["painted"]: loss for loss in one["losses"]}
     yield from map(loss_text, losses.values())
     yield f"{result['out']}: digest {result['digest']}"
+
+
+def _speeds(job: Job, made: Bundle, reporter: Reporter) -> Mapping[str, CallTime]:
+    """What can be said of calls' times: what was judged is published without them where they cannot be taken."""
+    try:
+        return call_times(job.bundle, made, job.ways, job.judged, reporter.progress)
+    except TandemError as error:
+        reporter.warn(f"calls were not timed: {error}")
+        return {}
 
 
 def _told(job: Job, made: Bundle) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tandemrt.calibrate import quantizers, ranges
+from tandemrt.calibrate import quantize_command, quantizers, ranges
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.errors import PlanError
 
 from ..runtime.tiny_bundle import resign, write_tiny_bundle
 
@@ -112,6 +113,25 @@ def test_a_component_that_ruins_pictures_is_told(
     assert "expected 30 dB and 0.9 or more. Try --min-psnr 30, which keeps" in told
     assert quantize(tiny, tmp_path / "asked", *ruined, "--min-psnr", 2) == 0
     assert "Try --min-psnr" not in capsys.readouterr().err
+
+
+def test_calls_that_cannot_be_timed_cost_no_bundle(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a solver has no schedule of so few steps."""
+
+    def failing(*given: Any) -> Any:
+        raise PlanError("ddim: timestep 999", "the solver's coefficients are not finite")
+
+    monkeypatch.setattr(quantize_command, "call_times", failing)
+    words = (tiny / "bundle", "--out", tmp_path / "out", "--component", "unet", "--format", "int8-weights")
+    assert main(command(*words, "--steps", 2)) == 0
+    told = capsys.readouterr()
+    assert "warning: calls were not timed: ddim: timestep 999: the solver's coefficients are not finite" in told.err
+    assert "a call takes" not in told.out
+    quantization = Bundle.open(tmp_path / "out").component("unet").quantization
+    assert quantization is not None
+    assert (quantization.speed, len(quantization.losses)) == (None, 1)
 
 
 def test_the_bundle_itself_is_never_replaced(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
