@@ -281,7 +281,9 @@ def loss_text(loss: Mapping[str, Any]) -> str:
 def speed_text(speed: Mapping[str, Any]) -> str:
     """What a call takes beside the float component's, in words; `speed` is a `CallTime` as JSON has it."""
     spread = f"{speed['least_ratio']:.2f} to {speed['most_ratio']:.2f} in {speed['rounds']} rounds"
-    slower = ": slower here" if speed["ratio"] > 1 else ""
+    slower = ""
+    if speed["ratio"] > 1:
+        slower = ": slower here" + ", but not in every round" * (speed["least_ratio"] <= 1)
     taken = f"{speed['quantized_ms']:.3g} ms beside {speed['float_ms']:.3g} ms in floating point"
     return f"a call takes {taken}, {speed['ratio']:.2f} times as long ({spread}){slower}; on {_where(speed)}"
 

@@ -13,7 +13,7 @@ import pytest
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.calibrations import Calibrations, SplitCalibration, SplitPoint
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.cli.inspect_bundle import size_text, worst_evidence
+from tandemrt.runtime.cli.inspect_bundle import size_text, speed_text, worst_evidence
 from tandemrt.runtime.manifest import Evidence, Manifest, SchedulerDefaults
 from tandemrt.runtime.manifest_files import MANIFEST_NAME
 from tandemrt.runtime.solvers.config import KEYS
@@ -158,3 +158,20 @@ def test_what_families_add_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert "; zeros for 20 tokens of an encoder that was left out" in told["sd3"]
     assert "guidance scale 8.5, time steps 799, 399" in told["lcm"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "least", "told"),
+    [
+        (1.3, 1.1, "1.30 times as long (1.10 to 1.50 in 5 rounds): slower here; on openvino:cpu, 2 threads"),
+        (1.3, 0.9, "(0.90 to 1.50 in 5 rounds): slower here, but not in every round; on"),
+        (
+            0.8,
+            0.7,
+            "a call takes 8 ms beside 10 ms in floating point, 0.80 times as long (0.70 to 1.50 in 5 rounds); on",
+        ),
+    ],
+)
+def test_a_slower_component_is_told_plainly(ratio: float, least: float, told: str) -> None:
+    speed = {"float_ms": 10.0, "quantized_ms": 10 * ratio, "ratio": ratio, "least_ratio": least, "most_ratio": 1.5}
+    assert told in speed_text({**speed, "rounds": 5, "target": "openvino:cpu", "threads": 2})
