@@ -14,6 +14,7 @@ COMMANDS: Mapping[str, Entry] = {
     "cfg": Entry("tandemrt.bench.cfg_command", "what the ways of running guidance cost, and do", "cpu,bench"),
     "vae": Entry("tandemrt.bench.vae_command", "what a bundle's decoders cost, and do", "cpu,bench"),
     "cold": Entry("tandemrt.bench.cold_command", "from a fresh interpreter to the first picture", "cpu,bench"),
+    "limits": Entry("tandemrt.bench.limits_command", "how near models come to what the machine can do", "cpu,engines"),
     "compare": Entry(
         "tandemrt.bench.compare_command", "what differs between two reports beyond noise", "bench", plans=False
     ),

@@ -1,19 +1,18 @@
-"""How near a bundle's models come to what the machine can do: `python -m tandemrt.bench.limits BUNDLE --json FILE`.
+"""How near a bundle's models come to what the machine can do.
 
 The limit is measured, not looked up: what a chain of large matrix products and what a copy of a large array reach
 through the same backend, in turns with the models. A call takes no less than its floating-point operations at the one
-rate, and than its bytes at the other. Take the figures on a quiet machine.
+rate, and than its bytes at the other.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +25,9 @@ from tandemrt.runtime.backends.base import Binding, Shape
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError
 from tandemrt.runtime.onnx_files import external_files
-from tandemrt.runtime.targets import Target, parse_target
+from tandemrt.runtime.targets import Target
 
-from .arguments import add_report, add_rounds, add_threads
-from .figures import cell, markdown_table, spread, write_report
-from .machine import described, machine_facts
-from .program import run_program
+from .reports.schema import Column, Figure, Row, Section, Unit
 
 if TYPE_CHECKING:
     import onnx
@@ -141,9 +137,7 @@ def opened(bundle: Bundle, name: str, target: Target, profile: str, options: Opt
     return Opened(own.precision or component.computes_in, work_of(bundle, name, shapes, binding), binding)
 
 
-def limit_figures(
-    bundle: Bundle, target: Target, names: Sequence[str], profile: str, options: Options
-) -> dict[str, Any]:
+def limits_section(bundle: Bundle, target: Target, names: Sequence[str], profile: str, options: Options) -> Section:
     """The machine's rates, and of each component the work, milliseconds a call, and share of the limit by round.
 
     Raises:
@@ -162,71 +156,49 @@ def limit_figures(
         spent = iter(_in_turns(every, options))
     flops_per_ms = {precision: 2 * CHAIN * side**3 / next(spent) for precision in precisions}
     bytes_per_ms = 2 * 4 * options.copied / next(spent)
-    rows = []
-    for name, model in models.items():
-        work, taken = model.work, next(spent)
-        least = np.maximum(work.flops / flops_per_ms[model.precision], work.bytes / bytes_per_ms)
-        rows.append(
-            {
-                "component": name,
-                "precision": model.precision,
-                "flops": work.flops,
-                "bytes": work.bytes,
-                "call_ms": spread(taken.tolist()),
-                "gflops": spread((work.flops / taken / 1e6).tolist()),
-                "share": spread((least / taken).tolist()),
-            }
-        )
-    return {
-        "bundle": bundle.path.name,
-        "target": str(target),
-        "profile": profile,
-        "product_gflops": {one: spread((rates / 1e6).tolist()) for one, rates in flops_per_ms.items()},
-        "copy_gbytes_per_s": spread((bytes_per_ms / 1e6).tolist()),
-        "rows": rows,
-    }
-
-
-def markdown(facts: dict[str, Any]) -> str:
-    """The figures as a Markdown table: medians with the 10th to 90th percentile."""
     rows = [
-        [
-            f"`{row['component']}`, {row['precision']}",
-            f"{row['flops'] / 1e9:,.1f}",
-            f"{row['bytes'] / 1e6:,.0f}",
-            cell(row["call_ms"], 1),
-            cell(row["gflops"], 0),
-            cell(row["share"], 2),
-        ]
-        for row in facts["rows"]
+        _row(name, model, next(spent), (flops_per_ms[model.precision], bytes_per_ms)) for name, model in models.items()
     ]
-    products = ", ".join(f"{cell(one, 0)} GFLOP/s in {name}" for name, one in facts["product_gflops"].items())
-    table = markdown_table(("a call", "GFLOP", "MB at least", "ms", "GFLOP/s", "share of the limit"), rows)
-    limits = f"products, {products}; a copy, {cell(facts['copy_gbytes_per_s'], 1)} GB/s"
-    return (
-        f"{facts['bundle']} on `{facts['target']}`, {facts['profile']}. Limits: {limits}.\n\n{table}\n"
-        "Medians, in brackets the 10th to 90th percentile; shares are of the same round. " + described(facts["machine"])
+    rates = [
+        Row(name=f"a product of {side} x {side}, {one}", figures={"gflops": _figure("GFLOP/s", rate / 1e6)})
+        for one, rate in flops_per_ms.items()
+    ]
+    rates.append(Row(name="a copy", figures={"gbytes": _figure("GB/s", bytes_per_ms / 1e6)}))
+    return Section(
+        key=f"limits {target}",
+        title=f"The limit on {target}",
+        columns=(
+            Column(of="flops", title="GFLOP"),
+            Column(of="bytes", title="MB at least"),
+            Column(of="call", title="ms a call"),
+            Column(of="gflops", title="GFLOP/s"),
+            Column(of="gbytes", title="GB/s"),
+            Column(of="share", title="of the limit"),
+        ),
+        rows=(*rows, *rates),
+        note=f"One call each, {profile}. The limit is the machine's own: what a chain of {CHAIN} matrix products and a "
+        "copy of a large array reach through the same backend in the same round. A call takes no less than its "
+        "operations at the one rate, and than its bytes (weights, inputs and outputs, once) at the other. Above 1 is "
+        "a model whose operations the backend does in fewer, as convolutions can be.",
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    add_report(parser)
-    parser.add_argument("--target", default="openvino:cpu", help="one that runs ONNX (default: %(default)s)")
-    parser.add_argument("--component", action="append", help="by default all; may be given several times")
-    parser.add_argument("--profile", default="512x512:unguided", help="as of build-engine (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=2048, help="of the matrices of the product (default: %(default)s)")
-    parser.add_argument("--copied", type=int, default=1 << 26, help="numbers that are copied (default: %(default)s)")
-    add_threads(parser)
-    add_rounds(parser, 2, 15)
-    given = parser.parse_args(arguments)
-    bundle = Bundle.open(given.bundle)
-    names = given.component or tuple(bundle.manifest.components)
-    options = Options(given.side, given.copied, given.threads, given.warm_up, given.repeats)
-    facts = {"machine": machine_facts(), "warm_up": options.warm_up}
-    facts |= limit_figures(bundle, parse_target(given.target), names, given.profile, options)
-    write_report(given.json, facts, markdown(facts))
+def _row(name: str, model: Opened, taken: Times, rates: tuple[Times, Times]) -> Row:
+    """A component's figures. rates: operations and bytes a millisecond, by round."""
+    work = model.work
+    least = np.maximum(work.flops / rates[0], work.bytes / rates[1])
+    figures = {
+        "flops": Figure(unit="GFLOP", samples=(work.flops / 1e9,)),
+        "bytes": Figure(unit="MB", samples=(work.bytes / 1e6,)),
+        "call": _figure("ms", taken),
+        "gflops": _figure("GFLOP/s", work.flops / taken / 1e6),
+        "share": _figure("share", least / taken),
+    }
+    return Row(name=f"{name}, {model.precision}", figures=figures)
+
+
+def _figure(unit: Unit, samples: Times) -> Figure:
+    return Figure(unit=unit, samples=tuple(samples.tolist()))
 
 
 def _model(
@@ -266,7 +238,3 @@ def _in_turns(bindings: Sequence[Binding], options: Options) -> list[Times]:
             if round_ >= options.warm_up:
                 kept.append((time.perf_counter() - began) * 1e3)
     return [np.array(kept) for kept in taken]
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tandemrt.bench.limits import CHAIN, copy_graph, main, product_graph
+from tandemrt.bench.limits import CHAIN, copy_graph, product_graph
+from tandemrt.bench.reports.schema import read_report
 from tandemrt.engines.calls import call_of
 from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.cli import main
 from tandemrt.runtime.targets import parse_target
 
-SMALL = ["--side", "64", "--copied", "4096", "--warm-up", "1", "--repeats", "3", "--threads", "1"]
+SMALL = ["--side", "64", "--copied", "4096", "--warm-up", "1", "--rounds", "3", "--threads", "1"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -46,26 +47,25 @@ def test_the_copy_reads_and_writes_every_number(tmp_path: Path) -> None:
     assert np.array_equal(binding.outputs["y"], -np.arange(5, dtype=np.float32))
 
 
-def test_figures_of_a_bundle(shapes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "limits.json"
-    asked = ["--component", "unet", "--component", "vae_decoder", "--profile", "64x64:unguided"]
-    main([str(shapes_bundle), "--json", str(out), "--target", "onnxruntime:cpu", *asked, *SMALL])
-    facts = json.loads(out.read_text())
-    unet, decoder = facts["rows"]
-    weights = sum(path.stat().st_size for path in (shapes_bundle / "unet").iterdir())
-    latents_text_and_timestep = 4 * (2 * 4 * 8 * 8 + 77 * 128 + 1)
-    assert weights < unet["bytes"] <= weights + 2 * latents_text_and_timestep
-    assert decoder["flops"] > unet["flops"] > 1e8
+def test_figures_of_a_bundle(shapes_bundle: Path, tmp_path: Path) -> None:
+    asked = ["--component", "unet", "--component", "vae_decoder", "--out", str(tmp_path)]
+    assert main(["bench", "limits", str(shapes_bundle), "--target", "onnxruntime:cpu", *asked, *SMALL]) == 0
+    (section,) = read_report(tmp_path / "report.json").sections
+    unet, decoder, product, copy = section.rows
+    assert [row.name for row in section.rows] == [
+        "unet, fp32",
+        "vae_decoder, fp32",
+        "a product of 64 x 64, fp32",
+        "a copy",
+    ]
+    weights = sum(path.stat().st_size for path in (shapes_bundle / "unet").iterdir()) / 1e6
+    latents_text_and_timestep = 4e-6 * (2 * 4 * 8 * 8 + 77 * 128 + 1)
+    assert weights < unet.figures["bytes"].median <= weights + 2 * latents_text_and_timestep
+    assert decoder.figures["flops"].median > unet.figures["flops"].median > 0.1
     # The slower of both limits counts.
-    product = facts["product_gflops"]["fp32"]
-    for row in facts["rows"]:
-        assert row["call_ms"]["count"] == row["share"]["count"] == 3
-        assert row["gflops"]["maximum"] == pytest.approx(row["flops"] / row["call_ms"]["minimum"] / 1e6)
-        assert row["share"]["minimum"] >= row["gflops"]["minimum"] / product["maximum"] * (1 - 1e-9)
-        least_ms = row["bytes"] / facts["copy_gbytes_per_s"]["maximum"] / 1e6
-        assert row["share"]["maximum"] >= least_ms / row["call_ms"]["maximum"] * (1 - 1e-9)
-    assert list(facts["product_gflops"]) == ["fp32"]
-    assert facts["copy_gbytes_per_s"]["median"] > 0
-    table = capsys.readouterr().out
-    assert table == out.with_suffix(".md").read_text()
-    assert "| `unet`, fp32 |" in table
+    for row in (unet, decoder):
+        figures = {name: figure.values for name, figure in row.figures.items()}
+        assert figures["gflops"] == pytest.approx(1e3 * figures["flops"] / figures["call"])
+        by_work = figures["gflops"] / product.figures["gflops"].values
+        by_bytes = figures["bytes"] / copy.figures["gbytes"].values / figures["call"]
+        assert figures["share"] == pytest.approx(np.maximum(by_work, by_bytes))
