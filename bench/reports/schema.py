@@ -136,7 +136,7 @@ class Method(_Record, frozen=True, kw_only=True):
 class Subject(_Record, frozen=True, kw_only=True):
     """A bundle that was measured: its folder's name, its digest and what made it, the sizes of its models' files.
 
-    random_weights: whether it holds no trained weights, so that its pictures show nothing.
+    random_weights: whether it is known to hold no trained weights, so that its pictures show nothing.
     """
 
     name: str

@@ -68,8 +68,8 @@ def setting_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "rounds", f"{method.rounds} that count, {method.warm_up} before; {method.order}"
     yield "threads of a model, first seed", f"{threads}, {method.seed}"
     for subject in report.subjects:
-        weights = "random weights: the pictures show nothing" if subject.random_weights else "trained weights"
-        yield subject.name, f"digest {subject.digest[:16]}, {weights}"
+        weights = ", random weights: the pictures show nothing" if subject.random_weights else ""
+        yield subject.name, f"digest {subject.digest[:16]}{weights}"
     yield "asked for", _listed(report.request)
 
 
