@@ -33,19 +33,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave the deep tests out unless they are asked for, and put files with slow tests first.
 
     Otherwise a worker could come to one of these when the others have nothing left to do. Of the files that need the
-    same export the first comes early and the others last: workers wait while one of them makes it.
+    same export one that needs no other comes early, the others last: workers wait while one of them makes it.
     """
     if not config.getoption("--deep"):
         deep = [item for item in items if item.get_closest_marker("deep")]
         config.hook.pytest_deselected(items=deep)
         items[:] = [item for item in items if item not in deep]
     slow = dict.fromkeys(item.path for item in items if item.get_closest_marker("slow"))
-    needed: dict[str, dict[Path, None]] = {name: {} for name in SHARED}
+    needed: dict[Path, set[str]] = {}
     for item in items:
-        for name in SHARED & set(getattr(item, "fixturenames", ())):
-            needed[name][item.path] = None
-    firsts = {next((path for path in paths if path in slow), None) for paths in needed.values()}
-    others = {path for paths in needed.values() for path in paths} - firsts
+        needed.setdefault(item.path, set()).update(SHARED & set(getattr(item, "fixturenames", ())))
+    firsts = {next((path for path in slow if needed[path] == {name}), None) for name in SHARED}
+    others = {path for path, names in needed.items() if names} - firsts
     ranks = {path: 0 if path in firsts else 2 if path in others else 1 for path in slow}
     items.sort(key=lambda item: ranks.get(item.path, 3))
 

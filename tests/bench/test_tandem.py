@@ -51,6 +51,7 @@ def test_pictures_of_the_shapes_family(shapes_bundle: Path, tmp_path: Path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.deep
 def test_pictures_beside_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny_bundle(tmp_path / "bundle")
     bundle, out = str(tmp_path / "bundle"), tmp_path / "figures.json"

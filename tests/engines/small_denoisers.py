@@ -26,30 +26,30 @@ _UNET = {
 }
 
 
-def sd15(**more: Any) -> nn.Module:
+def sd15() -> nn.Module:
     """Two resnets and attentions a level, the lowest without attention, as Stable Diffusion 1.5's four levels are."""
     return UNet2DConditionModel(
         **_UNET,
-        **more,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
 
 
-def inpainting() -> nn.Module:
-    """It reads a mask and a masked image behind the latent, as Stable Diffusion 1.5's for inpainting."""
-    return sd15(in_channels=9)
-
-
-def bk_sdm() -> nn.Module:
+def bk_sdm(**more: Any) -> nn.Module:
     """One resnet a level and no middle, as BK-SDM-Tiny."""
     return UNet2DConditionModel(
         **_UNET,
+        **more,
         layers_per_block=1,
         mid_block_type=None,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
     )
+
+
+def inpainting() -> nn.Module:
+    """It reads a mask and a masked image behind the latent, as Stable Diffusion's for inpainting."""
+    return bk_sdm(in_channels=9)
 
 
 def sdxl() -> nn.Module:

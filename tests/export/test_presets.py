@@ -106,5 +106,5 @@ def test_a_preset_exports_and_paints_diffusers_picture(name: str, tmp_path: Path
         actual = np.stack(pipe(PROMPT, seed=7, output_type="np", **shared).images)
         assert actual.std() > 1e-3
         assert psnr_db(actual, expected) >= 45
-        if name == "bk-sdm-tiny":
+        if true_depth:
             require_engines(pipe.bundle, tmp_path / "cache", ("text_encoder", "unet"))

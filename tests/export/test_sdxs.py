@@ -26,4 +26,5 @@ def test_a_sketch_in_one_step_and_its_engines(tmp_path: Path, true_depth: bool) 
         require_same(found, expected)
         assert np.abs(found - family.actual(num_inference_steps=1, guidance_scale=0.0)).max() > 1e-3
         assert family.pipe("a cat", num_inference_steps=1, output_type="latent").plan.table.timesteps.tolist() == [999]
-    require_engines(family.pipe.bundle, tmp_path / "cache", ("unet",))
+    if true_depth:
+        require_engines(family.pipe.bundle, tmp_path / "cache", ("unet",))
