@@ -20,6 +20,8 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 BUILD = "`tandemrt build-engine`"  # in remedies: where the bundle is known, `exact_remedy` has the whole command
@@ -53,6 +55,17 @@ class TandemError(Exception):
         error = type(self).__new__(type(self), *self.args)
         error.__dict__.update(self.__dict__)
         return error
+
+
+@contextmanager
+def told_as(place: str) -> Iterator[None]:
+    """Errors that arise within name the place that they arose in, before their own: `requests[1]: size: …`."""
+    try:
+        yield
+    except TandemError as error:
+        named = error.again()
+        named.where, named.args = f"{place}: {error.where}", (f"{place}: {error}",)
+        raise named from None
 
 
 def _shown(got: object) -> str:

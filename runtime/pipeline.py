@@ -20,7 +20,7 @@ from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
 from .editing import Editing, begin, checked_editing
-from .errors import CancelledError, ExecutionError, RequestError
+from .errors import CancelledError, ExecutionError, RequestError, told_as
 from .images import Float32, image_from_pixels
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
@@ -34,7 +34,7 @@ from .plan import Plan, compile_plan
 from .pool import Lease, Pool
 from .ran_on import Ran
 from .request import Request
-from .request_calls import request_of, takes_request
+from .request_calls import numbered, takes_request
 from .request_checks import checked_array, checked_loras
 from .rows import Rows
 from .sampling import models_of, open_loop, step_variants
@@ -164,10 +164,15 @@ class Pipeline:
         The pictures are those of calls. A request is taken when there is room for it: three at most are under way.
 
         Raises:
-            TandemError: as a call, in the request's turn; it ends the iterator, and the requests after it. So does what
-                `requests` itself raises.
+            TandemError: as a call, in the request's turn, with its index where the request cannot be used; it ends the
+                iterator, and the requests after it. So does what `requests` itself raises.
         """
-        return overlapped(functools.partial(self._generate, request_of(given), at_once=True) for given in requests)
+        return overlapped(functools.partial(self._numbered, *each) for each in numbered(requests))
+
+    def _numbered(self, index: int, request: Request, cancelled: threading.Event) -> Events:
+        """As `_generate`, of a request of `map`, whose index is told where it cannot be used."""
+        with told_as(f"requests[{index}]"):
+            return self._generate(request, cancelled, at_once=True)
 
     def _generate(self, request: Request, cancelled: threading.Event, *, at_once: bool = False) -> Events:
         """Check the request now; what is returned runs it, one event a row.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from .errors import RequestError, told_as
 from .request import Request
 from .request_checks import require_known
 
@@ -39,8 +40,19 @@ def takes_request(
 
 
 def request_of(given: Request | Mapping[str, Any]) -> Request:
-    """A request, given as one or as its arguments; raises RequestError as `takes_request`."""
+    """A request, given as one or as its arguments; raises RequestError as `takes_request`, and for what is neither."""
     if isinstance(given, Request):
         return given
+    if not isinstance(given, Mapping):
+        expected = 'a Request, or its arguments such as {"prompt": "a red circle", "seed": 7}'
+        raise RequestError("request", "of another type", got=given, expected=expected)
     require_known(given, tuple(inspect.signature(Request).parameters))
     return Request(**given)
+
+
+def numbered(requests: Iterable[Request | Mapping[str, Any]]) -> Iterator[tuple[int, Request]]:
+    """Requests with their indices, each checked when it is taken; RequestError as of `request_of` names the index."""
+    for index, given in enumerate(requests):
+        with told_as(f"requests[{index}]"):
+            request = request_of(given)
+        yield index, request

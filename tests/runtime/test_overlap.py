@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandemrt.runtime import ExecutionError, Pipeline, Request, RequestError, pipeline, traced
+from tandemrt.runtime import ArgumentError, ExecutionError, Pipeline, Request, RequestError, pipeline, traced
 from tandemrt.runtime.overlap import overlapped
 from tandemrt.runtime.stream import Events, Stage
 from tandemrt.runtime.trace import Trace
@@ -223,3 +223,19 @@ def test_closing_the_pipeline_cancels_what_is_under_way(control_pipe: Pipeline) 
     control_pipe.close()
     with pytest.raises(ExecutionError, match="was closed"):
         next(outputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("a blue square", r"requests\[1\]: request: of another type, got 'a blue square', expected a Request, or"),
+        ({"promt": "red"}, r"requests\[1\]: promt: unknown argument"),
+        ({"prompt": "red", "num_inference_steps": -1}, r"requests\[1\]: steps: unet: number of steps, got -1"),
+    ],
+)
+def test_a_request_that_cannot_be_used_is_told_by_its_index(control_pipe: Pipeline, wrong: Any, told: str) -> None:
+    outputs = control_pipe.map([JOBS[0], wrong, JOBS[1]])
+    assert len(next(outputs).images) > 0
+    with pytest.raises(ArgumentError, match=told):
+        next(outputs)
+    assert list(outputs) == []
