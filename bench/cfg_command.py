@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.plan_steps import parse_steps
 
-from .measured import own_entrant, variants_section
 from .published import opened, planned, publish, summary
-from .rounds import Entrant, in_rounds, require_measured
-from .shared_arguments import Shared, add_shared, shared_from
+from .sections import variants_section
+from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
+from .ways import in_ways
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -44,7 +42,7 @@ class CfgPlan:
     @property
     def facts(self) -> Mapping[str, str]:
         """What was asked for, for the report."""
-        return {**self.shared.facts, "steps": self.steps or "the bundle's"}
+        return {**self.shared.facts, "steps": self.steps or BUNDLES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,12 +81,8 @@ def run(plan: CfgPlan, reporter: Reporter) -> dict[str, Any]:
         remedy = "Give a --guidance-scale above 1, or a bundle that takes one."
         raise BenchmarkError(measured.bundle.path.name, f"runs no guidance: {compiled.why(0)}", remedy=remedy)
     work = measured.work(shared, compiled)
-    sections = []
-    for target in shared.targets:
-        own = own_entrant(work, target)
-        entrants = {name: Entrant(own.start, way) for name, way in WAYS.items()}
-        with TemporaryDirectory() as pictures:
-            taken = in_rounds(entrants, shared.rounds, Path(pictures), reporter.progress)
-        require_measured(taken, tuple(entrants)[:1])
-        sections.append(variants_section(f"cfg {target}", f"Guidance on {target}", taken, NOTE))
-    return publish("guidance", shared, measured, plan.facts, sections)
+    sections = [
+        variants_section(f"cfg {target}", f"Guidance on {target}", taken, NOTE)
+        for target, taken in in_ways(work, shared, WAYS, reporter.progress).items()
+    ]
+    return publish("guidance", shared, measured, work.resolved(plan.facts), sections)

@@ -10,10 +10,11 @@ from typing import Any
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.plan_steps import parse_steps
 
-from .measured import cold_section, own_entrant, own_name, peer_entrant
+from .entrants import own_entrant, own_name, peer_entrant
 from .published import opened, planned, publish, summary
 from .rounds import Entrant, Progress, Rounds, Taken, in_rounds, require_measured
 from .run_arguments import RunPlan, add_arguments, plan_from_arguments
+from .sections import cold_section
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -38,7 +39,7 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     entrants |= {name: peer_entrant(work, name) for name in plan.peers}
     taken = in_fresh(entrants, shared.rounds, reporter.progress)
     require_measured(taken, map(own_name, shared.targets))
-    return publish("from a fresh start", shared, measured, plan.facts, (cold_section(taken),))
+    return publish("from a fresh start", shared, measured, work.resolved(plan.facts), (cold_section(taken),))
 
 
 def in_fresh(entrants: Mapping[str, Entrant], rounds: Rounds, progress: Progress) -> dict[str, Taken]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -14,11 +12,11 @@ import msgspec
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError, BenchmarkError
 
-from .measured import own_entrant, variants_section
 from .published import opened, planned, publish, summary
 from .reports.schema import Plot
-from .rounds import Entrant, in_rounds, require_measured
+from .sections import variants_section
 from .shared_arguments import Shared, add_shared, require_least, shared_from
+from .ways import in_ways
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -94,14 +92,10 @@ def run(plan: HybridPlan, reporter: Reporter) -> dict[str, Any]:
     by_name = {f"{point}/{plan.steps - point}": {large: point, small: plan.steps - point} for point in plan.points}
     plans = {name: measured.plan(shared, steps) for name, steps in by_name.items()}
     work = measured.work(shared, next(iter(plans.values())))
+    ways = {name: {"steps": one.steps} for name, one in plans.items()}
+    front = Plot(title="Time and closeness to the large model's picture", x="total", y="psnr")
     sections = []
-    for target in shared.targets:
-        whole = own_entrant(work, target)
-        entrants = {name: Entrant(whole.start, {"steps": one.steps}) for name, one in plans.items()}
-        with TemporaryDirectory() as pictures:
-            taken = in_rounds(entrants, shared.rounds, Path(pictures), reporter.progress)
-        require_measured(taken, tuple(entrants)[:1])
+    for target, taken in in_ways(work, shared, ways, reporter.progress).items():
         section = variants_section(f"hybrid {target}", f"{large} to {small} on {target}", taken, NOTE)
-        front = Plot(title="Time and closeness to the large model's picture", x="total", y="psnr")
         sections.append(msgspec.structs.replace(section, plots=(*section.plots, front)))
-    return publish("from large to small", shared, measured, plan.facts, sections)
+    return publish("from large to small", shared, measured, work.resolved(plan.facts), sections)

@@ -12,13 +12,16 @@ from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.plan_steps import Steps
+from tandemrt.runtime.targets import check_installed, check_runnable, parse_target
 
-from .measured import Work, subject_of
+from .entrants import Work
 from .preset_work import preset_bundle
 from .reports.caveats import caveats
+from .reports.changes import FEWEST
 from .reports.files import require_free, write_report_files
 from .reports.schema import Method, Report, Section
 from .rounds import ORDER
+from .sections import subject_of
 from .setting import Watch
 from .shared_arguments import Shared
 
@@ -76,9 +79,13 @@ def opened(
 
     Raises:
         BenchmarkError: the report's folder is taken.
+        TargetError: a target is not available here.
         BundleError, ExportError: the bundle is damaged, or the preset cannot be exported.
     """
     require_free(shared.out, force=shared.force)
+    for target in map(parse_target, shared.targets):
+        check_installed(target)
+        check_runnable(target)
     shared.cache.mkdir(parents=True, exist_ok=True)
     if shared.bundle is not None:
         return Measured(Bundle.open(shared.bundle), checkpoint, dict(sources or {}), Watch())
@@ -104,6 +111,7 @@ def publish(
         BenchmarkError: the folder cannot be written or is full.
     """
     machine, rounds = measured.watch.machine(), shared.rounds
+    few = (f"Rounds: {rounds.count}. Medians of so few tell little.",) if rounds.count < FEWEST else ()
     subjects = (subject_of(measured.bundle, random_weights=shared.preset is not None),)
     report = Report(
         title=f"{subjects[0].name}: {title}",
@@ -115,7 +123,7 @@ def publish(
         ),
         subjects=subjects,
         sections=tuple(sections),
-        caveats=caveats(machine, subjects, sections, otherwise),
+        caveats=caveats(machine, subjects, sections, (*otherwise, *few)),
     )
     written = write_report_files(shared.out, report)
     return {"written": [str(one) for one in written], "caveats": list(report.caveats)}

@@ -11,7 +11,7 @@ from tandemrt.runtime.cli.values import parse_sources
 from tandemrt.runtime.plan import PLACEMENTS
 
 from .peer_table import PEERS, named_peer
-from .shared_arguments import Shared, add_shared, require_least, shared_from
+from .shared_arguments import BUNDLES, Shared, add_shared, require_least, shared_from
 
 DESCRIPTION = (
     "Measure a bundle end to end and part by part, beside what would run the same model otherwise, in the same rounds, "
@@ -44,7 +44,7 @@ class RunPlan:
         return {
             **self.shared.facts,
             "beside": ", ".join(self.peers) or "nothing",
-            "steps": self.steps or "the bundle's",
+            "steps": self.steps or BUNDLES,
             "placement": self.placement,
             "decoder": self.decoder or "the bundle's first",
             "pictures a call": str(self.num_images_per_prompt),

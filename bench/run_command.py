@@ -9,19 +9,11 @@ from typing import Any
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.plan_steps import parse_steps
 
-from .measured import (
-    models_section,
-    otherwise,
-    own_entrant,
-    own_name,
-    parts_section,
-    peer_entrant,
-    pictures_section,
-    start_section,
-)
+from .entrants import own_entrant, own_name, peer_entrant
 from .published import opened, planned, publish, summary
 from .rounds import in_rounds, require_measured
 from .run_arguments import RunPlan, add_arguments, plan_from_arguments
+from .sections import models_section, otherwise, parts_section, pictures_section, start_section
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -56,4 +48,4 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
         start_section(taken),
         models_section(measured.bundle, taken),
     )
-    return publish("a benchmark", shared, measured, plan.facts, sections, tuple(otherwise(taken)))
+    return publish("a benchmark", shared, measured, work.resolved(plan.facts), sections, tuple(otherwise(taken)))

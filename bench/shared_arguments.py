@@ -15,6 +15,8 @@ from tandemrt.runtime.targets import parse_target
 
 from .rounds import Rounds
 
+# What is told of what was not asked for.
+BUNDLES = "the bundle's"
 PROMPT = "a red circle left of a blue square"
 
 
@@ -50,8 +52,8 @@ class Shared:
         return {
             "of": self.subject,
             "targets": ", ".join(self.targets),
-            "size": "the bundle's" if self.size is None else f"{self.size[0]}x{self.size[1]}",
-            "guidance scale": "the bundle's" if self.guidance_scale is None else f"{self.guidance_scale:g}",
+            "size": BUNDLES if self.size is None else f"{self.size[0]}x{self.size[1]}",
+            "guidance scale": BUNDLES if self.guidance_scale is None else f"{self.guidance_scale:g}",
         }
 
 
@@ -95,7 +97,7 @@ def shared_from(namespace: argparse.Namespace) -> Shared:
     if (namespace.bundle is None) == (namespace.preset is None):
         raise ArgumentError("BUNDLE, --preset", "what to measure", expected="one of the two")
     thread_count("--threads", namespace.threads)
-    require_least("--warm-up", namespace.warm_up, 0)
+    require_least("--warm-up", namespace.warm_up, 1)
     require_least("--rounds", namespace.rounds, 1)
     parsed = {
         "targets": tuple(dict.fromkeys(str(parse_target(target)) for target in namespace.targets or ("auto",))),

@@ -17,11 +17,12 @@ from tandemrt.runtime import Pipeline
 from tandemrt.runtime.cli.reporter import Reporter
 
 from .contenders import Contender
-from .measured import Work, file_mb
+from .entrants import Work
 from .memory import in_fresh_process
 from .published import Measured, opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
 from .rounds import Entrant, Taken, in_rounds, require_measured
+from .sections import file_mb
 from .shared_arguments import Shared, add_shared, require_least, shared_from
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
@@ -76,21 +77,25 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
     shared = plan.shared
     measured = opened(shared, reporter)
     work = measured.work(shared, measured.plan(shared, None))
-    sections = []
     with TemporaryDirectory() as folder:
         latents = Path(folder, "latents.npy")
         reporter.progress("paint the latents", 0, 1)
         in_fresh_process(paint_latents, work, shared.targets[0], plan.latents, latents)
         reporter.progress("paint the latents", 1, 1)
-        for target in shared.targets:
-            entrants = {
-                name: _entrant(work, name, target, latents) for name in measured.bundle.manifest.names("vae_decoder")
-            }
-            Path(folder, "pictures").mkdir(exist_ok=True)
-            taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress)
-            require_measured(taken, tuple(entrants)[:1])
-            sections.append(_section(measured, target, taken))
-    return publish("decoders", shared, measured, plan.facts, sections)
+        decoders = measured.bundle.manifest.names("vae_decoder")
+        entrants = {
+            f"{name} on {target}": _entrant(work, name, target, latents)
+            for target in shared.targets
+            for name in decoders
+        }
+        Path(folder, "pictures").mkdir()
+        taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress)
+    require_measured(taken, (f"{decoders[0]} on {target}" for target in shared.targets))
+    sections = [
+        _section(measured, target, {name: taken[f"{name} on {target}"] for name in decoders})
+        for target in shared.targets
+    ]
+    return publish("decoders", shared, measured, work.resolved(plan.facts), sections)
 
 
 def paint_latents(work: Work, target: str, count: int, out: Path) -> None:

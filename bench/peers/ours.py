@@ -28,6 +28,11 @@ class Ours(Painter):
             clock.figures[name] = clock.figures.get(name, 0.0) + row.model_ms / 1e3
         clock.figures["host_s"] = sum(row.total_ms - row.model_ms for row in timings.rows) / 1e3
         self._words = {name: "; ".join(map(_told, ran)) for name, ran in timings.ran_on.items()}
+        rows = timings.rows
+        self._words["guided"] = f"{sum(row.guidance.guided for row in rows)} of {len(rows)}"
+        if made.plan.taus is not None:
+            first, end = made.plan.taus
+            self._words["window"] = f"rows {first} to {end}"
         return made.images[0]
 
     def words(self) -> Mapping[str, str]:

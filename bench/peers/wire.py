@@ -71,7 +71,9 @@ def serve(opened: Callable[[Mapping[str, Any]], Painter]) -> None:
 def _failure(error: Exception) -> Mapping[str, str]:
     """What ended a picture, for the report; where it arose goes to stderr."""
     traceback.print_exception(error)
-    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    message = " ".join(str(error).split())
+    # Our own errors say all that there is to say.
+    return {"error": message if hasattr(error, "exit_status") else f"{type(error).__name__}: {message}"}
 
 
 def _painted(painter: Painter, asked: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -121,6 +121,28 @@ def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--steps", "2,1", "--peer", "diffusers", "--checkpoint", "c"], "reads a checkpoint of unet_small, and none"),
+        (
+            ["--decoder", "vae_decoder_tiny", "--peer", "diffusers", "--checkpoint", "c"],
+            "checkpoint of vae_decoder_tiny",
+        ),
+        (["--steps", "2,1", "--peer", "optimum"], "runs one denoiser in a picture, this plan has several"),
+        (["--decoder", "vae_decoder_tiny", "--peer", "optimum"], "paints with the bundle's first decoder, not with"),
+        (["--peer", "optimum"], "Set it up, which installs it from the package registry: tandemrt bench setup optimum"),
+    ],
+)
+def test_what_a_peer_cannot_do_is_told_in_the_report(asked: list[str], told: str, bundle: Path, tmp_path: Path) -> None:
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main(["bench", str(bundle), *ORT, "--rounds", "1", *asked, *cache, "--out", str(tmp_path)]) == 0
+    report = read_report(tmp_path / "report.json")
+    assert told in report.sections[0].rows[1].failed
+    assert any(told in caveat for caveat in report.caveats)
+    assert "Rounds: 1. Medians of so few tell little." in report.caveats
+
+
 def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "cold", str(bundle), *ORT, "--rounds", "2", "--peer", "diffusers", "--out", str(tmp_path)]
     assert main(asked) == 0
@@ -150,6 +172,9 @@ def test_ways_of_guidance(bundle: Path, tmp_path: Path) -> None:
     assert list(rows) == ["batched", "sequential", "parallel", "adaptive", "hybridiff"]
     assert all(rows[name].figures["psnr"].median > 60 for name in ("sequential", "parallel"))
     assert "build-engine" in rows["hybridiff"].failed
+    assert rows["batched"].words["guided"] == "22 of 22"
+    assert rows["adaptive"].words["guided"].endswith(" of 22")
+    assert read_report(tmp_path / "report.json").request["size"] == "64x64"
 
 
 @pytest.mark.parametrize(

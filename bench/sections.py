@@ -1,94 +1,18 @@
-"""A bundle beside its peers, as sections of a report: whole pictures, their parts, the start, the models."""
+"""What entrants took, as sections of a report: whole pictures, their parts, the start, the models."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.onnx_files import external_files
 
-from .contenders import Contender
-from .peer_table import interpreter, named_peer
 from .reports.schema import Column, Figure, Plot, Row, Section, Subject
-from .rounds import Entrant, Taken
+from .rounds import MOST_DB, Taken
 
 _PARTS = {"text_s": "text encoders", "decode_s": "decoder", "host_s": "the loop itself"}
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is painted, the same by all.
-
-    checkpoint: what the bundle was made of; added: its further denoisers, and its decoder where that is another one.
-    arguments: of a request to TandemRT, besides prompt and seed; steps: what they come to, denoiser by denoiser.
-    """
-
-    bundle: Path
-    checkpoint: Path | None
-    added: Mapping[str, Path]
-    prompt: str
-    arguments: Mapping[str, Any]
-    steps: tuple[tuple[str, int], ...]
-    guidance_scale: float
-    height: int
-    width: int
-    decoder: str | None
-    threads: int | None
-    cache: Path
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What every contender is told."""
-        return {
-            "bundle": str(self.bundle),
-            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
-            "added": {name: str(path) for name, path in self.added.items()},
-            "prompt": self.prompt,
-            "steps": list(self.steps),
-            "guidance_scale": self.guidance_scale,
-            "height": self.height,
-            "width": self.width,
-            "decoder": str(self.added[self.decoder]) if self.decoder in self.added else None,
-            "threads": self.threads,
-        }
-
-
-def own_entrant(work: Work, target: str) -> Entrant:
-    """TandemRT on a target."""
-    job = {**work.shared, "target": target, "cache": str(work.cache), "arguments": dict(work.arguments)}
-    return Entrant(partial(Contender, own_name(target), sys.executable, "ours.py", job))
-
-
-def own_name(target: str) -> str:
-    """What TandemRT on a target is called in a report."""
-    return f"tandemrt {target}"
-
-
-def peer_entrant(work: Work, name: str) -> Entrant:
-    """A peer; what keeps it from running is told when it is started.
-
-    Raises, when it is called:
-        BenchmarkError: it cannot do this work, or is not installed.
-    """
-
-    def start() -> Contender:
-        peer = named_peer(name)
-        if peer.reads == "checkpoint" and work.checkpoint is None:
-            remedy = "Name the checkpoint that the bundle was made of with --checkpoint."
-            raise BenchmarkError(name, "reads a checkpoint, and none was named", remedy=remedy)
-        if not peer.hybrid and len(dict(work.steps)) > 1:
-            raise BenchmarkError(name, "runs one denoiser in a picture, this plan has several")
-        if not peer.hybrid and work.decoder is not None and work.decoder != "vae_decoder":
-            raise BenchmarkError(name, f"paints with the bundle's first decoder, not with {work.decoder}")
-        return Contender(name, interpreter(name, work.cache), peer.script, {**work.shared, **peer.settings})
-
-    return Entrant(start)
+# What is told of a way besides figures.
+_WORDS = {"guided": "rows with both branches", "window": "window"}
 
 
 def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
@@ -115,6 +39,7 @@ def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
 def variants_section(key: str, title: str, taken: Mapping[str, Taken], note: str) -> Section:
     """Whole pictures of one process in several ways, beside the first of these."""
     first = next(iter(taken))
+    told = {word for one in taken.values() for word in _words(one)}
     return Section(
         key=key,
         title=title,
@@ -124,10 +49,11 @@ def variants_section(key: str, title: str, taken: Mapping[str, Taken], note: str
             Column(of="denoise", title="of it the rows, s"),
             Column(of="total", title=f"times {first}", shown="ratio"),
             Column(of="psnr", title=f"PSNR to {first}, dB"),
+            *(Column(of=word, title=title, shown="words") for word, title in _WORDS.items() if word in told),
         ),
         rows=tuple(_row(name, one, _variant_figures(one)) for name, one in taken.items()),
         plots=(Plot(title="Seconds a picture; a dot is a round", y="total"),),
-        note=note,
+        note=f"{note} {MOST_DB:g} dB is the same picture.",
     )
 
 
@@ -261,7 +187,13 @@ def file_mb(bundle: Bundle, name: str) -> float:
 
 
 def _row(name: str, taken: Taken, figures: Mapping[str, Figure]) -> Row:
-    return Row(name=name, figures={} if taken.failed else figures, failed=taken.failed)
+    return Row(name=name, words=_words(taken), figures={} if taken.failed else figures, failed=taken.failed)
+
+
+def _words(taken: Taken) -> dict[str, str]:
+    """What the last round told of the whole picture."""
+    told = taken.rounds[-1].words if taken.rounds else {}
+    return {word: told[word] for word in _WORDS if word in told}
 
 
 def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:

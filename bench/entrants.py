@@ -1,0 +1,113 @@
+"""What a bundle and its peers are told to paint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tandemrt.runtime.errors import BenchmarkError
+
+from .contenders import Contender
+from .peer_table import Peer, interpreter, named_peer
+from .rounds import Entrant
+from .shared_arguments import BUNDLES
+
+_FIRST_DECODER = "vae_decoder"
+_OF_THE_CHECKPOINT = ("unet", "transformer")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is painted, the same by all.
+
+    checkpoint: what the bundle was made of; added: its further denoisers, and its decoder where that is another one.
+    arguments: of a request to TandemRT, besides prompt and seed; steps: what they come to, denoiser by denoiser.
+    """
+
+    bundle: Path
+    checkpoint: Path | None
+    added: Mapping[str, Path]
+    prompt: str
+    arguments: Mapping[str, Any]
+    steps: tuple[tuple[str, int], ...]
+    guidance_scale: float
+    height: int
+    width: int
+    decoder: str | None
+    threads: int | None
+    cache: Path
+
+    def resolved(self, request: Mapping[str, str]) -> dict[str, str]:
+        """What was asked for, with what the bundle's own came to in its place."""
+        came = {
+            "size": f"{self.width}x{self.height}",
+            "guidance scale": f"{self.guidance_scale:g}",
+            "steps": ", ".join(f"{name} {count}" for name, count in self.steps),
+        }
+        return {key: came.get(key, value) if value == BUNDLES else value for key, value in request.items()}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every contender is told."""
+        return {
+            "bundle": str(self.bundle),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "added": {name: str(path) for name, path in self.added.items()},
+            "prompt": self.prompt,
+            "steps": list(self.steps),
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "decoder": str(self.added[self.decoder]) if self.decoder in self.added else None,
+            "threads": self.threads,
+        }
+
+
+def own_entrant(work: Work, target: str) -> Entrant:
+    """TandemRT on a target."""
+    job = {**work.shared, "target": target, "cache": str(work.cache), "arguments": dict(work.arguments)}
+    return Entrant(partial(Contender, own_name(target), sys.executable, "ours.py", job))
+
+
+def own_name(target: str) -> str:
+    """What TandemRT on a target is called in a report."""
+    return f"tandemrt {target}"
+
+
+def peer_entrant(work: Work, name: str) -> Entrant:
+    """A peer; what keeps it from running is told when it is started.
+
+    Raises, when it is called:
+        BenchmarkError: it cannot do this work, or is not installed.
+    """
+
+    def start() -> Contender:
+        peer = named_peer(name)
+        _require_able(name, peer, work)
+        return Contender(name, interpreter(name, work.cache), peer.script, {**work.shared, **peer.settings})
+
+    return Entrant(start)
+
+
+def _require_able(name: str, peer: Peer, work: Work) -> None:
+    """Raise BenchmarkError where a peer cannot do this work, or lacks what it reads."""
+    if not peer.hybrid and len(dict(work.steps)) > 1:
+        raise BenchmarkError(name, "runs one denoiser in a picture, this plan has several")
+    if not peer.hybrid and work.decoder not in (None, _FIRST_DECODER):
+        raise BenchmarkError(name, f"paints with the bundle's first decoder, not with {work.decoder}")
+    if peer.reads != "checkpoint":
+        return
+    if work.checkpoint is None:
+        remedy = "Name the checkpoint that the bundle was made of with --checkpoint."
+        raise BenchmarkError(name, "reads a checkpoint, and none was named", remedy=remedy)
+    needed = [component for component, _ in work.steps if component not in _OF_THE_CHECKPOINT]
+    if work.decoder not in (None, _FIRST_DECODER):
+        needed.append(str(work.decoder))
+    missing = [component for component in dict.fromkeys(needed) if component not in work.added]
+    if missing:
+        remedy = "Name it with --small, --tiny-vae or --add NAME=DIR."
+        raise BenchmarkError(name, f"reads a checkpoint of {', '.join(missing)}, and none was named", remedy=remedy)

@@ -1,0 +1,37 @@
+"""One process a target, that paints the same seeds in several ways, of all targets in the same rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .entrants import Work, own_entrant
+from .rounds import Entrant, Progress, Taken, in_rounds, require_measured
+from .shared_arguments import Shared
+
+
+def in_ways(
+    work: Work, shared: Shared, ways: Mapping[str, Mapping[str, Any]], progress: Progress
+) -> dict[str, dict[str, Taken]]:
+    """What each way took, by target and way; pictures are compared with the first way's on the first target.
+
+    ways: what differs from the work's arguments.
+
+    Raises:
+        BenchmarkError: the first way failed on a target.
+    """
+    entrants: dict[str, Entrant] = {}
+    for target in shared.targets:
+        start = own_entrant(work, target).start
+        entrants |= {_named(way, target): Entrant(start, arguments) for way, arguments in ways.items()}
+    with TemporaryDirectory() as pictures:
+        taken = in_rounds(entrants, shared.rounds, Path(pictures), progress)
+    first = next(iter(ways))
+    require_measured(taken, (_named(first, target) for target in shared.targets))
+    return {target: {way: taken[_named(way, target)] for way in ways} for target in shared.targets}
+
+
+def _named(way: str, target: str) -> str:
+    return f"{way} on {target}"
