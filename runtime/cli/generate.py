@@ -27,7 +27,7 @@ from ..tokenizer import PromptTokenizer
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .generate_stored import own_interval, own_steps, stored_facts
-from .generate_told import calibration_lines, guidance_line, passed_over_lines, plan_lines, summary
+from .generate_told import calibration_lines, device_lines, guidance_line, passed_over_lines, plan_lines, summary
 from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, png_facts, unwritable, write_picture
 from .reporter import Reporter
@@ -91,8 +91,8 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
         }
-        stored = stored_facts(plan, pipe.bundle.manifest, checked.compiled)
-        for line in passed_over_lines(stored):
+        stored, devices = stored_facts(plan, pipe.bundle.manifest, checked.compiled), _device_facts(plan, pipe.target)
+        for line in (*passed_over_lines(stored), *device_lines(devices)):
             reporter.note(line)
         for line in calibration_lines({**facts, **stored}):
             reporter.warn(line)
@@ -102,6 +102,7 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
         images = [image for request, names in checked.named for image in job.paint(request, names, count)]
     return {
         **facts,
+        "devices": devices,
         "plan": {**checked.compiled.facts(), "placement": images[0]["placement"]},  # that ran, where it was `auto`
         "seed": seed,
         "images": images,

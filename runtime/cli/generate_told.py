@@ -48,6 +48,12 @@ def _devices(facts: Mapping[str, Any] | None) -> str:
     return f"{named}, which copy to each other {how}"
 
 
+def device_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is said of two GPUs that do not reach each other. facts: the run's devices."""
+    if facts is not None and facts["direct_copies"] is False:
+        yield f"{_devices(facts).removeprefix(', ')}: the driver grants no peer access"
+
+
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     """What each LoRA changed, then how many pictures there are, how long they took and on what."""
     engines = ", step engines" if all(image["step_engines"] for image in result["images"]) else ""

@@ -243,9 +243,15 @@ def test_the_command_line_takes_devices(
         gpus.peers = peers
         assert main([*given, "--devices", devices, "--print-plan"]) == 0
         assert words in capsys.readouterr().out
-    assert main([*given, "--devices", "0,1", "--json"]) == 0
-    (image,) = json.loads(capsys.readouterr().out)["images"]
-    assert [one["gpu"] for one in image["ran_on"]["unet"]] == [0, 1]
+    painted = [*given, "--prompt", "blue", "--json", "--force", "--devices"]
+    for peers, devices, ran in ((True, "0,1", [0, 1]), (False, "0,1", [0, 1]), (False, "1", [1])):
+        gpus.peers = peers
+        assert main([*painted, devices]) == 0
+        printed = capsys.readouterr()
+        told, direct = json.loads(printed.out), peers if "," in devices else None
+        assert told["devices"]["direct_copies"] is direct
+        assert [[one["gpu"] for one in image["ran_on"]["unet"]] for image in told["images"]] == [ran] * 2
+        assert printed.err.count("copy to each other through the host's memory") == (direct is False)
     for devices, words in (("0,0", "one device asked to be two"), ("a", "not a list of GPUs"), ("0,7", "got 7")):
         assert main([*given, "--devices", devices, "--force"]) in (1, 2)
         assert words in " ".join(capsys.readouterr().err.split())
