@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class Trace:
         """The trace as JSON-able facts: its events by their beginnings, and the threads' names."""
         names = [
             {"name": "thread_name", "ph": "M", "pid": os.getpid(), "tid": thread, "args": {"name": name}}
-            for thread, name in self._threads.items()
+            for thread, name in list(self._threads.items())  # others may begin to record meanwhile
         ]
         events = sorted(self.events, key=lambda event: (event["ts"], -event["dur"]))
         return {"displayTimeUnit": "ms", "traceEvents": [*names, *events]}
@@ -116,11 +116,14 @@ def traced(path: str | Path) -> Iterator[Trace]:
     """Record what the calling thread does within, and write the timeline at the end, however that comes.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. Where something failed within, that is raised in its place.
     """
     trace = Trace()
     try:
         with trace.recording():
             yield trace
-    finally:
-        trace.write(path)
+    except BaseException:
+        with suppress(OSError):  # what failed goes before the file
+            trace.write(path)
+        raise
+    trace.write(path)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
+from ..errors import TandemError
 from ..files import file_sha256
 from ..lora_files import read_lora
 from ..manifest import Manifest
@@ -73,9 +74,15 @@ def run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
     trace = Trace()
     try:
         with trace.recording():
-            return _run(plan, reporter)
-    finally:
-        _write_trace(trace, plan.trace)
+            result = _run(plan, reporter)
+    except BaseException:
+        try:
+            _write_trace(trace, plan.trace)
+        except TandemError as refused:
+            reporter.warn(str(refused))
+        raise
+    _write_trace(trace, plan.trace)
+    return result
 
 
 def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:

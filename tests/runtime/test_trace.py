@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import errno
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 
 from tandemrt.runtime import ExecutionError, Output, Pipeline, trace, traced
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.trace import Trace
 
 from .test_concurrency import picture
 
@@ -150,6 +154,21 @@ def test_threads_record_into_one_file(control_pipe: Pipeline, tmp_path: Path) ->
         assert Counter(parent for span, parent in zip(own, within(own), strict=True) if span["cat"] == "row") == {"": 2}
 
 
+def test_a_trace_is_looked_at_while_further_threads_begin_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "get_native_id", count().__next__)  # each span is another thread's
+    timeline, interval = Trace(), sys.getswitchinterval()
+    recording = threading.Thread(target=lambda: [timeline.add("row", row, 0.0) for row in range(20_000)])
+    sys.setswitchinterval(1e-4)
+    try:
+        recording.start()
+        while recording.is_alive():
+            timeline.facts()
+    finally:
+        sys.setswitchinterval(interval)
+        recording.join()
+    assert len(timeline.facts()["traceEvents"]) == 2 * 20_000
+
+
 def test_off_there_is_nothing_to_allocate() -> None:
     assert trace.span("row", 1) is trace.span("model", "unet")
 
@@ -159,6 +178,24 @@ def test_a_file_that_cannot_be_written_is_an_error_and_nothing_is_left(control_p
     with pytest.raises(OSError, match=r"trace\.json"), traced(tmp_path / "trace.json"):
         control_pipe("red", num_inference_steps=1)
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_what_failed_goes_before_a_file_that_cannot_be_written(
+    control_pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trace.json").mkdir()
+    with pytest.raises(ExecutionError, match="step 0"), traced(tmp_path / "trace.json"):
+        control_pipe("red", num_inference_steps=2, latents=np.full((1, 4, 8, 8), 1e38, np.float32))
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Trace, "write", refused)
+    file = tmp_path / "run.json"
+    assert main(["generate", str(tmp_path / "none"), "--prompt", "red", "--trace", str(file)]) != 0
+    beside, told = capsys.readouterr().err.splitlines()
+    assert f"{file}: cannot be written (no space)" in beside
+    assert str(tmp_path / "none") in told
 
 
 def test_generate_writes_one(control_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
