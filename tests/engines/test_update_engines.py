@@ -111,6 +111,21 @@ def test_between_text_and_picture_nothing_of_a_latents_size_is_up_or_downloaded(
         assert 2 <= both < 6
 
 
+# In parallel on one GPU runs part their scratch memory when they first meet, which may be in any row.
+@pytest.mark.parametrize("solver", ["unipc", "euler_a"])
+@pytest.mark.parametrize(("placement", "devices"), [("batched", None), ("sequential", None), ("parallel", (0, 1))])
+def test_once_it_runs_no_row_takes_memory_or_records_a_graph(
+    plain: Path, gpus: Gpus, placement: str, solver: str, devices: tuple[int, ...] | None
+) -> None:
+    with Pipeline.open(plain / "bundle", TARGET, cache=plain / "cache", threads=2, devices=devices) as pipe:
+        stream = pipe.stream(**ASKED, num_inference_steps=6, placement=placement, solver=solver)
+        made = [(gpus.allocated, gpus.recorded) for _ in stream]
+        assert on_update_engines(stream.result())
+    assert min(made[2]) > 0
+    assert made[3:] == made[2:3] * 3
+    assert gpus.wrong == []
+
+
 def test_what_is_kept_from_one_generation_serves_the_next_as_it_was(plain: Path, gpus: Gpus) -> None:
     """Also where another placement was tried on it, and where previews are read back."""
     previews = []

@@ -44,7 +44,8 @@ class Gpus:
     early. ran: the calls of engines. set_up: the GPUs that anything was made on, or that a thread was moved to. loaded:
     the GPU of each engine that was loaded. peers: whether they can reach each other's memory. copies: each one's kind
     and bytes.
-    recorded, launched: how many graphs were, of the latter each time.
+    allocated: how many blocks were, on GPUs and pinned, also those that were freed since. recorded, launched: how many
+    graphs were, of the latter each time.
     """
 
     architectures: Sequence[str]
@@ -54,6 +55,7 @@ class Gpus:
     loaded: list[int] = field(default_factory=list)
     peers: bool = True
     copies: list[tuple[str, int]] = field(default_factory=list)
+    allocated: int = 0
     recorded: int = 0
     launched: int = 0
 
@@ -139,6 +141,7 @@ class Gpus:
         block = (ctypes.c_byte * size)()
         ctypes.memset(block, 0xFF, size)  # as real memory it holds anything at first, here NaN
         self._blocks[ctypes.addressof(block)] = block
+        self.allocated += 1
         return self.made(ctypes.addressof(block))
 
     def _copied(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
