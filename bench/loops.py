@@ -85,7 +85,7 @@ def runtime_loop(scheduler_class: str) -> Callable[[], Float32]:
     def generate() -> Float32:
         table = compile_table(scheduler_class, SCHEDULE, STEPS)
         plan = Plan(table, ("unet",) * table.rows, (True,) * table.rows, GUIDANCE_SCALE)
-        sampler = Sampler(plan, Batched(Worker(plan, sessions, conditioning)), lambda: noise)
+        sampler = Sampler(plan, Batched(Worker(plan, sessions, conditioning)), lambda out: np.copyto(out, noise))
         state = State.begin(table, noise * np.float32(table.init_noise_sigma))
         for _ in sampler.run(state):
             pass

@@ -266,13 +266,15 @@ def test_the_discrepancy_is_the_relative_mean_absolute_error() -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_cancelling_leaves_the_pipeline_usable(tmp_path: Path, placement: str) -> None:
     write_tiny_bundle(tmp_path / "bundle")
+    asked: dict[str, Any] = {"prompt": "red", "seed": 7, "placement": placement}
     with Pipeline.open(tmp_path / "bundle", threads=2) as pipeline:
-        stream = pipeline.stream("red", num_inference_steps=50, placement=placement, previews=1)
+        expected = pipeline(**asked, num_inference_steps=2).latents
+        stream = pipeline.stream(**asked, num_inference_steps=50, previews=1)
         assert next(stream).preview
         stream.cancel()
         with pytest.raises(CancelledError, match="after row 1 of 50"):
             next(stream)
-        assert len(pipeline("red", num_inference_steps=2, placement=placement).images) == 1
+        np.testing.assert_array_equal(pipeline(**asked, num_inference_steps=2).latents, expected)
 
 
 def test_two_streams_share_one_compiled_model(tmp_path: Path) -> None:
