@@ -242,8 +242,8 @@ class TensorRtChain:
 def scratch_held(bindings: Sequence[TensorRtBinding]) -> Iterator[None]:
     """Hold a block of scratch memory for bindings that run one after another.
 
-    That is the block of the last run where it is free, another that is, or the first that comes free: so runs that
-    overlap part their blocks once, and keep them and what was recorded on them.
+    That is the block of the last run where it is free, else another that is; where none is, the last run's is waited
+    for. So runs that overlap part their blocks once, and keep them and what was recorded on them.
     """
     first = bindings[0]
     free = (one for one in (first.block, *first.blocks) if one.lock.acquire(blocking=False))
