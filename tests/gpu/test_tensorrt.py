@@ -27,6 +27,7 @@ from tandemrt.runtime.onnx_files import projections
 from tandemrt.runtime.output import Output
 from tandemrt.runtime.targets import Target
 
+from ..engines.tandem import ROWS, WINDOW, build_stages
 from ..interop.picture import psnr_db
 from ..runtime.lora_writing import write_lora
 from .conftest import FLAVOURS, PROMPT, Build, Painted, device_of
@@ -233,3 +234,17 @@ def test_branches_on_two_streams_paint_what_one_call_does(
     expected = painted(shapes_bundle, target)
     for placement in ("sequential", "parallel", "auto"):
         assert psnr_db(painted(shapes_bundle, target, placement=placement), expected) >= 60.0
+
+
+def test_a_window_of_stages_is_that_of_onnxruntime(
+    shapes_bundle: Path, name: str, build: Build, painted: Painted, tmp_path: Path
+) -> None:
+    """On one GPU, whose streams run the stages at once; both have their engines in the cache of `build`."""
+    build(shapes_bundle, name)
+    build(shapes_bundle, name, "unet", profiles=("64:b1",), stages=2)
+    build_stages(shapes_bundle, tmp_path, "unet", 2)
+    asked: dict[str, Any] = {"num_inference_steps": ROWS, "placement": "hybridiff", "placement_config": WINDOW}
+    expected = painted(shapes_bundle, "onnxruntime:cpu", **asked)
+    whole = painted(shapes_bundle, "onnxruntime:cpu", num_inference_steps=ROWS)
+    ours = painted(shapes_bundle, f"{name}:{device_of(name)}:fp32", **asked)
+    assert psnr_db(ours, expected) >= 60.0 > psnr_db(ours, whole)
