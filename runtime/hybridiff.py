@@ -65,16 +65,16 @@ class Hybridiff:
 
     def _pipelined(self, work: StageWork, sample: Sample) -> Branches:
         """All stages at once, each on what was handed on before."""
-        began = time.perf_counter()
         own, again = self._parts.own, self._parts.again if work.again is not None else None
         if work.time_of is None:
-            return self._branches(own[-1], began, "held")
+            return self._branches(own[-1], time.perf_counter(), "held")
         handed = {name: maker for part in own for name, maker in part.makers.items()}
         for part in own:
             part.give(sample, self._time(work.time_of), handed)
         if again is not None and work.again is not None:
             again.give(sample, self._time(work.again), handed)
         running = own if again is None else [*own, again]
+        began = time.perf_counter()
         self._crew.run([part.run for part in running])
         return self._branches(running[-1], began, "pipelined")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ from .transfers import take
 Float32 = npt.NDArray[np.float32]
 Sessions = Mapping[str, Session]
 Sample = Float32 | Lying
+_NUMBERS = count(1)  # of crews, whose threads have lanes on a timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +270,8 @@ class Crew:
 
         At the end of all it returns, or raises what the first of them did that failed.
         """
-        self._others = self._others or ThreadPoolExecutor(self._workers - 1, "tandemrt-branch")
+        if self._others is None:
+            self._others = ThreadPoolExecutor(self._workers - 1, f"tandemrt-branch-{next(_NUMBERS)}")
         begun = [self._others.submit(copy_context().run, work) for work in works[1:]]
         try:
             works[0]()

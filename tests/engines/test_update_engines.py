@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tandemrt.runtime.engine_search import fitting_engines
 from tandemrt.runtime.placement import Sequential, Worker
 from tandemrt.runtime.plan import Schedule, compile_plan
 from tandemrt.runtime.rows import Rows
+from tandemrt.runtime.stage_parts import Part
 from tandemrt.runtime.state import State
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.update_sampler import UpdateSampler
@@ -284,6 +286,21 @@ def test_the_window_of_stages_stays_there_too(
     assert copied(gpus, "DeviceToHost") == [LATENT_BYTES, PICTURE_BYTES]
     assert copied(gpus, "HostToDevice").count(STATE_BYTES) == 2
     assert gpus.wrong == []
+
+
+def test_a_pipelined_rows_models_do_not_count_what_stages_are_handed(
+    cut: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give, pause_s = Part.give, 0.05
+
+    def slow(part: Part, *given: Any) -> None:
+        time.sleep(pause_s)
+        give(part, *given)
+
+    monkeypatch.setattr(Part, "give", slow)
+    out = painted(cut, num_inference_steps=ROWS, placement="hybridiff", placement_config=WINDOW)
+    for row in (row for row in out.timings.rows if row.guidance.placement == "pipelined"):
+        assert 0 < row.model_ms <= row.total_ms - 2 * pause_s * 1e3
 
 
 def test_tensorrt_builds_update_engines_beside_step_engines(tiny: Bundle, tmp_path: Path) -> None:

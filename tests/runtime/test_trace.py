@@ -106,6 +106,15 @@ def test_a_bar_names_its_branch(control_bundle: Path, tmp_path: Path, placement:
     assert len({span["tid"] for span in calls}) == lanes
 
 
+def test_the_workers_of_generations_have_names_of_their_own(control_bundle: Path, tmp_path: Path) -> None:
+    with Pipeline.open(control_bundle, threads=2) as pipe, traced(tmp_path / "trace.json") as timeline:
+        for _ in range(2):
+            pipe("red", num_inference_steps=1, placement="parallel")
+    named = [event["args"]["name"] for event in timeline.facts()["traceEvents"] if event["ph"] == "M"]
+    workers = [name for name in named if name.startswith("tandemrt-branch")]
+    assert len(set(workers)) == len(workers) == 2
+
+
 def require_agreement(spans: Sequence[Event], output: Output) -> None:
     timings = output.timings
     rows = [span["dur"] / 1e3 for span in spans if span["cat"] == "row"]
