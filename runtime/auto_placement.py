@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from .architecture import cpu_architecture, usable_cpus
 from .backends import gpu_names
 from .backends.base import Shape
 from .bundle import Bundle
+from .errors import CancelledError, EngineError, ExecutionError, TandemError
 from .files import write_whole
 from .manifest import Frozen
 from .placement import Placed, refusal
@@ -97,6 +99,11 @@ class AutoPlacement:
         before: called before each row that is tried, and again and again while another's trial is waited for; what it
             raises ends the trial, of which nothing is remembered.
         without: placements that are not tried, since engines are missing for them.
+
+        A placement that fails is left out, and then the choice is not kept beyond this object.
+
+        Raises:
+            EngineError, ExecutionError: as `place` and the rows, where all placements fail.
         """
         if not any(plan.guided):
             return None
@@ -110,9 +117,10 @@ class AutoPlacement:
                 path = self._cache / "placements" / f"{ground.key}.json"
                 measurement = _remembered(path, ground)
                 if measurement is None:
-                    placed, alone = {one: place(one) for one in listed}, self._alone()
+                    placed, alone = _placed(listed, place, before), self._alone()
                     measurement = Measurement(ground=ground, ms=_measured(plan, shape, placed, before))
-                    if alone is not None and self._alone() == alone:
+                    whole = len(measurement.ms) == len(listed)
+                    if whole and alone is not None and self._alone() == alone:
                         _remember(path, measurement)
                 self._made[ground.key] = measurement
             return self._made[ground.key]
@@ -134,14 +142,47 @@ class AutoPlacement:
         )
 
 
+class _Failed(dict[str, TandemError]):
+    """Why placements are left out."""
+
+    @contextmanager
+    def noting(self, placement: str, before: Callable[[], None]) -> Iterator[None]:
+        """Go on where a placement fails, unless the whole generation is to end, which `before` tells."""
+        try:
+            yield
+        except CancelledError:
+            raise
+        except (EngineError, ExecutionError) as error:
+            before()
+            self[placement] = error.again()
+
+    def require_fewer(self, placements: Collection[str]) -> None:
+        """Raise why the first one failed where all of them did."""
+        if len(self) == len(placements):
+            raise next(iter(self.values()))
+
+
+def _placed(listed: Sequence[str], place: Callable[[str], Placed], before: Callable[[], None]) -> dict[str, Placed]:
+    """What predicts the rows in each of these placements that there can be."""
+    placed, failed = dict[str, Placed](), _Failed()
+    for one in listed:
+        with failed.noting(one, before):
+            placed[one] = place(one)
+    failed.require_fewer(listed)
+    return placed
+
+
 def _measured(plan: Plan, shape: Shape, placed: Mapping[str, Placed], before: Callable[[], None]) -> dict[str, float]:
-    """The least that the first guided row of each denoiser takes, in turns, in each of these placements."""
+    """The least that the first guided row of each denoiser takes, in turns, in each of these placements that runs."""
     rows = {name: row for row, name in reversed(list(enumerate(plan.denoisers))) if plan.guided[row]}
     sample = np.zeros(shape, np.float32)
     least = {one: dict.fromkeys(rows, float("inf")) for one in placed}
+    failed = _Failed()
     try:
-        for round_ in range(1 + _ROUNDS):
-            for one in placed:
+        for round_, one in product(range(1 + _ROUNDS), placed):
+            if one in failed:
+                continue
+            with failed.noting(one, before):
                 for name, row in rows.items():
                     before()
                     with span(f"try {one}", row):
@@ -151,7 +192,8 @@ def _measured(plan: Plan, shape: Shape, placed: Mapping[str, Placed], before: Ca
     finally:
         for each in placed.values():
             each.rest()
-    return {one: sum(by_name.values()) for one, by_name in least.items()}
+    failed.require_fewer(placed)
+    return {one: sum(by_name.values()) for one, by_name in least.items() if one not in failed}
 
 
 def _remembered(path: Path, ground: Ground) -> Measurement | None:

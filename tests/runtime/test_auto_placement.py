@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandemrt.runtime import CancelledError, Pipeline, auto_placement
+from tandemrt.runtime import CancelledError, EngineError, ExecutionError, Pipeline, auto_placement
 from tandemrt.runtime.auto_placement import AutoPlacement
 from tandemrt.runtime.cache import cache_folder
 from tandemrt.runtime.placement import Branches
@@ -27,15 +27,17 @@ EVERY = ["batched", "parallel", "sequential"]
 
 
 class Timed:
-    """Predicts nothing, in a time that is given; counts its rows, after which it is to rest."""
+    """Predicts nothing, in a time that is given, or fails; counts its rows, after which it is to rest."""
 
-    def __init__(self, placement: str, ms: float, rows: list[str], tired: set[str]) -> None:
+    def __init__(self, placement: str, ms: float | Exception, rows: list[str], tired: set[str]) -> None:
         self._placement, self._ms, self._rows, self._tired = placement, ms, rows, tired
 
     def predict(self, row: int, sample: np.ndarray, *, guided: bool) -> Branches:
         assert guided
         self._rows.append(self._placement)
         self._tired.add(self._placement)
+        if isinstance(self._ms, Exception):
+            raise self._ms
         return Branches(sample, sample, self._ms, (), self._placement)
 
     def rest(self) -> None:
@@ -52,7 +54,9 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
 Open = Callable[..., Pipeline]
 
 
-def chosen(pipe: Pipeline, ms: dict[str, float], compiled: Plan | None = None, **more: Any) -> tuple[str, list[str]]:
+def chosen(
+    pipe: Pipeline, ms: Mapping[str, float | Exception], compiled: Plan | None = None, **more: Any
+) -> tuple[str, list[str]]:
     """The choice of a newly opened pipeline where rows take these times, and the rows that were tried."""
     return asked(opened(pipe, **more), ms, compiled, **more)
 
@@ -63,15 +67,21 @@ def opened(pipe: Pipeline, **more: Any) -> AutoPlacement:
 
 
 def asked(
-    auto: AutoPlacement, ms: dict[str, float], compiled: Plan | None = None, **more: Any
+    auto: AutoPlacement, ms: Mapping[str, float | Exception], compiled: Plan | None = None, **more: Any
 ) -> tuple[str, list[str]]:
     rows, tired = list[str](), set[str]()
+
+    def place(one: str) -> Timed:
+        if one in more.get("unplaced", {}):
+            raise more["unplaced"][one]
+        return Timed(one, ms[one], rows, tired)
+
     try:
         measured = auto.choose(
             compiled or plan(4),
             more.get("shape", SHAPE),
             more.get("models", {"unet": ()}),
-            lambda one: Timed(one, ms[one], rows, tired),
+            place,
             more.get("before", lambda: None),
         )
     finally:
@@ -90,6 +100,50 @@ def asked(
 def test_the_fastest_is_chosen_unless_it_gains_nothing(pipeline: Open, ms: dict[str, float], expected: str) -> None:
     with pipeline() as pipe:
         assert chosen(pipe, ms)[0] == expected
+
+
+ENGINE, CALL = EngineError("unet", "no engine fits"), ExecutionError("unet", "cudaMalloc failed")
+
+
+@pytest.mark.parametrize("error", [ENGINE, CALL], ids=["engine", "call"])
+@pytest.mark.parametrize("when", ["placed", "run"])
+def test_a_placement_that_fails_is_left_out_and_the_choice_not_kept(
+    pipeline: Open, tmp_path: Path, when: str, error: Exception
+) -> None:
+    ms: dict[str, float | Exception] = {"batched": 9.0, "parallel": 5.0, "sequential": 8.0}
+    failing = {"unplaced": {"parallel": error}} if when == "placed" else {}
+    with pipeline() as pipe:
+        auto = opened(pipe)
+        placement, rows = asked(auto, ms if failing else {**ms, "parallel": error}, **failing)
+        assert (placement, rows.count("sequential"), rows.count("parallel")) == ("sequential", 4, when == "run")
+        assert asked(auto, ms) == ("sequential", [])
+        assert not (tmp_path / "cache").exists()
+        assert chosen(pipe, ms)[0] == "parallel"
+
+
+@pytest.mark.parametrize("when", ["placed", "run"])
+def test_where_all_placements_fail_it_is_told_why_the_first_did(pipeline: Open, when: str) -> None:
+    errors: dict[str, Exception] = {"batched": ENGINE, "parallel": CALL, "sequential": CALL}
+    with pipeline() as pipe, pytest.raises(EngineError, match="unet: no engine fits"):
+        chosen(pipe, errors, unplaced=errors if when == "placed" else {})
+
+
+@pytest.mark.parametrize("when", ["placed", "run"])
+def test_what_ends_the_generation_ends_the_trial(pipeline: Open, when: str) -> None:
+    """A cancelled one, and a closed pipeline, of which the model at hand tells in its own words."""
+    closed: Any = {"batched": CALL, "parallel": 5.0, "sequential": 8.0}
+    cancelled: Any = {**closed, "batched": CancelledError("generation", "cancelled")}
+    ended = iter([False] if when == "run" else [])
+
+    def require_open() -> None:
+        if next(ended, True):
+            raise ExecutionError("pipeline", "used after it was closed")
+
+    with pipeline() as pipe:
+        for ms, before in ((cancelled, lambda: None), (closed, require_open)):
+            unplaced = {"batched": ms["batched"]} if when == "placed" else {}
+            with pytest.raises(ExecutionError, match=r"cancelled|used after it was closed"):
+                chosen(pipe, ms, unplaced=unplaced, before=before)
 
 
 def test_a_choice_is_remembered_by_all_that_it_rests_on(pipeline: Open, tmp_path: Path) -> None:
