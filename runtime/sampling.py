@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -103,20 +104,35 @@ def _on_denoisers(
         return place(placement, Ran(), hands=False)
 
     chosen, before_it = plan.placement, models.uses()
-    if chosen == "auto":
-        without = () if _has_second(rows, models) else ("parallel",)
-        guided = models_of(plan, rows.controls, plan.guided)
-        engines_of = {name: models.engines(name, rows.loras.variant(name)) for name in guided}
-        measured = auto.choose(plan, shape, engines_of, tried, before, without)
-        chosen = "batched" if measured is None else measured.fastest
-        rows.ran.tried = {} if measured is None else measured.ms
-    after_it = models.uses()
-    placed = place(chosen, rows.ran, hands=updates is not None)
-    if plan.placement == "auto":
-        models.release({key: use for key, use in after_it.items() if key not in before_it})
+    with ExitStack() as at_end:
+        if chosen == "auto":
+            try:
+                chosen = _fastest(rows, shape, models, auto, tried, before)
+            finally:
+                of_trial = {key: use for key, use in models.uses().items() if key not in before_it}
+                at_end.callback(models.release, of_trial)
+        placed = place(chosen, rows.ran, hands=updates is not None)
     if updates is None:
         return Sampler(plan, placed, rows.draw_noise, keep=rows.keep)
     return UpdateSampler(rows, placed, {name: one.session for (name, _), one in updates.items()})
+
+
+def _fastest(
+    rows: Rows,
+    shape: Shape,
+    models: Models,
+    auto: AutoPlacement,
+    place: Callable[[str], Placed],
+    before: Callable[[], None],
+) -> str:
+    """The placement that `auto` stands for; place, before: as of `AutoPlacement.choose`."""
+    plan = rows.plan
+    without = () if _has_second(rows, models) else ("parallel",)
+    guided = models_of(plan, rows.controls, plan.guided)
+    engines_of = {name: models.engines(name, rows.loras.variant(name)) for name in guided}
+    measured = auto.choose(plan, shape, engines_of, place, before, without)
+    rows.ran.tried = {} if measured is None else measured.ms
+    return "batched" if measured is None else measured.fastest
 
 
 def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None], *, hands: bool) -> Placed:

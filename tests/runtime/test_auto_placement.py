@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandemrt.runtime import CancelledError, EngineError, ExecutionError, Pipeline, auto_placement
+from tandemrt.runtime import CancelledError, EngineError, ExecutionError, Pipeline, auto_placement, sampling
 from tandemrt.runtime.auto_placement import AutoPlacement
 from tandemrt.runtime.cache import cache_folder
 from tandemrt.runtime.placement import Branches
@@ -294,6 +294,32 @@ def test_what_only_the_trial_needed_is_let_go_of(
         again = pipe(**arguments, placement="auto")
         np.testing.assert_array_equal(again.latents, expected.latents)
         assert tried == EVERY
+
+
+@pytest.mark.parametrize("failing", ["trial", "placing"])
+def test_what_a_trial_loaded_is_let_go_of_where_the_generation_fails(
+    pipeline: Open, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    arguments: dict[str, Any] = {"prompt": "red", "seed": 7, "num_inference_steps": 2, "output_type": "latent"}
+    placed = sampling._placed
+
+    def measured(plan: Plan, shape: Any, placed: Mapping[str, Any], before: Any) -> dict[str, float]:
+        if failing == "trial":
+            raise CancelledError("generation", "cancelled")
+        monkeypatch.setattr(sampling, "_placed", failed)
+        return dict.fromkeys(placed, 1.0)
+
+    def failed(*_: Any, **__: Any) -> Any:
+        raise ExecutionError("unet", "no memory")
+
+    monkeypatch.setattr(auto_placement, "_measured", measured)
+    with pipeline(target="openvino:cpu", threads=2) as pipe:
+        expected = pipe(**arguments)
+        with pytest.raises(ExecutionError, match=r"cancelled|no memory"):
+            pipe(**arguments, placement="auto")
+        assert {key[2] for key in pipe._models._loaders if key[0] == "unet"} == {1}
+        monkeypatch.setattr(sampling, "_placed", placed)
+        np.testing.assert_array_equal(pipe(**arguments).latents, expected.latents)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b'{"ground": 3}', b"[" * 100_000])
