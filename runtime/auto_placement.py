@@ -96,8 +96,8 @@ class AutoPlacement:
         """What decides on the placement of a plan's guided rows, for latents of this shape; None where it has none.
 
         models: as of `Ground`. place: what predicts the rows in a placement, with its models loaded.
-        before: called before each row that is tried, and again and again while another's trial is waited for; what it
-            raises ends the trial, of which nothing is remembered.
+        before: called before each row that is tried, and again and again while another's trial is waited for, before
+            one of its own; what it raises ends the trial, of which nothing is remembered.
         without: placements that are not tried, since engines are missing for them.
 
         A placement that fails is left out, and then the choice is not kept beyond this object.
@@ -110,22 +110,29 @@ class AutoPlacement:
         possible = (one for one in _CANDIDATES if refusal(one, self._target, self._threads) is None)
         listed = [one for one in possible if one not in without]
         ground = self._ground(shape, models, listed)
+        if (known := self._known(ground)) is not None:
+            return known
         while not self._lock.acquire(timeout=_POLL_S):
             before()
         try:
-            if ground.key not in self._made:
-                path = self._cache / "placements" / f"{ground.key}.json"
-                measurement = _remembered(path, ground)
-                if measurement is None:
-                    placed, alone = _placed(listed, place, before), self._alone()
-                    measurement = Measurement(ground=ground, ms=_measured(plan, shape, placed, before))
-                    whole = len(measurement.ms) == len(listed)
-                    if whole and alone is not None and self._alone() == alone:
-                        _remember(path, measurement)
-                self._made[ground.key] = measurement
-            return self._made[ground.key]
+            if (known := self._known(ground)) is not None:
+                return known
+            placed, alone = _placed(listed, place, before), self._alone()
+            measurement = Measurement(ground=ground, ms=_measured(plan, shape, placed, before))
+            whole = len(measurement.ms) == len(listed)
+            if whole and alone is not None and self._alone() == alone:
+                _remember(self._path(ground), measurement)
+            return self._made.setdefault(ground.key, measurement)
         finally:
             self._lock.release()
+
+    def _known(self, ground: Ground) -> Measurement | None:
+        """A measurement on this ground, by this object or in the cache."""
+        made = self._made.get(ground.key) or _remembered(self._path(ground), ground)
+        return None if made is None else self._made.setdefault(ground.key, made)
+
+    def _path(self, ground: Ground) -> Path:
+        return self._cache / "placements" / f"{ground.key}.json"
 
     def _ground(self, shape: Shape, models: Mapping[str, tuple[str, ...]], listed: Sequence[str]) -> Ground:
         return Ground(

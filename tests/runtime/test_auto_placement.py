@@ -268,6 +268,32 @@ def test_waiting_for_anothers_trial_can_be_cancelled(pipeline: Open) -> None:
         assert asked(auto, ms) == ("parallel", [])
 
 
+@pytest.mark.parametrize("by", ["itself", "another"])
+def test_what_is_known_waits_for_no_trial(pipeline: Open, by: str) -> None:
+    ms = {"batched": 9.0, "parallel": 5.0, "sequential": 9.0}
+    trying, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        trying.set()
+        assert go_on.wait(60)
+
+    def fail() -> None:
+        raise CancelledError("generation", "waited for another's trial")
+
+    with pipeline() as pipe:
+        auto = opened(pipe)
+        assert asked(auto if by == "itself" else opened(pipe), ms)[0] == "parallel"
+        other = {"shape": (1, 4, 8, 8), "before": hold}
+        first = threading.Thread(target=lambda: asked(auto, ms, **other), daemon=True)
+        first.start()
+        try:
+            assert trying.wait(60)
+            assert asked(auto, ms, before=fail) == ("parallel", [])
+        finally:
+            go_on.set()
+            first.join(60)
+
+
 @pytest.mark.parametrize(
     ("best", "before", "streams"),
     [("batched", None, {1}), ("sequential", None, {1}), ("parallel", None, {2}), ("batched", "parallel", {1, 2})],
