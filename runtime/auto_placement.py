@@ -28,7 +28,7 @@ from .trace import span
 
 FORMAT = 2
 MAX_BYTES = 1 << 16
-_CANDIDATES = ("batched", "parallel", "sequential")
+CANDIDATES = ("batched", "parallel", "sequential")
 _ROUNDS = 3
 _POLL_S = 0.05
 # What another placement must gain over one before it in the list: less is noise.
@@ -91,24 +91,26 @@ class AutoPlacement:
         models: Mapping[str, tuple[str, ...]],
         place: Callable[[str], Placed],
         before: Callable[[], None],
-        without: Collection[str] = (),
+        without: Mapping[str, EngineError],
     ) -> Measurement | None:
         """What decides on the placement of a plan's guided rows, for latents of this shape; None where it has none.
 
         models: as of `Ground`. place: what predicts the rows in a placement, with its models loaded.
         before: called before each row that is tried, and again and again while another's trial is waited for, before
             one of its own; what it raises ends the trial, of which nothing is remembered.
-        without: placements that are not tried, since engines are missing for them.
+        without: placements that are not tried, since engines are missing for them, and which.
 
         A placement that fails is left out, and then the choice is not kept beyond this object.
 
         Raises:
-            EngineError, ExecutionError: as `place` and the rows, where all placements fail.
+            EngineError, ExecutionError: as `place` and the rows, or of `without`, where no placement is left.
         """
         if not any(plan.guided):
             return None
-        possible = (one for one in _CANDIDATES if refusal(one, self._target, self._threads) is None)
+        possible = (one for one in CANDIDATES if refusal(one, self._target, self._threads) is None)
         listed = [one for one in possible if one not in without]
+        if not listed:
+            raise next(iter(without.values()))
         ground = self._ground(shape, models, listed)
         if (known := self._known(ground)) is not None:
             return known

@@ -14,9 +14,10 @@ from .backends import streams_for
 from .backends.base import Array, Handed, Handing, Session, Shape
 from .build_commands import build_command
 from .bundle import Bundle
-from .engine_search import engines_of, fitting_engines
+from .engine_search import engines_of
 from .engine_session import Loader, engine_target
-from .errors import BundleError, EngineError, ExecutionError
+from .errors import BundleError, EngineError, ExecutionError, UntrustedError
+from .foreseen_engines import foreseen_engines
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
 from .observed import Observe, ObservedSession
@@ -48,6 +49,7 @@ class Models:
         self._targets = tuple(replace(target, gpus=(gpu,)) for gpu in target.gpus)
         self._sessions: dict[tuple[str, Variant, bool, int | None, int, int], Session] = {}
         self._stages: dict[tuple[str, tuple[int, ...], Shape], tuple[Variant, ...]] = {}
+        self._foreseen: set[tuple[str, Variant, Shape, bool, int]] = set()
         self._loaders: dict[_LoaderKey, Loader] = {}
         self._uses: dict[_LoaderKey, int] = {}
         self._engines: dict[tuple[str, Variant], tuple[str, ...]] = {}
@@ -162,26 +164,34 @@ class Models:
             kept = self._sessions.items()
             self._sessions = {key: one for key, one in kept if (key[0], *key[3:]) not in gone}
 
-    def require_second(self, name: str, variant: Variant, *, refit: bool = False) -> None:
-        """Check that a second GPU, of another architecture than the first, has an engine of a variant of its own.
+    def require_engine(
+        self, name: str, variant: Variant, shape: Shape, *, refit: bool = False, device: int = 0
+    ) -> None:
+        """Check that a GPU has an engine for calls of a component, by what is known before any; graphs take all calls.
 
-        refit: as of `session`.
+        variant, refit, device: as of `session`. shape: as of `foreseen_engines`. What was found once is not looked for
+        again.
 
         Raises:
-            EngineError: there is none, whatever the shapes.
+            EngineError: there is none.
         """
-        first, *others = (engine_target(self._bundle, name, target) for target in self._targets)
-        for target in others:
-            if target.device == first.device:
-                continue
+        key = name, variant, shape, refit, device
+        with self._lock:
+            if self._target.backend not in ENGINES_ONLY or key in self._foreseen:
+                return
+            target = engine_target(self._bundle, name, self._targets[device])
+            where = f"{name} on GPU {target.gpus[0]}" if self.devices > 1 else name
             try:
-                found = fitting_engines(self._bundle, name, target, cache=self._cache, variant=variant)
+                found = foreseen_engines(self._bundle, name, target, shape, cache=self._cache, variant=variant)
+            except UntrustedError:
+                raise
             except EngineError as error:
-                raise EngineError(f"{name} on GPU {target.gpus[0]}", error.what, remedy=error.remedy) from error
-            if refit and not any(one.engine.ingredients.refittable for one in found):
-                command = build_command(self._bundle, name, target, variant, None, self._cache)
+                raise EngineError(where, error.what, remedy=error.remedy) from error
+            if refit and not any(one.ingredients.refittable for one in found):
+                command = build_command(self._bundle, name, target, variant, {"noise": shape}, self._cache)
                 what = "no engine that can be refitted, which its LoRAs need"
-                raise EngineError(f"{name} on GPU {target.gpus[0]}", what, remedy=f"Run `{command} --refit`.")
+                raise EngineError(where, what, remedy=f"Run `{command} --refit`.")
+            self._foreseen.add(key)
 
     def require_stages(self, name: str, devices: tuple[int, ...], shape: Shape) -> tuple[Variant, ...]:
         """See `find_stages`; what was found once is not looked for again.

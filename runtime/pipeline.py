@@ -37,7 +37,7 @@ from .request import Request
 from .request_calls import numbered, takes_request
 from .request_checks import checked_array, checked_loras
 from .rows import Rows
-from .sampling import models_of, open_loop, step_variants
+from .sampling import open_loop, require_engines, step_variants
 from .state import State
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
@@ -146,8 +146,8 @@ class Pipeline:
             RequestError, PlanError: an argument cannot be used; nothing has run.
             TargetError: the target cannot place the branches of guidance as asked; nothing has run.
             CheckpointError: a LoRA's file is damaged, or of a kind that is not supported; nothing has run.
-            EngineError: no engine takes the LoRAs, or is a stage that is needed, and nothing has run; or one
-                that is needed is missing.
+            EngineError: no engine takes the LoRAs or the branches by themselves, or is a stage that is needed, and
+                nothing has run; or one that is needed is missing.
             ExecutionError: a model failed, or returned NaN or Inf.
         """
         return Stream(functools.partial(self._generate, request, at_once=True)).result()
@@ -202,9 +202,8 @@ class Pipeline:
         """Refuse a placement that the target, or the engines that are there, cannot do."""
         if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
             raise refused
-        if plan.placement in ("parallel", "hybridiff"):
-            for name in models_of(plan, controls, plan.guided):
-                self._models.require_second(name, loras.variant(name), refit=name in loras.in_weights)
+        if plan.placement in ("sequential", "parallel", "hybridiff"):
+            require_engines(plan, controls, loras, shape, self._models)
         if plan.window is None:
             return
         if controls or loras.adapters:

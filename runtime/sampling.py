@@ -10,11 +10,12 @@ from typing import Protocol
 
 import msgspec
 
-from .auto_placement import AutoPlacement
+from .auto_placement import CANDIDATES, AutoPlacement
 from .backends.base import Session, Shape
 from .control import Control, Steering
 from .errors import EngineError
 from .hybridiff import Hybridiff
+from .loras import Fitted
 from .manifest import TensorSpec
 from .models import Models
 from .placement import Batched, Parallel, Placed, Sequential, Worker
@@ -127,7 +128,9 @@ def _fastest(
 ) -> str:
     """The placement that `auto` stands for; place, before: as of `AutoPlacement.choose`."""
     plan = rows.plan
-    without = () if _has_second(rows, models) else ("parallel",)
+    placed = {one: replace(plan, placement=one) for one in CANDIDATES}
+    lacking = {one: _lacking(there, rows.controls, rows.loras, shape, models) for one, there in placed.items()}
+    without = {one: error for one, error in lacking.items() if error is not None}
     guided = models_of(plan, rows.controls, plan.guided)
     engines_of = {name: models.engines(name, rows.loras.variant(name)) for name in guided}
     measured = auto.choose(plan, shape, engines_of, place, before, without)
@@ -169,14 +172,34 @@ def _stages(rows: Rows, window: Window, inputs: tuple[TensorSpec, ...], shape: S
     return Stages(name, inputs, sessions)
 
 
-def _has_second(rows: Rows, models: Models) -> bool:
-    """Whether a second GPU, where there is one, has engines for the unconditional branch."""
+def require_engines(plan: Plan, controls: Sequence[Control], loras: Fitted, shape: Shape, models: Models) -> None:
+    """Check that the GPUs have engines for the calls of a plan, as it is placed, by what is known before any.
+
+    shape: the latents', (B, C, h, w).
+
+    Raises:
+        EngineError: one is missing.
+    """
+    every, both = [True] * len(plan.guided), (2 * shape[0], *shape[1:])
+    calls: list[tuple[Sequence[bool], Shape, int]] = [(every, shape, 0)]
+    if plan.placement == "batched":
+        calls = [(plan.guided, both, 0), (plan.one_branch, shape, 0)]
+    elif plan.placement != "sequential" and models.devices > 1:
+        calls.append((plan.guided, shape, 1))
+    for rows, taken, device in calls:
+        for name in models_of(plan, controls, rows):
+            models.require_engine(name, loras.variant(name), taken, refit=name in loras.in_weights, device=device)
+
+
+def _lacking(
+    plan: Plan, controls: Sequence[Control], loras: Fitted, shape: Shape, models: Models
+) -> EngineError | None:
+    """Why `require_engines` refuses these; None where it does not."""
     try:
-        for name in models_of(rows.plan, rows.controls, rows.plan.guided):
-            models.require_second(name, rows.loras.variant(name), refit=name in rows.loras.in_weights)
-    except EngineError:
-        return False
-    return True
+        require_engines(plan, controls, loras, shape, models)
+    except EngineError as error:
+        return error
+    return None
 
 
 def models_of(plan: Plan, controls: Sequence[Control], at: Sequence[bool]) -> list[str]:

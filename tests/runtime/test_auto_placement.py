@@ -83,6 +83,7 @@ def asked(
             more.get("models", {"unet": ()}),
             place,
             more.get("before", lambda: None),
+            more.get("without", {}),
         )
     finally:
         assert not tired

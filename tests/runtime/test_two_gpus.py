@@ -221,7 +221,7 @@ def test_auto_tries_no_placement_that_the_second_gpu_lacks_engines_for(
         assert {one.gpu for one in gpus.ran} == {0}
         write_engines(cache, bundle, "sm120", "unet", "unet_small")
         with pytest.raises(EngineError, match=r"unet on GPU 1: no engine that can be refitted.*sm120.* --refit`"):
-            pipe._models.require_second("unet", PLAIN, refit=True)
+            pipe._models.require_engine("unet", PLAIN, (1, 4, 8, 8), refit=True, device=1)
         pipe(**ASKED, placement="auto")
     assert {one.gpu for one in gpus.ran} == {0, 1}
     assert gpus.wrong == []
