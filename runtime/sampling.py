@@ -64,8 +64,8 @@ def open_loop(
     """The loop for latents of this shape with what it runs on loaded, and whether that is step engines.
 
     Step engines run batched, with fixed guidance; any other placement takes the denoisers themselves, `auto` where
-    there are no step engines. ControlNets run beside either. Both compute the same numbers, on ONNX
-    Runtime's engines the same bits.
+    there are no step engines, or a second GPU could run a branch. ControlNets run beside either. Both compute the same
+    numbers, on ONNX Runtime's engines the same bits.
 
     before: called before each model is loaded; what it raises ends the loading.
 
@@ -74,17 +74,28 @@ def open_loop(
         EngineError: the target runs engines alone, and one is missing; or the cache is not the user's own.
     """
     plan, conditioning = rows.plan, rows.conditioning
-    wanted = _wanted(rows, shape)
-    steps = engines.load(wanted, before=before, ran=rows.ran) if wanted else None
-    if not wanted:
-        takes_none = f"placement {plan.placement}" if plan.placement not in _ON_STEP_ENGINES else "adaptive guidance"
+    if takes_none := _what_takes_no_steps(rows, shape, models):
         engines.leave(dict.fromkeys(plan.denoisers), takes_none, "step", rows.ran)
+    steps = None if takes_none else engines.load(_wanted(rows, shape), before=before, ran=rows.ran)
     controls = tuple(control.component for control in rows.controls)
     if steps is None:
         return _on_denoisers(rows, shape, models, engines, auto, before), False
     sessions = _sessions(controls, rows, models, before)
     steering = Steering(rows.controls, sessions, conditioning) if rows.controls else None
     return StepSampler(rows, steps, steering), True
+
+
+def _what_takes_no_steps(rows: Rows, shape: Shape, models: Models) -> str:
+    """What of a request keeps it from step engines, whichever there are; empty where nothing does."""
+    plan = rows.plan
+    if plan.placement not in _ON_STEP_ENGINES:
+        return f"placement {plan.placement}"
+    if plan.adaptive is not None:
+        return "adaptive guidance"
+    second = plan.placement == "auto" and models.devices > 1 and any(plan.guided)
+    if second and _lacking(replace(plan, placement="parallel"), rows.controls, rows.loras, shape, models) is None:
+        return "placement auto on two GPUs"
+    return ""
 
 
 def _on_denoisers(

@@ -12,7 +12,7 @@ import pytest
 from tandemrt.engines.profiles import input_ranges, parse_profile
 from tandemrt.runtime import EngineError, Pipeline
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.variant import PLAIN
+from tandemrt.runtime.variant import PLAIN, Variant
 
 from ..runtime.engine_writing import write_engines
 from ..runtime.stand_in_gpus import Gpus, stand_in
@@ -25,7 +25,7 @@ GUIDED, UNGUIDED = (f"{8 * SIDE}:b1:{calls}" for calls in ("guided", "unguided")
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
-    return stand_in(monkeypatch, "sm89")
+    return stand_in(monkeypatch, "sm89", "sm89")
 
 
 @pytest.fixture
@@ -86,4 +86,23 @@ def test_an_unguided_row_needs_an_engine_too(built: Callable[..., Path], gpus: G
     """Which engines for both branches in one call alone are not."""
     with pytest.raises(EngineError, match=r"unet_small: .*is outside"):
         painted(built(GUIDED), placement="auto", guidance_interval=(0.0, 0.5), **HYBRID)
+    assert gpus.wrong == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "whole", "steps"), [(None, True, True), ((0, 1), True, False), ((0, 1), False, True)]
+)
+def test_auto_passes_over_step_engines_where_a_second_gpu_can_run_a_branch(
+    tmp_path: Path, gpus: Gpus, devices: tuple[int, ...] | None, whole: bool, steps: bool
+) -> None:
+    """whole: whether there are engines of the denoisers themselves."""
+    write_tiny_bundle(tmp_path / "bundle")
+    denoisers = HYBRID["steps"] if whole else ()
+    write_engines(tmp_path / "cache", tmp_path / "bundle", "sm89", "text_encoder", "vae_decoder", *denoisers)
+    write_variants(tmp_path, {name: [Variant(step="guided")] for name in HYBRID["steps"]})
+    out = painted(tmp_path, devices=devices, placement="auto", **HYBRID)
+    assert (out.timings.step_engines, bool(out.timings.tried)) == (steps, not steps)
+    told = "" if steps else "placement auto on two GPUs takes no step engines"
+    assert {one.unasked for one in out.timings.ran_on["unet"]} == {told}
+    require_same_pictures(out, painted(tmp_path, "onnxruntime:cpu", **HYBRID))
     assert gpus.wrong == []
