@@ -30,6 +30,7 @@ class Trace:
 
     events: list[dict[str, Any]] = field(default_factory=list)
     _threads: dict[int, str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -44,27 +45,29 @@ class Trace:
         """Record what the calling thread has done since a reading of `time.perf_counter`."""
         ended = time.perf_counter()
         thread = threading.get_native_id()
-        self._threads.setdefault(thread, threading.current_thread().name)
-        self.events.append(
-            {
-                "name": f"{category} {about}".rstrip(),
-                "cat": category,
-                "ph": "X",
-                "ts": began * 1e6,
-                "dur": (ended - began) * 1e6,
-                "pid": os.getpid(),
-                "tid": thread,
-                "args": {} if about == "" else {"about": about},
-            }
-        )
+        event = {
+            "name": f"{category} {about}".rstrip(),
+            "cat": category,
+            "ph": "X",
+            "ts": began * 1e6,
+            "dur": (ended - began) * 1e6,
+            "pid": os.getpid(),
+            "tid": thread,
+            "args": {} if about == "" else {"about": about},
+        }
+        with self._lock:
+            self._threads.setdefault(thread, threading.current_thread().name)
+            self.events.append(event)
 
     def facts(self) -> dict[str, Any]:
         """The trace as JSON-able facts: its events by their beginnings, and the threads' names."""
+        with self._lock:  # others may begin to record meanwhile
+            threads, events = dict(self._threads), list(self.events)
         names = [
             {"name": "thread_name", "ph": "M", "pid": os.getpid(), "tid": thread, "args": {"name": name}}
-            for thread, name in list(self._threads.items())  # others may begin to record meanwhile
+            for thread, name in threads.items()
         ]
-        events = sorted(self.events, key=lambda event: (event["ts"], -event["dur"]))
+        events.sort(key=lambda event: (event["ts"], -event["dur"]))
         return {"displayTimeUnit": "ms", "traceEvents": [*names, *events]}
 
     def write(self, path: str | Path) -> None:

@@ -166,16 +166,19 @@ def test_threads_record_into_one_file(control_pipe: Pipeline, tmp_path: Path) ->
 def test_a_trace_is_looked_at_while_further_threads_begin_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "get_native_id", count().__next__)  # each span is another thread's
     timeline, interval = Trace(), sys.getswitchinterval()
-    recording = threading.Thread(target=lambda: [timeline.add("row", row, 0.0) for row in range(20_000)])
+    recording = threading.Thread(target=lambda: [timeline.add("row", row, 0.0) for row in range(5_000)])
     sys.setswitchinterval(1e-4)
     try:
         recording.start()
         while recording.is_alive():
-            timeline.facts()
+            shown = timeline.facts()["traceEvents"]
+            assert {event["tid"] for event in shown if event["ph"] == "X"} == {
+                event["tid"] for event in shown if event["ph"] == "M"
+            }
     finally:
         sys.setswitchinterval(interval)
         recording.join()
-    assert len(timeline.facts()["traceEvents"]) == 2 * 20_000
+    assert len(timeline.facts()["traceEvents"]) == 2 * 5_000
 
 
 def test_off_there_is_nothing_to_allocate() -> None:
