@@ -37,11 +37,13 @@ class Rounds:
 class Entrant:
     """What paints in every round. Entrants with the same `start` share the process that it starts.
 
-    arguments: what differs from the process's job in this one's pictures.
+    arguments: what differs from the process's job in this one's pictures. reference: the entrant whose pictures they
+    are compared with; the first of all where none is named.
     """
 
     start: Callable[[], Contender]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    reference: str = ""
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class Taken:
     """What one contender took.
 
     opened, first: of opening, in seconds since its start, and of its first picture. rounds: of those that count.
-    psnr_db: of each of their pictures, to that of the first contender. failed: why it has no figures.
+    psnr_db: of each of their pictures, to that of its reference. failed: why it has no figures.
     """
 
     opened: Answer | None = None
@@ -77,9 +79,10 @@ class Taken:
 def in_rounds(entrants: Mapping[str, Entrant], rounds: Rounds, pictures: Path, progress: Progress) -> dict[str, Taken]:
     """Open the entrants' processes one after the other, then let them paint in turns; one that fails is left out.
 
-    The first is the one that pictures are compared with. pictures: an empty folder.
+    pictures: an empty folder.
     """
     taken = {name: Taken() for name in entrants}
+    references = {name: entrant.reference or next(iter(entrants)) for name, entrant in entrants.items()}
     running: dict[str, Contender] = {}
     opened: dict[Callable[[], Contender], Contender] = {}
     done, work = 0, len(entrants) * (1 + rounds.total)
@@ -104,7 +107,7 @@ def in_rounds(entrants: Mapping[str, Entrant], rounds: Rounds, pictures: Path, p
                         files[name] = file
                         _keep(taken[name], answer, counts=round_ >= rounds.warm_up)
             if round_ >= rounds.warm_up:
-                _compare(taken, files, next(iter(entrants)))
+                _compare(taken, files, references)
             for file in files.values():
                 file.unlink()
         progress("done", work, work)
@@ -152,12 +155,10 @@ def _order(names: Sequence[str], round_: int) -> Sequence[tuple[int, str]]:
     return (*numbered[first:], *numbered[:first])
 
 
-def _compare(taken: Mapping[str, Taken], files: Mapping[str, Path], first: str) -> None:
-    """Add the distance of the round's pictures to the first entrant's; a picture of another size has none."""
-    if first not in files:
-        return
-    reference = np.load(files[first])
-    for name, file in files.items():
-        picture = reference if name == first else np.load(file)
-        if name != first and picture.shape == reference.shape:
+def _compare(taken: Mapping[str, Taken], files: Mapping[str, Path], references: Mapping[str, str]) -> None:
+    """Add the distance of the round's pictures to their references'; where one of another size is, there is none."""
+    pictures = {name: np.load(file) for name, file in files.items()}
+    for name, picture in pictures.items():
+        reference = pictures.get(references[name])
+        if reference is not None and references[name] != name and picture.shape == reference.shape:
             taken[name].psnr_db.append(psnr_db(picture, reference))

@@ -15,20 +15,19 @@ from .shared_arguments import Shared
 def in_ways(
     work: Work, shared: Shared, ways: Mapping[str, Mapping[str, Any]], progress: Progress
 ) -> dict[str, dict[str, Taken]]:
-    """What each way took, by target and way; pictures are compared with the first way's on the first target.
+    """What each way took, by target and way; pictures are compared with the first way's on the same target.
 
     ways: what differs from the work's arguments.
 
     Raises:
         BenchmarkError: the first way failed on a target.
     """
-    entrants: dict[str, Entrant] = {}
+    first, entrants = next(iter(ways)), dict[str, Entrant]()
     for target in shared.targets:
-        start = own_entrant(work, target).start
-        entrants |= {_named(way, target): Entrant(start, arguments) for way, arguments in ways.items()}
+        start, reference = own_entrant(work, target).start, _named(first, target)
+        entrants |= {_named(way, target): Entrant(start, arguments, reference) for way, arguments in ways.items()}
     with TemporaryDirectory() as pictures:
         taken = in_rounds(entrants, shared.rounds, Path(pictures), progress)
-    first = next(iter(ways))
     require_measured(taken, (_named(first, target) for target in shared.targets))
     return {target: {way: taken[_named(way, target)] for way in ways} for target in shared.targets}
 

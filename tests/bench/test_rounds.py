@@ -119,6 +119,13 @@ def test_entrants_share_a_process_and_differ_in_arguments(start: Start, rounds: 
     assert taken["b"].psnr_db == [MOST_DB, MOST_DB]
 
 
+def test_pictures_are_compared_with_those_of_the_entrants_own_reference(start: Start, rounds: Run) -> None:
+    far = start("far", 0.3)
+    entrants = {"a": Entrant(start("a")), "b": Entrant(far, reference="b"), "c": Entrant(far, reference="b")}
+    taken = rounds(entrants, 0, 1, 0)
+    assert [one.psnr_db for one in taken.values()] == [[], [], [MOST_DB]]
+
+
 def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="peer: its interpreter cannot be started"):
         Contender("peer", str(tmp_path / "python"), "ours.py", {})
