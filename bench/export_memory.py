@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tandemrt.export.bundle import export_preset
 from tandemrt.export.plan import PresetPlan
 from tandemrt.export.presets import preset_names
 from tandemrt.runtime.bundle import Bundle
@@ -54,6 +53,8 @@ class Meter:
 
 def export_figures(name: str, precision: Precision, scratch: Path) -> dict[str, Any]:
     """Export one preset into the folder `scratch`; what that took, as rows that JSON holds."""
+    from tandemrt.export.bundle import export_preset  # noqa: PLC0415 — imports torch
+
     meter = Meter()
     bundle = export_preset(PresetPlan(name, scratch / "bundle", dtype=precision), meter)
     rows = [
