@@ -87,8 +87,10 @@ def interpreter(name: str, cache: Path) -> str:
     return str(python)
 
 
-def set_up(name: str, cache: Path) -> Path:
+def set_up(name: str, cache: Path, wheels: Path | None = None) -> Path:
     """Make a peer's environment, whole or not at all; returns its folder, also where it is there already.
+
+    wheels: the folder that `collect` filled; None for the package registry.
 
     Raises:
         BenchmarkError: pip failed; the message ends with what it said.
@@ -101,17 +103,36 @@ def set_up(name: str, cache: Path) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     making.parent.mkdir(parents=True, exist_ok=True)
     venv.create(making, with_pip=True)
-    command = [str(making / "bin" / "python"), "-m", "pip", "install", "--quiet", *peer.requirements]
+    source = () if wheels is None else ("--no-index", "--find-links", str(wheels))
+    try:
+        _pip(name, str(making / "bin" / "python"), "install", *source)
+    except BenchmarkError:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    os.replace(making, folder)  # noqa: PTH105 — folders, on one file system
+    return folder
+
+
+def collect(name: str, wheels: Path) -> None:
+    """Fill a folder with the wheels that a peer needs, for this interpreter and system; sources are built.
+
+    Raises:
+        BenchmarkError: pip failed; the message ends with what it said.
+    """
+    if named_peer(name).requirements:
+        _pip(name, sys.executable, "wheel", "--wheel-dir", str(wheels))
+
+
+def _pip(name: str, python: str, *words: str) -> None:
+    """Have pip do something with what a peer requires."""
+    command = [python, "-m", "pip", *words, "--quiet", *PEERS[name].requirements]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SETUP_TIMEOUT_S)
         said, failed = done.stderr.strip()[-1500:], done.returncode != 0
     except subprocess.TimeoutExpired:
         said, failed = f"pip took longer than {_SETUP_TIMEOUT_S:.0f} s", True
     if failed:
-        shutil.rmtree(making, ignore_errors=True)
         raise BenchmarkError(name, "cannot be installed", remedy=said)
-    os.replace(making, folder)  # noqa: PTH105 — folders, on one file system
-    return folder
 
 
 def _environment(name: str, cache: Path) -> Path:
