@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ class Peer:
     settings: Mapping[str, Any]
 
 
+_OPENVINO_GENAI = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "transformers==5.23.0")
 PEERS: Mapping[str, Peer] = {
     "diffusers": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "float32", "compile": False}),
     "diffusers-bf16": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "bfloat16", "compile": False}),
@@ -46,20 +48,8 @@ PEERS: Mapping[str, Peer] = {
         False,
         {},
     ),
-    "openvino-genai": Peer(
-        "openvino_genai_pipeline.py",
-        ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "transformers==5.23.0"),
-        "bundle",
-        False,
-        {"precision": "f32"},
-    ),
-    "openvino-genai-bf16": Peer(
-        "openvino_genai_pipeline.py",
-        ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "transformers==5.23.0"),
-        "bundle",
-        False,
-        {"precision": "bf16"},
-    ),
+    "openvino-genai": Peer("openvino_genai_pipeline.py", _OPENVINO_GENAI, "bundle", False, {"precision": "f32"}),
+    "openvino-genai-bf16": Peer("openvino_genai_pipeline.py", _OPENVINO_GENAI, "bundle", False, {"precision": "bf16"}),
 }
 
 
@@ -80,7 +70,7 @@ def interpreter(name: str, cache: Path) -> str:
     peer = named_peer(name)
     if not peer.requirements:
         return sys.executable
-    python = _environment(name, cache) / "bin" / "python"
+    python = _environment(peer, cache) / "bin" / "python"
     if not python.is_file():
         remedy = f"Set it up, which installs it from the package registry: tandemrt bench setup {name}"
         raise BenchmarkError(name, "has no environment yet", remedy=remedy)
@@ -88,15 +78,16 @@ def interpreter(name: str, cache: Path) -> str:
 
 
 def set_up(name: str, cache: Path, wheels: Path | None = None) -> Path:
-    """Make a peer's environment, whole or not at all; returns its folder, also where it is there already.
+    """Make the environment of a peer that needs one, whole or not at all; returns its folder, also if it is there.
 
     wheels: the folder that `collect` filled; None for the package registry.
 
     Raises:
         BenchmarkError: pip failed; the message ends with what it said.
     """
-    peer, folder = named_peer(name), _environment(name, cache)
-    if not peer.requirements or folder.is_dir():
+    peer = named_peer(name)
+    folder = _environment(peer, cache)
+    if folder.is_dir():
         return folder
     # Its scripts would name the path it was made at; its interpreter, which is all that is used, goes by its own.
     making = folder.with_name(f"{folder.name}.making")
@@ -135,6 +126,8 @@ def _pip(name: str, python: str, *words: str) -> None:
         raise BenchmarkError(name, "cannot be installed", remedy=said)
 
 
-def _environment(name: str, cache: Path) -> Path:
-    named = "\n".join((*PEERS[name].requirements, sys.version))
-    return cache / "peers" / f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
+def _environment(peer: Peer, cache: Path) -> Path:
+    """The folder of what a peer requires; peers that require the same share it."""
+    distribution = re.split(r"[\[=]", peer.requirements[0])[0]
+    named = "\n".join((*peer.requirements, sys.version))
+    return cache / "peers" / f"{distribution}-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
