@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from tandemrt.runtime.errors import BenchmarkError
 from . import peers
 
 SCRIPTS = Path(peers.__file__).parent
+# A contender that opens, or paints a picture, for longer is given up.
+LIMIT_S = 1800.0
 # What a library says while it works is kept for the error it may end in.
 _KEPT_CHARACTERS = 2000
 
@@ -53,6 +56,8 @@ class Contender:
                 encoding="utf-8",
                 errors="replace",
                 env=environment,
+                # What it starts in its turn ends with it.
+                start_new_session=True,
             )
         except OSError as error:
             raise BenchmarkError(name, f"its interpreter cannot be started ({error.strerror})", got=python) from error
@@ -60,7 +65,7 @@ class Contender:
         if stdin is None or stdout is None or stderr is None:
             raise BenchmarkError(name, "has no pipes")
         self._stdin, self._stdout, self._said = stdin, stdout, _Tail(stderr)
-        self._job = job
+        self._job, self._late = job, False
 
     def opened(self) -> Answer:
         """What opening took; waits until the models are open.
@@ -89,17 +94,23 @@ class Contender:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._said.close()
 
     def _asked(self, line: str) -> Answer:
+        limit = threading.Timer(LIMIT_S, self._give_up)
+        limit.start()
         try:
             self._stdin.write(line + "\n")
             self._stdin.flush()
             answer = self._stdout.readline()
         except BrokenPipeError:
             answer = ""
+        finally:
+            limit.cancel()
+        if self._late:
+            raise BenchmarkError(self.name, f"took longer than {LIMIT_S:g} s", remedy="It was ended.")
         if not answer:
             status = self._process.wait()
             raise BenchmarkError(self.name, f"ended with exit status {status}", remedy=self._said.line())
@@ -107,6 +118,14 @@ class Contender:
         if "error" in facts:
             raise BenchmarkError(self.name, facts["error"].rstrip("."))
         return Answer(facts["figures"], facts.get("words", {}))
+
+    def _give_up(self) -> None:
+        self._late = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class _Tail:
