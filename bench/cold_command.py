@@ -14,7 +14,7 @@ from .entrants import own_entrant, own_name, peer_entrant
 from .published import opened, planned, publish, summary
 from .rounds import Entrant, Progress, Rounds, Taken, in_rounds, require_measured
 from .run_arguments import RunPlan, add_arguments, plan_from_arguments
-from .sections import cold_section
+from .sections import cold_section, contenders_section
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -39,7 +39,8 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     entrants |= {name: peer_entrant(work, name) for name in plan.peers}
     taken = in_fresh(entrants, shared.rounds, reporter.progress)
     require_measured(taken, map(own_name, shared.targets))
-    return publish("from a fresh start", shared, measured, work.resolved(plan.facts), (cold_section(taken),))
+    sections = (cold_section(taken), contenders_section(taken))
+    return publish("from a fresh start", shared, measured, work.resolved(plan.facts), sections)
 
 
 def in_fresh(entrants: Mapping[str, Entrant], rounds: Rounds, progress: Progress) -> dict[str, Taken]:

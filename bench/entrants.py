@@ -62,6 +62,7 @@ class Work:
             "guidance_scale": self.guidance_scale,
             "height": self.height,
             "width": self.width,
+            "pictures": self.arguments["num_images_per_prompt"],
             "decoder": str(self.added[self.decoder]) if self.decoder in self.added else None,
             "threads": self.threads,
         }
@@ -88,7 +89,8 @@ def peer_entrant(work: Work, name: str) -> Entrant:
     def start() -> Contender:
         peer = named_peer(name)
         _require_able(name, peer, work)
-        return Contender(name, interpreter(name, work.cache), peer.script, {**work.shared, **peer.settings})
+        job = {**work.shared, "cache": str(work.cache), **peer.settings}
+        return Contender(name, interpreter(name, work.cache), peer.script, job)
 
     return Entrant(start)
 
@@ -97,6 +99,8 @@ def _require_able(name: str, peer: Peer, work: Work) -> None:
     """Raise BenchmarkError where a peer cannot do this work, or lacks what it reads."""
     if not peer.hybrid and len(dict(work.steps)) > 1:
         raise BenchmarkError(name, "runs one denoiser in a picture, this plan has several")
+    if not peer.hybrid and work.steps[0][0] not in _OF_THE_CHECKPOINT:
+        raise BenchmarkError(name, f"paints with the pipeline's own denoiser, not with {work.steps[0][0]}")
     if not peer.hybrid and work.decoder not in (None, _FIRST_DECODER):
         raise BenchmarkError(name, f"paints with the bundle's first decoder, not with {work.decoder}")
     if peer.reads != "checkpoint":

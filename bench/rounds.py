@@ -66,6 +66,7 @@ class Taken:
 
     def add(self, start: Taken) -> None:
         """Add the picture of a fresh start, with what opening took."""
+        self.opened = start.opened
         if start.opened is not None:
             figures = {**start.opened.figures, **start.rounds[0].figures}
             self.rounds.append(Answer(figures, start.rounds[0].words))

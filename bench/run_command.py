@@ -13,7 +13,7 @@ from .entrants import own_entrant, own_name, peer_entrant
 from .published import opened, planned, publish, summary
 from .rounds import in_rounds, require_measured
 from .run_arguments import RunPlan, add_arguments, plan_from_arguments
-from .sections import models_section, otherwise, parts_section, pictures_section, start_section
+from .sections import contenders_section, models_section, otherwise, parts_section, pictures_section, start_section
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -46,6 +46,7 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
         pictures_section(taken, plan.num_images_per_prompt),
         parts_section(taken),
         start_section(taken),
+        contenders_section(taken),
         models_section(measured.bundle, taken),
     )
     return publish("a benchmark", shared, measured, work.resolved(plan.facts), sections, tuple(otherwise(taken)))

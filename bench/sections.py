@@ -108,6 +108,21 @@ def start_section(taken: Mapping[str, Taken]) -> Section:
     )
 
 
+def contenders_section(taken: Mapping[str, Taken]) -> Section:
+    """What each contender runs with, as it told when it was opened."""
+    columns = {"runs": "versions", "threads": "threads", "precision": "precision", "otherwise": "otherwise than asked"}
+    opened = {name: one.opened.words if one.opened is not None else {} for name, one in taken.items()}
+    told = {word for words in opened.values() for word, value in words.items() if value}
+    return Section(
+        key="contenders",
+        title="What ran",
+        columns=tuple(Column(of=of, title=title, shown="words") for of, title in columns.items() if of in told),
+        rows=tuple(Row(name=name, words=opened[name], failed=one.failed) for name, one in taken.items()),
+        note="Every contender has an interpreter of its own, and a peer with an environment of its own has packages of "
+        "its own. The precision of TandemRT is that of its models and target.",
+    )
+
+
 def cold_section(taken: Mapping[str, Taken]) -> Section:
     """Fresh starts: until the models are open, until the first picture."""
     first = next(iter(taken))

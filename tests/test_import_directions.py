@@ -67,8 +67,10 @@ RULES = {
         third_party=frozenset({"numpy", "scipy", "PIL", "msgspec", "rich"}),
         lazy_third_party=ANYTHING,
     ),
-    # Scripts that run in peers' environments, beside `wire`, which imports nothing.
-    "bench/peers/": Rule(third_party=frozenset({"wire"}), lazy_third_party=ANYTHING, lazy_ours=frozenset(FOLDERS)),
+    # Scripts that run in peers' environments, beside `wire` and `borrowed`, which import nothing.
+    "bench/peers/": Rule(
+        third_party=frozenset({"wire", "borrowed"}), lazy_third_party=ANYTHING, lazy_ours=frozenset(FOLDERS)
+    ),
     "bench/shapes/family.py": BENCH_BUILDER,
     "bench/shapes/inheritance.py": BENCH_BUILDER,
     "bench/shapes/learning.py": BENCH_BUILDER,

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wire import Clock, Painter, serve
+from wire import Clock, Painter, serve, threads_told
 
 
 class Optimum(Painter):
     """The job's bundle, which optimum reads as it is."""
+
+    packages = ("optimum-onnx", "optimum", "onnxruntime", "diffusers", "transformers", "torch")
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         import onnxruntime  # noqa: PLC0415
@@ -26,6 +28,9 @@ class Optimum(Painter):
         self._pipe = getattr(optimum, f"ORT{kind}").from_pretrained(job["bundle"], session_options=options)
         self._pipe.set_progress_bar_config(disable=True)
 
+    def setting(self) -> Mapping[str, str]:
+        return {"threads": threads_told(self._job["threads"], "ONNX Runtime"), "precision": "the graphs'"}
+
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         job = self._job
         made = self._pipe(
@@ -34,6 +39,7 @@ class Optimum(Painter):
             guidance_scale=job["guidance_scale"],
             height=job["height"],
             width=job["width"],
+            num_images_per_prompt=job["pictures"],
             generator=self._torch.Generator("cpu").manual_seed(seed),
             output_type="np",
         )

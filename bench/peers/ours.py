@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wire import Clock, Painter, serve
+from wire import Clock, Painter, serve, threads_told
 
 
 class Ours(Painter):
     """The job's bundle, target, threads, cache and arguments of the request."""
+
+    packages = ("tandemrt", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         from tandemrt.runtime import Pipeline  # noqa: PLC0415
 
         self._pipe = Pipeline.open(job["bundle"], job["target"], threads=job["threads"], cache=job["cache"])
         self._job, self._words = job, {}
+
+    def setting(self) -> Mapping[str, str]:
+        return {"threads": threads_told(self._job["threads"], "the backend")}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         given = {**self._job["arguments"], **arguments}

@@ -1,6 +1,7 @@
 """How a contender is spoken to: JSON lines on its stdin and stdout, whatever the libraries it uses print.
 
-First comes the job, one object, and is answered when the models are open, by the seconds since the interpreter began.
+First comes the job, one object, and is answered when the models are open, by the seconds since the interpreter began
+and by what runs: versions, threads, precision.
 Then every line is an object: a seed, arguments of this picture alone, and the file it is to be saved to as .npy, (H, W,
 3) float32. It is answered by what the picture took, or with `error`, as is a job whose models cannot be opened.
 """
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 BEGAN = time.perf_counter()
@@ -34,7 +37,18 @@ class Clock:
 
 
 class Painter:
-    """What a contender offers after it has opened its models."""
+    """What a contender offers after it has opened its models.
+
+    packages: the distributions whose versions are told. prepared_s: seconds of opening that went to what its users do
+    once, such as converting a model; they are not counted.
+    """
+
+    packages: tuple[str, ...] = ()
+    prepared_s = 0.0
+
+    def setting(self) -> Mapping[str, str]:
+        """What it runs with, in words: `threads`, `precision`, what is `otherwise` than with others."""
+        return {}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         """The picture of the job's prompt for this seed, (H, W, 3) float32 in 0..1; its parts' seconds to the clock.
@@ -63,7 +77,8 @@ def serve(opened: Callable[[Mapping[str, Any]], Painter]) -> None:
     except Exception as error:
         answer(_failure(error))
         return
-    answer({"figures": {"open_s": time.perf_counter() - BEGAN}})
+    figures = {"open_s": time.perf_counter() - BEGAN - painter.prepared_s}
+    answer({"figures": figures, "words": {"runs": _versions(painter.packages), **painter.setting()}})
     for line in sys.stdin:
         answer(_painted(painter, json.loads(line)))
 
@@ -88,6 +103,18 @@ def _painted(painter: Painter, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     total = time.perf_counter() - began
     np.save(asked["file"], np.asarray(picture, np.float32))
     return {"figures": {"total_s": total, **clock.figures, "peak_mib": _peak_mib()}, "words": dict(painter.words())}
+
+
+def threads_told(threads: int | None, chosen_by: str) -> str:
+    """A job's threads in words."""
+    return f"{chosen_by}'s choice" if threads is None else str(threads)
+
+
+def _versions(packages: Sequence[str]) -> str:
+    """The interpreter's version, and those of the packages that are installed."""
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in packages}
+    installed = (f"{name} {one.version}" for name, one in found.items() if one is not None)
+    return ", ".join((f"Python {platform.python_version()}", *installed))
 
 
 def _peak_mib() -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tandemrt.bench import contenders
 from tandemrt.bench.contenders import Contender
 from tandemrt.bench.rounds import MOST_DB, Entrant, Rounds, Taken, in_rounds, psnr_db
 from tandemrt.runtime.errors import BenchmarkError
@@ -20,6 +23,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {peers!r})
 import os
+import subprocess
 import numpy as np
 from wire import Painter, serve
 
@@ -41,6 +45,8 @@ class Grey(Painter):
         if self.job.get("ends") == f"die {{seed}}":
             print("the library's last words", file=sys.stderr, flush=True)
             os._exit(7)
+        if self.job.get("ends") == f"hang {{seed}}":
+            subprocess.run(["sleep", "60"])
         return picture
 
 serve(Grey)
@@ -94,6 +100,7 @@ def test_every_round_begins_with_the_next_contender(start: Start, rounds: Run, t
     assert taken["b"].psnr_db == pytest.approx([20.0, 20.0], abs=1e-4)
     assert taken["a"].psnr_db == []
     assert taken["a"].opened is not None and taken["a"].opened.figures["open_s"] > 0
+    assert taken["a"].opened.words["runs"] == f"Python {platform.python_version()}"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,18 @@ def test_one_that_fails_is_told_and_the_others_go_on(ends: str, told: str, start
     assert len(taken["a"].rounds) == 4
     assert (taken["b"].rounds, taken["b"].psnr_db) == ([], [])
     assert told in taken["b"].failed
+
+
+def test_one_that_takes_too_long_is_given_up_with_what_it_started(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contender, began = start("a", ends="hang 2")(), time.monotonic()
+    contender.opened()
+    monkeypatch.setattr(contenders, "LIMIT_S", 0.2)
+    with pytest.raises(BenchmarkError, match=r"a: took longer than 0\.2 s"):
+        contender.painted(2, {}, tmp_path / "2.npy")
+    contender.close()
+    assert time.monotonic() - began < 30
 
 
 def test_entrants_share_a_process_and_differ_in_arguments(start: Start, rounds: Run, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     asked = ["bench", str(bundle), *SMALL, "--peer", "diffusers", "--out", str(out), "--cache", str(tmp_path)]
     assert main(asked) == 0
     report = read_report(out / "report.json")
-    pictures, parts, start, models = report.sections
+    pictures, parts, start, ran, models = report.sections
     ours = pictures.row(OURS)
     assert ours is not None
     assert len(ours.figures["total"].samples) == 4
@@ -44,6 +44,9 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert {row.name: row.words[OURS] for row in models.rows}["unet"] == "graph"
     opened = start.row(OURS)
     assert opened is not None and opened.figures["open"].median < opened.figures["first"].median
+    own = ran.row(OURS)
+    assert own is not None and own.words["threads"] == "1"
+    assert {"Python", "onnxruntime"} <= {one.split()[0] for one in own.words["runs"].split(", ")}
     assert report.subjects[0].random_weights is False
     told = capsys.readouterr().out
     assert all(str(out / name) in told for name in ("report.json", "report.md", "report.html"))
@@ -130,6 +133,7 @@ def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
             "checkpoint of vae_decoder_tiny",
         ),
         (["--steps", "2,1", "--peer", "optimum"], "runs one denoiser in a picture, this plan has several"),
+        (["--steps", "unet_small:2", "--peer", "optimum"], "the pipeline's own denoiser, not with unet_small"),
         (["--decoder", "vae_decoder_tiny", "--peer", "optimum"], "paints with the bundle's first decoder, not with"),
         (["--peer", "optimum"], "Set it up, which installs it from the package registry: tandemrt bench setup optimum"),
     ],
@@ -146,8 +150,9 @@ def test_what_a_peer_cannot_do_is_told_in_the_report(asked: list[str], told: str
 def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "cold", str(bundle), *ORT, "--rounds", "2", "--peer", "diffusers", "--out", str(tmp_path)]
     assert main(asked) == 0
-    (section,) = read_report(tmp_path / "report.json").sections
+    section, ran = read_report(tmp_path / "report.json").sections
     ours, peer = section.rows
+    assert ran.rows[0].words["threads"] == "1"
     assert len(ours.figures["first"].samples) == 2
     assert (ours.figures["open"].values < ours.figures["first"].values).all()
     assert "reads a checkpoint" in peer.failed

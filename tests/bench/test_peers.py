@@ -1,0 +1,102 @@
+"""Peers: the environments they share, what their scripts make of a bundle, and what they are given of ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandemrt.bench import peer_table
+from tandemrt.bench.contenders import SCRIPTS
+from tandemrt.bench.peer_table import interpreter, set_up
+from tandemrt.runtime.errors import BenchmarkError
+from tandemrt.runtime.rng import CpuGenerator
+from tandemrt.runtime.solvers import compile_table
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What pip is asked to do in environments that hold a file in an interpreter's place; it fails for optimum."""
+    asked: list[list[str]] = []
+
+    def create(folder: Path, **_options: Any) -> None:
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "python").touch()
+
+    def run(command: list[str], **_options: Any) -> Any:
+        asked.append(command)
+        failed = any(word.startswith("optimum") for word in command)
+        return SimpleNamespace(returncode=int(failed), stderr="ERROR: no such version" if failed else "")
+
+    monkeypatch.setattr(peer_table.venv, "create", create)
+    monkeypatch.setattr(peer_table.subprocess, "run", run)
+    return asked
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A peer's script as a module, found as it is where it runs: beside `wire`."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return import_module(name)
+
+
+def test_peers_of_the_same_requirements_share_an_environment(pip: list[list[str]], tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"has no environment yet.*tandemrt bench setup openvino-genai-bf16"):
+        interpreter("openvino-genai-bf16", tmp_path)
+    folder = set_up("openvino-genai", tmp_path)
+    assert set_up("openvino-genai-bf16", tmp_path) == folder
+    assert len(pip) == 1
+    assert interpreter("openvino-genai-bf16", tmp_path) == str(folder / "bin" / "python")
+    assert interpreter("diffusers", tmp_path) == sys.executable
+
+
+def test_an_environment_is_made_whole_or_not_at_all(pip: list[list[str]], tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"optimum: cannot be installed.*no such version"):
+        set_up("optimum", tmp_path)
+    assert not list((tmp_path / "peers").iterdir())
+
+
+def test_a_module_of_the_runtime_is_borrowed_without_its_packages() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from borrowed import runtime_module; "
+        "print(runtime_module('rng').CpuGenerator(7).randn((4, 5)).tolist()); "
+        "assert not {'tandemrt', 'tokenizers', 'msgspec', 'PIL'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(SCRIPTS)], capture_output=True, text=True, check=True)
+    assert np.array_equal(np.float32(json.loads(done.stdout)), CpuGenerator(7).randn((4, 5)))
+
+
+@pytest.mark.parametrize(
+    ("given", "otherwise"),
+    [
+        ({"_class_name": "DEISMultistepScheduler", "solver_order": 2}, "DDIM in place of DEISMultistep"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "DDIM in place of DPMSolverMultistep"),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, ""),
+    ],
+)
+def test_a_solver_that_openvino_genai_lacks_becomes_what_is_the_same_for_one_step(
+    given: dict[str, Any], otherwise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(BETAS | given), encoding="utf-8")
+    made, told = script("openvino_genai_pipeline", monkeypatch).scheduler_config(tmp_path)
+    assert told == otherwise
+    was, now = (compile_table(one["_class_name"], one, 1) for one in (BETAS | given, made))
+    assert np.array_equal(was.timesteps, now.timesteps)
+    # What the one row makes of the latent and the prediction.
+    assert np.allclose(was.transition[0, 0, 0] * was.init_noise_sigma, now.transition[0, 0, 0], rtol=1e-6)
+    assert np.allclose(was.prediction[0, 0], now.prediction[0, 0], rtol=1e-6)
+
+
+def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler, and no-such-compiler is not there"):
+        script("torch_diffusers", monkeypatch).compiling_afresh()
