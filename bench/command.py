@@ -13,6 +13,10 @@ COMMANDS: Mapping[str, Entry] = {
     ),
     "cfg": Entry("tandemrt.bench.cfg_command", "what the ways of running guidance cost, and do", "cpu,bench"),
     "vae": Entry("tandemrt.bench.vae_command", "what a bundle's decoders cost, and do", "cpu,bench"),
+    "onestep": Entry("tandemrt.bench.onestep_command", "what a picture of one step takes, model by model", "cpu,bench"),
+    "build": Entry(
+        "tandemrt.bench.build_command", "what building engines takes, and having them again", "engines,bench"
+    ),
     "cold": Entry("tandemrt.bench.cold_command", "from a fresh interpreter to the first picture", "cpu,bench"),
     "limits": Entry("tandemrt.bench.limits_command", "how near models come to what the machine can do", "cpu,engines"),
     "compare": Entry(

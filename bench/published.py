@@ -73,9 +73,16 @@ class Measured:
 
 
 def opened(
-    shared: Shared, reporter: Reporter, checkpoint: Path | None = None, sources: Mapping[str, Path] | None = None
+    shared: Shared,
+    reporter: Reporter,
+    checkpoint: Path | None = None,
+    sources: Mapping[str, Path] | None = None,
+    *,
+    runs: bool = True,
 ) -> Measured:
     """Check that the report can be written, then open the bundle, or the preset's, which is exported if need be.
+
+    runs: whether anything is to run on the targets here, besides being built for them.
 
     Raises:
         BenchmarkError: the report's folder is taken.
@@ -85,7 +92,8 @@ def opened(
     require_free(shared.out, force=shared.force)
     for target in map(parse_target, shared.targets):
         check_installed(target)
-        check_runnable(target)
+        if runs:
+            check_runnable(target)
     shared.cache.mkdir(parents=True, exist_ok=True)
     if shared.bundle is not None:
         return Measured(Bundle.open(shared.bundle), checkpoint, dict(sources or {}), Watch())

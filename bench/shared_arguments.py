@@ -59,6 +59,19 @@ class Shared:
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """Declare BUNDLE or --preset, what of a picture all benchmarks are told, where, how often."""
+    add_subject(parser)
+    picture = parser.add_argument_group("what is painted")
+    picture.add_argument("--size", metavar="PIXELS", help="512, or 768x512; default: the bundle's")
+    picture.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
+    picture.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
+    where = add_where(parser, rounds=7)
+    where.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use, of all")
+    where.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before the first that counts (1)")
+    where.add_argument("--seed", type=int, default=0, metavar="N", help="of the first round; each next has the next")
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Declare BUNDLE or --preset."""
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="a folder that `tandemrt export` made")
     preset = parser.add_argument_group("instead of a bundle")
     preset.add_argument(
@@ -66,10 +79,10 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     )
     preset.add_argument("--scale", choices=("full", "tiny"), default="full", help="of the preset (default: full)")
     preset.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of its weights (default: fp32)")
-    picture = parser.add_argument_group("what is painted")
-    picture.add_argument("--size", metavar="PIXELS", help="512, or 768x512; default: the bundle's")
-    picture.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
-    picture.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
+
+
+def add_where(parser: argparse.ArgumentParser, rounds: int) -> argparse._ArgumentGroup:
+    """Declare targets, how many rounds count, and the folders. rounds: their number by default."""
     where = parser.add_argument_group("where, how often")
     where.add_argument(
         "--target",
@@ -79,16 +92,14 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="TARGET",
         help="backend:device[:precision]; several are measured in the same rounds (default: auto)",
     )
-    where.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use, of all")
-    where.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before the first that counts (1)")
-    where.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds that count (7)")
-    where.add_argument("--seed", type=int, default=0, metavar="N", help="of the first round; each next has the next")
+    where.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds that count ({rounds})")
     where.add_argument("--cache", type=Path, metavar="DIR", help="where engines, presets and peers are kept")
     where.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the report")
     where.add_argument("--force", action="store_true", help="replace a report that is there")
+    return where
 
 
-def shared_from(namespace: argparse.Namespace) -> Shared:
+def shared_from(namespace: argparse.Namespace, least_warm_up: int = 1) -> Shared:
     """These arguments.
 
     Raises:
@@ -97,7 +108,7 @@ def shared_from(namespace: argparse.Namespace) -> Shared:
     if (namespace.bundle is None) == (namespace.preset is None):
         raise ArgumentError("BUNDLE, --preset", "what to measure", expected="one of the two")
     thread_count("--threads", namespace.threads)
-    require_least("--warm-up", namespace.warm_up, 1)
+    require_least("--warm-up", namespace.warm_up, least_warm_up)
     require_least("--rounds", namespace.rounds, 1)
     parsed = {
         "targets": tuple(dict.fromkeys(str(parse_target(target)) for target in namespace.targets or ("auto",))),

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from tandemrt.runtime import Pipeline
 from tandemrt.runtime.cli.reporter import Reporter
 
-from .contenders import Contender
-from .entrants import Work
+from .components import component_entrant, inputs_of, save_inputs
 from .memory import in_fresh_process
 from .published import Measured, opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
-from .rounds import Entrant, Taken, in_rounds, require_measured
+from .rounds import Taken, in_rounds, require_measured
 from .sections import file_mb
 from .shared_arguments import Shared, add_shared, require_least, shared_from
 
@@ -78,13 +72,13 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
     measured = opened(shared, reporter)
     work = measured.work(shared, measured.plan(shared, None))
     with TemporaryDirectory() as folder:
-        latents = Path(folder, "latents.npy")
         reporter.progress("paint the latents", 0, 1)
-        in_fresh_process(paint_latents, work, shared.targets[0], plan.latents, latents)
+        in_fresh_process(save_inputs, work, shared.targets[0], plan.latents, Path(folder))
         reporter.progress("paint the latents", 1, 1)
         decoders = measured.bundle.manifest.names("vae_decoder")
+        latents = inputs_of(decoders[0], Path(folder))
         entrants = {
-            f"{name} on {target}": _entrant(work, name, target, latents)
+            f"{name} on {target}": component_entrant(work, name, target, latents)
             for target in shared.targets
             for name in decoders
         }
@@ -98,30 +92,12 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
     return publish("decoders", shared, measured, work.resolved(plan.facts), sections)
 
 
-def paint_latents(work: Work, target: str, count: int, out: Path) -> None:
-    """Save latents of the work's prompt, (count, C, h, w) float32."""
-    arguments = {**work.arguments, "output_type": "latent", "num_images_per_prompt": 1}
-    with Pipeline.open(work.bundle, target, threads=work.threads, cache=work.cache) as pipe:
-        np.save(out, np.concatenate([pipe(work.prompt, seed=seed, **arguments).latents for seed in range(count)]))
-
-
-def _entrant(work: Work, name: str, target: str, latents: Path) -> Entrant:
-    job = {
-        "bundle": str(work.bundle),
-        "component": name,
-        "target": target,
-        "threads": work.threads,
-        "latents": str(latents),
-    }
-    return Entrant(partial(Contender, name, sys.executable, "decoder.py", job))
-
-
 def _section(measured: Measured, target: str, taken: Mapping[str, Taken]) -> Section:
     rows = []
     for name, one in taken.items():
         figures = {"file": Figure(unit="MB", samples=(file_mb(measured.bundle, name),))}
         if one.rounds:
-            figures["decode"] = Figure(unit="ms", samples=tuple(1e3 * value for value in one.samples("decode_s")))
+            figures["decode"] = Figure(unit="ms", samples=tuple(1e3 * value for value in one.samples("call_s")))
             figures["peak"] = Figure(unit="MiB", samples=(max(one.samples("peak_mib")),))
         if one.psnr_db:
             figures["psnr"] = Figure(unit="dB", samples=tuple(one.psnr_db))

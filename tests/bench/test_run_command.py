@@ -169,6 +169,24 @@ def test_decoders(bundle: Path, tmp_path: Path) -> None:
     assert len(base.figures["decode"].samples) == 3
 
 
+def test_a_picture_of_one_step(bundle: Path, tmp_path: Path) -> None:
+    asked = ["bench", "onestep", str(bundle), *ORT, "--steps", "unet_small:1", "--rounds", "4"]
+    assert main([*asked, "--out", str(tmp_path)]) == 0
+    report = read_report(tmp_path / "report.json")
+    (section,) = report.sections
+    *models, whole = section.rows
+    assert [row.name for row in models] == ["text_encoder", "unet_small", "vae_decoder"]
+    assert report.request["steps"] == "unet_small:1"
+    totals = whole.figures["call"].values
+    for row in models:
+        assert (row.words["precision"], row.words["ran"]) == ("fp32", "graph")
+        assert row.figures["share"].values == pytest.approx(row.figures["call"].values / totals)
+        assert row.figures["call"].values.max() < totals.max()
+        assert 20 < row.figures["peak"].median < whole.figures["peak"].median
+    sizes = [row.figures["file"].median for row in models]
+    assert whole.figures["file"].median == pytest.approx(sum(sizes))
+
+
 def test_ways_of_guidance(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "cfg", str(bundle), "--target", "onnxruntime:cpu:fp32", "--threads", "2", "--steps", "22"]
     assert main([*asked, "--rounds", "2", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 0
@@ -188,6 +206,11 @@ def test_ways_of_guidance(bundle: Path, tmp_path: Path) -> None:
         (["hybrid", "--steps", "4", "--points", "5"], 2, "--points: more or fewer steps than there are, got '5'"),
         (["hybrid", "--points", "a"], 2, "--points: not numbers of steps, got 'a'"),
         (["cfg", "--guidance-scale", "1"], 1, "runs no guidance: guidance_scale is 1 or below"),
+        (
+            ["onestep"],
+            1,
+            "steps of its plan, got 'unet 10', expected one. Ask for --steps unet:1 or --steps unet_small:1",
+        ),
     ],
 )
 def test_kinds_that_cannot_be_run_are_told(

@@ -1,0 +1,169 @@
+"""`tandemrt bench onestep`: what a picture of one step takes, component by component."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli.reporter import Reporter
+from tandemrt.runtime.errors import BenchmarkError
+from tandemrt.runtime.plan import Plan
+from tandemrt.runtime.plan_steps import parse_steps
+from tandemrt.runtime.targets import parse_target
+
+from .components import component_entrant, inputs_of, save_inputs
+from .entrants import own_entrant, own_name
+from .memory import in_fresh_process
+from .published import opened, planned, publish, summary
+from .reports.schema import Column, Figure, Plot, Row, Section, Unit
+from .rounds import Taken, in_rounds, require_measured
+from .sections import file_mb, otherwise
+from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
+
+__all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
+
+WHOLE = "the whole picture"
+NOTE = (
+    "A component is alone in a process and is given what it was given in a picture; the peak is of that process's "
+    "resident memory, the interpreter's among it. The whole picture is painted by another process in the same rounds, "
+    "from the prompt to the pixels, with the tokenizer, noise and solver."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OneStepPlan:
+    """Which denoiser runs the step, and which decoder; None stands for the bundle's."""
+
+    shared: Shared
+    steps: str | None
+    decoder: str | None
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What was asked for, for the report."""
+        decoder = self.decoder or "the bundle's first"
+        return {**self.shared.facts, "steps": self.steps or BUNDLES, "decoder": decoder}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tandemrt bench onestep`."""
+    parser.description = (
+        "Measure text encoder, denoiser and decoder of a one-step model such as SDXS: latency and memory of each, "
+        "beside the whole picture, in the same rounds."
+    )
+    parser.epilog = """\
+examples:
+  tandemrt bench onestep --preset sdxs-512-0.9 --target openvino:cpu:bf16 --target onnxruntime:cpu --out onestep/
+  tandemrt bench onestep bundle/ --steps unet_one_step:1 --guidance-scale 0 --out onestep/
+"""
+    add_shared(parser)
+    how = parser.add_argument_group("how it is painted")
+    how.add_argument(
+        "--steps", metavar="NAME:1", help="the denoiser that runs the step, unet:1 (default: the bundle's)"
+    )
+    how.add_argument("--decoder", metavar="NAME", help="default: the bundle's first")
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> OneStepPlan:
+    """The command line as a plan. ArgumentError: an option's value cannot be used."""
+    return OneStepPlan(shared_from(namespace), namespace.steps, namespace.decoder)
+
+
+def plan_facts(plan: OneStepPlan) -> dict[str, Any]:
+    """What would be measured, in JSON's types; no bundle is looked at."""
+    return planned(plan.shared, plan.facts)
+
+
+def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
+    """Measure, and write the report.
+
+    Raises:
+        BenchmarkError: the plan has several steps, TandemRT failed on a target, or the report's folder is taken or
+            cannot be written.
+        BundleError, ExportError, PlanError, RequestError: as `bench run`.
+    """
+    shared = plan.shared
+    measured = opened(shared, reporter)
+    denoisers = measured.bundle.manifest.names("denoiser")
+    compiled = measured.plan(shared, None if plan.steps is None else parse_steps(plan.steps, denoisers))
+    _require_one_step(measured.bundle, compiled)
+    work = measured.work(shared, compiled, plan.decoder)
+    with TemporaryDirectory() as folder:
+        reporter.progress("paint what components are given", 0, 1)
+        names = in_fresh_process(save_inputs, work, shared.targets[0], 1, Path(folder))
+        reporter.progress("paint what components are given", 1, 1)
+        entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
+        entrants |= {
+            f"{name} on {target}": component_entrant(work, name, target, inputs_of(name, Path(folder)))
+            for target in shared.targets
+            for name in names
+        }
+        Path(folder, "pictures").mkdir()
+        taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress)
+    whole = {target: taken[own_name(target)] for target in shared.targets}
+    require_measured(taken, map(own_name, whole))
+    sections = [
+        _section(measured.bundle, target, {name: taken[f"{name} on {target}"] for name in names}, one)
+        for target, one in whole.items()
+    ]
+    told = otherwise({own_name(target): one for target, one in whole.items()})
+    return publish("one step", shared, measured, work.resolved(plan.facts), sections, tuple(told))
+
+
+def _require_one_step(bundle: Bundle, plan: Plan) -> None:
+    """Raise BenchmarkError for a plan of more than a step, with what would be one."""
+    if sum(count for _, count in plan.steps) == 1:
+        return
+    got = ", ".join(f"{name} {count}" for name, count in plan.steps)
+    ways = " or ".join(f"--steps {name}:1" for name in bundle.manifest.names("denoiser"))
+    remedy = f"Ask for {ways}; `tandemrt bench run` measures plans of more."
+    raise BenchmarkError(bundle.path.name, "steps of its plan", got=got, expected="one", remedy=remedy)
+
+
+def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Taken) -> Section:
+    """The components' rows and the whole picture's, on a target."""
+    total = whole.samples("total_s")
+    rows = []
+    for name, one in taken.items():
+        component = bundle.component(name)
+        own = parse_target(target).of_component(component)
+        words = {"precision": own.precision or component.computes_in}
+        figures = {"file": _once("MB", file_mb(bundle, name))}
+        if one.rounds:
+            calls = one.samples("call_s")
+            words["ran"] = one.rounds[-1].words[name]
+            figures |= _times(one, calls)
+            shares = tuple(call / all_ for call, all_ in zip(calls, total, strict=True))
+            figures["share"] = Figure(unit="share", samples=shares)
+        rows.append(Row(name=name, words=words, figures=figures, failed=one.failed))
+    files = sum(file_mb(bundle, name) for name in taken)
+    rows.append(Row(name=WHOLE, figures={"file": _once("MB", files), **_times(whole, total)}))
+    return Section(
+        key=f"onestep {target}",
+        title=f"One step on {target}",
+        columns=(
+            Column(of="call", title="ms", shown="percentiles"),
+            Column(of="share", title="of the whole picture"),
+            Column(of="peak", title="peak memory, MiB"),
+            Column(of="file", title="files, MB"),
+            Column(of="precision", title="computes in", shown="words"),
+            Column(of="ran", title="on", shown="words"),
+        ),
+        rows=tuple(rows),
+        plots=(Plot(title="Milliseconds; a dot is a round", y="call"),),
+        note=NOTE,
+    )
+
+
+def _times(taken: Taken, seconds: Sequence[float]) -> dict[str, Figure]:
+    milliseconds = tuple(1e3 * value for value in seconds)
+    return {"call": Figure(unit="ms", samples=milliseconds), "peak": _once("MiB", max(taken.samples("peak_mib")))}
+
+
+def _once(unit: Unit, value: float) -> Figure:
+    return Figure(unit=unit, samples=(value,))

@@ -1,0 +1,49 @@
+"""One component of a bundle by itself, given what it was given in pictures that were painted before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wire import Clock, Painter, serve
+
+
+class Component(Painter):
+    """The job's component on a target, on an engine where the cache has one; a seed takes its turn of the inputs."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        import numpy as np  # noqa: PLC0415
+
+        from tandemrt.runtime.bundle import Bundle  # noqa: PLC0415
+        from tandemrt.runtime.engine_session import Loader  # noqa: PLC0415
+        from tandemrt.runtime.ran_on import GRAPH, Choosing  # noqa: PLC0415
+        from tandemrt.runtime.targets import parse_target  # noqa: PLC0415
+
+        bundle, name = Bundle.open(job["bundle"]), job["component"]
+        with np.load(job["inputs"]) as file:
+            self._given = {each: file[each] for each in file.files}
+        shapes = {each: given.shape[1:] for each, given in self._given.items()}
+        target, cache = parse_target(job["target"]), Path(job["cache"])
+        self._loader = Loader(bundle, name, target, job["threads"], cache=cache)
+        session = self._loader.session()
+        ran = session.ran_on(shapes) if isinstance(session, Choosing) else GRAPH
+        self._binding, self._words = session.bind(shapes), {name: ", ".join((str(ran), *ran.refused))}
+        self._paints = bundle.component(name).role == "vae_decoder"
+
+    def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
+        for name, given in self._given.items():
+            self._binding.inputs[name][...] = given[seed % len(given)]
+        with clock.part("call_s"):
+            self._binding.run()
+        if not self._paints:
+            return [[[0.0, 0.0, 0.0]]]
+        (picture,) = self._binding.outputs.values()
+        return (picture[0].transpose(1, 2, 0) / 2 + 0.5).clip(0, 1)
+
+    def words(self) -> Mapping[str, str]:
+        return self._words
+
+
+if __name__ == "__main__":
+    serve(Component)
