@@ -47,6 +47,7 @@ def variants_section(key: str, title: str, taken: Mapping[str, Taken], note: str
         columns=(
             Column(of="total", title="s a picture", shown="percentiles"),
             Column(of="denoise", title="of it the rows, s"),
+            Column(of="host", title="of these not the model"),
             Column(of="total", title=f"times {first}", shown="ratio"),
             Column(of="psnr", title=f"PSNR to {first}, dB"),
             *(Column(of=word, title=title, shown="words") for word, title in _WORDS.items() if word in told),
@@ -233,4 +234,6 @@ def _variant_figures(taken: Taken) -> dict[str, Figure]:
         others = [taken.samples(name) for name in ("total_s", "text_s", "decode_s")]
         rows = tuple(total - text - decode for total, text, decode in zip(*others, strict=True))
         figures["denoise"] = Figure(unit="s", samples=rows)
+        shares = tuple(host / of_rows for host, of_rows in zip(taken.samples("host_s"), rows, strict=True))
+        figures["host"] = Figure(unit="share", samples=shares)
     return figures

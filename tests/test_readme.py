@@ -59,3 +59,9 @@ def test_links_lead_to_files() -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_evidence_says_how_it_was_made() -> None:
+    folder = ROOT / "bench" / "evidence"
+    told = (folder / "README.md").read_text(encoding="utf-8")
+    assert [path.stem for path in folder.glob("*.json") if f"`{path.stem}`" not in told] == []
