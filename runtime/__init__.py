@@ -18,6 +18,7 @@ from .errors import (
     TargetError,
     UntrustedError,
 )
+from .handover import Handover
 from .output import Output, StepEvent, Timings
 from .pipeline import Pipeline
 from .request import Request
@@ -36,6 +37,7 @@ __all__ = [
     "EngineError",
     "ExecutionError",
     "ExportError",
+    "Handover",
     "Output",
     "Pipeline",
     "PlanError",

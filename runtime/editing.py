@@ -71,6 +71,11 @@ class Beginning:
         """The conditioning of each denoiser with the channels it reads."""
         return {name: replace(given, channels=self.channels.get(name)) for name, given in conditioning.items()}
 
+    def kept_from(self, first: int) -> Callable[[int, Float32], None] | None:
+        """`keep`, of rows that are counted from this one."""
+        keep = self.keep
+        return keep if keep is None or first == 0 else lambda row, latents: keep(first + row, latents)
+
 
 def checked_editing(request: Request, manifest: Manifest, plan: Plan, size: Size) -> Editing | None:
     """What the request says about an image to start from, or None; `size` is the picture's height and width.

@@ -18,8 +18,11 @@ class Noise:
     """The standard normal noise of one request, in the order diffusers draws it; `shape` is the latents'."""
 
     def __init__(self, request: Request, shape: tuple[int, int, int, int]) -> None:
-        seed = secrets.randbits(32) if request.seed is None else request.seed
+        seed = request.seed if request.start is None else request.start.seed
+        if seed is None:
+            seed = secrets.randbits(32)
         seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+        self.seed = seeds if isinstance(seed, Sequence) else seed
         self.seeds = seeds if len(seeds) == request.pictures else seeds * request.pictures
         self.shape = shape
         self._generators = [new_generator(value, request.seed_device) for value in seeds]

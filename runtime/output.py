@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .handover import Handover
 from .plan import Plan, RowGuidance
 from .ran_on import RanOn
 from .text import DroppedText
@@ -67,6 +68,7 @@ class Output:
         throughout where one seed was given for several pictures or none was: `seed=seeds[0]` repeats those.
     dropped_text: what was cut from prompts that were too long.
     loras: the components that each of the request's LoRAs changed, by the LoRA's path.
+    handover: where it stands, for another to go on from, where the request said `until`; there are no images then.
     """
 
     images: tuple[Image.Image, ...] | tuple[Float32, ...]
@@ -76,6 +78,7 @@ class Output:
     seeds: tuple[int, ...]
     dropped_text: tuple[DroppedText, ...]
     loras: Mapping[str, tuple[str, ...]]
+    handover: Handover | None = None
 
     def __repr__(self) -> str:
         return (

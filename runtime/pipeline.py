@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from .arguments import did_you_mean, thread_count
 from .auto_placement import AutoPlacement
+from .binding import Conditioning
 from .bundle import Bundle
 from .cache import cache_folder, require_folder
 from .conditioning import check_conditioning, conditioned
@@ -21,6 +22,7 @@ from .control import Control, checked_controls
 from .devices import on_devices, require_devices
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, ExecutionError, RequestError, told_as
+from .handover import handed_over, rows_between
 from .images import Float32, image_from_pixels
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
@@ -42,15 +44,21 @@ from .state import State
 from .step_engines import StepEngines
 from .stream import Events, Stage, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
+from .text import DroppedText
 from .trace import span
 from .turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A checked request and what follows from it; `size` is the pictures' height and width."""
+    """A checked request and what follows from it; `size` is the pictures' height and width.
+
+    whole: all of the plan, of which `plan` is the rows from `first` on that this generation runs.
+    """
 
     request: Request
+    whole: Plan
+    first: int
     plan: Plan
     size: tuple[int, int]
     noise: Noise
@@ -60,6 +68,17 @@ class _Job:
     decoder: str
     preview_decoder: str
     at_once: bool
+
+    def beginning(self, latents: Float32) -> State:
+        """The state before the first row, where the whole plan begins at these latents.
+
+        The noise that rows before drew elsewhere is drawn here too, so that the next row draws what it would have.
+        """
+        if self.request.start is None:
+            return State.begin(self.plan.table, latents)
+        for _ in range(int(self.whole.table.draws_noise[: self.first].sum())):
+            self.noise.draw()
+        return State(self.request.start.state.copy())
 
 
 class Pipeline:
@@ -181,19 +200,26 @@ class Pipeline:
         """
         self._models.require_open()
         manifest = self.bundle.manifest
-        plan = compile_plan(manifest, request.schedule)
-        shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
+        whole = compile_plan(manifest, request.schedule)
+        first, last = rows_between(whole, request.start, request.until)
+        plan = whole.part(first, last)
+        shape = request.latent_shape(manifest, tuple(dict.fromkeys(whole.denoisers)))
         check_conditioning(request, manifest, plan)
+        if request.start is not None:
+            checked_array("start", request.start.state, (1 + whole.table.history, *shape))
         if request.latents is not None:
             checked_array("latents", request.latents, shape)
         size = (shape[2] * manifest.latent.downsampling, shape[3] * manifest.latent.downsampling)
-        editing = checked_editing(request, manifest, plan, size)
-        controls = checked_controls(request, manifest, plan, size)
+        editing = checked_editing(request, manifest, whole, size)
+        controls = checked_controls(request, manifest, whole, size)
+        controls = tuple(replace(one, rows=one.rows[first:last]) for one in controls if any(one.rows[first:last]))
         loras = self._fitted(request, plan, shape)
         self._require_placeable(plan, controls, loras, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
         at_once = at_once and not request.previews
-        job = _Job(request, plan, size, Noise(request, shape), editing, controls, loras, *decoders, at_once)
+        job = _Job(
+            request, whole, first, plan, size, Noise(request, shape), editing, controls, loras, *decoders, at_once
+        )
         return self._run(job, cancelled)
 
     def _require_placeable(
@@ -250,14 +276,12 @@ class Pipeline:
 
         stop()
         began = time.perf_counter()
-        encode = functools.partial(models.encode_texts, job.loras, strict=request.strict_prompts, before=stop, ran=ran)
-        names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
         with span("text"):
-            conditioning, dropped = conditioned(request, self.bundle.manifest, plan, names, job.size, encode)
+            conditioning, dropped = self._conditioned(job, stop, ran)
         text_ms, encoding = _since(began), time.perf_counter()
         encode_pictures = functools.partial(models.encode_pictures, before=stop, ran=ran)
         with span("pictures"):
-            beginning = begin(job.editing, plan, noise, encode_pictures, request.latents)
+            beginning = begin(job.editing, job.whole, noise, encode_pictures, request.latents)
         for control in job.controls:
             conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
         image_ms = _since(encoding)
@@ -265,34 +289,50 @@ class Pipeline:
         conditioning = job.loras.beside(beginning.behind(conditioning))
         space = self.bundle.manifest.latent
         rows = Rows(
-            plan, conditioning, noise.fill, beginning.keep, job.controls, job.loras, ran, job.at_once,
+            plan, conditioning, noise.fill, beginning.kept_from(job.first), job.controls, job.loras, ran, job.at_once,
             (space.scaling_factor, space.shift_factor),
         )  # fmt: skip
         loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
         stop()
-        state = State.begin(plan.table, beginning.latents)
+        state = job.beginning(beginning.latents)
         for done in loop.run(state):
-            name, together = plan.denoisers[done.row], done.together
+            name, together, row = plan.denoisers[done.row], done.together, job.first + done.row
             timings.append(RowTiming(name, done.model_ms, done.total_ms, done.guidance, together))
             preview: tuple[Image.Image, ...] = ()
-            if request.previews and (done.row + 1) % request.previews == 0 and done.denoised is not None:
-                with span("preview", done.row):
+            if request.previews and (row + 1) % request.previews == 0 and done.denoised is not None:
+                with span("preview", row):
                     preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop, ran=ran))
             step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
-            yield StepEvent(done.row, plan.table.rows, step, timestep, timings[-1], preview)
+            yield StepEvent(row, job.whole.table.rows, step, timestep, timings[-1], preview)
             stop()
         yield Stage.SAMPLED
         decoding = time.perf_counter()
-        wants_pixels = request.output_type != "latent"
+        wants_pixels = request.output_type != "latent" and request.until is None
         with span("decode"):
             latents, scaled = state.latents, state.held if state.scaled else None
             decoded = models.decode(job.decoder, latents, before=stop, ran=ran, scaled=scaled)
             pixels = tuple(decoded) if wants_pixels else ()
         on = ran.by_component()
-        spent = Timings(text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused, on, ran.tried)
+        spent = Timings(
+            text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused and bool(timings), on, ran.tried
+        )
         images = _images(pixels) if request.output_type == "pil" else pixels
         plan = plan.having_run([row.guidance for row in timings])
-        return Output(images, latents, spent, plan, noise.seeds, dropped, job.loras.applied)
+        handover = None
+        if request.until is not None:
+            handover = handed_over(job.whole, request.until, state.arrays, self.bundle.digest, noise.seed)
+        return Output(images, latents, spent, plan, noise.seeds, dropped, job.loras.applied, handover)
+
+    def _conditioned(
+        self, job: _Job, stop: Callable[[], None], ran: Ran
+    ) -> tuple[dict[str, Conditioning], tuple[DroppedText, ...]]:
+        """What the texts make of the plan's denoisers' and ControlNets' inputs, and the text that was cut."""
+        plan, strict = job.plan, job.request.strict_prompts
+        if not plan.table.rows:  # all of them ran where the hand-over came from
+            return {}, ()
+        encode = functools.partial(self._models.encode_texts, job.loras, strict=strict, before=stop, ran=ran)
+        names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
+        return conditioned(job.request, self.bundle.manifest, plan, names, job.size, encode)
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
         """The decoder asked for; without a name the bundle's first, or its tiny one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -108,9 +110,8 @@ class Plan:
 
     def having_run(self, rows: Sequence[RowGuidance]) -> Plan:
         """The plan with what became of its rows; where `auto` was asked for, `placement` is the one that ran."""
-        return replace(
-            self, ran=tuple(rows), placement=rows[0].placement if self.placement == "auto" else self.placement
-        )
+        fastest = self.placement == "auto" and bool(rows)
+        return replace(self, ran=tuple(rows), placement=rows[0].placement if fastest else self.placement)
 
     @property
     def taus(self) -> tuple[int, int] | None:
@@ -149,6 +150,26 @@ class Plan:
                 runs[-1:] = [(name, runs[-1][1] + 1)] if again else [*runs[-1:], (name, 1)]
                 previous = step
         return tuple(runs)
+
+    def part(self, first: int, last: int) -> Plan:
+        """The rows from `first` to before `last` as a plan, of which the others have run, or are run, elsewhere."""
+        if (first, last) == (0, self.table.rows):
+            return self
+        denoisers = self.denoisers[first:last]
+        embedded = tuple(name for name in self.guidance_embedded if name in denoisers)
+        return replace(
+            self,
+            table=self.table.part(first, last),
+            denoisers=denoisers,
+            guided=self.guided[first:last],
+            guidance_embedded=embedded,
+        )
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all that decides what a state between its rows means; not of where and how the rows run."""
+        facts = [self.table.recipe, self.denoisers, self.guided, self.guidance_scale, self.guidance_embedded]
+        return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
     def __repr__(self) -> str:
         steps = ", ".join(f"{name} {count}" for name, count in self.steps)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .arguments import whole_number
 from .errors import RequestError
+from .handover import Handover, require_seed_of
 from .manifest import Manifest
 from .pictures_in import Pictures, Size, picture_size
 from .plan import Schedule
@@ -79,6 +80,10 @@ class Request:
     output_type: `pil` images, `np` (pictures, H, W, 3) float32 in [0, 1], or `latent`.
     previews: decode a preview after every so many rows, with the tiny decoder where there is one; 0 for none.
     strict_prompts: refuse prompts that are too long instead of cutting and reporting them.
+    until: stop before this inference step, counted from 0, with `Output.handover` in place of pictures; the number of
+        steps for all of them. start: go on from such a hand-over, of a request that was the same but for what paints
+        the rest; its seed is taken where none is given. The same models make the same bits of both parts as of the
+        whole. Not with adaptive guidance or `hybridiff`.
 
     Raises:
         RequestError: an argument cannot be used; the message names it.
@@ -130,6 +135,8 @@ class Request:
     guidance_config: Mapping[str, Any] | None = None
     placement: str = "batched"
     placement_config: Mapping[str, Any] | None = None
+    start: Handover | None = None
+    until: int | None = None
 
     def __post_init__(self) -> None:
         self._check_embeddings()
@@ -149,6 +156,8 @@ class Request:
             raise RequestError("seed", "how many there are", got=len(self.seed), expected=f"1 or {self.pictures}")
         if self.loras is not None:
             checked_loras(self.loras)
+        if self.start is not None:
+            require_seed_of(self.start, self.seed)
         for needed, names in NEEDS.items():
             for name in names:
                 if getattr(self, name) is not None and getattr(self, needed) is None:

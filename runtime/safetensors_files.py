@@ -110,6 +110,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a header says: of each tensor its shape and its place; and `__metadata__`, by key, not checked."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    places: Mapping[str, Place]
+    metadata: Mapping[str, Any]
+
+
 def read_header(path: Path) -> SafetensorsFile:
     """Read a safetensors header: 8 bytes of length, then JSON.
 
@@ -125,20 +134,26 @@ def read_header(path: Path) -> SafetensorsFile:
                     str(path), "a Git LFS pointer, not the file itself", remedy="Run `git lfs pull` in its repository."
                 )
             stream.seek(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    str(path),
-                    "safetensors header size",
-                    got=length,
-                    expected=f"2..{MAX_HEADER_BYTES} bytes",
-                    remedy=AGAIN,
-                )
-            raw = stream.read(length)
+            raw = stream.read(_header_length(str(path), prefix, MAX_HEADER_BYTES))
     except OSError as error:
         raise CheckpointError(str(path), f"cannot be read ({error.strerror})", remedy="Check the path.") from error
+    header = described(str(path), prefix + raw, size=size)
+    return SafetensorsFile(path, header.shapes, header.places, header.metadata)
+
+
+def described(where: str, start: bytes, most: int = MAX_HEADER_BYTES, size: int | None = None) -> Header:
+    """The header of a file, or of a message, which begins with these bytes.
+
+    most: how long the header may be. size: of all of it, where `start` is but its beginning.
+
+    Raises:
+        CheckpointError: truncated, or a header that is oversized or does not describe all of it.
+    """
+    size = len(start) if size is None else size
+    length = _header_length(where, start[:8], most)
+    raw = start[8 : 8 + length]
     if len(raw) < length:
-        raise CheckpointError(str(path), "truncated", got=size, expected=f"at least {8 + length} bytes", remedy=AGAIN)
+        raise CheckpointError(where, "truncated", got=size, expected=f"at least {8 + length} bytes", remedy=AGAIN)
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -146,28 +161,43 @@ def read_header(path: Path) -> SafetensorsFile:
         shapes = {name: _shape(entry["shape"]) for name, entry in entries.items()}
         spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
         wanted = {
-            name: _item_bytes(f"{path}: {name}", entry["dtype"]) * prod(shapes[name]) for name, entry in entries.items()
+            name: _item_bytes(f"{where}: {name}", entry["dtype"]) * prod(shapes[name])
+            for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(str(path), f"not a safetensors header ({error!r})", remedy=AGAIN) from error
+        raise CheckpointError(where, f"not a safetensors header ({error!r})", remedy=AGAIN) from error
+    end = _require_spans(where, spans, wanted)
+    expected = 8 + length + end
+    if size != expected:
+        what = "truncated" if size < expected else "size"
+        raise CheckpointError(where, what, got=size, expected=f"{expected} bytes", remedy=AGAIN)
+    places = {name: Place(entries[name]["dtype"], 8 + length + span[0], wanted[name]) for name, span in spans.items()}
+    return Header(shapes, places, metadata)
+
+
+def _header_length(where: str, prefix: bytes, most: int) -> int:
+    length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= most:
+        expected = f"2..{most} bytes"
+        raise CheckpointError(where, "safetensors header size", got=length, expected=expected, remedy=AGAIN)
+    return length
+
+
+def _require_spans(where: str, spans: Mapping[str, tuple[int, ...]], wanted: Mapping[str, int]) -> int:
+    """Check where tensors lie behind the header, against their sizes; returns where the last one ends."""
     for name, span in spans.items():
         if len(span) != 2 or span[1] - span[0] != wanted[name] or span[0] < 0:
             raise CheckpointError(
-                f"{path}: {name}", "data_offsets", got=span, expected=f"a span of {wanted[name]} bytes", remedy=AGAIN
+                f"{where}: {name}", "data_offsets", got=span, expected=f"a span of {wanted[name]} bytes", remedy=AGAIN
             )
     end = 0
     # As the format has it, tensors lie one behind the other: what overlaps or leaves gaps may hold anything.
     for name, span in sorted(spans.items(), key=lambda one: one[1]):
         if span[0] != end:
             behind = f"{end}, where the tensor before it ends"
-            raise CheckpointError(f"{path}: {name}", "data_offsets", got=span[0], expected=behind, remedy=AGAIN)
+            raise CheckpointError(f"{where}: {name}", "data_offsets", got=span[0], expected=behind, remedy=AGAIN)
         end = span[1]
-    expected = 8 + length + end
-    if size != expected:
-        what = "truncated" if size < expected else "size"
-        raise CheckpointError(str(path), what, got=size, expected=f"{expected} bytes", remedy=AGAIN)
-    places = {name: Place(entries[name]["dtype"], 8 + length + span[0], wanted[name]) for name, span in spans.items()}
-    return SafetensorsFile(path, shapes, places, metadata)
+    return end
 
 
 def write_safetensors(stream: BinaryIO, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ class Table:
         it, differ from diffusers.
     init_noise_sigma: what standard normal noise is multiplied by to become the first x; the h start at zero.
         Of the whole schedule, also where the table begins at a later step.
+    recipe: what it was compiled from, as JSON: the same wherever the same is asked for, to the last bit of no number.
     """
 
     solver: str
@@ -45,6 +46,7 @@ class Table:
     denoised_prediction: Float64
     noised: Float64
     init_noise_sigma: float
+    recipe: str = ""
 
     @property
     def rows(self) -> int:
@@ -60,3 +62,19 @@ class Table:
     def draws_noise(self) -> npt.NDArray[np.bool_]:
         """(N,) whether a row needs fresh noise."""
         return np.asarray(self.noise.any(axis=1))
+
+    def part(self, first: int, last: int) -> Table:
+        """The rows from `first` to before `last`, which keep their steps."""
+        rows = slice(first, last)
+        return replace(
+            self,
+            timesteps=self.timesteps[rows],
+            steps=self.steps[rows],
+            model_input=self.model_input[rows],
+            transition=self.transition[rows],
+            prediction=self.prediction[rows],
+            noise=self.noise[rows],
+            denoised_state=self.denoised_state[rows],
+            denoised_prediction=self.denoised_prediction[rows],
+            noised=self.noised[first : last + 1],
+        )

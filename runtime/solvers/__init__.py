@@ -11,6 +11,7 @@ step at time step −1; UniPC's bh1 ends at σ = 0 with the denoised estimate, w
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,9 @@ def compile_table(
     with np.errstate(all="ignore"):
         schedule = compiled.schedule(request)
         schedule = replace(schedule, begin=_checked_begin(begin, len(schedule.timesteps)))
-        return table_from_rows(class_name, compiled.rows(schedule), schedule.init_noise_sigma)
+        table = table_from_rows(class_name, compiled.rows(schedule), schedule.init_noise_sigma)
+    asked = [class_name, effective, request.steps, request.timesteps, request.eta, schedule.begin]
+    return replace(table, recipe=json.dumps(asked, sort_keys=True, default=float))
 
 
 def begin_at_strength(class_name: str, num_inference_steps: int, strength: float) -> int:

@@ -1,0 +1,177 @@
+"""Hand-overs: where a generation stands between two steps, to be gone on with by another pipeline or elsewhere.
+
+What goes over a wire or into a file is a safetensors message of one tensor, `state`, whose metadata says of which plan
+it is and whose sha256 covers all of it. It is untrusted: everything is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .arguments import whole_number
+from .errors import CheckpointError, RequestError
+from .plan import Plan
+from .request_checks import checked_array
+from .safetensors_files import described, write_safetensors
+
+Float32 = npt.NDArray[np.float32]
+PROTOCOL = "tandemrt.handover/1"
+# A few hundred bytes are needed.
+MAX_HEADER_BYTES = 64 << 10
+_KEYS = frozenset({"protocol", "plan", "bundle", "step", "seed", "sha256"})
+_DTYPES = {"F32": "float32", "F16": "float16"}
+_AGAIN = "Send it again."
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # of an array, which has no one truth
+class Handover:
+    """Where a generation stands.
+
+    state: (1+H, B, C, h, w) float32, the latents and what the solver keeps of earlier predictions.
+    step: how many inference steps have run. plan: `Plan.digest` of what they and the rest are steps of.
+    bundle: the digest of the bundle that ran them, for the record: the rest may run on another one.
+    seed: as `Request.seed`, the one drawn where none was given.
+    """
+
+    state: Float32
+    step: int
+    plan: str
+    bundle: str
+    seed: int | tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"<Handover after step {self.step} of plan {self.plan[:12]}, state {self.state.shape}>"
+
+    def to_bytes(self, dtype: Literal["float32", "float16"] = "float32") -> bytes:
+        """The message. float16 halves it, and rounds the state to 11 bits.
+
+        Raises:
+            RequestError: the dtype is neither, or a value has no float16.
+        """
+        if dtype not in _DTYPES.values():
+            raise RequestError("dtype", "unknown", got=dtype, expected="float32 or float16")
+        with np.errstate(over="ignore"):
+            state = self.state.astype(dtype)
+        if not np.isfinite(state).all():
+            remedy = "Hand it over in float32."
+            raise RequestError("handover", f"the state has values that {dtype} does not hold", remedy=remedy)
+        facts = {
+            "protocol": PROTOCOL,
+            "plan": self.plan,
+            "bundle": self.bundle,
+            "step": str(self.step),
+            "seed": json.dumps(self.seed),
+        }
+        message = io.BytesIO()
+        write_safetensors(message, {"state": state}, {**facts, "sha256": _seal(facts, state)})
+        return message.getvalue()
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> Handover:
+        """The hand-over in a message; whether it suits a request is checked where that is made.
+
+        Raises:
+            RequestError: it is none, of another protocol, damaged, or holds NaN or Inf.
+        """
+        try:
+            header = described("handover", message, MAX_HEADER_BYTES)
+        except CheckpointError as error:
+            raise RequestError(error.where, error.without_remedy.partition(": ")[2], remedy=_AGAIN) from error
+        facts = header.metadata
+        if set(header.shapes) != {"state"} or header.places["state"].dtype not in _DTYPES:
+            expected = "one tensor, 'state', in F32 or F16"
+            got = {name: place.dtype for name, place in header.places.items()}
+            raise RequestError("handover", "what is in it", got=got, expected=expected)
+        if set(facts) != _KEYS or not all(isinstance(value, str) for value in facts.values()):
+            expected = f"the texts {', '.join(sorted(_KEYS))}"
+            raise RequestError("handover", "metadata", got=sorted(facts), expected=expected)
+        if facts["protocol"] != PROTOCOL:
+            remedy = "Use the same version of TandemRT on both sides."
+            raise RequestError("handover", "protocol", got=facts["protocol"], expected=PROTOCOL, remedy=remedy)
+        place, shape = header.places["state"], header.shapes["state"]
+        stored = np.frombuffer(message, _DTYPES[place.dtype], offset=place.offset).reshape(shape)
+        own = {name: value for name, value in facts.items() if name != "sha256"}
+        if (seal := _seal(own, stored)) != facts["sha256"]:
+            raise RequestError("handover", "sha256", got=seal, expected=facts["sha256"], remedy=_AGAIN)
+        state = checked_array("handover", stored.astype(np.float32), (None,) * 5)
+        return cls(state, _step(facts["step"]), facts["plan"], facts["bundle"], _seed(facts["seed"]))
+
+
+def handed_over(plan: Plan, step: int, state: Float32, bundle: str, seed: int | tuple[int, ...]) -> Handover:
+    """The hand-over after so many steps of a plan; state: copied."""
+    return Handover(state.copy(), step, plan.digest, bundle, seed)
+
+
+def require_seed_of(start: object, seed: int | Sequence[int] | None) -> None:
+    """Raise RequestError where `start` is no hand-over, or a seed is given that is not its own."""
+    if not isinstance(start, Handover):
+        expected = "a Handover: an Output's, or Handover.from_bytes(...)"
+        raise RequestError("start", "of another type", got=type(start).__name__, expected=expected)
+    given = tuple(seed) if isinstance(seed, Sequence) else seed
+    if given is not None and given != start.seed:
+        raise RequestError("seed", "not the hand-over's", got=seed, expected=f"{start.seed}", remedy="Leave it out.")
+
+
+def rows_between(plan: Plan, start: Handover | None, until: int | None) -> tuple[int, int]:
+    """The rows from a hand-over to before inference step `until`: all of them where there is neither.
+
+    Raises:
+        RequestError: the hand-over is of another plan; a step out of range; or guidance or a placement goes by what it
+            saw in the rows before, which a state does not hold.
+    """
+    steps = int(plan.table.steps[-1]) + 1
+    first, last = 0 if start is None else start.step, steps
+    if until is not None:
+        number = whole_number(until)
+        if number is None or not max(first, 1) <= number <= steps:
+            expected = f"a whole number in {max(first, 1)}..{steps}, of the plan's steps"
+            raise RequestError("until", "not usable", got=until, expected=expected)
+        last = number
+    if start is None and until is None:
+        return 0, plan.table.rows
+    if plan.adaptive is not None or plan.window is not None:
+        what = "adaptive guidance" if plan.adaptive is not None else f"placement {plan.placement}"
+        remedy = "Ask for fixed guidance and another placement."
+        raise RequestError("until, start", f"{what} goes by what it saw in the rows before", remedy=remedy)
+    if start is not None:
+        _require_of_plan(start, plan, steps)
+    return int(np.searchsorted(plan.table.steps, first)), int(np.searchsorted(plan.table.steps, last))
+
+
+def _require_of_plan(start: Handover, plan: Plan, steps: int) -> None:
+    if start.plan != plan.digest:
+        remedy = "Ask for the same steps, solver, guidance and strength as where it was made, of a bundle of the same."
+        raise RequestError("start", "of another plan", got=start.plan[:16], expected=plan.digest[:16], remedy=remedy)
+    if start.step > steps:
+        raise RequestError("start", "step", got=start.step, expected=f"at most {steps}, the plan's steps")
+
+
+def _seal(facts: Mapping[str, str], state: npt.NDArray[Any]) -> str:
+    """The sha256 of the metadata, of the tensor's shape and dtype and of its bytes."""
+    told = json.dumps([sorted(facts.items()), state.dtype.str, state.shape], separators=(",", ":"))
+    return hashlib.sha256(told.encode() + np.ascontiguousarray(state).tobytes()).hexdigest()
+
+
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 8):
+        raise RequestError("handover", "step", got=text, expected="a whole number")
+    return int(text)
+
+
+def _seed(text: str) -> int | tuple[int, ...]:
+    try:
+        seed = json.loads(text)
+    except (ValueError, RecursionError):
+        seed = None
+    listed = seed if isinstance(seed, list) else [seed]
+    if not listed or any(whole_number(one) is None for one in listed):
+        raise RequestError("handover", "seed", got=text, expected="a whole number, or several")
+    return tuple(seed) if isinstance(seed, list) else int(listed[0])
