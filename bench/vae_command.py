@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
+from tandemrt.runtime.plan_steps import parse_steps
 
 from .components import component_entrant, inputs_of, save_inputs
 from .memory import in_fresh_process
@@ -17,7 +18,7 @@ from .published import Measured, opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
 from .rounds import Taken, in_rounds, require_measured
 from .sections import file_mb
-from .shared_arguments import Shared, add_shared, require_least, shared_from
+from .shared_arguments import BUNDLES, Shared, add_shared, require_least, shared_from
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -29,15 +30,16 @@ NOTE = (
 
 @dataclass(frozen=True, slots=True)
 class VaePlan:
-    """How many latents are painted to decode."""
+    """How many latents are painted to decode, and in which steps; None stands for the bundle's."""
 
     shared: Shared
     latents: int
+    steps: str | None
 
     @property
     def facts(self) -> Mapping[str, str]:
         """What was asked for, for the report."""
-        return {**self.shared.facts, "latents": str(self.latents)}
+        return {**self.shared.facts, "latents": str(self.latents), "steps": self.steps or BUNDLES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_shared(parser)
     parser.add_argument("--latents", type=int, default=2, metavar="N", help="painted beforehand, decoded in turns (2)")
+    parser.add_argument("--steps", metavar="STEPS", help="of these: 25, or 10,15 where the bundle has two denoisers")
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> VaePlan:
     """The command line as a plan. ArgumentError: an option's value cannot be used."""
     require_least("--latents", namespace.latents, 1)
-    return VaePlan(shared_from(namespace), namespace.latents)
+    return VaePlan(shared_from(namespace), namespace.latents, namespace.steps)
 
 
 def plan_facts(plan: VaePlan) -> dict[str, Any]:
@@ -70,7 +73,9 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
     """
     shared = plan.shared
     measured = opened(shared, reporter)
-    work = measured.work(shared, measured.plan(shared, None))
+    denoisers = measured.bundle.manifest.names("denoiser")
+    steps = None if plan.steps is None else parse_steps(plan.steps, denoisers)
+    work = measured.work(shared, measured.plan(shared, steps))
     with TemporaryDirectory() as folder:
         reporter.progress("paint the latents", 0, 1)
         in_fresh_process(save_inputs, work, shared.targets[0], plan.latents, Path(folder))

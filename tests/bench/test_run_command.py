@@ -160,8 +160,10 @@ def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
 
 def test_decoders(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "vae", str(bundle), *ORT, "--rounds", "3", "--latents", "2", "--out", str(tmp_path / "report")]
-    assert main(asked) == 0
-    (section,) = read_report(tmp_path / "report" / "report.json").sections
+    assert main([*asked, "--steps", "2,1"]) == 0
+    report = read_report(tmp_path / "report" / "report.json")
+    assert report.request["steps"] == "2,1"
+    (section,) = report.sections
     base, tiny = section.rows
     assert (base.name, tiny.name) == ("vae_decoder", "vae_decoder_tiny")
     assert len(set(tiny.figures["psnr"].samples)) == 2
