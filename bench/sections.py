@@ -136,6 +136,8 @@ def cold_section(taken: Mapping[str, Taken]) -> Section:
                 "open": Figure(unit="s", samples=one.samples("open_s")),
                 "first": Figure(unit="s", samples=tuple(map(sum, until))),
                 "peak": Figure(unit="MiB", samples=one.samples("peak_mib")),
+                "import": Figure(unit="s", samples=one.samples("import_s")),
+                "import_peak": Figure(unit="MiB", samples=one.samples("import_peak_mib")),
             }
         rows.append(_row(name, one, figures))
     return Section(
@@ -143,6 +145,8 @@ def cold_section(taken: Mapping[str, Taken]) -> Section:
         title="From a fresh start",
         baseline=first,
         columns=(
+            Column(of="import", title="s until imported"),
+            Column(of="import_peak", title="peak memory then, MiB"),
             Column(of="open", title="s until opened"),
             Column(of="first", title="s until the first picture", shown="percentiles"),
             Column(of="first", title=f"times {first}", shown="ratio"),

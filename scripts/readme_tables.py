@@ -40,7 +40,7 @@ WRITERS = {
     "score": "shapes.score:markdown",
 }
 # Evidence of programs that are gone: the tables are those that they wrote beside it.
-AS_WRITTEN = ("engine_builds",)
+AS_WRITTEN = ("engine_builds", "starts")
 _END = "<!-- end -->"
 _BEGIN = re.compile(r"<!-- (\S+\.json) \| ([^\n]+?) -->")
 _REGION = re.compile(rf"({_BEGIN.pattern})(.*?){_END}", re.DOTALL)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wire import Clock, Painter, serve, threads_told
+from wire import Clock, Painter, imported, serve, threads_told
 
 _SCHEDULERS = ("DDIM", "EulerAncestralDiscrete", "EulerDiscrete", "FlowMatchEulerDiscrete", "LCM", "PNDM")
 
@@ -25,12 +25,13 @@ class GenAI(Painter):
     packages = ("openvino-genai", "openvino", "openvino-tokenizers")
 
     def __init__(self, job: Mapping[str, Any]) -> None:
+        import openvino_genai  # noqa: PLC0415
+
+        imported()
         began = time.perf_counter()
         bundle = Path(job["bundle"])
         folder = converted(bundle, Path(job["cache"]))
         self.prepared_s = time.perf_counter() - began
-        import openvino_genai  # noqa: PLC0415
-
         self._job = job
         _, self._otherwise = scheduler_config(bundle)
         settings = {"INFERENCE_PRECISION_HINT": job["precision"]}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wire import Clock, Painter, serve, threads_told
+from wire import Clock, Painter, imported, serve, threads_told
 
 
 class Optimum(Painter):
@@ -20,6 +20,7 @@ class Optimum(Painter):
         import torch  # noqa: PLC0415
         from optimum import onnxruntime as optimum  # noqa: PLC0415
 
+        imported()
         options = onnxruntime.SessionOptions()
         if job["threads"] is not None:
             options.intra_op_num_threads = job["threads"]

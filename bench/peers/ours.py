@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wire import Clock, Painter, serve, threads_told
+from wire import Clock, Painter, imported, serve, threads_told
 
 
 class Ours(Painter):
@@ -16,6 +16,7 @@ class Ours(Painter):
     def __init__(self, job: Mapping[str, Any]) -> None:
         from tandemrt.runtime import Pipeline  # noqa: PLC0415
 
+        imported()
         self._pipe = Pipeline.open(job["bundle"], job["target"], threads=job["threads"], cache=job["cache"])
         self._job, self._words = job, {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from wire import Clock, Painter, serve
+from wire import Clock, Painter, imported, serve
 
 
 class Diffusers(Painter):
@@ -23,12 +23,14 @@ class Diffusers(Painter):
             self._compiled = compiling_afresh()
         import diffusers  # noqa: PLC0415
         import torch  # noqa: PLC0415
+        from diffusers import DiffusionPipeline  # noqa: PLC0415
 
+        imported()
         self._torch, self._job, self._clock = torch, job, Clock()
         if job["threads"] is not None:
             torch.set_num_threads(job["threads"])
         dtype = getattr(torch, job["dtype"])
-        pipe = diffusers.DiffusionPipeline.from_pretrained(job["checkpoint"], torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(job["checkpoint"], torch_dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
         self._main = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
         self._denoisers = {self._main: getattr(pipe, self._main)}

@@ -20,6 +20,7 @@ from importlib import metadata
 from typing import Any
 
 BEGAN = time.perf_counter()
+_AT_IMPORT: dict[str, float] = {}
 
 
 class Clock:
@@ -62,6 +63,11 @@ class Painter:
         return {}
 
 
+def imported() -> None:
+    """Note that a contender has imported its library: the seconds until then, and the peak of memory."""
+    _AT_IMPORT.update(import_s=time.perf_counter() - BEGAN, import_peak_mib=_peak_mib())
+
+
 def serve(opened: Callable[[Mapping[str, Any]], Painter]) -> None:
     """Answer until stdin ends. `opened` makes the painter of a job."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -77,7 +83,7 @@ def serve(opened: Callable[[Mapping[str, Any]], Painter]) -> None:
     except Exception as error:
         answer(_failure(error))
         return
-    figures = {"open_s": time.perf_counter() - BEGAN - painter.prepared_s}
+    figures = {"open_s": time.perf_counter() - BEGAN - painter.prepared_s, **_AT_IMPORT}
     answer({"figures": figures, "words": {"runs": _versions(painter.packages), **painter.setting()}})
     for line in sys.stdin:
         answer(_painted(painter, json.loads(line)))

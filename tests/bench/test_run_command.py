@@ -154,7 +154,9 @@ def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
     ours, peer = section.rows
     assert ran.rows[0].words["threads"] == "1"
     assert len(ours.figures["first"].samples) == 2
-    assert (ours.figures["open"].values < ours.figures["first"].values).all()
+    until = [ours.figures[name].values for name in ("import", "open", "first")]
+    assert (until[0] > 0).all() and (until[0] < until[1]).all() and (until[1] < until[2]).all()
+    assert 20 < ours.figures["import_peak"].median < ours.figures["peak"].median
     assert "reads a checkpoint" in peer.failed
 
 
