@@ -12,9 +12,9 @@ from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.plan_steps import parse_steps
 
 from .published import opened, planned, publish, summary
-from .sections import variants_section
+from .sections import otherwise, variants_section
 from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
-from .ways import in_ways
+from .ways import flattened, in_ways
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -81,8 +81,9 @@ def run(plan: CfgPlan, reporter: Reporter) -> dict[str, Any]:
         remedy = "Give a --guidance-scale above 1, or a bundle that takes one."
         raise BenchmarkError(measured.bundle.path.name, f"runs no guidance: {compiled.why(0)}", remedy=remedy)
     work = measured.work(shared, compiled)
+    by_target = in_ways(work, shared, WAYS, reporter.progress, measured.watch.probes)
     sections = [
-        variants_section(f"cfg {target}", f"Guidance on {target}", taken, NOTE)
-        for target, taken in in_ways(work, shared, WAYS, reporter.progress).items()
+        variants_section(f"cfg {target}", f"Guidance on {target}", taken, NOTE) for target, taken in by_target.items()
     ]
-    return publish("guidance", shared, measured, work.resolved(plan.facts), sections)
+    told = tuple(otherwise(flattened(by_target)))
+    return publish("guidance", shared, measured, work.resolved(plan.facts), sections, told)

@@ -11,10 +11,11 @@ from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.plan_steps import parse_steps
 
 from .entrants import own_entrant, own_name, peer_entrant
+from .probes import Probes
 from .published import opened, planned, publish, summary
 from .rounds import Entrant, Progress, Rounds, Taken, in_rounds, require_measured
 from .run_arguments import RunPlan, add_arguments, plan_from_arguments
-from .sections import cold_section, contenders_section
+from .sections import cold_section, contenders_section, otherwise
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -37,16 +38,17 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     work = measured.work(shared, measured.plan(shared, steps, plan.placement), plan.decoder)
     entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
     entrants |= {name: peer_entrant(work, name) for name in plan.peers}
-    taken = in_fresh(entrants, shared.rounds, reporter.progress)
+    taken = in_fresh(entrants, shared.rounds, reporter.progress, measured.watch.probes)
     require_measured(taken, map(own_name, shared.targets))
     sections = (cold_section(taken), contenders_section(taken))
-    return publish("from a fresh start", shared, measured, work.resolved(plan.facts), sections)
+    told = tuple(otherwise(taken))
+    return publish("from a fresh start", shared, measured, work.resolved(plan.facts), sections, told)
 
 
-def in_fresh(entrants: Mapping[str, Entrant], rounds: Rounds, progress: Progress) -> dict[str, Taken]:
+def in_fresh(entrants: Mapping[str, Entrant], rounds: Rounds, progress: Progress, probes: Probes) -> dict[str, Taken]:
     """Each round starts every entrant anew, one after the other, for one picture; `rounds` of it hold that picture.
 
-    The seconds until it was opened are added to its figures.
+    The seconds until it was opened are added to its figures. probes: as of `in_rounds`.
     """
     taken = {name: Taken() for name in entrants}
     for round_ in range(rounds.total):
@@ -55,7 +57,7 @@ def in_fresh(entrants: Mapping[str, Entrant], rounds: Rounds, progress: Progress
         for name, entrant in left.items():
             with TemporaryDirectory() as pictures:
                 one = Rounds(0, 1, rounds.seed + round_)
-                (made,) = in_rounds({name: entrant}, one, Path(pictures), lambda *_: None).values()
+                (made,) = in_rounds({name: entrant}, one, Path(pictures), lambda *_: None, probes).values()
             if made.failed:
                 taken[name] = made
             elif round_ >= rounds.warm_up:

@@ -26,10 +26,14 @@ _KEPT_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a contender told: figures by name, in seconds and MiB, and words by component."""
+    """What a contender told: figures by name, in seconds, MiB and MB, and words by component."""
 
     figures: Mapping[str, float]
     words: Mapping[str, str]
+
+    def with_figures(self, further: Mapping[str, float]) -> Answer:
+        """The same with further figures, such as what was seen of it meanwhile."""
+        return Answer({**self.figures, **further}, self.words)
 
 
 class Contender:
@@ -112,8 +116,7 @@ class Contender:
         if self._late:
             raise BenchmarkError(self.name, f"took longer than {LIMIT_S:g} s", remedy="It was ended.")
         if not answer:
-            status = self._process.wait()
-            raise BenchmarkError(self.name, f"ended with exit status {status}", remedy=self._said.line())
+            raise BenchmarkError(self.name, _ended(self._process.wait()), remedy=self._said.line())
         facts = json.loads(answer)
         if "error" in facts:
             raise BenchmarkError(self.name, facts["error"].rstrip("."))
@@ -126,6 +129,13 @@ class Contender:
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+
+def _ended(status: int) -> str:
+    """What a process's exit status says; nothing of ours kills one while it is asked."""
+    if status == -signal.SIGKILL:
+        return "was killed by the system, most likely because memory ran out"
+    return f"ended with exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
 
 
 class _Tail:

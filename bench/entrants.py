@@ -12,7 +12,8 @@ from typing import Any
 from tandemrt.runtime.errors import BenchmarkError
 
 from .contenders import Contender
-from .peer_table import Peer, interpreter, named_peer
+from .peer_table import PEERS, Peer, interpreter, named_peer
+from .room import Weights
 from .rounds import Entrant
 from .shared_arguments import BUNDLES
 
@@ -26,6 +27,7 @@ class Work:
 
     checkpoint: what the bundle was made of; added: its further denoisers, and its decoder where that is another one.
     arguments: of a request to TandemRT, besides prompt and seed; steps: what they come to, denoiser by denoiser.
+    weights: of the models that a picture takes.
     """
 
     bundle: Path
@@ -40,6 +42,7 @@ class Work:
     decoder: str | None
     threads: int | None
     cache: Path
+    weights: Weights
 
     def resolved(self, request: Mapping[str, str]) -> dict[str, str]:
         """What was asked for, with what the bundle's own came to in its place."""
@@ -71,7 +74,8 @@ class Work:
 def own_entrant(work: Work, target: str) -> Entrant:
     """TandemRT on a target."""
     job = {**work.shared, "target": target, "cache": str(work.cache), "arguments": dict(work.arguments)}
-    return Entrant(partial(Contender, own_name(target), sys.executable, "ours.py", job))
+    start = partial(Contender, own_name(target), sys.executable, "ours.py", job)
+    return Entrant(start, memory_bytes=work.weights.held_on(target))
 
 
 def own_name(target: str) -> str:
@@ -92,7 +96,8 @@ def peer_entrant(work: Work, name: str) -> Entrant:
         job = {**work.shared, "cache": str(work.cache), **peer.settings}
         return Contender(name, interpreter(name, work.cache), peer.script, job)
 
-    return Entrant(start)
+    half = PEERS[name].settings.get("dtype") == "bfloat16" or PEERS[name].settings.get("precision") == "bf16"
+    return Entrant(start, memory_bytes=work.weights.held_bytes(half=half))
 
 
 def _require_able(name: str, peer: Peer, work: Work) -> None:

@@ -14,9 +14,9 @@ from tandemrt.runtime.errors import ArgumentError, BenchmarkError
 
 from .published import opened, planned, publish, summary
 from .reports.schema import Plot
-from .sections import variants_section
+from .sections import otherwise, variants_section
 from .shared_arguments import Shared, add_shared, require_least, shared_from
-from .ways import in_ways
+from .ways import flattened, in_ways
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -94,8 +94,10 @@ def run(plan: HybridPlan, reporter: Reporter) -> dict[str, Any]:
     work = measured.work(shared, next(iter(plans.values())))
     ways = {name: {"steps": one.steps} for name, one in plans.items()}
     front = Plot(title="Time and closeness to the large model's picture", x="total", y="psnr")
+    by_target = in_ways(work, shared, ways, reporter.progress, measured.watch.probes)
     sections = []
-    for target, taken in in_ways(work, shared, ways, reporter.progress).items():
+    for target, taken in by_target.items():
         section = variants_section(f"hybrid {target}", f"{large} to {small} on {target}", taken, NOTE)
         sections.append(msgspec.structs.replace(section, plots=(*section.plots, front)))
-    return publish("from large to small", shared, measured, work.resolved(plan.facts), sections)
+    request, told = work.resolved(plan.facts), tuple(otherwise(flattened(by_target)))
+    return publish("from large to small", shared, measured, request, sections, told)

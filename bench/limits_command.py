@@ -10,8 +10,9 @@ from typing import Any
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.targets import parse_target
 
-from .limits import Options, limits_section
+from .limits import limits_section
 from .published import opened, planned, publish, summary
+from .rates import Options
 from .shared_arguments import Shared, add_shared, require_least, shared_from
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]

@@ -23,6 +23,7 @@ from .published import opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section, Unit
 from .rounds import Taken, in_rounds, require_measured
 from .sections import file_mb, otherwise
+from .seen import seen_columns, seen_figures, seen_note
 from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
@@ -104,15 +105,15 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
             for name in names
         }
         Path(folder, "pictures").mkdir()
-        taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress)
+        taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress, measured.watch.probes)
     whole = {target: taken[own_name(target)] for target in shared.targets}
     require_measured(taken, map(own_name, whole))
     sections = [
         _section(measured.bundle, target, {name: taken[f"{name} on {target}"] for name in names}, one)
         for target, one in whole.items()
     ]
-    told = otherwise({own_name(target): one for target, one in whole.items()})
-    return publish("one step", shared, measured, work.resolved(plan.facts), sections, tuple(told))
+    told = tuple(otherwise(taken))
+    return publish("one step", shared, measured, work.resolved(plan.facts), sections, told)
 
 
 def _require_one_step(bundle: Bundle, plan: Plan) -> None:
@@ -150,19 +151,21 @@ def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Tak
             Column(of="call", title="ms", shown="percentiles"),
             Column(of="share", title="of the whole picture"),
             Column(of="peak", title="peak memory, MiB"),
+            *seen_columns(rows),
             Column(of="file", title="files, MB"),
             Column(of="precision", title="computes in", shown="words"),
             Column(of="ran", title="on", shown="words"),
         ),
         rows=tuple(rows),
         plots=(Plot(title="Milliseconds; a dot is a round", y="call"),),
-        note=NOTE,
+        note=NOTE + seen_note(rows),
     )
 
 
 def _times(taken: Taken, seconds: Sequence[float]) -> dict[str, Figure]:
     milliseconds = tuple(1e3 * value for value in seconds)
-    return {"call": Figure(unit="ms", samples=milliseconds), "peak": _once("MiB", max(taken.samples("peak_mib")))}
+    peak = _once("MiB", max(taken.samples("peak_mib")))
+    return {"call": Figure(unit="ms", samples=milliseconds), "peak": peak, **seen_figures(taken)}
 
 
 def _once(unit: Unit, value: float) -> Figure:

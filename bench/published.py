@@ -20,6 +20,7 @@ from .reports.caveats import caveats
 from .reports.changes import FEWEST
 from .reports.files import require_free, write_report_files
 from .reports.schema import Method, Report, Section
+from .room import weights_of
 from .rounds import ORDER
 from .sections import subject_of
 from .setting import Watch
@@ -45,8 +46,9 @@ class Measured:
 
     def work(self, shared: Shared, plan: Plan, decoder: str | None = None, pictures: int = 1) -> Work:
         """What every contender paints."""
-        defaults = self.bundle.manifest.defaults
-        width, height = shared.size or (defaults.width, defaults.height)
+        manifest = self.bundle.manifest
+        width, height = shared.size or (manifest.defaults.width, manifest.defaults.height)
+        models = (*manifest.names("text_encoder"), *dict(plan.steps), decoder or manifest.names("vae_decoder")[0])
         arguments: dict[str, Any] = {
             "steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
@@ -69,6 +71,7 @@ class Measured:
             decoder=decoder,
             threads=shared.threads,
             cache=shared.cache,
+            weights=weights_of(self.bundle, models),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from tandemrt.runtime.errors import BenchmarkError
 
 from .contenders import Answer, Contender
+from .probes import ENERGY, NO_PROBES, Probes
+from .room import Room
 
 ORDER = "contenders in turns, every round beginning with the next one"
 MOST_DB = 200.0
@@ -38,12 +41,13 @@ class Entrant:
     """What paints in every round. Entrants with the same `start` share the process that it starts.
 
     arguments: what differs from the process's job in this one's pictures. reference: the entrant whose pictures they
-    are compared with; the first of all where none is named.
+    are compared with; the first of all where none is named. memory_bytes: the least that it needs.
     """
 
     start: Callable[[], Contender]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
+    memory_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -64,12 +68,17 @@ class Taken:
         """A figure of every round that counts; of a part that a round did not have, 0."""
         return tuple(answer.figures.get(name, 0.0) for answer in self.rounds)
 
+    def tells(self, name: str) -> bool:
+        """Whether every round that counts told a figure."""
+        return bool(self.rounds) and all(name in answer.figures for answer in self.rounds)
+
     def add(self, start: Taken) -> None:
-        """Add the picture of a fresh start, with what opening took."""
+        """Add the picture of a fresh start, with what opening took; energy is that of both."""
         self.opened = start.opened
         if start.opened is not None:
-            figures = {**start.opened.figures, **start.rounds[0].figures}
-            self.rounds.append(Answer(figures, start.rounds[0].words))
+            opened, painted = start.opened.figures, start.rounds[0].figures
+            both = {name: opened[name] + painted[name] for name in ENERGY if name in opened and name in painted}
+            self.rounds.append(Answer({**opened, **painted, **both}, start.rounds[0].words))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -77,23 +86,32 @@ class Taken:
         return tuple(dict.fromkeys(name for answer in self.rounds for name in answer.figures))
 
 
-def in_rounds(entrants: Mapping[str, Entrant], rounds: Rounds, pictures: Path, progress: Progress) -> dict[str, Taken]:
+def in_rounds(
+    entrants: Mapping[str, Entrant],
+    rounds: Rounds,
+    pictures: Path,
+    progress: Progress,
+    probes: Probes = NO_PROBES,
+) -> dict[str, Taken]:
     """Open the entrants' processes one after the other, then let them paint in turns; one that fails is left out.
 
-    pictures: an empty folder.
+    One whose weights do not fit into the memory that is left is not opened. pictures: an empty folder. probes: what is
+    told of a turn besides what the contender tells.
     """
     taken = {name: Taken() for name in entrants}
     references = {name: entrant.reference or next(iter(entrants)) for name, entrant in entrants.items()}
     running: dict[str, Contender] = {}
     opened: dict[Callable[[], Contender], Contender] = {}
-    done, work = 0, len(entrants) * (1 + rounds.total)
+    room, done, work = Room(), 0, len(entrants) * (1 + rounds.total)
     try:
         for name, entrant in entrants.items():
             progress(f"open {name}", done, work)
             with _failing(taken[name], running, name):
                 if entrant.start not in opened:
-                    opened[entrant.start] = entrant.start()
-                    taken[name].opened = opened[entrant.start].opened()
+                    room.require(name, entrant.memory_bytes)
+                    contender = opened[entrant.start] = entrant.start()
+                    taken[name].opened = _asked(contender, contender.opened, probes)
+                    room.take(entrant.memory_bytes)
                 running[name] = opened[entrant.start]
             done += 1
         for round_ in range(rounds.total):
@@ -104,7 +122,8 @@ def in_rounds(entrants: Mapping[str, Entrant], rounds: Rounds, pictures: Path, p
                 if name in running:
                     with _failing(taken[name], running, name):
                         file = pictures / f"{index}-{seed}.npy"
-                        answer = running[name].painted(seed, entrants[name].arguments, file)
+                        ask = partial(running[name].painted, seed, entrants[name].arguments, file)
+                        answer = _asked(running[name], ask, probes)
                         files[name] = file
                         _keep(taken[name], answer, counts=round_ >= rounds.warm_up)
             if round_ >= rounds.warm_up:
@@ -141,6 +160,13 @@ def _failing(taken: Taken, running: dict[str, Contender], name: str) -> Iterator
         taken.rounds.clear()
         taken.psnr_db.clear()
         running.pop(name, None)
+
+
+def _asked(contender: Contender, ask: Callable[[], Answer], probes: Probes) -> Answer:
+    """A contender's answer with what was seen of its turn."""
+    with probes.turn(contender.pid) as seen:
+        answer = ask()
+    return answer.with_figures(seen)
 
 
 def _keep(taken: Taken, answer: Answer, *, counts: bool) -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tandemrt.runtime.cli.values import parse_sources
 from tandemrt.runtime.plan import PLACEMENTS
@@ -27,7 +28,10 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What to measure and beside what; None stands for the bundle's default. sources: checkpoints by component."""
+    """What to measure and beside what; None stands for the bundle's default.
+
+    sources: checkpoints by component. limits: whether what the machine does at best is measured too.
+    """
 
     shared: Shared
     checkpoint: Path | None
@@ -37,6 +41,7 @@ class RunPlan:
     placement: str
     decoder: str | None
     num_images_per_prompt: int
+    limits: bool
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -52,7 +57,7 @@ class RunPlan:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `tandemrt bench run`."""
+    """Declare what `tandemrt bench run` and `tandemrt bench cold` are told."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add_shared(parser)
     how = parser.add_argument_group("how it is painted")
@@ -86,10 +91,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> RunPlan:
     require_least("--num-images-per-prompt", namespace.num_images_per_prompt, 1)
     for name in namespace.peers:
         named_peer(name)
-    parsed = {
+    parsed: dict[str, Any] = {
         "shared": shared_from(namespace),
         "sources": parse_sources(namespace.small, namespace.tiny_vae, namespace.add),
         "peers": tuple(dict.fromkeys(namespace.peers)),
+        "limits": getattr(namespace, "limits", False),
     }
     as_given = {name: getattr(namespace, name) for name in RunPlan.__slots__ if name not in parsed}
     return RunPlan(**as_given, **parsed)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.onnx_files import external_files
+import msgspec
 
+from tandemrt.runtime.bundle import Bundle
+
+from .picture_limits import PictureLimits
+from .probes import GPU_MIB
 from .reports.schema import Column, Figure, Plot, Row, Section, Subject
 from .rounds import MOST_DB, Taken
+from .seen import seen_columns, seen_figures, seen_note
+from .sizes import stored_bytes
 
-_PARTS = {"text_s": "text encoders", "decode_s": "decoder", "host_s": "the loop itself"}
 # What is told of a way besides figures.
 _WORDS = {"guided": "rows with both branches", "window": "window"}
 
 
-def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
-    """Whole pictures, from the text to the pixels. pictures: how many a call paints."""
+def pictures_section(taken: Mapping[str, Taken], pictures: int, limits: Mapping[str, PictureLimits]) -> Section:
+    """Whole pictures, from the text to the pixels. pictures: how many a call paints. limits: by contender."""
     first = next(iter(taken))
+    measured = [_row(name, one, _picture_figures(one, pictures)) for name, one in taken.items()]
+    rows = _with_rates(measured, taken, pictures, limits)
+    rates = (Column(of="gflops", title="GFLOP/s"), Column(of="limit", title="of products in fp32")) if limits else ()
     return Section(
         key="pictures",
         title="Whole pictures",
@@ -27,12 +34,15 @@ def pictures_section(taken: Mapping[str, Taken], pictures: int) -> Section:
             Column(of="rate", title="images/s"),
             Column(of="total", title=f"times {first}", shown="ratio"),
             Column(of="peak", title="peak memory, MiB"),
+            *seen_columns(rows),
+            *rates,
             Column(of="psnr", title="PSNR to the first, dB"),
         ),
-        rows=tuple(_row(name, one, _picture_figures(one, pictures)) for name, one in taken.items()),
+        rows=tuple(rows),
         plots=(Plot(title="Seconds a call; a dot is a round", y="total"),),
         note="From the prompt to the picture's pixels. Every contender paints the same prompts from the same seeds in "
-        "turns; the peak is of resident memory, in which mapped files count.",
+        f"turns; the peak is of resident memory, in which mapped files count.{seen_note(rows)}"
+        + (_RATES_NOTE if limits else ""),
     )
 
 
@@ -40,6 +50,7 @@ def variants_section(key: str, title: str, taken: Mapping[str, Taken], note: str
     """Whole pictures of one process in several ways, beside the first of these."""
     first = next(iter(taken))
     told = {word for one in taken.values() for word in _words(one)}
+    rows = tuple(_row(name, one, _variant_figures(one)) for name, one in taken.items())
     return Section(
         key=key,
         title=title,
@@ -49,38 +60,13 @@ def variants_section(key: str, title: str, taken: Mapping[str, Taken], note: str
             Column(of="denoise", title="of it the rows, s"),
             Column(of="host", title="of these not the model"),
             Column(of="total", title=f"times {first}", shown="ratio"),
+            *seen_columns(rows),
             Column(of="psnr", title=f"PSNR to {first}, dB"),
             *(Column(of=word, title=title, shown="words") for word, title in _WORDS.items() if word in told),
         ),
-        rows=tuple(_row(name, one, _variant_figures(one)) for name, one in taken.items()),
+        rows=rows,
         plots=(Plot(title="Seconds a picture; a dot is a round", y="total"),),
-        note=f"{note} {MOST_DB:g} dB is the same picture.",
-    )
-
-
-def parts_section(taken: Mapping[str, Taken]) -> Section:
-    """What a picture's time goes to, of contenders that tell."""
-    rows = []
-    for name, one in taken.items():
-        for part in one.parts:
-            if part.endswith("_s") and part != "total_s":
-                samples = one.samples(part)
-                shares = tuple(value / total for value, total in zip(samples, one.samples("total_s"), strict=True))
-                figures = {
-                    "ms": Figure(unit="ms", samples=tuple(1e3 * value for value in samples)),
-                    "share": Figure(unit="share", samples=shares),
-                }
-                rows.append(Row(name=f"{name}: {_PARTS.get(part, part.removesuffix('_s'))}", figures=figures))
-    return Section(
-        key="parts",
-        title="Where the time goes",
-        columns=(
-            Column(of="ms", title="ms a picture", shown="percentiles"),
-            Column(of="share", title="share of the picture"),
-        ),
-        rows=tuple(rows),
-        note="A denoiser's time is that of all its calls for a picture; the loop itself is what a step takes besides: "
-        "guidance, solver, noise.",
+        note=f"{note} {MOST_DB:g} dB is the same picture.{seen_note(rows)}",
     )
 
 
@@ -138,6 +124,7 @@ def cold_section(taken: Mapping[str, Taken]) -> Section:
                 "peak": Figure(unit="MiB", samples=one.samples("peak_mib")),
                 "import": Figure(unit="s", samples=one.samples("import_s")),
                 "import_peak": Figure(unit="MiB", samples=one.samples("import_peak_mib")),
+                **seen_figures(one),
             }
         rows.append(_row(name, one, figures))
     return Section(
@@ -151,46 +138,56 @@ def cold_section(taken: Mapping[str, Taken]) -> Section:
             Column(of="first", title="s until the first picture", shown="percentiles"),
             Column(of="first", title=f"times {first}", shown="ratio"),
             Column(of="peak", title="peak memory, MiB"),
+            *seen_columns(rows),
         ),
         rows=tuple(rows),
         plots=(Plot(title="Seconds until the first picture; a dot is a start", y="first"),),
         note="Of a fresh interpreter each, imports and the loading of models among it, with the files in the system's "
         "memory after the rounds that go before. TandemRT loads a model when it is first needed, so that the first "
-        "picture is what to compare.",
+        f"picture is what to compare.{seen_note(rows)}",
     )
 
 
 def models_section(bundle: Bundle, taken: Mapping[str, Taken]) -> Section:
-    """The bundle's models and what they ran on."""
+    """The bundle's models, what they ran on, and how large that is."""
     rows = []
     for name, component in bundle.manifest.components.items():
         words = {"precision": component.computes_in}
+        figures = {"file": Figure(unit="MB", samples=(file_mb(bundle, name),))}
         for contender, one in taken.items():
             if one.rounds and name in one.rounds[-1].words:
                 words[contender] = one.rounds[-1].words[name]
+                figures[contender] = Figure(unit="MB", samples=(one.rounds[-1].figures[f"{name}_mb"],))
         if len(words) > 1:
-            figures = {"file": Figure(unit="MB", samples=(file_mb(bundle, name),))}
             rows.append(Row(name=name, words=words, figures=figures))
-    told = dict.fromkeys(key for row in rows for key in row.words)
+    ran = [name for name in taken if any(name in row.words for row in rows)]
     return Section(
         key="models",
         title="Models",
         columns=(
+            Column(of="precision", title="precision", shown="words"),
             Column(of="file", title="files, MB"),
-            *(Column(of=key, title=key, shown="words") for key in told),
+            *(column for name in ran for column in _ran_columns(name)),
         ),
         rows=tuple(rows),
-        note="The precision is the graph's; a target may compute in another, which it names.",
+        note="The precision is the graph's; a target may compute in another, which it names. A model runs on the "
+        "bundle's files, or on engines that were made of them.",
     )
 
 
+def _ran_columns(contender: str) -> tuple[Column, Column]:
+    return Column(of=contender, title=contender, shown="words"), Column(of=contender, title="that, MB")
+
+
 def otherwise(taken: Mapping[str, Taken]) -> Iterator[str]:
-    """What of TandemRT ran on something else than it could have, or paints another picture than the first."""
+    """What of TandemRT ran on something else than it could have, and why; each once, with all whose models did."""
+    told: dict[str, list[str]] = {}
     for name, one in taken.items():
         for component, words in one.rounds[-1].words.items() if one.rounds else ():
             ran, _, reason = words.partition(", ")
-            if reason:
-                yield f"{name}: {component} ran on {ran}: {reason}"
+            if reason and component not in _WORDS:
+                told.setdefault(f"{component} ran on {ran}: {reason}", []).append(name)
+    yield from (f"{', '.join(names)}: {what}" for what, names in told.items())
 
 
 def subject_of(bundle: Bundle, *, random_weights: bool) -> Subject:
@@ -201,13 +198,40 @@ def subject_of(bundle: Bundle, *, random_weights: bool) -> Subject:
 
 def file_mb(bundle: Bundle, name: str) -> float:
     """The size of a model's files."""
-    model = bundle.model_path(name)
-    files = (model, *(model.parent / one for one in external_files(model)))
-    return sum(path.stat().st_size for path in files) / 1e6
+    return stored_bytes(bundle, name) / 1e6
 
 
 def _row(name: str, taken: Taken, figures: Mapping[str, Figure]) -> Row:
     return Row(name=name, words=_words(taken), figures={} if taken.failed else figures, failed=taken.failed)
+
+
+_RATES_NOTE = (
+    " GFLOP/s are the operations of TandemRT's graphs by each contender's time, whatever a peer does instead of them; "
+    "beside them stands what products in fp32 reach through the backend of TandemRT's first target."
+)
+
+
+def _with_rates(
+    rows: list[Row], taken: Mapping[str, Taken], pictures: int, limits: Mapping[str, PictureLimits]
+) -> list[Row]:
+    """Rows with what the picture's operations came to, by the limits on the first target that has any."""
+    first = next((name for name in limits if taken[name].rounds), None)
+    if first is None:
+        return rows
+    flops = limits[first].flops(taken[first].rounds[-1].figures, pictures)
+    peak = limits[first].rates.flops["fp32"]
+    return [_with_rate(row, flops, peak) for row in rows]
+
+
+def _with_rate(row: Row, flops: float, peak: float) -> Row:
+    if "total" not in row.figures:
+        return row
+    rates = flops / row.figures["total"].values
+    figures = {
+        "gflops": Figure(unit="GFLOP/s", samples=tuple((rates / 1e9).tolist())),
+        "limit": Figure(unit="limit", samples=tuple((rates / peak).tolist())),
+    }
+    return msgspec.structs.replace(row, figures={**row.figures, **figures})
 
 
 def _words(taken: Taken) -> dict[str, str]:
@@ -224,6 +248,7 @@ def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:
         "total": Figure(unit="s", samples=seconds),
         "rate": Figure(unit="images/s", samples=tuple(pictures / value for value in seconds)),
         "peak": Figure(unit="MiB", samples=(max(taken.samples("peak_mib")),)),
+        **seen_figures(taken),
     }
     if taken.psnr_db:
         figures["psnr"] = Figure(unit="dB", samples=(min(taken.psnr_db),))
@@ -232,8 +257,8 @@ def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:
 
 def _variant_figures(taken: Taken) -> dict[str, Figure]:
     figures = _picture_figures(taken, 1)
-    figures.pop("rate", None)
-    figures.pop("peak", None)
+    for name in ("rate", "peak", GPU_MIB):  # the process has painted in all ways
+        figures.pop(name, None)
     if taken.rounds:
         others = [taken.samples(name) for name in ("total_s", "text_s", "decode_s")]
         rows = tuple(total - text - decode for total, text, decode in zip(*others, strict=True))

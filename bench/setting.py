@@ -1,4 +1,4 @@
-"""What a run was made on: the machine before its first round and after its last."""
+"""What a run was made on: the machine before its first round, after its last, and what else it did meanwhile."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import os
 from datetime import datetime, timezone
 
 from .machine import clock_mhz, machine_facts
+from .other_work import look, other_cores
+from .probes import probes_here
 from .reports.schema import Machine
 
 
 class Watch:
-    """Looks at the machine when it is made, and again when it is asked."""
+    """Looks at the machine when it is made, and again when it is asked, when all that was started has ended.
+
+    probes: what of the machine is looked at while contenders have their turns.
+    """
 
     def __init__(self) -> None:
         self.began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.probes = probes_here()
         self._facts, self._clock = machine_facts(), clock_mhz()
+        self._look = look()
 
     def machine(self) -> Machine:
         """The machine, before and now."""
@@ -29,4 +36,6 @@ class Watch:
             versions=facts["versions"],
             clock_mhz=(self._clock, clock_mhz()),
             load_average=(facts["load_average"], round(os.getloadavg()[0], 2)),
+            other_cores=other_cores(self._look, look()),
+            energy=self.probes.told,
         )

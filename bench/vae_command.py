@@ -17,7 +17,8 @@ from .memory import in_fresh_process
 from .published import Measured, opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
 from .rounds import Taken, in_rounds, require_measured
-from .sections import file_mb
+from .sections import file_mb, otherwise
+from .seen import seen_columns, seen_figures, seen_note
 from .shared_arguments import BUNDLES, Shared, add_shared, require_least, shared_from
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
@@ -88,13 +89,13 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
             for name in decoders
         }
         Path(folder, "pictures").mkdir()
-        taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress)
+        taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress, measured.watch.probes)
     require_measured(taken, (f"{decoders[0]} on {target}" for target in shared.targets))
     sections = [
         _section(measured, target, {name: taken[f"{name} on {target}"] for name in decoders})
         for target in shared.targets
     ]
-    return publish("decoders", shared, measured, work.resolved(plan.facts), sections)
+    return publish("decoders", shared, measured, work.resolved(plan.facts), sections, tuple(otherwise(taken)))
 
 
 def _section(measured: Measured, target: str, taken: Mapping[str, Taken]) -> Section:
@@ -104,6 +105,7 @@ def _section(measured: Measured, target: str, taken: Mapping[str, Taken]) -> Sec
         if one.rounds:
             figures["decode"] = Figure(unit="ms", samples=tuple(1e3 * value for value in one.samples("call_s")))
             figures["peak"] = Figure(unit="MiB", samples=(max(one.samples("peak_mib")),))
+            figures |= seen_figures(one)
         if one.psnr_db:
             figures["psnr"] = Figure(unit="dB", samples=tuple(one.psnr_db))
         rows.append(Row(name=name, figures=figures, failed=one.failed))
@@ -116,10 +118,11 @@ def _section(measured: Measured, target: str, taken: Mapping[str, Taken]) -> Sec
             Column(of="decode", title="ms a picture", shown="percentiles"),
             Column(of="decode", title=f"times {first}", shown="ratio"),
             Column(of="peak", title="peak memory, MiB"),
+            *seen_columns(rows),
             Column(of="file", title="files, MB"),
             Column(of="psnr", title=f"PSNR to {first}, dB"),
         ),
         rows=tuple(rows),
         plots=(Plot(title="Milliseconds a picture; a dot is a round", y="decode"),),
-        note=NOTE,
+        note=NOTE + seen_note(rows),
     )

@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("export", "engines", "runtime", "calibrate", "bench")
 BASE = {"numpy", "tokenizers", "pillow", "msgspec", "rich"}
-EXTRAS = {"cpu", "gpu", "export", "engines", "openvino", "tensorrt", "tensorrt-rtx", "bench", "quality", "nncf", "dev"}
+EXTRAS = {"cpu", "gpu", "export", "engines", "openvino", "tensorrt", "tensorrt-rtx", "bench", "nvml", "quality", "nncf"}
+EXTRAS |= {"dev"}
 
 
 @pytest.fixture(scope="module")

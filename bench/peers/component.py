@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wire import Clock, Painter, serve
+from wire import Clock, Painter, ran_told, serve
 
 
 class Component(Painter):
@@ -28,7 +28,7 @@ class Component(Painter):
         self._loader = Loader(bundle, name, target, job["threads"], cache=cache)
         session = self._loader.session()
         ran = session.ran_on(shapes) if isinstance(session, Choosing) else GRAPH
-        self._binding, self._words = session.bind(shapes), {name: ", ".join((str(ran), *ran.refused))}
+        self._binding, self._words = session.bind(shapes), {name: ran_told(ran, job)}
         self._paints = bundle.component(name).role == "vae_decoder"
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wire import Clock, Painter, imported, serve, threads_told
+from wire import Clock, Painter, imported, ran_told, serve, threads_told
 
 
 class Ours(Painter):
@@ -18,7 +18,9 @@ class Ours(Painter):
 
         imported()
         self._pipe = Pipeline.open(job["bundle"], job["target"], threads=job["threads"], cache=job["cache"])
-        self._job, self._words = job, {}
+        self._job = job
+        self._timings: Any = None
+        self._taus: tuple[int, int] | None = None
 
     def setting(self) -> Mapping[str, str]:
         return {"threads": threads_told(self._job["threads"], "the backend")}
@@ -33,20 +35,29 @@ class Ours(Painter):
             name = f"{row.denoiser}_s"
             clock.figures[name] = clock.figures.get(name, 0.0) + row.model_ms / 1e3
         clock.figures["host_s"] = sum(row.total_ms - row.model_ms for row in timings.rows) / 1e3
-        self._words = {name: "; ".join(map(_told, ran)) for name, ran in timings.ran_on.items()}
-        rows = timings.rows
-        self._words["guided"] = f"{sum(row.guidance.guided for row in rows)} of {len(rows)}"
-        if made.plan.taus is not None:
-            first, end = made.plan.taus
-            self._words["window"] = f"rows {first} to {end}"
+        self._timings, self._taus = timings, made.plan.taus
         return made.images[0]
 
     def words(self) -> Mapping[str, str]:
-        return self._words
+        rows, words = self._timings.rows, {}
+        for name, ran in self._timings.ran_on.items():
+            words[name] = "; ".join(ran_told(one, self._job) for one in ran)
+        words["guided"] = f"{sum(row.guidance.guided for row in rows)} of {len(rows)}"
+        if self._taus is not None:
+            words["window"] = f"rows {self._taus[0]} to {self._taus[1]}"
+        return words
 
+    def figures(self) -> Mapping[str, float]:
+        """By component the MB of files it ran on; by denoiser its rows, and those with both branches of guidance."""
+        from tandemrt.bench.sizes import ran_bytes  # noqa: PLC0415
 
-def _told(ran: Any) -> str:
-    return ", ".join((str(ran), *ran.refused, *((ran.unasked,) if ran.unasked else ())))
+        bundle, cache, ran_on = self._pipe.bundle, self._job["cache"], self._timings.ran_on
+        figures = {f"{name}_mb": ran_bytes(bundle, name, ran, cache) / 1e6 for name, ran in ran_on.items()}
+        for row in self._timings.rows:
+            for counted, count in (("rows", 1), ("guided", row.guidance.guided)):
+                name = f"{row.denoiser}_{counted}"
+                figures[name] = figures.get(name, 0) + count
+        return figures
 
 
 if __name__ == "__main__":

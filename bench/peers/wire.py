@@ -62,6 +62,10 @@ class Painter:
         """What is to be told of the last picture besides figures."""
         return {}
 
+    def figures(self) -> Mapping[str, float]:
+        """What is to be told of it besides seconds; not timed."""
+        return {}
+
 
 def imported() -> None:
     """Note that a contender has imported its library: the seconds until then, and the peak of memory."""
@@ -108,7 +112,14 @@ def _painted(painter: Painter, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         return _failure(error)
     total = time.perf_counter() - began
     np.save(asked["file"], np.asarray(picture, np.float32))
-    return {"figures": {"total_s": total, **clock.figures, "peak_mib": _peak_mib()}, "words": dict(painter.words())}
+    figures = {"total_s": total, **clock.figures, "peak_mib": _peak_mib(), **painter.figures()}
+    return {"figures": figures, "words": dict(painter.words())}
+
+
+def ran_told(ran: Any, job: Mapping[str, Any]) -> str:
+    """What a model ran on, and why not on something else, without the paths of this machine. ran: a `RanOn`."""
+    told = ", ".join((str(ran), *ran.refused, *((ran.unasked,) if ran.unasked else ())))
+    return told.replace(job["cache"], "CACHE").replace(job["bundle"], "BUNDLE")
 
 
 def threads_told(threads: int | None, chosen_by: str) -> str:

@@ -16,10 +16,12 @@ from ..figures import write_json
 
 FORMAT = "tandemrt.bench/1"
 Unit = Literal[
-    "ms", "s", "us", "images/s", "MiB", "MB", "J", "dB", "share", "times", "GFLOP", "GFLOP/s", "GB/s", "count"
+    "ms", "s", "us", "images/s", "MiB", "MB", "J", "dB", "share", "limit", "times", "GFLOP", "GFLOP/s", "GB/s", "count"
 ]
 TIMES: frozenset[Unit] = frozenset({"ms", "s", "us", "times"})
-MORE_IS_BETTER: frozenset[Unit] = frozenset({"images/s", "dB", "GFLOP/s", "GB/s"})
+MORE_IS_BETTER: frozenset[Unit] = frozenset({"images/s", "dB", "limit", "GFLOP/s", "GB/s"})
+# Told as percentages: of a whole, and of what the machine can do at best.
+SHARES: frozenset[Unit] = frozenset({"share", "limit"})
 Samples = npt.NDArray[np.float64]
 
 
@@ -110,6 +112,8 @@ class Machine(_Record, frozen=True, kw_only=True):
     """What it was measured on; see `machine.machine_facts`.
 
     clock_mhz, load_average: before the first round and after the last; a clock the system does not tell is None.
+    other_cores: how many cores other work had on average while it was measured, what a hypervisor withheld among it;
+        None where the system does not tell. energy: what counters of it count, and why others are not told.
     """
 
     processor: str
@@ -121,6 +125,8 @@ class Machine(_Record, frozen=True, kw_only=True):
     versions: Mapping[str, str]
     clock_mhz: tuple[float | None, float | None]
     load_average: tuple[float, float]
+    other_cores: float | None = None
+    energy: str = ""
 
 
 class Method(_Record, frozen=True, kw_only=True):

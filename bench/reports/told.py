@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schema import Column, Figure, Report, Row, Samples, Section
+from .schema import SHARES, Column, Figure, Report, Row, Samples, Section
 
 SPREAD = "In brackets the 10th to the 90th percentile of the rounds; ratios are of the same round."
 _PERCENTILES = (50, 90, 99)
@@ -63,6 +63,10 @@ def setting_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "machine", f"{machine.processor}, {machine.cores} cores{memory}{', ' + devices if devices else ''}"
     yield "system", f"{machine.system}, Python {machine.python}"
     yield "clock, load average", f"{_pair(machine.clock_mhz, ' MHz')}; {_pair(machine.load_average, '')}"
+    if machine.other_cores is not None:
+        yield "other work", f"{machine.other_cores:.2f} of {machine.cores} cores on average"
+    if machine.energy:
+        yield "energy", machine.energy
     yield "versions", _listed(machine.versions)
     threads = "the backend's choice" if method.threads is None else str(method.threads)
     yield "rounds", f"{method.rounds} that count, {method.warm_up} before; {method.order}"
@@ -92,7 +96,7 @@ def _cells(section: Section, column: Column, row: Row) -> tuple[str, ...]:
 
 
 def _shown(figure: Figure) -> str:
-    if figure.unit == "share":
+    if figure.unit in SHARES:
         low, median, high = (f"{value:.1%}" for value in np.percentile(figure.values, (10, 50, 90)))
         return median if len(figure.samples) == 1 else f"{median} ({low}–{high})"
     return with_spread(figure.values)

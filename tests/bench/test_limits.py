@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandemrt.bench.limits import CHAIN, copy_graph, product_graph
+from tandemrt.bench.rates import CHAIN, copy_graph, product_graph
 from tandemrt.bench.reports.schema import read_report
 from tandemrt.engines.calls import call_of
 from tandemrt.runtime.backends import open_session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -9,12 +10,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tandemrt.bench import contenders
 from tandemrt.bench.contenders import Contender
+from tandemrt.bench.probes import NO_PROBES, PROCESSORS_J, Probes
 from tandemrt.bench.rounds import MOST_DB, Entrant, Rounds, Taken, in_rounds, psnr_db
 from tandemrt.runtime.errors import BenchmarkError
 
@@ -23,6 +26,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {peers!r})
 import os
+import signal
 import subprocess
 import numpy as np
 from wire import Painter, serve
@@ -47,6 +51,8 @@ class Grey(Painter):
             os._exit(7)
         if self.job.get("ends") == f"hang {{seed}}":
             subprocess.run(["sleep", "60"])
+        if self.job.get("ends") == f"killed {{seed}}":
+            os.kill(os.getpid(), signal.SIGKILL)
         return picture
 
 serve(Grey)
@@ -71,11 +77,11 @@ def start(tmp_path: Path) -> Start:
 
 @pytest.fixture
 def rounds(tmp_path: Path) -> Run:
-    """Of entrants, with (warm-up, count, first seed)."""
+    """Of entrants, with (warm-up, count, first seed), and probes."""
     (tmp_path / "pictures").mkdir()
 
-    def rounds(entrants: dict[str, Entrant], *numbers: int) -> dict[str, Taken]:
-        taken = in_rounds(entrants, Rounds(*numbers), tmp_path / "pictures", silent)
+    def rounds(entrants: dict[str, Entrant], *numbers: int, probes: Probes = NO_PROBES) -> dict[str, Taken]:
+        taken = in_rounds(entrants, Rounds(*numbers), tmp_path / "pictures", silent, probes)
         assert not list((tmp_path / "pictures").iterdir())
         return taken
 
@@ -109,6 +115,7 @@ def test_every_round_begins_with_the_next_contender(start: Start, rounds: Run, t
         ("opening", "RuntimeError: no such model"),
         ("raise 2", "ValueError: NaN"),
         ("die 2", "ended with exit status 7. the library's last words"),
+        ("killed 2", "was killed by the system, most likely because memory ran out"),
     ],
 )
 def test_one_that_fails_is_told_and_the_others_go_on(ends: str, told: str, start: Start, rounds: Run) -> None:
@@ -143,6 +150,31 @@ def test_pictures_are_compared_with_those_of_the_entrants_own_reference(start: S
     entrants = {"a": Entrant(start("a")), "b": Entrant(far, reference="b"), "c": Entrant(far, reference="b")}
     taken = rounds(entrants, 0, 1, 0)
     assert [one.psnr_db for one in taken.values()] == [[], [], [MOST_DB]]
+
+
+def test_one_that_finds_no_room_is_not_started(start: Start, rounds: Run, tmp_path: Path) -> None:
+    taken = rounds({"a": Entrant(start("a")), "b": Entrant(start("b"), memory_bytes=10**18)}, 0, 2, 0)
+    assert logged(tmp_path) == ["a 0", "a 1"]
+    assert taken["b"].failed.startswith("its weights alone take 1000000000.0 GB of memory, and ")
+
+
+def test_entrants_of_one_process_take_its_room_once(start: Start, rounds: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandemrt.bench.room.memory_bytes", lambda _: 15)
+    shared, other = start("one"), start("other")
+    shares = partial(Entrant, shared, memory_bytes=10)
+    taken = rounds({"a": shares(), "b": shares(), "c": Entrant(other, memory_bytes=10)}, 0, 1, 0)
+    assert [bool(one.failed) for one in taken.values()] == [False, False, True]
+
+
+def test_what_is_seen_of_turns_is_told_with_them(start: Start, rounds: Run) -> None:
+    joules = itertools.count(5.0, 2.0)
+    probes = Probes({PROCESSORS_J: SimpleNamespace(joules=lambda: next(joules))})
+    taken = rounds({"a": Entrant(start("a"))}, 1, 2, 0, probes=probes)["a"]
+    assert taken.samples(PROCESSORS_J) == (2.0, 2.0)
+    assert taken.tells(PROCESSORS_J) and not taken.tells("gpus_j")
+    both = Taken()
+    both.add(taken)
+    assert both.samples(PROCESSORS_J) == (4.0,)
 
 
 def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:

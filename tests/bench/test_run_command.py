@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tandemrt.bench import run_command
+from tandemrt.bench.graph_work import work_of
 from tandemrt.bench.reports.schema import read_report
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
+from tandemrt.runtime.engine_files import read_sidecar
 
 from ..runtime.tiny_bundle import write_tiny_bundle
 
 ORT, OURS = ["--target", "onnxruntime:cpu:fp32", "--threads", "1"], "tandemrt onnxruntime:cpu:fp32"
-SMALL = [*ORT, "--steps", "3", "--rounds", "4"]
+QUICK = [*ORT, "--no-limits"]
+SMALL = [*QUICK, "--steps", "3", "--rounds", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,11 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     ]
     shares = sum(row.figures["share"].values for row in parts.rows)
     assert 0 < shares.max() <= 1
-    assert {row.name: row.words[OURS] for row in models.rows}["unet"] == "graph"
+    unet = next(row for row in models.rows if row.name == "unet")
+    assert unet.words[OURS] == "graph"
+    assert unet.figures[OURS] == unet.figures["file"]
+    assert not {"processors_j", "gpu_mib", "limit"} & {column.of for column in pictures.columns}
+    assert report.machine.other_cores is not None and "processor" in report.machine.energy
     opened = start.row(OURS)
     assert opened is not None and opened.figures["open"].median < opened.figures["first"].median
     own = ran.row(OURS)
@@ -51,6 +61,70 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     told = capsys.readouterr().out
     assert all(str(out / name) in told for name in ("report.json", "report.md", "report.html"))
     assert str(tmp_path) not in (out / "report.json").read_text(encoding="utf-8")
+
+
+def test_a_report_beside_the_limit(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_command, "SIDE", 64)
+    monkeypatch.setattr(run_command, "COPIED", 4096)
+    asked = ["bench", str(bundle), *ORT, "--steps", "3", "--rounds", "2", "--batch-size", "2", "--size", "64x48"]
+    assert main([*asked, "--out", str(tmp_path), "--cache", str(tmp_path)]) == 0
+    pictures, parts, peaks, *_ = read_report(tmp_path / "report.json").sections
+    products, copies = peaks.rows
+    assert (products.name, copies.name) == (f"{OURS}: products, fp32", f"{OURS}: copies")
+    opened = Bundle.open(bundle)
+    flops = 0.0
+    for name, calls, batch in (("text_encoder", 1, 1), ("unet", 3, 4), ("vae_decoder", 2, 1)):
+        specs = opened.component(name).inputs
+        fixed = {"sample": (batch, 4, 6, 8), "latent_sample": (1, 4, 6, 8), "encoder_hidden_states": (batch, 12, 8)}
+        shapes = {"input_ids": (1, 12), "timestep": (1,), **fixed}
+        flops += calls * work_of(opened, name, {spec.name: shapes[spec.name] for spec in specs}).flops
+    whole = pictures.rows[0].figures
+    assert whole["gflops"].values * whole["total"].values * 1e9 == pytest.approx(flops)
+    assert whole["limit"].values == pytest.approx(whole["gflops"].values / products.figures["gflops"].median)
+    told = {row.name.removeprefix(f"{OURS}: ") for row in parts.rows if "limit" in row.figures}
+    assert told == {"text encoders", "unet", "decoder"}
+
+
+@pytest.fixture(scope="module")
+def cache(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with an engine of the UNet."""
+    cache = tmp_path_factory.mktemp("engines")
+    asked = ["--target", ORT[1], "--component", "unet", "--cache", str(cache)]
+    assert main(["build-engine", str(bundle), *asked]) == 0
+    return cache
+
+
+def test_engines_are_told_with_their_size(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path), "--cache", str(cache)]
+    assert main(["bench", str(bundle), *QUICK, "--rounds", "1", *out]) == 0
+    report = read_report(tmp_path / "report.json")
+    unet = report.sections[-1].rows[1]
+    (engine,) = (cache / "engines").glob("*/engine.json")
+    assert unet.words[OURS] == f"engine {engine.parent.name[:12]}"
+    assert unet.figures[OURS].median == read_sidecar(engine.parent).size_bytes / 1e6
+    assert not any("unet" in caveat for caveat in report.caveats)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["run", "--no-limits"],
+        ["cold"],
+        ["cfg", "--steps", "2"],
+        ["hybrid", "--steps", "2", "--points", "1,0"],
+        ["onestep", "--steps", "unet:1"],
+    ],
+)
+def test_what_ran_otherwise_is_told_first(asked: list[str], bundle: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "cache")
+    (engine,) = (tmp_path / "cache" / "engines").glob("*/model.onnx")
+    engine.write_bytes(b"damaged")
+    kind, *rest = asked
+    out = ["--out", str(tmp_path), "--cache", str(tmp_path / "cache"), "--rounds", "1"]
+    assert main(["bench", kind, str(bundle), *ORT, *rest, *out]) == 0
+    first = read_report(tmp_path / "report.json").caveats[0]
+    assert ": unet ran on graph: CACHE/engines/" in first and "model.onnx" in first
+    assert str(tmp_path) not in first
 
 
 def test_two_reports_are_compared(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +177,7 @@ def test_a_report_that_is_there_is_kept(bundle: Path, tmp_path: Path, capsys: py
 def test_steps_that_the_bundle_cannot_run_are_told(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", str(bundle), *ORT, "--steps", "unet_big:3", "--out", str(tmp_path / "out")]) == 2
+    assert main(["bench", str(bundle), *QUICK, "--steps", "unet_big:3", "--out", str(tmp_path / "out")]) == 2
     assert "unknown denoiser, got 'unet_big'" in capsys.readouterr().err
 
 
@@ -140,7 +214,7 @@ def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
 )
 def test_what_a_peer_cannot_do_is_told_in_the_report(asked: list[str], told: str, bundle: Path, tmp_path: Path) -> None:
     cache = ["--cache", str(tmp_path / "cache")]
-    assert main(["bench", str(bundle), *ORT, "--rounds", "1", *asked, *cache, "--out", str(tmp_path)]) == 0
+    assert main(["bench", str(bundle), *QUICK, "--rounds", "1", *asked, *cache, "--out", str(tmp_path)]) == 0
     report = read_report(tmp_path / "report.json")
     assert told in report.sections[0].rows[1].failed
     assert any(told in caveat for caveat in report.caveats)

@@ -1,0 +1,81 @@
+"""What a picture's time goes to, beside what the machine can do at best, as sections of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .picture_limits import SIDE, Least, PictureLimits
+from .rates import CHAIN
+from .reports.schema import Column, Figure, Row, Section
+from .rounds import Taken
+
+_PARTS = {"text_s": "text encoders", "decode_s": "decoder", "host_s": "the loop itself"}
+
+
+def parts_section(taken: Mapping[str, Taken], limits: Mapping[str, PictureLimits], pictures: int) -> Section:
+    """The parts of contenders that tell them. limits: by contender. pictures: how many a call paints."""
+    rows = []
+    for name, one in taken.items():
+        least = _least(one, limits.get(name), pictures)
+        for part in one.parts:
+            if part.endswith("_s") and part != "total_s":
+                figures = _part_figures(one, part, [each.get(part) for each in least])
+                rows.append(Row(name=f"{name}: {_PARTS.get(part, part.removesuffix('_s'))}", figures=figures))
+    of_limits = (Column(of="gflops", title="GFLOP/s"), Column(of="limit", title="of the limit")) if limits else ()
+    return Section(
+        key="parts",
+        title="Where the time goes",
+        columns=(
+            Column(of="ms", title="ms a picture", shown="percentiles"),
+            Column(of="share", title="share of the picture"),
+            *of_limits,
+        ),
+        rows=tuple(rows),
+        note="A denoiser's time is that of all its calls for a picture; the loop itself is what a step takes besides: "
+        "guidance, solver, noise." + (_LIMIT_NOTE if limits else ""),
+    )
+
+
+_LIMIT_NOTE = (
+    " A part takes no less than its operations at the rate of products, nor than its bytes (weights, inputs and "
+    "outputs, once a row) at that of copies, both as measured on this machine: the slower of the two is its limit. "
+    "Above 100% are operations that the backend does in fewer, as convolutions can be."
+)
+
+
+def peaks_section(limits: Mapping[str, PictureLimits]) -> Section:
+    """What the machine does at best through each contender's backend."""
+    rows = []
+    for name, one in limits.items():
+        for precision, rate in one.rates.flops.items():
+            figure = Figure(unit="GFLOP/s", samples=(rate / 1e9,))
+            rows.append(Row(name=f"{name}: products, {precision}", figures={"gflops": figure}))
+        figure = Figure(unit="GB/s", samples=(one.rates.bytes / 1e9,))
+        rows.append(Row(name=f"{name}: copies", figures={"gbytes": figure}))
+    return Section(
+        key="peaks",
+        title="What the machine does at best",
+        columns=(Column(of="gflops", title="GFLOP/s"), Column(of="gbytes", title="GB/s")),
+        rows=tuple(rows),
+        note=f"The best of some rounds before the contenders were opened: a chain of {CHAIN} products of matrices of "
+        f"{SIDE} x {SIDE}, and a copy of a large array, through the contender's backend on as many threads.",
+    )
+
+
+def _least(taken: Taken, limits: PictureLimits | None, pictures: int) -> list[dict[str, Least]]:
+    """What each round's parts took at least, by the name of their seconds."""
+    return [{} if limits is None else limits.parts(answer.figures, pictures) for answer in taken.rounds]
+
+
+def _part_figures(taken: Taken, part: str, least: list[Least | None]) -> dict[str, Figure]:
+    samples = taken.samples(part)
+    shares = tuple(value / total for value, total in zip(samples, taken.samples("total_s"), strict=True))
+    figures = {
+        "ms": Figure(unit="ms", samples=tuple(1e3 * value for value in samples)),
+        "share": Figure(unit="share", samples=shares),
+    }
+    known = [(one, value) for one, value in zip(least, samples, strict=True) if one is not None and value > 0]
+    if len(known) == len(samples):
+        figures["gflops"] = Figure(unit="GFLOP/s", samples=tuple(one.flops / value / 1e9 for one, value in known))
+        figures["limit"] = Figure(unit="limit", samples=tuple(one.seconds / value for one, value in known))
+    return figures
