@@ -50,6 +50,13 @@ PEERS: Mapping[str, Peer] = {
     ),
     "openvino-genai": Peer("openvino_genai_pipeline.py", _OPENVINO_GENAI, "bundle", False, {"precision": "f32"}),
     "openvino-genai-bf16": Peer("openvino_genai_pipeline.py", _OPENVINO_GENAI, "bundle", False, {"precision": "bf16"}),
+    "sdcpp": Peer(
+        "stable_diffusion_cpp_pipeline.py",
+        ("stable-diffusion-cpp-python==0.4.7", "numpy==2.4.6"),
+        "checkpoint",
+        False,
+        {},
+    ),
 }
 
 

@@ -100,3 +100,58 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler, and no-such-compiler is not there"):
         script("torch_diffusers", monkeypatch).compiling_afresh()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """What stable-diffusion.cpp's script reads of one before it is opened, but for its scheduler."""
+    vocabulary = {str(number): number for number in range(49408)}
+    vocabulary |= {"<|startoftext|>": vocabulary.pop("49406"), "cat</w>": vocabulary.pop("2368")}
+    files = {"unet/config.json": {"block_out_channels": [320, 640]}, "tokenizer/vocab.json": vocabulary}
+    for name, facts in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "scheduler").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "otherwise"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler"}, "euler", ""),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpm++2m", ""),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "euler", "in place of DPMSolverMultistep"),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "euler", "Euler in place of PNDM"),
+    ],
+)
+def test_stable_diffusion_cpp_is_given_the_checkpoints_noise_levels(
+    given: dict[str, Any], method: str, otherwise: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BETAS | given | {"timestep_spacing": "trailing"}
+    (checkpoint / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
+    peer = script("stable_diffusion_cpp_pipeline", monkeypatch)
+    peer.require_known(checkpoint)
+    used, sigmas, told = peer.sampling(checkpoint, 4)
+    assert used == method
+    assert (otherwise in told) if otherwise else not told
+    # diffusers' EulerDiscreteScheduler with this configuration.
+    assert sigmas == pytest.approx((14.614647, 4.081731, 1.612887, 0.693205, 0.0), abs=1e-5)
+    vocabulary = json.loads((checkpoint / "tokenizer" / "vocab.json").read_bytes())
+    vocabulary["cat</w>"], vocabulary["7"] = 7, 2368
+    (checkpoint / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    assert "CLIP's vocabulary in place of the checkpoint's" in peer.sampling(checkpoint, 4)[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "facts", "told"),
+    [
+        ("unet/config.json", {"block_out_channels": [40, 80]}, "width, 320; this one begins with 40"),
+        ("tokenizer/vocab.json", {"a": 0}, "built in, of 49408 tokens; this checkpoint has one of 1"),
+    ],
+)
+def test_what_stable_diffusion_cpp_does_not_know_is_told(
+    file: str, facts: dict[str, Any], told: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkpoint / file).write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ValueError, match=told):
+        script("stable_diffusion_cpp_pipeline", monkeypatch).require_known(checkpoint)
