@@ -11,10 +11,14 @@ import numpy as np
 
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.backends.base import Array
+from tandemrt.runtime.bundle import Bundle
 
 from .contenders import Contender
 from .entrants import Work
-from .rounds import Entrant
+from .reports.schema import Figure
+from .room import weights_of
+from .rounds import Entrant, Taken
+from .sections import file_mb
 
 
 def save_inputs(work: Work, target: str, count: int, folder: Path) -> tuple[str, ...]:
@@ -44,7 +48,7 @@ def inputs_of(name: str, folder: Path) -> Path:
     return folder / f"{name}.npz"
 
 
-def component_entrant(work: Work, name: str, target: str, inputs: Path) -> Entrant:
+def component_entrant(work: Work, bundle: Bundle, name: str, target: str, inputs: Path) -> Entrant:
     """A component by itself, in a process of its own; the inputs of a round are the seed's of the file's, in turns."""
     job = {
         "bundle": str(work.bundle),
@@ -54,4 +58,11 @@ def component_entrant(work: Work, name: str, target: str, inputs: Path) -> Entra
         "cache": str(work.cache),
         "inputs": str(inputs),
     }
-    return Entrant(partial(Contender, name, sys.executable, "component.py", job))
+    start = partial(Contender, name, sys.executable, "component.py", job)
+    return Entrant(start, memory_bytes=weights_of(bundle, (name,)).held_on(target))
+
+
+def file_figure(bundle: Bundle, name: str, taken: Taken) -> Figure:
+    """The MB of the file that a component ran on, an engine's or the graph's; of the graph where it did not run."""
+    told = taken.samples(f"{name}_mb") or (file_mb(bundle, name),)
+    return Figure(unit="MB", samples=told[:1])

@@ -16,13 +16,13 @@ from tandemrt.runtime.plan import Plan
 from tandemrt.runtime.plan_steps import parse_steps
 from tandemrt.runtime.targets import parse_target
 
-from .components import component_entrant, inputs_of, save_inputs
+from .components import component_entrant, file_figure, inputs_of, save_inputs
 from .entrants import own_entrant, own_name
 from .memory import in_fresh_process
 from .published import opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section, Unit
 from .rounds import Taken, in_rounds, require_measured
-from .sections import file_mb, otherwise
+from .sections import otherwise
 from .seen import seen_columns, seen_figures, seen_note
 from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
 
@@ -100,7 +100,7 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
         reporter.progress("paint what components are given", 1, 1)
         entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
         entrants |= {
-            f"{name} on {target}": component_entrant(work, name, target, inputs_of(name, Path(folder)))
+            f"{name} on {target}": component_entrant(work, measured.bundle, name, target, inputs_of(name, Path(folder)))
             for target in shared.targets
             for name in names
         }
@@ -134,7 +134,7 @@ def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Tak
         component = bundle.component(name)
         own = parse_target(target).of_component(component)
         words = {"precision": own.precision or component.computes_in}
-        figures = {"file": _once("MB", file_mb(bundle, name))}
+        figures = {"file": file_figure(bundle, name, one)}
         if one.rounds:
             calls = one.samples("call_s")
             words["ran"] = one.rounds[-1].words[name]
@@ -142,7 +142,7 @@ def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Tak
             shares = tuple(call / all_ for call, all_ in zip(calls, total, strict=True))
             figures["share"] = Figure(unit="share", samples=shares)
         rows.append(Row(name=name, words=words, figures=figures, failed=one.failed))
-    files = sum(file_mb(bundle, name) for name in taken)
+    files = sum(whole.samples(f"{name}_mb")[0] for name in taken)
     rows.append(Row(name=WHOLE, figures={"file": _once("MB", files), **_times(whole, total)}))
     return Section(
         key=f"onestep {target}",

@@ -12,12 +12,12 @@ from typing import Any
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.plan_steps import parse_steps
 
-from .components import component_entrant, inputs_of, save_inputs
+from .components import component_entrant, file_figure, inputs_of, save_inputs
 from .memory import in_fresh_process
 from .published import Measured, opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
 from .rounds import Taken, in_rounds, require_measured
-from .sections import file_mb, otherwise
+from .sections import otherwise
 from .seen import seen_columns, seen_figures, seen_note
 from .shared_arguments import BUNDLES, Shared, add_shared, require_least, shared_from
 
@@ -84,7 +84,7 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
         decoders = measured.bundle.manifest.names("vae_decoder")
         latents = inputs_of(decoders[0], Path(folder))
         entrants = {
-            f"{name} on {target}": component_entrant(work, name, target, latents)
+            f"{name} on {target}": component_entrant(work, measured.bundle, name, target, latents)
             for target in shared.targets
             for name in decoders
         }
@@ -101,7 +101,7 @@ def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
 def _section(measured: Measured, target: str, taken: Mapping[str, Taken]) -> Section:
     rows = []
     for name, one in taken.items():
-        figures = {"file": Figure(unit="MB", samples=(file_mb(measured.bundle, name),))}
+        figures = {"file": file_figure(measured.bundle, name, one)}
         if one.rounds:
             figures["decode"] = Figure(unit="ms", samples=tuple(1e3 * value for value in one.samples("call_s")))
             figures["peak"] = Figure(unit="MiB", samples=(max(one.samples("peak_mib")),))

@@ -15,6 +15,7 @@ class Component(Painter):
     def __init__(self, job: Mapping[str, Any]) -> None:
         import numpy as np  # noqa: PLC0415
 
+        from tandemrt.bench.sizes import ran_bytes  # noqa: PLC0415
         from tandemrt.runtime.bundle import Bundle  # noqa: PLC0415
         from tandemrt.runtime.engine_session import Loader  # noqa: PLC0415
         from tandemrt.runtime.ran_on import GRAPH, Choosing  # noqa: PLC0415
@@ -29,6 +30,7 @@ class Component(Painter):
         session = self._loader.session()
         ran = session.ran_on(shapes) if isinstance(session, Choosing) else GRAPH
         self._binding, self._words = session.bind(shapes), {name: ran_told(ran, job)}
+        self._figures = {f"{name}_mb": ran_bytes(bundle, name, (ran,), cache) / 1e6}
         self._paints = bundle.component(name).role == "vae_decoder"
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
@@ -43,6 +45,9 @@ class Component(Painter):
 
     def words(self) -> Mapping[str, str]:
         return self._words
+
+    def figures(self) -> Mapping[str, float]:
+        return self._figures
 
 
 if __name__ == "__main__":
