@@ -63,7 +63,7 @@ def probes_here(root: Path = POWERCAP) -> Probes:
         meters[PROCESSORS_J] = processors = Processors(root)
         told.append(f"of all processors ({', '.join(processors.names)})")
     except BenchmarkError as error:
-        told.append(f"of the processors not told ({error})")
+        told.append(f"of the processors not told ({str(error).rstrip('.')})")
     gpus = None
     if has_nvidia_driver():
         try:
@@ -72,5 +72,5 @@ def probes_here(root: Path = POWERCAP) -> Probes:
             meters[GPUS_J] = gpus
             told.append(f"of all {gpus.count} GPUs")
         except BenchmarkError as error:
-            told.append(f"of the GPUs not told ({error})")
+            told.append(f"of the GPUs not told ({str(error).rstrip('.')})")
     return Probes(meters, gpus, ", ".join(told))

@@ -15,6 +15,7 @@ from tandemrt.runtime.plan_steps import Steps
 from tandemrt.runtime.targets import check_installed, check_runnable, parse_target
 
 from .entrants import Work
+from .left_nodes import left_told
 from .preset_work import preset_bundle
 from .reports.caveats import caveats
 from .reports.changes import FEWEST
@@ -31,13 +32,15 @@ from .shared_arguments import Shared
 class Measured:
     """A bundle that is measured.
 
-    checkpoint: what it was made of, where that is known; sources: that of further components.
+    checkpoint: what it was made of, where that is known; sources: that of further components. left: what of it does not
+    run on the device that was asked for, a sentence each.
     """
 
     bundle: Bundle
     checkpoint: Path | None
     sources: Mapping[str, Path]
     watch: Watch
+    left: tuple[str, ...] = ()
 
     def plan(self, shared: Shared, steps: Steps | None, placement: str = "batched") -> Plan:
         """The plan of a request. PlanError, RequestError: the bundle cannot do that."""
@@ -99,13 +102,16 @@ def opened(
             check_runnable(target)
     shared.cache.mkdir(parents=True, exist_ok=True)
     if shared.bundle is not None:
-        return Measured(Bundle.open(shared.bundle), checkpoint, dict(sources or {}), Watch())
-    if shared.preset is None:
+        bundle, added = Bundle.open(shared.bundle), dict(sources or {})
+    elif shared.preset is not None:
+        folder = preset_bundle(shared.preset, shared.scale, shared.dtype, shared.cache, reporter.progress)
+        bundle, checkpoint = Bundle.open(folder / shared.preset), folder / "checkpoint"
+        own = (shared.preset, "checkpoint")
+        added = {one.name: one for one in folder.iterdir() if one.is_dir() and one.name not in own}
+    else:
         raise BenchmarkError("bench", "nothing to measure", remedy="Name a bundle, or a --preset.")
-    folder = preset_bundle(shared.preset, shared.scale, shared.dtype, shared.cache, reporter.progress)
-    own = (shared.preset, "checkpoint")
-    added = {one.name: one for one in folder.iterdir() if one.is_dir() and one.name not in own}
-    return Measured(Bundle.open(folder / shared.preset), folder / "checkpoint", added, Watch())
+    left = tuple(told for target in shared.targets for told in left_told(bundle, target)) if runs else ()
+    return Measured(bundle, checkpoint, added, Watch(), left)
 
 
 def publish(
@@ -134,7 +140,7 @@ def publish(
         ),
         subjects=subjects,
         sections=tuple(sections),
-        caveats=caveats(machine, subjects, sections, (*otherwise, *few)),
+        caveats=caveats(machine, subjects, sections, (*otherwise, *measured.left, *few)),
     )
     written = write_report_files(shared.out, report)
     return {"written": [str(one) for one in written], "caveats": list(report.caveats)}

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-limits",
         dest="limits",
         action="store_false",
-        help="leave out what the machine does at best, which takes some 10 s a target",
+        help="leave out what the machine does at best, which takes some 5 s a target",
     )
 
 
