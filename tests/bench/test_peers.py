@@ -7,13 +7,13 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tandemrt.bench import peer_table
+from tandemrt.bench import peer_table, shapes
 from tandemrt.bench.contenders import SCRIPTS
 from tandemrt.bench.peer_table import interpreter, set_up
 from tandemrt.runtime.errors import BenchmarkError
@@ -100,6 +100,21 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler, and no-such-compiler is not there"):
         script("torch_diffusers", monkeypatch).compiling_afresh()
+
+
+def test_what_is_compiled_does_not_see_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    peer = script("torch_diffusers", monkeypatch)
+    monkeypatch.setattr(peer, "compiling_afresh", lambda: None)
+    monkeypatch.setattr("torch.compile", lambda function: compiled.append(function) or function)
+    job = {"checkpoint": str(Path(shapes.__file__).parent / "weights" / "large"), "steps": [["unet", 1]], "added": {}}
+    job |= {"dtype": "float32", "compile": True, "decoder": None, "threads": None, "pictures": 1}
+    job |= {"prompt": "a red circle", "guidance_scale": 1.0, "height": 64, "width": 64}
+    painter, clock = peer.Diffusers(job), peer.Clock()
+    assert painter.paint(0, {}, clock).shape == (64, 64, 3)
+    assert {"text_s", "unet_s", "decode_s"} == set(clock.figures)
+    # The models' own methods: a compiled clock would be compiled anew for every picture, which has one of its own.
+    assert [type(function) for function in compiled] == [MethodType, MethodType]
 
 
 @pytest.fixture

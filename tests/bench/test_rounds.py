@@ -35,6 +35,7 @@ class Grey(Painter):
     def __init__(self, job):
         print("opening, as libraries do")
         self.job = job
+        self.prepared_s = job["prepared_s"]
         if job.get("ends") == "opening":
             raise RuntimeError("no such model")
 
@@ -68,8 +69,9 @@ def start(tmp_path: Path) -> Start:
     script = tmp_path / "grey.py"
     script.write_text(SCRIPT.format(peers=str(Path(peers.__file__).parent)), encoding="utf-8")
 
-    def start(name: str, offset: float = 0.0, ends: str = "") -> Callable[[], Contender]:
-        job = {"name": name, "log": str(tmp_path / "log"), "offset": offset, "ends": ends}
+    def start(name: str, offset: float = 0.0, ends: str = "", prepared_s: float = 0.0) -> Callable[[], Contender]:
+        log = str(tmp_path / "log")
+        job = {"name": name, "log": log, "offset": offset, "ends": ends, "prepared_s": prepared_s}
         return partial(Contender, name, sys.executable, str(script), job)
 
     return start
@@ -180,6 +182,12 @@ def test_what_is_seen_of_turns_is_told_with_them(start: Start, rounds: Run) -> N
 def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="peer: its interpreter cannot be started"):
         Contender("peer", str(tmp_path / "python"), "ours.py", {})
+
+
+def test_what_is_done_once_is_not_counted_as_opening(start: Start) -> None:
+    contender = start("a", prepared_s=1000.0)()
+    assert -1000 < contender.opened().figures["open_s"] < -900
+    contender.close()
 
 
 def test_closing_ends_the_process(start: Start) -> None:
