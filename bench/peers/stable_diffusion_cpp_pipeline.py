@@ -104,6 +104,9 @@ def sampling(checkpoint: Path, steps: int) -> tuple[str, Sequence[float], str]:
     # Solvers that call the model twice at a time step name it twice.
     sigmas = np.interp(np.unique(timesteps)[::-1], np.arange(len(levels)), levels)
     told = [f"Euler in place of {name}"] if method is None and steps > 1 else []
+    if np.any(_config(checkpoint / "unet").get("only_cross_attention")):
+        # As of SDXS-512-0.9. In their place it attends to the image, with all heads in one: more work, another picture.
+        told.append("attention to the image where the UNet's is to the text alone")
     if any(_vocabulary(checkpoint).get(token) != number for token, number in _CLIP.items()):
         told.append("CLIP's vocabulary in place of the checkpoint's")
     return method or "euler", (*sigmas.tolist(), 0.0), ", ".join(told)

@@ -154,7 +154,10 @@ def test_stable_diffusion_cpp_is_given_the_checkpoints_noise_levels(
     vocabulary = json.loads((checkpoint / "tokenizer" / "vocab.json").read_bytes())
     vocabulary["cat</w>"], vocabulary["7"] = 7, 2368
     (checkpoint / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    assert "CLIP's vocabulary in place of the checkpoint's" in peer.sampling(checkpoint, 4)[2]
+    unet = {"block_out_channels": [320, 640], "only_cross_attention": [True, False]}
+    (checkpoint / "unet" / "config.json").write_text(json.dumps(unet), encoding="utf-8")
+    told = peer.sampling(checkpoint, 4)[2]
+    assert "attention to the image" in told and "CLIP's vocabulary in place of the checkpoint's" in told
 
 
 @pytest.mark.parametrize(
