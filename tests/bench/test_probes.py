@@ -76,6 +76,10 @@ def test_a_counter_that_fails_later_is_read_no_more(tmp_path: Path, monkeypatch:
     with probes.turn(1) as seen:
         file.unlink()
     assert seen == {}
+    write_zone(tmp_path, "intel-rapl:0", "package-0", 5)
+    with probes.turn(1) as seen:
+        pass
+    assert seen == {}
     assert "of all processors (package-0)" in probes.told and "no more after a while" in probes.told
 
 

@@ -9,7 +9,7 @@ from tandemrt.bench.reports.schema import Column, Figure, Machine, Method, Plot,
 OURS, PEER = "tandemrt openvino:cpu", "diffusers"
 
 
-def machine(clock: tuple[float, float] = (2600, 2600), load: float = 0.1) -> Machine:
+def machine(clock: tuple[float, float] = (2600, 2600), load: float = 0.1, other_cores: float | None = None) -> Machine:
     """A quiet one."""
     return Machine(
         processor="A processor",
@@ -21,6 +21,8 @@ def machine(clock: tuple[float, float] = (2600, 2600), load: float = 0.1) -> Mac
         versions={"tandemrt": "0.1.0"},
         clock_mhz=clock,
         load_average=(load, load),
+        other_cores=other_cores,
+        energy="of all processors (package-0)",
     )
 
 

@@ -36,6 +36,12 @@ def test_other_work_is_told() -> None:
     assert "the load average was 1.2 on 2 cores" in told(load=1.2)
 
 
+def test_other_work_meanwhile_is_told() -> None:
+    (busy,) = caveats(machine(other_cores=0.25), (), (), ())
+    assert busy == "Other work ran beside: it had 0.2 of 2 cores on average while it was measured."
+    assert caveats(machine(other_cores=0.2), (), (), ()) == ()
+
+
 def test_what_ran_otherwise_comes_first_and_random_weights_last() -> None:
     random = Subject(name="preset", digest="00", random_weights=True, file_mb={})
     first, *_, last = caveats(machine(), (random,), (section(EVEN, EVEN),), ("unet ran in fp32",))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tandemrt.bench.reports.files import NAMES, require_free, write_report_files
 from tandemrt.bench.reports.markdown import markdown
 from tandemrt.bench.reports.page import page, unbeaten
-from tandemrt.bench.reports.told import number, table_of
+from tandemrt.bench.reports.schema import Column, Figure, Row, Section
+from tandemrt.bench.reports.told import number, setting_lines, table_of
 from tandemrt.runtime.errors import BenchmarkError
 
-from .sample import OURS, PEER, report
+from .sample import OURS, PEER, machine, report
 
 VOID = {"meta", "link", "br", "rect", "line", "circle", "polygon", "polyline"}
 
@@ -41,6 +43,20 @@ def test_markdown_begins_with_what_to_know() -> None:
     assert "- optimum: has no environment yet" in text
     assert f"| {PEER} | 2.00 |" in text
     assert "10,15" in text
+
+
+def test_shares_of_a_whole_and_of_a_limit_are_percentages() -> None:
+    figures = {unit: Figure(unit=unit, samples=(0.5,)) for unit in ("share", "limit")}
+    columns = tuple(Column(of=unit, title=unit) for unit in figures)
+    table = table_of(Section(key="k", title="t", columns=columns, rows=(Row(name="a", figures=figures),)))
+    assert table.rows == (("a", "50.0%", "50.0%"),)
+
+
+def test_the_setting_tells_of_energy_and_of_other_work() -> None:
+    told = dict(setting_lines(report()))
+    assert told["energy"] == "of all processors (package-0)" and "other work" not in told
+    told = dict(setting_lines(msgspec.structs.replace(report(), machine=machine(other_cores=0.5))))
+    assert told["other work"] == "0.50 of 2 cores on average"
 
 
 def test_the_page_is_whole_and_fetches_nothing() -> None:
