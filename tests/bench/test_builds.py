@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import onnx
 import pytest
 
+from tandemrt.bench import builds
 from tandemrt.bench.reports.schema import read_report
 from tandemrt.runtime.cli import main
 
@@ -70,3 +72,19 @@ def test_engines_for_gpus_are_built_beside_plain_ones(
     assert own.figures["times"].median == pytest.approx(own.figures["build"].median / plain.figures["build"].median)
     assert plain.figures["size"].median == pytest.approx(own.figures["size"].median, rel=0.2)
     assert "times" not in update.figures
+
+
+def test_a_plain_build_that_fails_is_told(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    def killed(*_: object) -> None:
+        raise BrokenProcessPool("A process was terminated\nabruptly")
+
+    monkeypatch.setattr(builds, "in_fresh_process", killed)
+    asked = ["bench", "build", str(bundle), "--target", "tensorrt-rtx:sm89", "--component", "vae_decoder_tiny"]
+    assert main([*asked, "--rounds", "1", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "report")]) == 0
+    report = read_report(tmp_path / "report" / "report.json")
+    own, plain = report.sections[0].rows
+    assert own.figures["build"].median > 0 and "times" not in own.figures
+    assert plain.failed == "BrokenProcessPool: A process was terminated abruptly"
+    assert any("Not measured: vae_decoder_tiny, plain" in caveat for caveat in report.caveats)
