@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from borrowed import runtime_module
-from wire import Clock, Painter, serve
+from wire import Clock, Painter, imported, serve
 
 # Its name of what a class of diffusers does.
 _METHODS = {
@@ -22,7 +22,7 @@ _METHODS = {
 # Its own tokenizer knows these numbers alone.
 _CLIP = {"<|startoftext|>": 49406, "cat</w>": 2368}
 _TOKENS = 49408
-# Its text encoders' layers by their width; it counts those that a checkpoint leaves out from the end, beginning with 1.
+# Its text encoders' layers by their width.
 _LAYERS = {768: 12, 1024: 24}
 
 
@@ -34,13 +34,13 @@ class StableDiffusionCpp(Painter):
     def __init__(self, job: Mapping[str, Any]) -> None:
         from stable_diffusion_cpp import StableDiffusion  # noqa: PLC0415
 
+        imported()
         checkpoint = Path(job["checkpoint"])
         require_known(checkpoint)
         self._job, self._threads = job, job["threads"] or len(os.sched_getaffinity(0))
         count = sum(each for _, each in job["steps"])
         self._method, self._sigmas, self._otherwise = sampling(checkpoint, count)
-        text = _config(checkpoint / "text_encoder")
-        self._clip_skip = 1 + _LAYERS[text["hidden_size"]] - text["num_hidden_layers"]
+        self._clip_skip = clip_skip(checkpoint)
         self._weights = weights_type(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
         self._model = StableDiffusion(
             model_path=str(checkpoint),
@@ -110,6 +110,14 @@ def sampling(checkpoint: Path, steps: int) -> tuple[str, Sequence[float], str]:
     if any(_vocabulary(checkpoint).get(token) != number for token, number in _CLIP.items()):
         told.append("CLIP's vocabulary in place of the checkpoint's")
     return method or "euler", (*sigmas.tolist(), 0.0), ", ".join(told)
+
+
+def clip_skip(checkpoint: Path) -> int:
+    """Which of its text encoder's layers is the checkpoint's last one, counted from the end; -1 stands for its own."""
+    if (checkpoint / "text_encoder_2").is_dir():
+        return -1
+    text = _config(checkpoint / "text_encoder")
+    return 1 + _LAYERS[text["hidden_size"]] - int(text["num_hidden_layers"])
 
 
 def scheduler_config(checkpoint: Path) -> Mapping[str, Any]:

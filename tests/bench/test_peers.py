@@ -160,6 +160,19 @@ def test_stable_diffusion_cpp_is_given_the_checkpoints_noise_levels(
     assert "attention to the image" in told and "CLIP's vocabulary in place of the checkpoint's" in told
 
 
+@pytest.mark.parametrize(("width", "layers", "skip"), [(768, 12, 1), (1024, 23, 2)])
+def test_layers_that_a_text_encoder_leaves_out_are_not_computed(
+    width: int, layers: int, skip: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = script("stable_diffusion_cpp_pipeline", monkeypatch)
+    (checkpoint / "text_encoder").mkdir()
+    config = json.dumps({"hidden_size": width, "num_hidden_layers": layers})
+    (checkpoint / "text_encoder" / "config.json").write_text(config, encoding="utf-8")
+    assert peer.clip_skip(checkpoint) == skip
+    (checkpoint / "text_encoder_2").mkdir()
+    assert peer.clip_skip(checkpoint) == -1
+
+
 @pytest.mark.parametrize(
     ("file", "facts", "told"),
     [
