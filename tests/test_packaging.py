@@ -113,6 +113,11 @@ def test_only_cpu_and_gpu_bring_onnxruntime_and_never_both(metadata: Message) ->
     }
 
 
+def test_bench_brings_what_the_limit_is_probed_with(metadata: Message) -> None:
+    """What `tandemrt bench run` says to install is enough for it."""
+    assert {"scipy", "onnx"} <= names_with_extra(metadata, "bench")
+
+
 def test_licence_and_python_version(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["License-File"] == "LICENSE"
