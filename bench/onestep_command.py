@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
+
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
@@ -19,6 +21,8 @@ from tandemrt.runtime.targets import parse_target
 from .components import component_entrant, file_figure, inputs_of, save_inputs
 from .entrants import own_entrant, own_name
 from .memory import in_fresh_process
+from .part_sections import LIMIT_NOTE
+from .picture_limits import PictureLimits, add_limits, limits_by_target, machine_options
 from .published import opened, planned, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section, Unit
 from .rounds import Taken, in_rounds, require_measured
@@ -38,11 +42,15 @@ NOTE = (
 
 @dataclass(frozen=True, slots=True)
 class OneStepPlan:
-    """Which denoiser runs the step, and which decoder; None stands for the bundle's."""
+    """Which denoiser runs the step, and which decoder; None stands for the bundle's.
+
+    limits: whether what the machine does at best is measured too.
+    """
 
     shared: Shared
     steps: str | None
     decoder: str | None
+    limits: bool
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -68,11 +76,12 @@ examples:
         "--steps", metavar="NAME:1", help="the denoiser that runs the step, unet:1 (default: the bundle's)"
     )
     how.add_argument("--decoder", metavar="NAME", help="default: the bundle's first")
+    add_limits(parser)
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> OneStepPlan:
     """The command line as a plan. ArgumentError: an option's value cannot be used."""
-    return OneStepPlan(shared_from(namespace), namespace.steps, namespace.decoder)
+    return OneStepPlan(shared_from(namespace), namespace.steps, namespace.decoder, namespace.limits)
 
 
 def plan_facts(plan: OneStepPlan) -> dict[str, Any]:
@@ -94,6 +103,8 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
     compiled = measured.plan(shared, None if plan.steps is None else parse_steps(plan.steps, denoisers))
     _require_one_step(measured.bundle, compiled)
     work = measured.work(shared, compiled, plan.decoder)
+    held, guided = shared.targets if plan.limits else (), any(compiled.guided)
+    limits, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
     with TemporaryDirectory() as folder:
         reporter.progress("paint what components are given", 0, 1)
         names = in_fresh_process(save_inputs, work, shared.targets[0], 1, Path(folder))
@@ -112,7 +123,8 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
         _section(measured.bundle, target, {name: taken[f"{name} on {target}"] for name in names}, one)
         for target, one in whole.items()
     ]
-    told = tuple(otherwise(taken))
+    sections = [_beside(section, limits.get(target)) for section, target in zip(sections, whole, strict=True)]
+    told = (*otherwise(taken), *untold)
     return publish("one step", shared, measured, work.resolved(plan.facts), sections, told)
 
 
@@ -160,6 +172,24 @@ def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Tak
         plots=(Plot(title="Milliseconds; a dot is a round", y="call"),),
         note=NOTE + seen_note(rows),
     )
+
+
+def _beside(section: Section, limits: PictureLimits | None) -> Section:
+    """A section with what its rows' calls take at least, as a share of what they took."""
+    if limits is None:
+        return section
+    least = {name: one.seconds for name, one in limits.calls.items()}
+    least[WHOLE] = sum(least.values())
+    rows = []
+    for row in section.rows:
+        shares = {}
+        if "call" in row.figures and row.name in least:
+            values = 1e3 * least[row.name] / row.figures["call"].values
+            shares = {"limit": Figure(unit="limit", samples=tuple(values.tolist()))}
+        rows.append(msgspec.structs.replace(row, figures={**row.figures, **shares}))
+    times, share, *others = section.columns
+    columns = (times, share, Column(of="limit", title="of the limit"), *others)
+    return msgspec.structs.replace(section, rows=tuple(rows), columns=columns, note=section.note + LIMIT_NOTE)
 
 
 def _times(taken: Taken, seconds: Sequence[float]) -> dict[str, Figure]:

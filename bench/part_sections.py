@@ -32,11 +32,11 @@ def parts_section(taken: Mapping[str, Taken], limits: Mapping[str, PictureLimits
         ),
         rows=tuple(rows),
         note="A denoiser's time is that of all its calls for a picture; the loop itself is what a step takes besides: "
-        "guidance, solver, noise." + (_LIMIT_NOTE if limits else ""),
+        "guidance, solver, noise." + (LIMIT_NOTE if limits else ""),
     )
 
 
-_LIMIT_NOTE = (
+LIMIT_NOTE = (
     " A part takes no less than its operations at the rate of products, nor than its bytes (weights, inputs and "
     "outputs, once a row) at that of copies, both as measured on this machine: the slower of the two is its limit. "
     "Above 100% are operations that the backend does in fewer, as convolutions can be."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -39,13 +40,14 @@ class PictureLimits:
     """The machine's rates, and what follows for parts of a picture on a target.
 
     text: a prompt, through all encoders. decode: one picture. rows: by denoiser one with one branch of guidance, and
-    one with both; of all pictures of a call.
+    one with both; of all pictures of a call. calls: of every model, one such call.
     """
 
     rates: Rates
     text: Least
     decode: Least
     rows: Mapping[str, tuple[Least, Least]] = field(default_factory=dict)
+    calls: Mapping[str, Least] = field(default_factory=dict)
 
     def parts(self, figures: Mapping[str, float], pictures: int) -> dict[str, Least]:
         """Of a call that told these figures, by the name of the part's seconds. pictures: how many it painted."""
@@ -60,6 +62,17 @@ class PictureLimits:
         return sum(part.flops for part in self.parts(figures, pictures).values())
 
 
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Declare --no-limits, of benchmarks that measure what the machine does at best unless they are told not to."""
+    what = "leave out what the machine does at best, which takes some 5 s a target"
+    parser.add_argument("--no-limits", dest="limits", action="store_false", help=what)
+
+
+def machine_options(threads: int | None) -> Options:
+    """How the machine is measured."""
+    return Options(SIDE, COPIED, threads, WARM_UP, REPEATS)
+
+
 def limits_by_target(
     work: Work, targets: Iterable[str], options: Options, progress: Progress, *, guided: bool
 ) -> tuple[dict[str, PictureLimits], tuple[str, ...]]:
@@ -68,6 +81,8 @@ def limits_by_target(
     guided: whether rows run both branches of guidance.
     """
     limits, untold, named = {}, [], tuple(targets)
+    if not named:
+        return {}, ()
     for done, target in enumerate(named):
         progress("what the machine does at best", done, len(named))
         found = _in_own_process(work, target, options, guided)
@@ -116,9 +131,11 @@ def _measured(work: Work, target: Target, options: Options, guided: bool) -> Pic
     for name in denoisers:
         one = least(name, f"{size}:b{pictures}:unguided")
         rows[name] = (one, least(name, f"{size}:b{pictures}:guided") if guided else one)
+    calls = {name: least(name, f"{size}:unguided") for name in (*texts, decoder)}
     return PictureLimits(
         rates=rates,
-        text=sum((least(name, f"{size}:unguided") for name in texts), Least()),
-        decode=least(decoder, f"{size}:unguided"),
+        text=sum((calls[name] for name in texts), Least()),
+        decode=calls[decoder],
         rows=rows,
+        calls={**calls, **{name: both for name, (_, both) in rows.items()}},
     )

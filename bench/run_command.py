@@ -10,11 +10,10 @@ from typing import Any
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.plan_steps import parse_steps
 
-from .entrants import Work, own_entrant, own_name, peer_entrant
+from .entrants import own_entrant, own_name, peer_entrant
 from .part_sections import parts_section, peaks_section
-from .picture_limits import COPIED, REPEATS, SIDE, WARM_UP, PictureLimits, limits_by_target
+from .picture_limits import add_limits, limits_by_target, machine_options
 from .published import opened, planned, publish, summary
-from .rates import Options
 from .rounds import in_rounds, require_measured
 from .run_arguments import RunPlan, plan_from_arguments
 from .run_arguments import add_arguments as add_picture_arguments
@@ -26,12 +25,7 @@ __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt bench run`."""
     add_picture_arguments(parser)
-    parser.add_argument(
-        "--no-limits",
-        dest="limits",
-        action="store_false",
-        help="leave out what the machine does at best, which takes some 5 s a target",
-    )
+    add_limits(parser)
 
 
 def plan_facts(plan: RunPlan) -> dict[str, Any]:
@@ -55,7 +49,8 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     work = measured.work(shared, compiled, plan.decoder, plan.num_images_per_prompt)
     entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
     entrants |= {name: peer_entrant(work, name) for name in plan.peers}
-    by_target, untold = _limits(plan, work, reporter, guided=any(compiled.guided))
+    held, guided = shared.targets if plan.limits else (), any(compiled.guided)
+    by_target, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
     with TemporaryDirectory() as pictures:
         taken = in_rounds(entrants, shared.rounds, Path(pictures), reporter.progress, measured.watch.probes)
     require_measured(taken, map(own_name, shared.targets))
@@ -70,13 +65,3 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     ]
     told = (*otherwise(taken), *untold)
     return publish("a benchmark", shared, measured, work.resolved(plan.facts), sections, told)
-
-
-def _limits(
-    plan: RunPlan, work: Work, reporter: Reporter, *, guided: bool
-) -> tuple[dict[str, PictureLimits], tuple[str, ...]]:
-    """As `limits_by_target`; none where they are not asked for."""
-    if not plan.limits:
-        return {}, ()
-    options = Options(SIDE, COPIED, plan.shared.threads, WARM_UP, REPEATS)
-    return limits_by_target(work, plan.shared.targets, options, reporter.progress, guided=guided)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tandemrt.bench import run_command
+from tandemrt.bench import picture_limits
 from tandemrt.bench.graph_work import work_of
 from tandemrt.bench.reports.schema import read_report
 from tandemrt.runtime.bundle import Bundle
@@ -64,8 +64,8 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_report_beside_the_limit(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_command, "SIDE", 64)
-    monkeypatch.setattr(run_command, "COPIED", 4096)
+    monkeypatch.setattr(picture_limits, "SIDE", 64)
+    monkeypatch.setattr(picture_limits, "COPIED", 4096)
     asked = ["bench", str(bundle), *ORT, "--steps", "3", "--rounds", "2", "--batch-size", "2", "--size", "64x48"]
     assert main([*asked, "--out", str(tmp_path), "--cache", str(tmp_path)]) == 0
     pictures, parts, peaks, *_ = read_report(tmp_path / "report.json").sections
@@ -112,7 +112,7 @@ def test_engines_are_told_with_their_size(bundle: Path, cache: Path, tmp_path: P
         ["cold"],
         ["cfg", "--steps", "2"],
         ["hybrid", "--steps", "2", "--points", "1,0"],
-        ["onestep", "--steps", "unet:1"],
+        ["onestep", "--steps", "unet:1", "--no-limits"],
     ],
 )
 def test_what_ran_otherwise_is_told_first(asked: list[str], bundle: Path, cache: Path, tmp_path: Path) -> None:
@@ -247,7 +247,9 @@ def test_decoders(bundle: Path, tmp_path: Path) -> None:
     assert len(base.figures["decode"].samples) == 3
 
 
-def test_a_picture_of_one_step(bundle: Path, tmp_path: Path) -> None:
+def test_a_picture_of_one_step(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_limits, "SIDE", 64)
+    monkeypatch.setattr(picture_limits, "COPIED", 4096)
     cache = ["--cache", str(tmp_path / "cache")]
     assert main(["build-engine", str(bundle), *ORT[:2], "--component", "unet_small", *cache]) == 0
     asked = ["bench", "onestep", str(bundle), *ORT, "--steps", "unet_small:1", "--rounds", "2", *cache]
@@ -266,6 +268,9 @@ def test_a_picture_of_one_step(bundle: Path, tmp_path: Path) -> None:
         assert row.figures["share"].values == pytest.approx(row.figures["call"].values / totals)
         assert row.figures["call"].values.max() < totals.max()
         assert 20 < row.figures["peak"].median < whole.figures["peak"].median
+    least = [row.figures["limit"].values * row.figures["call"].values for row in section.rows]
+    assert all(one[0] == pytest.approx(one[1]) for one in least)
+    assert sum(one[0] for one in least[:-1]) == pytest.approx(least[-1][0])
     sizes = [row.figures["file"].median for row in models]
     assert whole.figures["file"].median == pytest.approx(sum(sizes))
 
