@@ -21,7 +21,7 @@ def parts_section(taken: Mapping[str, Taken], limits: Mapping[str, PictureLimits
             if part.endswith("_s") and part != "total_s":
                 figures = _part_figures(one, part, [each.get(part) for each in least])
                 rows.append(Row(name=f"{name}: {_PARTS.get(part, part.removesuffix('_s'))}", figures=figures))
-    of_limits = (Column(of="gflops", title="GFLOP/s"), Column(of="limit", title="of the limit")) if limits else ()
+    of_limits = (Column(of="limit", title="of the limit"),) if limits else ()
     return Section(
         key="parts",
         title="Where the time goes",

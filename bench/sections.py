@@ -24,7 +24,7 @@ def pictures_section(taken: Mapping[str, Taken], pictures: int, limits: Mapping[
     first = next(iter(taken))
     measured = [_row(name, one, _picture_figures(one, pictures)) for name, one in taken.items()]
     rows = _with_rates(measured, taken, pictures, limits)
-    rates = (Column(of="gflops", title="GFLOP/s"), Column(of="limit", title="of products in fp32")) if limits else ()
+    rates = (Column(of="limit", title="of products in fp32"),) if limits else ()
     return Section(
         key="pictures",
         title="Whole pictures",
@@ -206,8 +206,8 @@ def _row(name: str, taken: Taken, figures: Mapping[str, Figure]) -> Row:
 
 
 _RATES_NOTE = (
-    " GFLOP/s are the operations of TandemRT's graphs by each contender's time, whatever a peer does instead of them; "
-    "beside them stands what products in fp32 reach through the backend of TandemRT's first target."
+    " Of products in fp32: the operations of TandemRT's graphs by each contender's time, whatever a peer does instead, "
+    "as a share of what such products reach through the backend of TandemRT's first target."
 )
 
 

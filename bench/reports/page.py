@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from html import escape
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from tandemrt.calibrate.svg import COLORS, Axis, Chart, Marker
 
 from .schema import MORE_IS_BETTER, Plot, Report, Row, Section
-from .told import SPREAD, failures, number, setting_lines, table_of, with_spread
+from .told import SPREAD, failures, heads_of, number, setting_lines, table_of, with_spread
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5a5a66; --paper: #ffffff; --line: #d9d9e0;
@@ -18,7 +18,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ee; --soft: #a5a5b2; --paper: #16161a; --line: #35353f;
   --bar: #56b4e9; --first: #e69f00; --warn: #33290d; --warn-line: #a88200 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .4rem }
@@ -29,7 +29,7 @@ p { max-width: 46rem } .soft { color: var(--soft) }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { white-space: normal; font-weight: 600; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td.words { text-align: left; white-space: normal; min-width: 14rem }
+.words { text-align: left } td.words { white-space: normal; min-width: 10.5rem }
 .bars { font-size: .9rem; max-width: 54rem }
 .one { display: grid; grid-template: "name track value" / 15rem 1fr 12rem; gap: .8rem; padding: .18rem 0;
   align-items: center }
@@ -45,7 +45,8 @@ svg { width: 100%; min-width: 34rem; max-width: 52rem; height: auto }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem }
 dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
+@media (max-width: 40rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 10.5rem }
+  dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
   .one { grid-template: "name value" "track track" / 1fr max-content; gap: 0 .8rem; padding: .3rem 0 } }
 """
 
@@ -86,16 +87,25 @@ def _section(section: Section) -> Iterator[str]:
         if drawn:
             yield f"<figure><figcaption>{escape(plot.title)}</figcaption>{drawn}</figure>"
     table = table_of(section)
-    words = {index + 1 for index, column in enumerate(section.columns) if column.shown == "words"}
+    words = _word_cells(section)
     yield '<div class="wide"><table><thead><tr>'
-    yield "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads) + "</tr></thead><tbody>"
+    heads = (f'<th scope="col"{_kind(index, words)}>{escape(head)}</th>' for index, head in enumerate(table.heads))
+    yield "".join(heads) + "</tr></thead><tbody>"
     for cells in table.rows:
-        told = "".join(
-            f"<td{' class=words' if index in words else ''}>{escape(cell)}</td>" for index, cell in enumerate(cells)
-        )
+        told = "".join(f"<td{_kind(index, words)}>{escape(cell)}</td>" for index, cell in enumerate(cells))
         yield f"<tr>{told}</tr>"
     yield "</tbody></table></div>"
     yield from (f'<p class="soft">{escape(failure)}</p>' for failure in failures(section))
+
+
+def _word_cells(section: Section) -> set[int]:
+    """Which cells of a row hold words."""
+    shown = ["", *(column.shown for column in section.columns for _ in heads_of(column))]
+    return {index for index, kind in enumerate(shown) if kind == "words"}
+
+
+def _kind(index: int, words: Set[int]) -> str:
+    return ' class="words"' if index in words else ""
 
 
 def _bars(section: Section, plot: Plot) -> str:

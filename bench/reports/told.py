@@ -37,7 +37,7 @@ def with_spread(samples: Samples) -> str:
 
 def table_of(section: Section) -> Table:
     """A section's rows by its columns; a cell that a row has nothing for is empty, one that failed says so."""
-    heads = ["", *(head for column in section.columns for head in _heads(column))]
+    heads = ["", *(head for column in section.columns for head in heads_of(column))]
     rows = []
     for row in section.rows:
         cells = [cell for column in section.columns for cell in _cells(section, column, row)]
@@ -77,7 +77,8 @@ def setting_lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "asked for", _listed(report.request)
 
 
-def _heads(column: Column) -> tuple[str, ...]:
+def heads_of(column: Column) -> tuple[str, ...]:
+    """The heads of a column: one, or one for each percentile."""
     if column.shown == "percentiles":
         return tuple(f"{column.title}, p{percent}" for percent in _PERCENTILES)
     return (column.title,)

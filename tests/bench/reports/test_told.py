@@ -81,6 +81,15 @@ def test_the_page_is_whole_and_fetches_nothing() -> None:
     assert "Know first" in text
 
 
+def test_words_are_where_their_column_is() -> None:
+    columns = (Column(of="ms", title="ms", shown="percentiles"), Column(of="ran", title="on", shown="words"))
+    rows = (Row(name="a", words={"ran": "graph"}, figures={"ms": Figure(unit="ms", samples=(1.0,))}),)
+    section = Section(key="k", title="t", columns=columns, rows=rows)
+    text = page(msgspec.structs.replace(report(), sections=(section,)))
+    assert '<th scope="col" class="words">on</th>' in text and '<td class="words">graph</td>' in text
+    assert text.count('class="words"') == 2
+
+
 def test_bars_show_every_round() -> None:
     assert page(report()).count('class="round"') == 8
 
