@@ -106,8 +106,9 @@ class Handover:
 
 
 def handed_over(plan: Plan, step: int, state: Float32, bundle: str, seed: int | tuple[int, ...]) -> Handover:
-    """The hand-over after so many steps of a plan; state: copied."""
-    return Handover(state.copy(), step, plan.digest, bundle, seed)
+    """The hand-over after so many steps of a plan; state: copied. seed: whole numbers of any kind."""
+    plain = tuple(map(int, seed)) if isinstance(seed, tuple) else int(seed)
+    return Handover(state.copy(), step, plan.digest, bundle, plain)
 
 
 def require_seed_of(start: object, seed: int | Sequence[int] | None) -> None:

@@ -71,6 +71,7 @@ def test_further_ways_of_asking(families: Mapping[str, Pipeline]) -> None:
     pipe = families["steered"]
     two = {**HYBRID, "num_images_per_prompt": 2, "solver": "euler_a"}
     require_equal_parts(pipe, {**two, "seed": [7, 8]})
+    require_equal_parts(pipe, {**two, "seed": [np.int64(7), np.int64(8)]})
     require_equal_parts(pipe, {**two, "seed": 7, "seed_device": "cuda"})
     latents = np.random.default_rng(1).standard_normal((1, 4, 8, 8), np.float32)
     require_equal_parts(pipe, {**HYBRID, "latents": latents, "solver": "euler_a"})
