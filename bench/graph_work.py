@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,14 +16,24 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import BundleError
 from tandemrt.runtime.shapes import evaluated
 
-from .sizes import stored_bytes
+if TYPE_CHECKING:
+    import onnx
 
+# What is said of `Work.bytes`, and of calls that take less than they are said to.
+BYTES_NOTE = "weights as they are computed with, without tables that rows are taken of, inputs and outputs"
+ABOVE_NOTE = (
+    "Above 100% are convolutions that the backend does in fewer operations, or weights that the processor's caches "
+    "keep from call to call."
+)
 _LARGEST_KEPT_BYTES = 4096
+# Of a number in a precision; in eight bits what is not quantized may be in 16.
+_BITS = {"fp32": 32}
+_OTHER_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Floating-point operations, two a multiply-add; bytes of weights as they are stored, inputs and outputs, once."""
+    """Floating-point operations, two a multiply-add; bytes of weights, inputs and outputs that a call has to move."""
 
     flops: int
     bytes: int
@@ -39,8 +50,8 @@ def call_shapes(bundle: Bundle, name: str, profile: str) -> dict[str, Shape]:
     return {one: sizes.opt for one, sizes in ranges.items()}
 
 
-def work_of(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> Work:
-    """The work of a call of component `name` whose inputs have these shapes.
+def work_of(bundle: Bundle, name: str, shapes: Mapping[str, Shape], precision: str) -> Work:
+    """The work of a call of component `name` whose inputs have these shapes, where it computes in a precision.
 
     Raises:
         BundleError: the shapes of the graph's values cannot be told.
@@ -49,6 +60,7 @@ def work_of(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> Work:
     from tandemrt.engines.graph_files import read_graph  # noqa: PLC0415
 
     component, graph = bundle.component(name), read_graph(bundle.model_path(name))
+    weights = weight_bytes(graph.graph, precision)
     for tensor in graph.graph.initializer:  # weights that a graph has inside would be copied with it
         if tensor.ByteSize() > _LARGEST_KEPT_BYTES:
             tensor.ClearField("raw_data")
@@ -58,4 +70,25 @@ def work_of(bundle: Bundle, name: str, shapes: Mapping[str, Shape]) -> Work:
     sizes, moved = symbol_sizes(name, component.inputs, shapes), 0
     for spec in (*component.inputs, *component.outputs):
         moved += prod(evaluated(spec.shape, sizes) or (0,)) * np.dtype(spec.dtype).itemsize
-    return Work(2 * call.multiply_adds, stored_bytes(bundle, name) + moved)
+    return Work(2 * call.multiply_adds, weights + moved)
+
+
+def weight_bytes(graph: onnx.GraphProto, precision: str) -> int:
+    """What a call reads of a graph's weights at least: each once, in as few bits as it is stored in or computed with.
+
+    Tables that Gather takes rows of do not count: how many rows that are is the call's.
+    """
+    from onnx import TensorProto, helper  # noqa: PLC0415
+
+    from tandemrt.engines.graph_files import reads_of  # noqa: PLC0415
+
+    halves, computed = {TensorProto.INT4, TensorProto.UINT4}, _BITS.get(precision, _OTHER_BITS)
+    read: set[str] = set()
+    for node in graph.node:
+        read |= reads_of(node) - ({node.input[0]} if node.op_type == "Gather" else set())
+    bits = 0
+    for tensor in graph.initializer:
+        if tensor.name in read:
+            item = 4 if tensor.data_type in halves else 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            bits += prod(tensor.dims) * min(item, computed)
+    return bits // 8

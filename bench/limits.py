@@ -16,7 +16,7 @@ from tandemrt.runtime.backends.base import Binding
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.targets import Target
 
-from .graph_work import Work, call_shapes, work_of
+from .graph_work import ABOVE_NOTE, BYTES_NOTE, Work, call_shapes, work_of
 from .rates import CHAIN, Options, Times, bound, in_turns, opened_peaks, product_name
 from .reports.schema import Column, Figure, Row, Section, Unit
 
@@ -39,7 +39,7 @@ def opened(bundle: Bundle, name: str, target: Target, profile: str, options: Opt
     """
     own, shapes = target.of_component(bundle.component(name)), call_shapes(bundle, name, profile)
     binding = bound(bundle.model_path(name), own, shapes, options)
-    return Opened(str(own.precision), work_of(bundle, name, shapes), binding)
+    return Opened(str(own.precision), work_of(bundle, name, shapes, str(own.precision)), binding)
 
 
 def limits_section(bundle: Bundle, target: Target, names: Sequence[str], profile: str, options: Options) -> Section:
@@ -75,8 +75,7 @@ def limits_section(bundle: Bundle, target: Target, names: Sequence[str], profile
         rows=(*rows, *rates),
         note=f"One call each, {profile}. The limit is the machine's own: what a chain of {CHAIN} matrix products and a "
         "copy of a large array reach through the same backend in the same round. A call takes no less than its "
-        "operations at the one rate, and than its bytes (weights, inputs and outputs, once) at the other. Above 1 is "
-        "a model whose operations the backend does in fewer, as convolutions can be.",
+        f"operations at the one rate, and than its bytes ({BYTES_NOTE}) at the other. {ABOVE_NOTE}",
     )
 
 

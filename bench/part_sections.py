@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .graph_work import ABOVE_NOTE, BYTES_NOTE
 from .picture_limits import SIDE, Least, PictureLimits
 from .rates import CHAIN
 from .reports.schema import Column, Figure, Row, Section
@@ -26,20 +27,20 @@ def parts_section(taken: Mapping[str, Taken], limits: Mapping[str, PictureLimits
         key="parts",
         title="Where the time goes",
         columns=(
-            Column(of="ms", title="ms a picture", shown="percentiles"),
-            Column(of="share", title="share of the picture"),
+            Column(of="ms", title="ms a call", shown="percentiles"),
+            Column(of="share", title="share of the call"),
             *of_limits,
         ),
         rows=tuple(rows),
-        note="A denoiser's time is that of all its calls for a picture; the loop itself is what a step takes besides: "
-        "guidance, solver, noise." + (LIMIT_NOTE if limits else ""),
+        note="A denoiser's time is that of all its rows in a call of the pipeline; the loop itself is what these take "
+        "besides: guidance, solver, noise." + (LIMIT_NOTE if limits else ""),
     )
 
 
 LIMIT_NOTE = (
-    " A part takes no less than its operations at the rate of products, nor than its bytes (weights, inputs and "
-    "outputs, once a row) at that of copies, both as measured on this machine: the slower of the two is its limit. "
-    "Above 100% are operations that the backend does in fewer, as convolutions can be."
+    f" A part takes no less than its operations at the rate of products, nor than its bytes ({BYTES_NOTE}, once a row) "
+    "at that of copies, both as measured on this machine: the slower of the two is its limit. "
+    f"{ABOVE_NOTE}"
 )
 
 

@@ -64,7 +64,7 @@ class PictureLimits:
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Declare --no-limits, of benchmarks that measure what the machine does at best unless they are told not to."""
-    what = "leave out what the machine does at best, which takes some 5 s a target"
+    what = "leave out what the machine does at best, which takes some seconds a target"
     parser.add_argument("--no-limits", dest="limits", action="store_false", help=what)
 
 
@@ -124,7 +124,7 @@ def _measured(work: Work, target: Target, options: Options, guided: bool) -> Pic
     size, pictures = f"{work.width}x{work.height}", work.arguments["num_images_per_prompt"]
 
     def least(name: str, profile: str) -> Least:
-        needed = work_of(bundle, name, call_shapes(bundle, name, profile))
+        needed = work_of(bundle, name, call_shapes(bundle, name, profile), computed_in[name])
         return Least(needed.flops, max(needed.flops / rates.flops[computed_in[name]], needed.bytes / rates.bytes))
 
     rows = {}

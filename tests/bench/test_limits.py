@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+from tandemrt.bench.graph_work import weight_bytes
 from tandemrt.bench.rates import CHAIN, copy_graph, product_graph
 from tandemrt.bench.reports.schema import read_report
 from tandemrt.engines.calls import call_of
+from tandemrt.engines.graph_files import read_graph
 from tandemrt.runtime.backends import open_session
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
 from tandemrt.runtime.targets import parse_target
 
@@ -47,6 +52,27 @@ def test_the_copy_reads_and_writes_every_number(tmp_path: Path) -> None:
     assert np.array_equal(binding.outputs["y"], -np.arange(5, dtype=np.float32))
 
 
+def test_weights_count_as_they_are_computed_with_and_tables_of_tokens_do_not(shapes_bundle: Path) -> None:
+    bundle, name = Bundle.open(shapes_bundle), "text_encoder"
+    graph = read_graph(bundle.model_path(name)).graph
+    sizes = {tensor.name: prod(tensor.dims) for tensor in graph.initializer}
+    tables = {node.input[0] for node in graph.node if node.op_type == "Gather"} & set(sizes)
+    assert tables
+    rest = sum(size for table, size in sizes.items() if table not in tables)
+    assert 0 < rest < bundle.component(name).parameters
+    assert [weight_bytes(graph, one) for one in ("fp32", "bf16", "int8")] == [4 * rest, 2 * rest, 2 * rest]
+
+
+def test_weights_in_four_bits_count_so() -> None:
+    numbers, scales = helper.make_tensor("w", TensorProto.INT4, (8, 4), [1] * 32), np.ones(4, np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scales"], ["wide"], axis=1),
+        helper.make_node("MatMul", ["x", "wide"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [], [numbers, numpy_helper.from_array(scales, "scales")])
+    assert weight_bytes(graph, "fp32") == 32 // 2 + 4 * 4
+
+
 def test_figures_of_a_bundle(shapes_bundle: Path, tmp_path: Path) -> None:
     asked = ["--component", "unet", "--component", "vae_decoder", "--out", str(tmp_path)]
     assert main(["bench", "limits", str(shapes_bundle), "--target", "onnxruntime:cpu", *asked, *SMALL]) == 0
@@ -58,7 +84,7 @@ def test_figures_of_a_bundle(shapes_bundle: Path, tmp_path: Path) -> None:
         "a product of 64 x 64, fp32",
         "a copy",
     ]
-    weights = sum(path.stat().st_size for path in (shapes_bundle / "unet").iterdir()) / 1e6
+    weights = 4e-6 * Bundle.open(shapes_bundle).component("unet").parameters
     latents_text_and_timestep = 4e-6 * (2 * 4 * 8 * 8 + 77 * 128 + 1)
     assert weights < unet.figures["bytes"].median <= weights + 2 * latents_text_and_timestep
     assert decoder.figures["flops"].median > unet.figures["flops"].median > 0.1

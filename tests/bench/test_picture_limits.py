@@ -48,7 +48,7 @@ def test_parts_take_what_their_calls_do() -> None:
 def test_parts_are_told_beside_their_limit() -> None:
     both = {OURS: taken(ROUND), PEER: taken({"total_s": 20.0, "unet_s": 9.0, "peak_mib": 1.0})}
     section = parts_section(both, {OURS: LIMITS}, 2)
-    assert [column.of for column in section.columns] == ["ms", "share", "limit"]
+    assert [column.title for column in section.columns] == ["ms a call", "share of the call", "of the limit"]
     rows = {row.name: row.figures for row in section.rows}
     assert rows[f"{OURS}: decoder"]["limit"].samples == (0.5, 0.5)
     assert rows[f"{OURS}: unet"]["gflops"].samples == pytest.approx((1.6, 1.6))

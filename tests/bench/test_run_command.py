@@ -77,7 +77,7 @@ def test_a_report_beside_the_limit(bundle: Path, tmp_path: Path, monkeypatch: py
         specs = opened.component(name).inputs
         fixed = {"sample": (batch, 4, 6, 8), "latent_sample": (1, 4, 6, 8), "encoder_hidden_states": (batch, 12, 8)}
         shapes = {"input_ids": (1, 12), "timestep": (1,), **fixed}
-        flops += calls * work_of(opened, name, {spec.name: shapes[spec.name] for spec in specs}).flops
+        flops += calls * work_of(opened, name, {spec.name: shapes[spec.name] for spec in specs}, "fp32").flops
     whole = pictures.rows[0].figures
     assert whole["gflops"].values * whole["total"].values * 1e9 == pytest.approx(flops)
     assert whole["limit"].values == pytest.approx(whole["gflops"].values / products.figures["gflops"].median)
