@@ -11,14 +11,14 @@ from typing import Any
 from tandemrt.runtime.cli.columns import aligned
 from tandemrt.runtime.cli.reporter import Reporter
 
-from .reports.changes import CONFIDENCE, FEWEST, LEAST, changes, machine_changes
+from .reports.changes import CONFIDENCE, FEWEST, LEAST, changes, machine_changes, unmatched
 from .reports.schema import read_report
 from .reports.told import number
 
 EPILOG = f"""\
 A figure is better or worse where the {CONFIDENCE:.0%} confidence interval of the quotient of medians (bootstrap over
-rounds) lies beyond {LEAST:.0%} around 1. Times of peers are compared by their ratios to TandemRT in the same round,
-which a busier machine leaves alone. Fewer than {FEWEST} rounds tell nothing of times.
+rounds) lies beyond {LEAST:.0%} around 1. Times of peers, and what follows from times, are compared by their ratios to
+TandemRT in the same round, which a busier machine leaves alone. Fewer than {FEWEST} rounds tell nothing of times.
 
 example:
   tandemrt bench compare before/report.json after/report.json
@@ -57,6 +57,7 @@ def run(plan: ComparePlan, _reporter: Reporter) -> dict[str, Any]:
     found = [asdict(one) for one in changes(before, after)]
     return {
         "setting": list(machine_changes(before, after)),
+        "unmatched": list(unmatched(before, after)),
         "compared": len(found),
         "figures": [one for one in found if plan.every or one["verdict"] != "same"],
     }
@@ -65,6 +66,7 @@ def run(plan: ComparePlan, _reporter: Reporter) -> dict[str, Any]:
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     """The result as lines."""
     yield from (f"differs: {line}" for line in result["setting"])
+    yield from (f"in one alone: {line}" for line in result["unmatched"])
     if not result["compared"]:
         yield "The two have no figure in common."
         return

@@ -26,8 +26,8 @@ def caveats(
 
 def spread_share(figure: Figure) -> float:
     """How far the 10th and the 90th percentile are apart, as a share of the median."""
-    low, median, high = np.percentile(figure.values, (10, 50, 90))
-    return float((high - low) / median) if median else 0.0
+    low, median, high = figure.spread
+    return (high - low) / median if median else 0.0
 
 
 def drift_share(figure: Figure) -> float:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schema import MORE_IS_BETTER, TIMES, Figure, Report, Section
+from .schema import MORE_IS_BETTER, TIMED, Figure, Report, Row, Section, Unit
 
 DRAWS, CONFIDENCE = 4000, 0.95
 # Between two runs a quiet machine differs by so much: what is less is no change, however even the rounds.
 LEAST = 0.02
 FEWEST = 3
+_MEASURED = "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +60,79 @@ def machine_changes(before: Report, after: Report) -> Iterator[str]:
             yield f"{name}: {one} → {other}"
 
 
+def unmatched(before: Report, after: Report) -> Iterator[str]:
+    """What one of the two has measured and the other has not, a line for all rows of a section that changed alike."""
+    keys = dict.fromkeys(section.key for report in (before, after) for section in report.sections)
+    for key in keys:
+        found = [report.section(key) for report in (before, after)]
+        title = next(one.title for one in found if one is not None)
+        alike: dict[str, list[str]] = {}
+        for name in dict.fromkeys(row.name for one in found if one is not None for row in one.rows):
+            first, second = (_state(None if one is None else one.row(name)) for one in found)
+            if first != second and _MEASURED in (first, second):
+                alike.setdefault(f"{first} → {second}", []).append(name)
+        yield from (f"{title}, {', '.join(names)}: {change}" for change, names in alike.items())
+
+
+def _state(row: Row | None) -> str:
+    if row is not None and row.failed:
+        return f"not measured, {row.failed}"
+    return _MEASURED if row is not None and row.figures else "not there"
+
+
 def changes(before: Report, after: Report) -> Iterator[Change]:
     """Every figure that both have, in the order of the first.
 
-    Where a section has a baseline, times of its other rows are compared by their ratios to it, which a busier or
-    slower machine leaves alone.
+    Where a section has a baseline, times of its other rows, and what follows from times, are compared by their ratios
+    to it, which a busier or slower machine leaves alone. Shares of a whole are left out: the one grows when another
+    part gets faster, whose own time is compared.
     """
     random = np.random.default_rng(0)
+    for ends, rows in _matched(before, after):
+        row, match = rows
+        for name, figure in row.figures.items():
+            if name in match.figures and figure.unit != "share":
+                ratios = _ratios(ends, rows, name)
+                yield _change(
+                    f"{ends[0].title}, {row.name}",
+                    name,
+                    figure.unit,
+                    ratios or (figure, match.figures[name]),
+                    ends[0].baseline if ratios else "",
+                    random,
+                )
+
+
+def _matched(before: Report, after: Report) -> Iterator[tuple[tuple[Section, Section], tuple[Row, Row]]]:
+    """Rows that both have, with their sections, in the order of the first."""
     for section in before.sections:
-        other = next((one for one in after.sections if one.key == section.key), None)
-        for row in section.rows if other is not None else ():
-            match = other.row(row.name) if other is not None else None
-            for name, figure in row.figures.items() if match is not None else ():
-                if other is not None and match is not None and name in match.figures:
-                    against = _against(section, other, row.name, name)
-                    ends = (figure, match.figures[name]) if against is None else against
-                    yield _change(
-                        f"{section.title}, {row.name}", name, ends, section.baseline if against else "", random
-                    )
+        other = after.section(section.key)
+        if other is None:
+            continue
+        for row in section.rows:
+            match = other.row(row.name)
+            if match is not None:
+                yield (section, other), (row, match)
 
 
-def _against(before: Section, after: Section, row: str, figure: str) -> tuple[Figure, Figure] | None:
-    """The row's figures by its section's baseline's; None where they stand alone."""
-    if not before.baseline or before.baseline != after.baseline or row == before.baseline:
+def _ratios(ends: tuple[Section, Section], rows: tuple[Row, Row], figure: str) -> tuple[Figure, Figure] | None:
+    """The rows' figures by their sections' baseline's; None where they stand alone."""
+    baseline = ends[0].baseline
+    if not baseline or baseline != ends[1].baseline or rows[0].name == baseline:
         return None
     found = []
-    for section in (before, after):
-        own = section.row(row)
-        ratios = None if own is None else section.ratios(own, figure)
-        if ratios is None or own is None or own.figures[figure].unit not in TIMES:
+    for section, row in zip(ends, rows, strict=True):
+        ratios = section.ratios(row, figure)
+        if ratios is None or row.figures[figure].unit not in TIMED:
             return None
         found.append(Figure(unit="times", samples=tuple(ratios.tolist())))
     return found[0], found[1]
 
 
-def _change(where: str, name: str, ends: tuple[Figure, Figure], against: str, random: np.random.Generator) -> Change:
+def _change(
+    where: str, name: str, unit: Unit, ends: tuple[Figure, Figure], against: str, random: np.random.Generator
+) -> Change:
+    """unit: of the figure itself, where `ends` are ratios of it."""
     before, after = ends
     times = after.median / before.median if before.median else float(after.median != 0) + 1
     counts = len(before.samples), len(after.samples)
@@ -112,14 +151,14 @@ def _change(where: str, name: str, ends: tuple[Figure, Figure], against: str, ra
         low,
         high,
         against,
-        _verdict(before, (low, high), few=min(counts) < FEWEST and before.unit in TIMES),
+        _verdict(unit, (low, high), few=min(counts) < FEWEST and unit in TIMED),
     )
 
 
-def _verdict(figure: Figure, interval: tuple[float, float], *, few: bool) -> str:
+def _verdict(unit: Unit, interval: tuple[float, float], *, few: bool) -> str:
     low, high = interval
     if low <= 1 + LEAST and high >= 1 - LEAST:
         return "same"
     if few:
         return "unsure"
-    return "better" if (low > 1) == (figure.unit in MORE_IS_BETTER) else "worse"
+    return "better" if (low > 1) == (unit in MORE_IS_BETTER) else "worse"

@@ -19,6 +19,8 @@ Unit = Literal[
     "ms", "s", "us", "images/s", "MiB", "MB", "J", "dB", "share", "limit", "times", "GFLOP", "GFLOP/s", "GB/s", "count"
 ]
 TIMES: frozenset[Unit] = frozenset({"ms", "s", "us", "times"})
+# Of what follows from how long something took, and is as noisy, and as slow on a busy machine.
+TIMED: frozenset[Unit] = TIMES | {"images/s", "GFLOP/s", "GB/s", "limit", "J"}
 MORE_IS_BETTER: frozenset[Unit] = frozenset({"images/s", "dB", "limit", "GFLOP/s", "GB/s"})
 # Told as percentages: of a whole, and of what the machine can do at best.
 SHARES: frozenset[Unit] = frozenset({"share", "limit"})
@@ -47,6 +49,11 @@ class Figure(_Record, frozen=True, kw_only=True):
     @property
     def median(self) -> float:
         return self.at(50)
+
+    @property
+    def spread(self) -> tuple[float, float, float]:
+        """The 10th, the 50th and the 90th percentile."""
+        return self.at(10), self.median, self.at(90)
 
 
 class Row(_Record, frozen=True, kw_only=True):
@@ -167,6 +174,10 @@ class Report(_Record, frozen=True, kw_only=True):
     subjects: tuple[Subject, ...]
     sections: tuple[Section, ...]
     caveats: tuple[str, ...]
+
+    def section(self, key: str) -> Section | None:
+        """The section of this key, where there is one."""
+        return next((section for section in self.sections if section.key == key), None)
 
 
 def write_report_json(path: Path, report: Report) -> None:

@@ -133,11 +133,13 @@ def test_two_reports_are_compared(bundle: Path, tmp_path: Path, capsys: pytest.C
     slower = json.loads((out / "report.json").read_bytes())
     for row in slower["sections"][0]["rows"]:
         row["figures"]["total"]["samples"] = [9.0 + value for value in row["figures"]["total"]["samples"]]
+    slower["sections"] = [section for section in slower["sections"] if section["key"] != "start"]
     (tmp_path / "slower.json").write_text(json.dumps(slower), encoding="utf-8")
     capsys.readouterr()
     assert main(["bench", "compare", str(out / "report.json"), str(tmp_path / "slower.json")]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith(f"worse  Whole pictures, {OURS}: total")
+    assert told[0] == f"in one alone: Start, {OURS}: measured → not there"
+    assert told[1].startswith(f"worse  Whole pictures, {OURS}: total")
     assert told[-1].startswith("1 of ") and told[-1].endswith(" figures changed beyond noise")
 
 
