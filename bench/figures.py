@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ def cell(figures: Mapping[str, float], digits: int) -> str:
     return f"{figures['median']:,.{digits}f} ({figures['p10']:,.{digits}f}–{figures['p90']:,.{digits}f})"
 
 
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is aligned left, the others right."""
-    lines = [heads, ["---", *("---:" for _ in heads[1:])], *rows]
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Set[int] = frozenset()) -> str:
+    """A Markdown table; the first column and those of `words`, counted from 0, are aligned left, the others right."""
+    lines = [heads, ["---" if at == 0 or at in words else "---:" for at in range(len(heads))], *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -19,7 +19,7 @@ def markdown(report: Report) -> str:
 def section_table(section: Section) -> str:
     """A section's table alone."""
     table = table_of(section)
-    return markdown_table(table.heads, table.rows)
+    return markdown_table(table.heads, table.rows, table.words)
 
 
 def _first(report: Report) -> list[str]:

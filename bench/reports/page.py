@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+import re
+from collections.abc import Iterator, Sequence
 from html import escape
-
-import numpy as np
 
 from tandemrt.calibrate.svg import COLORS, Axis, Chart, Marker
 
 from .schema import MORE_IS_BETTER, Plot, Report, Row, Section
-from .told import SPREAD, failures, heads_of, number, setting_lines, table_of, with_spread
+from .told import SPREAD, Table, failures, number, setting_lines, table_of, with_spread
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5a5a66; --paper: #ffffff; --line: #d9d9e0;
@@ -25,11 +24,15 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem }
 p { max-width: 46rem } .soft { color: var(--soft) }
 .first { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .6rem 1rem; margin: 1rem 0 }
 .first ul { margin: .3rem 0; padding-left: 1.2rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th { white-space: normal; font-weight: 600; vertical-align: bottom }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-.words { text-align: left } td.words { white-space: normal; min-width: 10.5rem }
+.wide { overflow-x: auto }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums;
+  font-size: .9rem; line-height: 22px }
+th, td { padding: 6px 11px; border-bottom: 1px solid var(--line); text-align: right }
+th { font-weight: 600; vertical-align: bottom }
+td:first-child, td small { white-space: nowrap } td small { font-size: inherit; color: var(--soft) }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--paper) }
+.words { text-align: left } td.words { min-width: 10.5rem }
 .bars { font-size: .9rem; max-width: 54rem }
 .one { display: grid; grid-template: "name track value" / 15rem 1fr 12rem; gap: .8rem; padding: .18rem 0;
   align-items: center }
@@ -74,38 +77,46 @@ def page(report: Report) -> str:
 
 def _first(report: Report) -> Iterator[str]:
     if report.caveats:
-        told = "".join(f"<li>{escape(caveat)}</li>" for caveat in report.caveats)
+        told = "".join(f"<li>{_sentence(caveat)}</li>" for caveat in report.caveats)
         yield f'<div class="first"><strong>Know first</strong><ul>{told}</ul></div>'
 
 
 def _section(section: Section) -> Iterator[str]:
-    yield f'<h2 id="{escape(section.key)}">{escape(section.title)}</h2>'
+    yield f'<h2 id="{_anchor(section.key)}">{escape(section.title)}</h2>'
     if section.note:
-        yield f"<p>{escape(section.note)}</p>"
+        yield f"<p>{_sentence(section.note)}</p>"
     for plot in section.plots:
         drawn = _front(section, plot) if plot.x else _bars(section, plot)
         if drawn:
-            yield f"<figure><figcaption>{escape(plot.title)}</figcaption>{drawn}</figure>"
-    table = table_of(section)
-    words = _word_cells(section)
-    yield '<div class="wide"><table><thead><tr>'
-    heads = (f'<th scope="col"{_kind(index, words)}>{escape(head)}</th>' for index, head in enumerate(table.heads))
-    yield "".join(heads) + "</tr></thead><tbody>"
+            yield f"<figure>{drawn}</figure>"
+    yield from _table(table_of(section))
+    yield from (f'<p class="soft">{_sentence(failure)}</p>' for failure in failures(section))
+
+
+def _table(table: Table) -> Iterator[str]:
+    """A table that scrolls inside itself where it is wider than the page."""
+    kinds = [' class="words"' if at in table.words else "" for at in range(len(table.heads))]
+    heads = (f'<th scope="col"{kind}>{escape(head)}</th>' for kind, head in zip(kinds, table.heads, strict=True))
+    yield f'<div class="wide"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>'
     for cells in table.rows:
-        told = "".join(f"<td{_kind(index, words)}>{escape(cell)}</td>" for index, cell in enumerate(cells))
+        told = "".join(f"<td{kind}>{_figure(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True))
         yield f"<tr>{told}</tr>"
     yield "</tbody></table></div>"
-    yield from (f'<p class="soft">{escape(failure)}</p>' for failure in failures(section))
 
 
-def _word_cells(section: Section) -> set[int]:
-    """Which cells of a row hold words."""
-    shown = ["", *(column.shown for column in section.columns for _ in heads_of(column))]
-    return {index for index, kind in enumerate(shown) if kind == "words"}
+def _figure(cell: str) -> str:
+    """A cell in HTML: where the column is narrow, a spread in brackets stands below its median."""
+    return re.sub(r"^(\S+) (\([^ )]+\))$", r"\1 <small>\2</small>", escape(cell))
 
 
-def _kind(index: int, words: Set[int]) -> str:
-    return ' class="words"' if index in words else ""
+def _anchor(key: str) -> str:
+    """What a link to a section names, without what HTML refuses there."""
+    return re.sub(r"[^\w.]+", "-", key)
+
+
+def _sentence(text: str) -> str:
+    """Text in HTML; what Markdown has as code is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _bars(section: Section, plot: Plot) -> str:
@@ -114,12 +125,13 @@ def _bars(section: Section, plot: Plot) -> str:
     if not rows:
         return ""
     most = max(float(row.figures[plot.y].values.max()) for row in rows) or 1.0
-    return f'<div class="bars">{"".join(_bar(row, plot.y, most, section.baseline) for row in rows)}</div>'
+    caption = f"<figcaption>{escape(plot.title)}</figcaption>"
+    return f'{caption}<div class="bars">{"".join(_bar(row, plot.y, most, section.baseline) for row in rows)}</div>'
 
 
 def _bar(row: Row, name: str, most: float, baseline: str) -> str:
     figure = row.figures[name]
-    low, median, high = (100 * float(value) / most for value in np.percentile(figure.values, (10, 50, 90)))
+    low, median, high = (100 * value / most for value in figure.spread)
     rounds = "".join(f'<i class="round" style="left:{100 * value / most:.2f}%"></i>' for value in figure.samples)
     own = " own" if row.name == baseline else ""
     return (
@@ -142,8 +154,9 @@ def _front(section: Section, plot: Plot) -> str:
     units = {
         name: next(row.figures[name].unit for row in section.rows if name in row.figures) for name in (plot.x, plot.y)
     }
+    titles = {column.of: column.title for column in reversed(section.columns)}  # a figure's first column names it
     axes = [
-        Axis.around(f"{name}, {units[name]}", [place[index] for _, place in points])
+        Axis.around(titles.get(name, f"{name}, {units[name]}"), [place[index] for _, place in points])
         for index, name in enumerate((plot.x, plot.y))
     ]
     chart = Chart(plot.title, axes[0], axes[1])

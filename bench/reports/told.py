@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,11 @@ _PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Heads, and as many cells of text in each row."""
+    """Heads, and as many cells of text in each row. words: the columns, besides the first, that hold no figures."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: frozenset[int]
 
 
 def number(value: float) -> str:
@@ -29,10 +30,10 @@ def number(value: float) -> str:
     return f"{value:,.{min(digits, 6)}f}"
 
 
-def with_spread(samples: Samples) -> str:
+def with_spread(samples: Samples, told: Callable[[float], str] = number) -> str:
     """The median and, of several samples, the 10th to 90th percentile."""
-    low, median, high = np.percentile(samples, (10, 50, 90))
-    return number(median) if samples.size == 1 else f"{number(median)} ({number(low)}–{number(high)})"
+    low, median, high = map(told, np.percentile(samples, (10, 50, 90)))
+    return median if samples.size == 1 else f"{median} ({low}–{high})"
 
 
 def table_of(section: Section) -> Table:
@@ -44,7 +45,8 @@ def table_of(section: Section) -> Table:
         if row.failed:
             cells = ["not measured", *("" for _ in cells[1:])]
         rows.append((row.name, *cells))
-    return Table(tuple(heads), tuple(rows))
+    kinds = ["", *(column.shown for column in section.columns for _ in heads_of(column))]
+    return Table(tuple(heads), tuple(rows), frozenset(at for at, kind in enumerate(kinds) if kind == "words"))
 
 
 def failures(section: Section) -> Iterator[str]:
@@ -97,10 +99,7 @@ def _cells(section: Section, column: Column, row: Row) -> tuple[str, ...]:
 
 
 def _shown(figure: Figure) -> str:
-    if figure.unit in SHARES:
-        low, median, high = (f"{value:.1%}" for value in np.percentile(figure.values, (10, 50, 90)))
-        return median if len(figure.samples) == 1 else f"{median} ({low}–{high})"
-    return with_spread(figure.values)
+    return with_spread(figure.values, "{:.1%}".format if figure.unit in SHARES else number)
 
 
 def _pair(values: Sequence[float | None], unit: str) -> str:

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from tandemrt.bench.reports.files import NAMES, require_free, write_report_files
-from tandemrt.bench.reports.markdown import markdown
+from tandemrt.bench.reports.markdown import markdown, section_table
 from tandemrt.bench.reports.page import page, unbeaten
-from tandemrt.bench.reports.schema import Column, Figure, Row, Section
+from tandemrt.bench.reports.schema import Column, Figure, Plot, Row, Section
 from tandemrt.bench.reports.told import number, setting_lines, table_of
 from tandemrt.runtime.errors import BenchmarkError
 
@@ -90,8 +90,43 @@ def test_words_are_where_their_column_is() -> None:
     assert text.count('class="words"') == 2
 
 
+def test_words_are_aligned_left_in_markdown() -> None:
+    columns = (Column(of="ms", title="ms"), Column(of="ran", title="on", shown="words"))
+    rows = (Row(name="a", words={"ran": "graph"}, figures={"ms": Figure(unit="ms", samples=(1.0,))}),)
+    assert "\n| --- | ---: | --- |\n" in section_table(Section(key="k", title="t", columns=columns, rows=rows))
+
+
+def test_the_pages_sections_can_be_linked_and_its_code_is_code() -> None:
+    note = "`bench <cold>` repeats it, a ` does not."
+    section = msgspec.structs.replace(report().sections[0], key="build openvino:cpu:bf16", note=note)
+    caveats = ("`unet` ran in fp32.",)
+    text = page(msgspec.structs.replace(report(), sections=(section,), caveats=caveats))
+    assert '<h2 id="build-openvino-cpu-bf16">' in text
+    assert "<p><code>bench &lt;cold&gt;</code> repeats it, a ` does not.</p>" in text
+    assert "<li><code>unet</code> ran in fp32.</li>" in text
+
+
+def test_a_spread_can_stand_below_its_median() -> None:
+    text = page(report())
+    assert "<td>2.00 <small>(2.00–2.00)</small></td>" in text and "<td>2.00</td>" in text
+
+
 def test_bars_show_every_round() -> None:
     assert page(report()).count('class="round"') == 8
+
+
+def test_the_axes_of_points_are_called_as_their_columns_are() -> None:
+    figures = {"total": Figure(unit="s", samples=(1.0,)), "psnr": Figure(unit="dB", samples=(30.0,))}
+    section = Section(
+        key="k",
+        title="t",
+        columns=(Column(of="total", title="s a picture"), Column(of="total", title="times a", shown="ratio")),
+        rows=(Row(name="a", figures=figures),),
+        plots=(Plot(title="Time and closeness", x="total", y="psnr"),),
+    )
+    text = page(msgspec.structs.replace(report(), sections=(section,)))
+    assert ">s a picture</text>" in text and ">psnr, dB</text>" in text
+    assert "times a</text>" not in text and text.count(">Time and closeness<") == 1
 
 
 def test_a_front_is_of_what_no_other_beats() -> None:
