@@ -1,6 +1,7 @@
-"""Write the measured figures of README.md and docs/*.md from their evidence: `scripts/readme-tables [--check]`.
+"""Write what is made of measured figures from their evidence: `scripts/readme-tables [--check]`.
 
-A figure stands between two comments, the first of which names where it comes from, from the root of the repository:
+That is the Markdown and the page of every report in docs/report, and the figures in README.md and the documents. Such a
+figure stands between two comments, the first of which names where it comes from, from the root of the repository:
 
     <!-- bench/evidence/score.json | 2 -->            the second paragraph or table of what its own writer makes of it
     <!-- docs/report/sdxs/report.json | pictures -->  a section of a report of `tandemrt bench`
@@ -18,14 +19,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
 from tandemrt.bench.figures import markdown_table, write_text
 from tandemrt.bench.program import run_program
-from tandemrt.bench.reports.markdown import section_table
-from tandemrt.bench.reports.schema import FORMAT, Report, Row, read_report
+from tandemrt.bench.reports.markdown import markdown, section_table
+from tandemrt.bench.reports.page import page
+from tandemrt.bench.reports.schema import FORMAT, Report, Row, Section, read_report
 from tandemrt.bench.reports.told import SPREAD, with_spread
 from tandemrt.runtime.errors import BenchmarkError
 
@@ -39,8 +41,6 @@ WRITERS = {
     "precisions": "precisions:markdown",
     "score": "shapes.score:markdown",
 }
-# Evidence of programs that are gone: the tables are those that they wrote beside it.
-AS_WRITTEN = ("engine_builds", "starts")
 _END = "<!-- end -->"
 _BEGIN = re.compile(r"<!-- (\S+\.json) \| ([^\n]+?) -->")
 _REGION = re.compile(rf"({_BEGIN.pattern})(.*?){_END}", re.DOTALL)
@@ -60,20 +60,20 @@ def written(document: Path, root: Path = ROOT) -> str:
             raise BenchmarkError(document.name, f"a region of {source} has no end", expected=_END)
         figures = shown(source, what, document.parent, root).strip("\n")
         if before.startswith("\n"):
-            figures = f"\n\n{figures}\n\n" if figures else "\n"
+            figures = f"\n\n{figures}\n\n"
         return f"{begin}{figures}{_END}"
 
-    made, regions = _REGION.subn(redrawn, text)
+    drawn, regions = _REGION.subn(redrawn, text)
     if regions != text.count(_END) or regions != len(_BEGIN.findall(text)):
         raise BenchmarkError(document.name, "a region has no beginning, or no end", expected=f"<!-- … -->…{_END}")
-    return made
+    return drawn
 
 
 def shown(source: str, what: str, folder: Path, root: Path) -> str:
     """What a region shows. folder: where the document is, which links to reports."""
     block, *cell = what.split(" | ")
     if "*" in source:
-        return whole_pictures(sorted(root.glob(source)), block, folder)
+        return whole_pictures(source, block, folder, root)
     blocks = blocks_of(root / source)
     text = _named(blocks, block, source)
     if not cell:
@@ -91,37 +91,34 @@ def blocks_of(path: Path) -> Mapping[str, str]:
     facts = json.loads(path.read_bytes())
     if facts.get("format") == FORMAT:
         return {section.key: section_table(section) for section in read_report(path).sections}
-    kinds = (*WRITERS, *AS_WRITTEN)
-    kind = next((name for name in kinds if f"{path.stem}_".startswith(f"{name}_")), path.stem)
-    if kind in AS_WRITTEN:
-        text = path.with_suffix(".md").read_text(encoding="utf-8")
-    else:
-        module, _, function = _named(WRITERS, kind, path.name).partition(":")
-        text = getattr(import_module(f"tandemrt.bench.{module}"), function)(facts)
+    kind = next((name for name in WRITERS if f"{path.stem}_".startswith(f"{name}_")), path.stem)
+    module, _, function = _named(WRITERS, kind, path.name).partition(":")
+    text = getattr(import_module(f"tandemrt.bench.{module}"), function)(facts)
     return {str(number): block for number, block in enumerate(text.strip("\n").split("\n\n"), 1)}
 
 
-def whole_pictures(paths: Sequence[Path], key: str, folder: Path) -> str:
+def whole_pictures(source: str, key: str, folder: Path, root: Path) -> str:
     """A section of several reports in one table: a contender's seconds, and how they compare with the first's."""
-    reports = [(path, read_report(path)) for path in paths]
-    rows = [row for path, report in reports for row in _picture_rows(path, report, key, folder)]
-    if not rows:
-        return ""
+    every = [(path, read_report(path)) for path in sorted(root.glob(source))]
+    found = [(path, report, one) for path, report in every for one in report.sections if one.key == key]
+    if not found:
+        remedy = "Measure one, or take the region out."
+        raise BenchmarkError(source, "no report there has this section", got=key, remedy=remedy)
+    rows = [row for path, report, section in found for row in _picture_rows(path, report, section, folder)]
     heads = ("", "s a call", "times the first's", "peak memory, MiB", "PSNR to the first, dB")
-    machines = "; ".join(dict.fromkeys(f"{one.machine.processor}, {one.machine.cores} cores" for _, one in reports))
-    random = " Random weights." if any(one.random_weights for _, report in reports for one in report.subjects) else ""
+    machines = "; ".join(dict.fromkeys(f"{one.machine.processor}, {one.machine.cores} cores" for _, one, _ in found))
+    random = " Random weights." if any(one.random_weights for _, report, _ in found for one in report.subjects) else ""
     return f"{markdown_table(heads, rows)}\n{SPREAD}{random} {machines}."
 
 
-def _picture_rows(path: Path, report: Report, key: str, folder: Path) -> Iterator[tuple[str, ...]]:
+def _picture_rows(path: Path, report: Report, section: Section, folder: Path) -> Iterator[tuple[str, ...]]:
     subject = ", ".join(filter(None, (report.subjects[0].name, report.request.get("steps"))))
     link = f"[{subject}]({Path(os.path.relpath(path.with_suffix('.md'), folder)).as_posix()})"
-    for section in report.sections:
-        for row in section.rows if section.key == key else ():
-            ratios = section.ratios(row, "total")
-            compared = "" if ratios is None or row.name == section.baseline else with_spread(ratios)
-            others = (_figure(row, "peak"), _figure(row, "psnr"))
-            yield f"{link}: {row.name}", _figure(row, "total"), compared, *others
+    for row in section.rows:
+        ratios = section.ratios(row, "total")
+        compared = "" if ratios is None or row.name == section.baseline else with_spread(ratios)
+        others = (_figure(row, "peak"), _figure(row, "psnr"))
+        yield f"{link}: {row.name}", _figure(row, "total"), compared, *others
 
 
 def _figure(row: Row, name: str) -> str:
@@ -136,18 +133,37 @@ def _named(found: Mapping[str, str], name: str, source: str) -> str:
     return found[name]
 
 
+def documents(root: Path = ROOT) -> Iterator[Path]:
+    """What figures are written into."""
+    yield root / "README.md"
+    yield from sorted((root / "docs").glob("*.md"))
+    yield from sorted((root / "docs" / "report").glob("*.md"))
+
+
+def made(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
+    """Every file that is made of evidence, and its text. BenchmarkError: as `written`."""
+    yield from ((path, written(path, root)) for path in documents(root))
+    for path in sorted(root.glob("docs/report/*/report.json")):
+        report = read_report(path)
+        yield path.with_suffix(".md"), markdown(report)
+        yield path.with_suffix(".html"), page(report)
+
+
+def is_made(path: Path, text: str) -> bool:
+    """Whether a file has this text."""
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where one differs")
     check = parser.parse_args().check
-    documents = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    texts = {path: written(path) for path in documents}
-    stale = [path for path, text in texts.items() if text != path.read_text(encoding="utf-8")]
-    for path in stale:
+    stale = {path: text for path, text in made() if not is_made(path, text)}
+    for path, text in stale.items():
         done = "differs from its evidence. Run scripts/readme-tables" if check else "written"
         print(f"{path.relative_to(ROOT)}: {done}")
         if not check:
-            write_text(path, texts[path])
+            write_text(path, text)
     sys.exit(1 if check and stale else 0)
 
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
+REPORTS = ROOT / "docs" / "report"
+INDEX = (REPORTS / "README.md").read_text(encoding="utf-8")
 COMMAND_LINES = [
     line.removeprefix(".venv/bin/")
     for language, code in BLOCKS
@@ -24,6 +26,7 @@ COMMAND_LINES = [
     for line in code.splitlines()
     if line.startswith(("tandemrt ", ".venv/bin/tandemrt "))
 ]
+MEASURED_BY = re.findall(r"`(tandemrt [^`]+)`", INDEX)
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -35,7 +38,7 @@ def test_python_examples_run(code: str, shapes_bundle: Path, tmp_path: Path, mon
         assert picture.size == (64, 64)
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+@pytest.mark.parametrize("line", [*COMMAND_LINES, *MEASURED_BY])
 def test_commands_have_the_options_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, name, *rest = shlex.split(line, comments=True)
     assert main([name, *(rest[:1] if COMMANDS[name].group else ()), "--help"]) == 0
@@ -56,9 +59,16 @@ def test_generate_example_runs(shapes_bundle: Path, tmp_path: Path, monkeypatch:
 
 
 def test_links_lead_to_files() -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    for folder, text in ((ROOT, TEXT), (REPORTS, INDEX)):
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+        assert targets
+        assert [target for target in targets if not (folder / target).exists()] == []
+
+
+def test_reports_are_shown_with_what_made_them() -> None:
+    for path in REPORTS.glob("*/report.json"):
+        assert f"]({path.parent.name}/report.md)" in INDEX
+        assert any(line.endswith(f"--out docs/report/{path.parent.name}") for line in MEASURED_BY)
 
 
 def test_evidence_says_how_it_was_made() -> None:

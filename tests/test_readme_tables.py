@@ -6,15 +6,16 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
+from tandemrt.bench.reports.files import write_report_files
 from tandemrt.bench.reports.schema import write_report_json
 from tandemrt.runtime.errors import BenchmarkError
 
 from .bench.reports.sample import OURS, report
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXPORT = "<!-- bench/evidence/export.json | 1 | sd15 unet"
 HOST = "<!-- bench/evidence/host.json"
 
@@ -37,9 +38,23 @@ def written(text: str, root: Path = ROOT, folder: Path | None = None) -> str:
     return made
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_documents_are_what_their_evidence_says(name: str) -> None:
-    assert TABLES.written(ROOT / name) == (ROOT / name).read_text(encoding="utf-8"), "run scripts/readme-tables"
+def stale(root: Path = ROOT) -> list[str]:
+    """What is not as its evidence says, and `scripts/readme-tables` would write."""
+    return [str(path.relative_to(root)) for path, text in TABLES.made(root) if not TABLES.is_made(path, text)]
+
+
+def test_documents_and_reports_are_what_their_evidence_says() -> None:
+    assert stale() == []
+
+
+def test_a_reports_other_files_are_made_of_its_json(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    folder = tmp_path / "docs" / "report" / "one"
+    _, markdown, page = write_report_files(folder, report())
+    assert stale(tmp_path) == []
+    markdown.write_text(markdown.read_text(encoding="utf-8").replace("2.00", "1.00"), encoding="utf-8")
+    page.unlink()
+    assert stale(tmp_path) == ["docs/report/one/report.md", "docs/report/one/report.html"]
 
 
 def test_a_changed_figure_is_written_anew(tmp_path: Path) -> None:
@@ -51,8 +66,9 @@ def test_a_changed_figure_is_written_anew(tmp_path: Path) -> None:
 
 def test_reports_are_shown_by_section_and_all_together(tmp_path: Path) -> None:
     source = "<!-- docs/report/{}/report.json | pictures -->\n<!-- end -->\n"
-    assert written(source.format("*"), tmp_path) == source.format("*")
-    write_report_json(tmp_path / "docs" / "report" / "one" / "report.json", report())
+    folder = tmp_path / "docs" / "report"
+    for sections, name in ((report().sections, "one"), ((), "another")):
+        write_report_json(folder / name / "report.json", msgspec.structs.replace(report(), sections=sections))
     section = written(source.format("one"), tmp_path)
     assert f"\n| {OURS} | 1.00 | 1.01 | 1.01 | 1.00 (1.00–1.00) |\n" in section
     together = written(source.format("*"), tmp_path)
@@ -69,6 +85,10 @@ def test_reports_are_shown_by_section_and_all_together(tmp_path: Path) -> None:
         (f"{EXPORT} | peak, GiB --><!-- end -->", "rows that begin so, got '2 of sd15 unet', expected one"),
         (f"{EXPORT} | fp16 | peak --><!-- end -->", "does not have it, got 'peak', expected one of preset, component"),
         (f"{HOST} | 9 --><!-- end -->", "host.json: does not have it, got '9', expected one of 1, 2"),
+        (
+            "<!-- docs/report/no*/report.json | pictures -->\n<!-- end -->",
+            "no report there has this section, got 'pict",
+        ),
         (f"{HOST} | 1 -->\n", "document.md: a region has no beginning, or no end"),
         (f"{HOST} | 1 -->\n{HOST} | 1 -->\n<!-- end -->", "a region of bench/evidence/host.json has no end"),
     ],
