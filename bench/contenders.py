@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,8 @@ from . import peers
 SCRIPTS = Path(peers.__file__).parent
 # A contender that opens, or paints a picture, for longer is given up.
 LIMIT_S = 1800.0
+# One that is told to end is waited for so long; its last words, when it has ended.
+_CLOSING_S, _ENDING_S = 10.0, 5.0
 # What a library says while it works is kept for the error it may end in.
 _KEPT_CHARACTERS = 2000
 
@@ -91,36 +93,41 @@ class Contender:
         return self._process.pid
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, with what it started."""
         for pipe in (self._stdin, self._stdout):
             with suppress(BrokenPipeError):
                 pipe.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            self._process.wait()
+        with _after(_CLOSING_S, self._kill):
+            self._exit_status()
         self._said.close()
 
     def _asked(self, line: str) -> Answer:
-        limit = threading.Timer(LIMIT_S, self._give_up)
-        limit.start()
-        try:
-            self._stdin.write(line + "\n")
-            self._stdin.flush()
-            answer = self._stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            limit.cancel()
+        status = None
+        with _after(LIMIT_S, self._give_up):
+            try:
+                self._stdin.write(line + "\n")
+                self._stdin.flush()
+                answer = self._stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            # One that ends on the way may leave half an answer.
+            if not answer.endswith("\n"):
+                status = self._exit_status()
         if self._late:
             raise BenchmarkError(self.name, f"took longer than {LIMIT_S:g} s", remedy="It was ended.")
-        if not answer:
-            raise BenchmarkError(self.name, _ended(self._process.wait()), remedy=self._said.line())
+        if status is not None:
+            raise BenchmarkError(self.name, _ended(status), remedy=self._said.line())
         facts = json.loads(answer)
         if "error" in facts:
             raise BenchmarkError(self.name, facts["error"].rstrip("."))
         return Answer(facts["figures"], facts.get("words", {}))
+
+    def _exit_status(self) -> int:
+        """How the process ended; waits until it has, and ends what it left behind, while its number is its own."""
+        if self._process.returncode is None:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            self._kill()
+        return self._process.wait()
 
     def _give_up(self) -> None:
         self._late = True
@@ -129,6 +136,17 @@ class Contender:
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _after(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Act when what is within takes longer."""
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _ended(status: int) -> str:
@@ -147,15 +165,15 @@ class _Tail:
         self._thread.start()
 
     def _read(self) -> None:
-        for line in self._stream:
-            self._kept = (self._kept + line)[-_KEPT_CHARACTERS:]
+        with self._stream:
+            for line in self._stream:
+                self._kept = (self._kept + line)[-_KEPT_CHARACTERS:]
 
     def line(self) -> str:
         """The last line, when the stream has ended."""
-        self._thread.join(timeout=5)
+        self.close()
         return self._kept.strip().rpartition("\n")[2]
 
     def close(self) -> None:
-        """Let go of the stream, whose other end is closed."""
-        self._thread.join()
-        self._stream.close()
+        """Let it end, unless somebody who was not ended still holds its other end."""
+        self._thread.join(timeout=_ENDING_S)

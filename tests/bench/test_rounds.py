@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from tandemrt.bench.contenders import Contender
 from tandemrt.bench.probes import NO_PROBES, PROCESSORS_J, Probes
 from tandemrt.bench.rounds import MOST_DB, Entrant, Rounds, Taken, in_rounds, psnr_db
 from tandemrt.runtime.errors import BenchmarkError
+
+from .processes import require_ended
 
 # Paints the same grey as its seed is, and does what the job's `ends` says at the seed it says.
 SCRIPT = """
@@ -52,6 +55,13 @@ class Grey(Painter):
             os._exit(7)
         if self.job.get("ends") == f"hang {{seed}}":
             subprocess.run(["sleep", "60"])
+        if self.job.get("ends") in (f"leave {{seed}}", f"leave {{seed}}, die"):
+            with open(self.job["log"], "a") as log:
+                log.write(f"{{subprocess.Popen(['sleep', '60']).pid}}\\n")
+        if self.job.get("ends") == f"leave {{seed}}, die":
+            os._exit(7)
+        if self.job.get("ends") == f"let go {{seed}}":
+            subprocess.Popen(["sleep", "3"], start_new_session=True)
         if self.job.get("ends") == f"killed {{seed}}":
             os.kill(os.getpid(), signal.SIGKILL)
         return picture
@@ -137,6 +147,37 @@ def test_one_that_takes_too_long_is_given_up_with_what_it_started(
         contender.painted(2, {}, tmp_path / "2.npy")
     contender.close()
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("ends", ["leave 2", "leave 2, die"])
+def test_what_a_contender_started_ends_with_it(ends: str, start: Start, tmp_path: Path) -> None:
+    contender = start("a", ends=ends)()
+    contender.opened()
+    with pytest.raises(BenchmarkError, match="exit status 7") if ends.endswith("die") else nullcontext():
+        contender.painted(2, {}, tmp_path / "2.npy")
+    contender.close()
+    require_ended(int(logged(tmp_path)[-1]))
+
+
+def test_one_that_holds_on_to_a_contenders_output_is_not_waited_for(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders, "_ENDING_S", 0.1)
+    contender = start("a", ends="let go 2")()
+    contender.opened()
+    contender.painted(2, {}, tmp_path / "2.npy")
+    began = time.monotonic()
+    contender.close()
+    assert time.monotonic() - began < 2
+
+
+def test_half_an_answer_is_none(tmp_path: Path) -> None:
+    script = tmp_path / "half.py"
+    script.write_text("import sys; sys.stdin.readline(); print('{', end=''); sys.exit('no more')", encoding="utf-8")
+    contender = Contender("a", sys.executable, str(script), {})
+    with pytest.raises(BenchmarkError, match=r"a: ended with exit status 1\. no more"):
+        contender.opened()
+    contender.close()
 
 
 def test_entrants_share_a_process_and_differ_in_arguments(start: Start, rounds: Run, tmp_path: Path) -> None:
