@@ -6,10 +6,12 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import venv
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,7 @@ def set_up(name: str, cache: Path, wheels: Path | None = None) -> Path:
     wheels: the folder that `collect` filled; None for the package registry.
 
     Raises:
-        BenchmarkError: pip failed; the message ends with what it said.
+        BenchmarkError: the environment cannot be made, or pip failed; the message ends with what it said.
     """
     peer = named_peer(name)
     folder = _environment(peer, cache)
@@ -99,15 +101,13 @@ def set_up(name: str, cache: Path, wheels: Path | None = None) -> Path:
     # Its scripts would name the path it was made at; its interpreter, which is all that is used, goes by its own.
     making = folder.with_name(f"{folder.name}.making")
     shutil.rmtree(making, ignore_errors=True)
-    making.parent.mkdir(parents=True, exist_ok=True)
-    venv.create(making, with_pip=True)
     source = () if wheels is None else ("--no-index", "--find-links", str(wheels))
     try:
+        _make_environment(name, making)
         _pip(name, str(making / "bin" / "python"), "install", *source)
-    except BenchmarkError:
+        os.replace(making, folder)  # noqa: PTH105 — folders, on one file system
+    finally:
         shutil.rmtree(making, ignore_errors=True)
-        raise
-    os.replace(making, folder)  # noqa: PTH105 — folders, on one file system
     return folder
 
 
@@ -121,16 +121,35 @@ def collect(name: str, wheels: Path) -> None:
         _pip(name, sys.executable, "wheel", "--wheel-dir", str(wheels))
 
 
-def _pip(name: str, python: str, *words: str) -> None:
-    """Have pip do something with what a peer requires."""
-    command = [python, "-m", "pip", *words, "--quiet", *PEERS[name].requirements]
+def _make_environment(name: str, folder: Path) -> None:
+    """Make an environment with pip in it. BenchmarkError where this interpreter cannot."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SETUP_TIMEOUT_S)
-        said, failed = done.stderr.strip()[-1500:], done.returncode != 0
-    except subprocess.TimeoutExpired:
-        said, failed = f"pip took longer than {_SETUP_TIMEOUT_S:.0f} s", True
-    if failed:
-        raise BenchmarkError(name, "cannot be installed", remedy=said)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        venv.create(folder, with_pip=True)
+    except subprocess.CalledProcessError as error:
+        remedy = "Install what this interpreter's `venv` and `ensurepip` lack: python3-venv, on Debian and Ubuntu."
+        raise BenchmarkError(name, "its environment cannot be given pip", remedy=remedy) from error
+    except OSError as error:
+        raise BenchmarkError(name, f"its environment cannot be made ({error.strerror})", got=str(folder)) from error
+
+
+def _pip(name: str, python: str, *words: str) -> None:
+    """Have pip do something with what a peer requires; what it started, such as compilers, ends with it."""
+    command = [python, "-m", "pip", *words, "--quiet", *PEERS[name].requirements]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    late = ""
+    with subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **pipes) as pip:
+        try:
+            _, said = pip.communicate(timeout=_SETUP_TIMEOUT_S)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(pip.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            _, said = pip.communicate()
+            late = f": pip took longer than {_SETUP_TIMEOUT_S:g} s"
+    if pip.returncode:
+        raise BenchmarkError(name, f"cannot be installed{late}", remedy=said.strip()[-1500:])
 
 
 def _environment(peer: Peer, cache: Path) -> Path:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,33 @@ from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.rng import CpuGenerator
 from tandemrt.runtime.solvers import compile_table
 
+from .processes import require_ended
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
+# In an interpreter's place: notes what pip is asked to do, fails for optimum, and takes long for stable-diffusion.cpp.
+PIP = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+*optimum*) echo "ERROR: no such version" >&2; exit 1;;
+*stable-diffusion*) echo "compiling" >&2; sleep 60 & echo $! >> {log}; wait;;
+esac
+"""
+
+
 @pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What pip is asked to do in environments that hold a file in an interpreter's place; it fails for optimum."""
-    asked: list[list[str]] = []
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A log of what pip is asked to do in environments."""
+    log = tmp_path / "log"
 
     def create(folder: Path, **_options: Any) -> None:
         (folder / "bin").mkdir(parents=True)
-        (folder / "bin" / "python").touch()
-
-    def run(command: list[str], **_options: Any) -> Any:
-        asked.append(command)
-        failed = any(word.startswith("optimum") for word in command)
-        return SimpleNamespace(returncode=int(failed), stderr="ERROR: no such version" if failed else "")
+        (folder / "bin" / "python").write_text(PIP.format(log=log), encoding="utf-8")
+        (folder / "bin" / "python").chmod(0o700)
 
     monkeypatch.setattr(peer_table.venv, "create", create)
-    monkeypatch.setattr(peer_table.subprocess, "run", run)
-    return asked
+    return log
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -48,18 +55,49 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module(name)
 
 
-def test_peers_of_the_same_requirements_share_an_environment(pip: list[list[str]], tmp_path: Path) -> None:
+def test_peers_of_the_same_requirements_share_an_environment(pip: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"has no environment yet.*tandemrt bench setup openvino-genai-bf16"):
         interpreter("openvino-genai-bf16", tmp_path)
     folder = set_up("openvino-genai", tmp_path)
     assert set_up("openvino-genai-bf16", tmp_path) == folder
-    assert len(pip) == 1
+    assert len(pip.read_text(encoding="utf-8").splitlines()) == 1
     assert interpreter("openvino-genai-bf16", tmp_path) == str(folder / "bin" / "python")
     assert interpreter("diffusers", tmp_path) == sys.executable
 
 
-def test_an_environment_is_made_whole_or_not_at_all(pip: list[list[str]], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("pip")
+def test_an_environment_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"optimum: cannot be installed.*no such version"):
+        set_up("optimum", tmp_path)
+    assert not list((tmp_path / "peers").iterdir())
+
+
+def test_an_installation_that_takes_too_long_is_given_up_with_its_compilers(
+    pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_table, "_SETUP_TIMEOUT_S", 1)
+    with pytest.raises(BenchmarkError, match=r"sdcpp: cannot be installed: pip took longer than 1 s\. compiling"):
+        set_up("sdcpp", tmp_path)
+    require_ended(int(pip.read_text(encoding="utf-8").splitlines()[-1]))
+    assert not list((tmp_path / "peers").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (subprocess.CalledProcessError(1, ["ensurepip"]), r"cannot be given pip\. Install .*python3-venv"),
+        (OSError(28, "No space left on device"), r"cannot be made \(No space left on device\)"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_is_told(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(folder: Path, **_options: Any) -> None:
+        folder.mkdir()
+        raise error
+
+    monkeypatch.setattr(peer_table.venv, "create", create)
+    with pytest.raises(BenchmarkError, match=f"optimum: its environment {told}"):
         set_up("optimum", tmp_path)
     assert not list((tmp_path / "peers").iterdir())
 
