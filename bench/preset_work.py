@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.errors import BundleError
+from tandemrt.runtime.errors import BenchmarkError, BundleError
 
 Progress = Callable[[str, int, int], None]
 _MAKERS = ("tandemrt", "torch", "diffusers", "transformers", "onnx")
@@ -19,8 +19,20 @@ def preset_bundle(name: str, scale: str, dtype: str, cache: Path, progress: Prog
 
     Raises:
         ArgumentError: no such preset.
+        BenchmarkError: what exports it is not installed.
         ExportError, CheckpointError: it cannot be exported, or the cache cannot be written.
     """
+    try:
+        return _made(name, scale, dtype, cache, progress)
+    except ImportError as error:
+        if (error.name or "tandemrt").startswith("tandemrt"):
+            raise
+        remedy = 'Install it: pip install "tandemrt[export]"'
+        raise BenchmarkError("--preset", f"needs {error.name}, which cannot be imported here", remedy=remedy) from error
+
+
+def _made(name: str, scale: str, dtype: str, cache: Path, progress: Progress) -> Path:
+    """As `preset_bundle`."""
     from tandemrt.export.bundle import export_bundle  # noqa: PLC0415
     from tandemrt.export.plan import PresetPlan  # noqa: PLC0415
     from tandemrt.export.presets import read_preset  # noqa: PLC0415

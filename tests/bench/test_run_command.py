@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,15 @@ def test_what_ran_otherwise_is_told_first(asked: list[str], bundle: Path, cache:
     first = read_report(tmp_path / "report.json").caveats[0]
     assert ": unet ran on graph: CACHE/engines/" in first and "model.onnx" in first
     assert str(tmp_path) not in first
+
+
+def test_a_preset_without_what_exports_it_is_told(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from tandemrt.runtime.cli import main; sys.exit(main())"
+    asked = ["bench", "--preset", "sdxs-512-0.9", *ORT[:2], "--out", str(tmp_path), "--cache", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    told = '--preset: needs torch, which cannot be imported here. Install it: pip install "tandemrt[export]"'
+    assert told in done.stderr
 
 
 def test_two_reports_are_compared(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
