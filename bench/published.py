@@ -16,6 +16,7 @@ from tandemrt.runtime.targets import check_installed, check_runnable, parse_targ
 
 from .entrants import Work
 from .left_nodes import left_told
+from .places import places_of, without_places
 from .preset_work import preset_bundle
 from .reports.caveats import caveats
 from .reports.changes import FEWEST
@@ -102,7 +103,8 @@ def opened(
             check_runnable(target)
     shared.cache.mkdir(parents=True, exist_ok=True)
     if shared.bundle is not None:
-        bundle, added = Bundle.open(shared.bundle), dict(sources or {})
+        bundle, added = Bundle.open(shared.bundle), {name: path.resolve() for name, path in (sources or {}).items()}
+        checkpoint = None if checkpoint is None else checkpoint.resolve()
     elif shared.preset is not None:
         folder = preset_bundle(shared.preset, shared.scale, shared.dtype, shared.cache, reporter.progress)
         bundle, checkpoint = Bundle.open(folder / shared.preset), folder / "checkpoint"
@@ -142,6 +144,8 @@ def publish(
         sections=tuple(sections),
         caveats=caveats(machine, subjects, sections, (*otherwise, *measured.left, *few)),
     )
+    named = {"BUNDLE": measured.bundle.path, "CHECKPOINT": measured.checkpoint, "CACHE": shared.cache}
+    report = without_places(report, places_of({**named, **measured.sources}))
     written = write_report_files(shared.out, report)
     return {"written": [str(one) for one in written], "caveats": list(report.caveats)}
 

@@ -111,10 +111,11 @@ def shared_from(namespace: argparse.Namespace, least_warm_up: int = 1) -> Shared
     require_least("--warm-up", namespace.warm_up, least_warm_up)
     require_least("--rounds", namespace.rounds, 1)
     parsed = {
+        "bundle": None if namespace.bundle is None else namespace.bundle.resolve(),
         "targets": tuple(dict.fromkeys(str(parse_target(target)) for target in namespace.targets or ("auto",))),
         "size": None if namespace.size is None else parse_size(namespace.size),
         "rounds": Rounds(namespace.warm_up, namespace.rounds, namespace.seed),
-        "cache": cache_folder(namespace.cache),
+        "cache": cache_folder(namespace.cache).resolve(),
     }
     as_given = {name: getattr(namespace, name) for name in Shared.__slots__ if name not in parsed}
     return Shared(**as_given, **parsed)

@@ -29,7 +29,7 @@ class Component(Painter):
         self._loader = Loader(bundle, name, target, job["threads"], cache=cache)
         session = self._loader.session()
         ran = session.ran_on(shapes) if isinstance(session, Choosing) else GRAPH
-        self._binding, self._words = session.bind(shapes), {name: ran_told(ran, job)}
+        self._binding, self._words = session.bind(shapes), {name: ran_told(ran)}
         self._figures = {f"{name}_mb": ran_bytes(bundle, name, (ran,), cache) / 1e6}
         self._paints = bundle.component(name).role == "vae_decoder"
 

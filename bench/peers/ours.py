@@ -41,7 +41,7 @@ class Ours(Painter):
     def words(self) -> Mapping[str, str]:
         rows, words = self._timings.rows, {}
         for name, ran in self._timings.ran_on.items():
-            words[name] = "; ".join(ran_told(one, self._job) for one in ran)
+            words[name] = "; ".join(map(ran_told, ran))
         words["guided"] = f"{sum(row.guidance.guided for row in rows)} of {len(rows)}"
         if self._taus is not None:
             words["window"] = f"rows {self._taus[0]} to {self._taus[1]}"

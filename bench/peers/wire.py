@@ -116,10 +116,9 @@ def _painted(painter: Painter, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"figures": figures, "words": dict(painter.words())}
 
 
-def ran_told(ran: Any, job: Mapping[str, Any]) -> str:
-    """What a model ran on, and why not on something else, without the paths of this machine. ran: a `RanOn`."""
-    told = ", ".join((str(ran), *ran.refused, *((ran.unasked,) if ran.unasked else ())))
-    return told.replace(job["cache"], "CACHE").replace(job["bundle"], "BUNDLE")
+def ran_told(ran: Any) -> str:
+    """What a model ran on, and why not on something else. ran: a `RanOn`."""
+    return ", ".join((str(ran), *ran.refused, *((ran.unasked,) if ran.unasked else ())))
 
 
 def threads_told(threads: int | None, chosen_by: str) -> str:

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tandemrt.bench import picture_limits
 from tandemrt.bench.graph_work import work_of
+from tandemrt.bench.peer_table import PEERS
 from tandemrt.bench.reports.schema import read_report
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
@@ -127,6 +129,20 @@ def test_what_ran_otherwise_is_told_first(asked: list[str], bundle: Path, cache:
     first = read_report(tmp_path / "report.json").caveats[0]
     assert ": unet ran on graph: CACHE/engines/" in first and "model.onnx" in first
     assert str(tmp_path) not in first
+
+
+def test_a_report_names_no_place_of_the_machine(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = "import json, sys; job = json.loads(input()); sys.exit('{checkpoint}, {cache}'.format(**job))"
+    (tmp_path / "failing.py").write_text(failing, encoding="utf-8")
+    monkeypatch.setitem(PEERS, "diffusers", replace(PEERS["diffusers"], script=str(tmp_path / "failing.py")))
+    monkeypatch.chdir(bundle)
+    asked = ["bench", ".", *QUICK, "--steps", "1", "--rounds", "1", "--peer", "diffusers", "--checkpoint", ".."]
+    assert main([*asked, "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]) == 0
+    report = read_report(tmp_path / "out" / "report.json")
+    assert (report.title, report.request["of"]) == ("bundle: a benchmark", "bundle")
+    assert report.sections[0].rows[1].failed == "ended with exit status 1. CHECKPOINT, CACHE"
+    told = (tmp_path / "out" / "report.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in told and str(bundle.parent) not in told
 
 
 def test_a_preset_without_what_exports_it_is_told(tmp_path: Path) -> None:
