@@ -180,9 +180,15 @@ def _ran_columns(contender: str) -> tuple[Column, Column]:
 
 
 def otherwise(taken: Mapping[str, Taken]) -> Iterator[str]:
-    """What of TandemRT ran on something else than it could have, and why; each once, with all whose models did."""
+    """What ran otherwise than it was asked to, a sentence each, with all of whom that is said.
+
+    Of peers what they told when they were opened; of TandemRT models that ran on something else than they could have.
+    """
     told: dict[str, list[str]] = {}
     for name, one in taken.items():
+        differs = one.opened.words.get("otherwise", "") if one.rounds and one.opened is not None else ""
+        if differs:
+            told.setdefault(differs, []).append(name)
         for component, words in one.rounds[-1].words.items() if one.rounds else ():
             ran, _, reason = words.partition(", ")
             if reason and component not in _WORDS:

@@ -1,0 +1,31 @@
+"""What sections of a report say besides figures."""
+
+from __future__ import annotations
+
+from tandemrt.bench.contenders import Answer
+from tandemrt.bench.rounds import Taken
+from tandemrt.bench.sections import otherwise
+
+
+def taken(otherwise_told: str = "", **ran: str) -> Taken:
+    """Of a contender that told this when it was opened, and what its models ran on after its only round."""
+    told = {"runs": "Python 3", "device": "cpu", "otherwise": otherwise_told}
+    return Taken(opened=Answer({}, told), rounds=[Answer({"total_s": 1.0}, ran)])
+
+
+def test_what_any_contender_does_otherwise_is_told_once_with_all_who_do() -> None:
+    failed = taken("DDIM in place of DEISMultistep")
+    failed.rounds.clear()
+    every = {
+        "ours": taken(unet="graph, an engine is damaged", guided="9 of 9, as asked", text_encoder="graph"),
+        "a": taken("DDIM in place of DEISMultistep"),
+        "b": taken("Euler in place of DEISMultistep"),
+        "c": taken("DDIM in place of DEISMultistep"),
+        "d": failed,
+        "one of the same process": Taken(rounds=[Answer({}, {})]),
+    }
+    assert list(otherwise(every)) == [
+        "ours: unet ran on graph: an engine is damaged",
+        "a, c: DDIM in place of DEISMultistep",
+        "b: Euler in place of DEISMultistep",
+    ]
