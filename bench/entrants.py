@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tandemrt.runtime.errors import BenchmarkError
+from tandemrt.runtime.targets import ENGINES_ONLY, Target
 
 from .contenders import Contender
 from .peer_table import PEERS, Peer, interpreter, named_peer
@@ -27,7 +28,7 @@ class Work:
 
     checkpoint: what the bundle was made of; added: its further denoisers, and its decoder where that is another one.
     arguments: of a request to TandemRT, besides prompt and seed; steps: what they come to, denoiser by denoiser.
-    weights: of the models that a picture takes.
+    device: what peers run on, `cpu` or as PyTorch calls it. weights: of the models that a picture takes.
     """
 
     bundle: Path
@@ -41,6 +42,7 @@ class Work:
     width: int
     decoder: str | None
     threads: int | None
+    device: str
     cache: Path
     weights: Weights
 
@@ -83,6 +85,12 @@ def own_name(target: str) -> str:
     return f"tandemrt {target}"
 
 
+def peer_device(target: Target) -> str:
+    """What peers run on, to be measured beside a target."""
+    of_nvidia = target.backend in ENGINES_ONLY or target.device in ("tensorrt", "tensorrt-rtx")
+    return "cuda" if of_nvidia else target.device
+
+
 def peer_entrant(work: Work, name: str) -> Entrant:
     """A peer; what keeps it from running is told when it is started.
 
@@ -93,15 +101,19 @@ def peer_entrant(work: Work, name: str) -> Entrant:
     def start() -> Contender:
         peer = named_peer(name)
         _require_able(name, peer, work)
-        job = {**work.shared, "cache": str(work.cache), **peer.settings}
+        job = {**work.shared, "device": work.device, "cache": str(work.cache), **peer.settings}
         return Contender(name, interpreter(name, work.cache), peer.script, job)
 
     half = PEERS[name].settings.get("dtype") == "bfloat16" or PEERS[name].settings.get("precision") == "bf16"
-    return Entrant(start, memory_bytes=work.weights.held_bytes(half=half))
+    # Other devices have memory of their own.
+    return Entrant(start, memory_bytes=work.weights.held_bytes(half=half) if work.device == "cpu" else 0)
 
 
 def _require_able(name: str, peer: Peer, work: Work) -> None:
     """Raise BenchmarkError where a peer cannot do this work, or lacks what it reads."""
+    if work.device not in peer.devices:
+        remedy = "Its times beside that would say nothing; name a target on the CPU first."
+        raise BenchmarkError(name, f"runs on the CPU here, TandemRT on {work.device}", remedy=remedy)
     if not peer.hybrid and len(dict(work.steps)) > 1:
         raise BenchmarkError(name, "runs one denoiser in a picture, this plan has several")
     if not peer.hybrid and work.steps[0][0] not in _OF_THE_CHECKPOINT:

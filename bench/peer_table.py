@@ -28,7 +28,7 @@ class Peer:
 
     script: of `bench/peers`. requirements: what pip installs for it, none where this interpreter has it. reads: whether
     it is given the checkpoint or the bundle. hybrid: whether it runs plans of several denoisers. settings: more of its
-    job.
+    job. devices: what it can be told to run on.
     """
 
     script: str
@@ -36,13 +36,18 @@ class Peer:
     reads: str
     hybrid: bool
     settings: Mapping[str, Any]
+    devices: tuple[str, ...] = ("cpu",)
+
+
+def _diffusers(**settings: Any) -> Peer:
+    return Peer("torch_diffusers.py", (), "checkpoint", True, settings, devices=("cpu", "cuda"))
 
 
 _OPENVINO_GENAI = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "transformers==5.23.0")
 PEERS: Mapping[str, Peer] = {
-    "diffusers": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "float32", "compile": False}),
-    "diffusers-bf16": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "bfloat16", "compile": False}),
-    "diffusers-compile": Peer("torch_diffusers.py", (), "checkpoint", True, {"dtype": "float32", "compile": True}),
+    "diffusers": _diffusers(dtype="float32", compile=False),
+    "diffusers-bf16": _diffusers(dtype="bfloat16", compile=False),
+    "diffusers-compile": _diffusers(dtype="float32", compile=True),
     "optimum": Peer(
         "optimum_onnx.py",
         ("optimum-onnx[onnxruntime]==0.1.0", "diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0"),

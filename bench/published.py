@@ -14,7 +14,7 @@ from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.plan_steps import Steps
 from tandemrt.runtime.targets import check_installed, check_runnable, parse_target
 
-from .entrants import Work
+from .entrants import Work, peer_device
 from .left_nodes import left_told
 from .places import places_of, without_places
 from .preset_work import preset_bundle
@@ -74,6 +74,7 @@ class Measured:
             width=width,
             decoder=decoder,
             threads=shared.threads,
+            device=peer_device(parse_target(shared.targets[0])),
             cache=shared.cache,
             weights=weights_of(self.bundle, models),
         )

@@ -41,7 +41,8 @@ class GenAI(Painter):
 
     def setting(self) -> Mapping[str, str]:
         threads = threads_told(self._job["threads"], "OpenVINO")
-        return {"threads": threads, "precision": self._job["precision"], "otherwise": self._otherwise}
+        told = {"threads": threads, "precision": self._job["precision"], "device": "cpu"}
+        return {**told, "otherwise": self._otherwise}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         job = self._job

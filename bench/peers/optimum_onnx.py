@@ -30,7 +30,8 @@ class Optimum(Painter):
         self._pipe.set_progress_bar_config(disable=True)
 
     def setting(self) -> Mapping[str, str]:
-        return {"threads": threads_told(self._job["threads"], "ONNX Runtime"), "precision": "the graphs'"}
+        threads = threads_told(self._job["threads"], "ONNX Runtime")
+        return {"threads": threads, "precision": "the graphs'", "device": "cpu"}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         job = self._job

@@ -23,7 +23,7 @@ class Ours(Painter):
         self._taus: tuple[int, int] | None = None
 
     def setting(self) -> Mapping[str, str]:
-        return {"threads": threads_told(self._job["threads"], "the backend")}
+        return {"threads": threads_told(self._job["threads"], "the backend"), "device": self._pipe.target.device}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         given = {**self._job["arguments"], **arguments}

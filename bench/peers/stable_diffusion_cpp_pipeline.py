@@ -56,7 +56,8 @@ class StableDiffusionCpp(Painter):
     def setting(self) -> Mapping[str, str]:
         # It keeps the checkpoint's types, but for convolutions.
         precision = "weights F16" if self._weights == "F16" else f"weights {self._weights}, of convolutions F16"
-        return {"threads": str(self._threads), "precision": precision, "otherwise": self._otherwise}
+        told = {"threads": str(self._threads), "precision": precision, "device": "cpu"}
+        return {**told, "otherwise": self._otherwise}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         import numpy as np  # noqa: PLC0415

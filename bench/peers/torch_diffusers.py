@@ -43,19 +43,20 @@ class Diffusers(Painter):
             config = (folder / "config.json").read_text(encoding="utf-8")
             vae = "AutoencoderTiny" if "AutoencoderTiny" in config else "AutoencoderKL"
             pipe.vae = getattr(diffusers, vae).from_pretrained(folder, torch_dtype=dtype)
+        for module in (pipe, *self._denoisers.values()):
+            module.to(job["device"])
         if job["compile"]:
             # What takes the time stays outside: what is compiled must not see the clock.
             for module in (*self._denoisers.values(), pipe.vae.decoder):
                 module.forward = torch.compile(module.forward)
-        for name, module in self._denoisers.items():
-            module.forward = self._timed(f"{name}_s", module.forward)
-        pipe.encode_prompt = self._timed("text_s", pipe.encode_prompt)
-        pipe.vae.decode = self._timed("decode_s", pipe.vae.decode)
         self._pipe = pipe
+        if job["device"] == "cpu":  # a GPU works on when a part returns, and waiting there would cost time
+            self._time_parts()
         self._by_step = [name for name, count in job["steps"] for _ in range(count)]
 
     def setting(self) -> Mapping[str, str]:
-        return {"threads": str(self._torch.get_num_threads()), "precision": self._job["dtype"]}
+        threads, device = str(self._torch.get_num_threads()), self._pipe.device
+        return {"threads": threads, "precision": precision_told(self._job["dtype"], device), "device": str(device)}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         self._clock = clock
@@ -79,6 +80,12 @@ class Diffusers(Painter):
             setattr(pipe, self._main, self._denoisers[self._by_step[step + 1]])
         return given
 
+    def _time_parts(self) -> None:
+        for name, module in self._denoisers.items():
+            module.forward = self._timed(f"{name}_s", module.forward)
+        self._pipe.encode_prompt = self._timed("text_s", self._pipe.encode_prompt)
+        self._pipe.vae.decode = self._timed("decode_s", self._pipe.vae.decode)
+
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -86,6 +93,14 @@ class Diffusers(Painter):
                 return function(*arguments, **named)
 
         return timed
+
+
+def precision_told(dtype: str, device: Any) -> str:
+    """A dtype in words; on a GPU PyTorch computes convolutions of float32 in TF32, unless it is told not to."""
+    import torch  # noqa: PLC0415
+
+    tf32 = dtype == "float32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return f"{dtype}, convolutions in TF32" if tf32 else dtype
 
 
 def compiling_afresh() -> TemporaryDirectory[str]:

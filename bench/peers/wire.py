@@ -48,7 +48,7 @@ class Painter:
     prepared_s = 0.0
 
     def setting(self) -> Mapping[str, str]:
-        """What it runs with, in words: `threads`, `precision`, what is `otherwise` than with others."""
+        """What it runs with, in words: `threads`, `precision`, `device`, what is `otherwise` than with others."""
         return {}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:

@@ -15,10 +15,13 @@ import pytest
 
 from tandemrt.bench import peer_table, shapes
 from tandemrt.bench.contenders import SCRIPTS
+from tandemrt.bench.entrants import Work, peer_device, peer_entrant
 from tandemrt.bench.peer_table import interpreter, set_up
+from tandemrt.bench.room import Weights
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.rng import CpuGenerator
 from tandemrt.runtime.solvers import compile_table
+from tandemrt.runtime.targets import parse_target
 
 from .processes import require_ended
 
@@ -102,6 +105,62 @@ def test_an_environment_that_cannot_be_made_is_told(
     assert not list((tmp_path / "peers").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("target", "device"),
+    [
+        ("onnxruntime:cpu:fp32", "cpu"),
+        ("openvino:cpu", "cpu"),
+        ("openvino:gpu", "gpu"),
+        ("onnxruntime:cuda", "cuda"),
+        ("onnxruntime:tensorrt-rtx", "cuda"),
+        ("tensorrt:sm90:fp16", "cuda"),
+    ],
+)
+def test_peers_run_beside_a_target_on_its_device_or_not_at_all(target: str, device: str, tmp_path: Path) -> None:
+    work = Work(
+        bundle=tmp_path,
+        checkpoint=tmp_path,
+        added={},
+        prompt="",
+        arguments={"num_images_per_prompt": 1},
+        steps=(("unet", 1),),
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        decoder=None,
+        threads=1,
+        device=peer_device(parse_target(target)),
+        cache=tmp_path,
+        weights=Weights(),
+    )
+    assert work.device == device
+    told = "has no environment yet" if device == "cpu" else f"runs on the CPU here, TandemRT on {device}"
+    with pytest.raises(BenchmarkError, match=told):
+        peer_entrant(work, "optimum").start()
+    if device == "gpu":
+        with pytest.raises(BenchmarkError, match="TandemRT on gpu"):
+            peer_entrant(work, "diffusers").start()
+
+
+def diffusers_job(**differs: Any) -> dict[str, Any]:
+    """A job of its script on the shapes family's checkpoint."""
+    job = {"checkpoint": str(Path(shapes.__file__).parent / "weights" / "large"), "steps": [["unet", 1]], "added": {}}
+    job |= {"dtype": "float32", "compile": False, "decoder": None, "threads": None, "pictures": 1, "device": "cpu"}
+    return {**job, "prompt": "a red circle", "guidance_scale": 1.0, "height": 64, "width": 64, **differs}
+
+
+def test_all_that_diffusers_runs_is_on_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Path(shapes.__file__).parent / "weights"
+    job = diffusers_job(steps=[["unet", 1], ["unet_small", 1]], added={"unet_small": str(weights / "small")})
+    job |= {"decoder": str(weights / "vae_tiny"), "device": "meta"}
+    painter = script("torch_diffusers", monkeypatch).Diffusers(job)
+    assert painter.setting()["device"] == "meta"
+    modules = [*painter._denoisers.values(), painter._pipe.vae, painter._pipe.text_encoder]
+    assert {each.device.type for module in modules for each in module.parameters()} == {"meta"}
+    # No part is timed: it would end before the device has done it.
+    assert "decode" not in vars(painter._pipe.vae)
+
+
 def test_a_module_of_the_runtime_is_borrowed_without_its_packages() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from borrowed import runtime_module; "
@@ -140,15 +199,26 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
         script("torch_diffusers", monkeypatch).compiling_afresh()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "told"),
+    [
+        ("float32", "cuda", "float32, convolutions in TF32"),
+        ("bfloat16", "cuda", "bfloat16"),
+        ("float32", "cpu", "float32"),
+    ],
+)
+def test_what_pytorch_computes_in_is_told(dtype: str, device: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch  # noqa: PLC0415 (seconds)
+
+    assert script("torch_diffusers", monkeypatch).precision_told(dtype, torch.device(device)) == told
+
+
 def test_what_is_compiled_does_not_see_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     peer = script("torch_diffusers", monkeypatch)
     monkeypatch.setattr(peer, "compiling_afresh", lambda: None)
     monkeypatch.setattr("torch.compile", lambda function: compiled.append(function) or function)
-    job = {"checkpoint": str(Path(shapes.__file__).parent / "weights" / "large"), "steps": [["unet", 1]], "added": {}}
-    job |= {"dtype": "float32", "compile": True, "decoder": None, "threads": None, "pictures": 1}
-    job |= {"prompt": "a red circle", "guidance_scale": 1.0, "height": 64, "width": 64}
-    painter, clock = peer.Diffusers(job), peer.Clock()
+    painter, clock = peer.Diffusers(diffusers_job(compile=True)), peer.Clock()
     assert painter.paint(0, {}, clock).shape == (64, 64, 3)
     assert {"text_s", "unet_s", "decode_s"} == set(clock.figures)
     # The models' own methods: a compiled clock would be compiled anew for every picture, which has one of its own.

@@ -79,6 +79,7 @@ def test_why_there_is_no_limit_is_told(tmp_path: Path) -> None:
         width=64,
         decoder=None,
         threads=1,
+        device="cpu",
         cache=tmp_path,
         weights=Weights(),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tandemrt.bench.contenders import Answer
 from tandemrt.bench.rounds import Taken
-from tandemrt.bench.sections import otherwise
+from tandemrt.bench.sections import contenders_section, otherwise
 
 
 def taken(otherwise_told: str = "", **ran: str) -> Taken:
@@ -29,3 +29,9 @@ def test_what_any_contender_does_otherwise_is_told_once_with_all_who_do() -> Non
         "a, c: DDIM in place of DEISMultistep",
         "b: Euler in place of DEISMultistep",
     ]
+
+
+def test_what_ran_is_told_with_its_device() -> None:
+    section = contenders_section({"ours": taken(), "peer": Taken(failed="no")})
+    assert [column.title for column in section.columns] == ["versions", "device"]
+    assert section.rows[0].words["device"] == "cpu"
