@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
+
+from tandemrt.runtime.errors import BenchmarkError
 
 Result = TypeVar("Result")
 
@@ -22,9 +25,17 @@ def resident_mib() -> float:
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
-    """Call a module's function in an interpreter of its own; raises what it raises."""
+    """Call a module's function in an interpreter of its own; raises what it raises.
+
+    Raises:
+        BenchmarkError: the interpreter was ended.
+    """
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        return fresh.submit(function, *arguments).result()
+        try:
+            return fresh.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            where = function.__name__.replace("_", " ")
+            raise BenchmarkError(where, "its process was ended, most likely because memory ran out") from error
 
 
 def _status_kib(name: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 from tandemrt.runtime.bundle import Bundle
@@ -100,20 +99,13 @@ def _in_own_process(work: Work, target: str, options: Options, guided: bool) -> 
     if parsed.backend in ENGINES_ONLY:
         return f"{parsed.backend} runs no graphs, as the products are."
     try:
-        return in_fresh_process(_limits, work, parsed, options, guided)
-    except BrokenProcessPool:
-        return "its process was ended."
-
-
-def _limits(work: Work, target: Target, options: Options, guided: bool) -> PictureLimits | str:
-    """As `_in_own_process`; errors of ours do not cross processes whole."""
-    try:
-        return _measured(work, target, options, guided)
+        return in_fresh_process(measured_limits, work, parsed, options, guided)
     except TandemError as error:
         return str(error)
 
 
-def _measured(work: Work, target: Target, options: Options, guided: bool) -> PictureLimits:
+def measured_limits(work: Work, target: Target, options: Options, guided: bool) -> PictureLimits:
+    """The limits on a target, measured here; raises as `measured_rates`, and BundleError."""
     bundle = Bundle.open(work.bundle)
     decoder = work.decoder or bundle.manifest.names("vae_decoder")[0]
     texts, denoisers = bundle.manifest.names("text_encoder"), tuple(dict(work.steps))

@@ -20,9 +20,10 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 BUILD = "`tandemrt build-engine`"  # in remedies: where the bundle is known, `exact_remedy` has the whole command
 _ABSENT = object()
@@ -52,9 +53,15 @@ class TandemError(Exception):
 
     def again(self) -> TandemError:
         """The same error, without its traceback, which holds on to all that it went through."""
-        error = type(self).__new__(type(self), *self.args)
-        error.__dict__.update(self.__dict__)
-        return error
+        return copy.copy(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and sent to other processes whole: what it was made of is more than the message that it keeps."""
+        return _remade, (type(self), self.args), self.__dict__
+
+
+def _remade(kind: type[TandemError], args: tuple[object, ...]) -> TandemError:
+    return kind.__new__(kind, *args)
 
 
 @contextmanager
