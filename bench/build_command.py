@@ -14,10 +14,10 @@ from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import PLAIN
 
-from .builds import Asked, Builds, asked, in_rounds
-from .published import opened, planned, publish, summary
+from .builds import Asked, Builds, asked, build_in_turns
+from .published import opened, plan_facts, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
-from .shared_arguments import PROMPT, Shared, add_subject, add_where, shared_from
+from .shared_arguments import UNPAINTED, Shared, add_subject, add_where, shared_from
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -45,8 +45,7 @@ class BuildsPlan:
     def facts(self) -> Mapping[str, str]:
         """What was asked for, for the report."""
         return {
-            "of": self.shared.subject,
-            "targets": ", ".join(self.shared.targets),
+            **self.shared.whereabouts,
             "components": ", ".join(self.components) or "all",
             "profile": self.profile or "the bundle's size",
         }
@@ -63,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--component", action="append", dest="components", default=[], help="by default all; repeatable")
     what.add_argument("--profile", metavar="P", help="as of build-engine (default: the bundle's size)")
     add_where(parser, ROUNDS)
-    # Nothing is painted.
-    parser.set_defaults(size=None, guidance_scale=None, prompt=PROMPT, threads=None, warm_up=0, seed=0)
+    parser.set_defaults(**UNPAINTED, threads=None, warm_up=0)
 
 
 def plan_from_arguments(namespace: argparse.Namespace) -> BuildsPlan:
@@ -74,16 +72,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> BuildsPlan:
     return BuildsPlan(shared_from(namespace, 0), tuple(dict.fromkeys(namespace.components)), namespace.profile)
 
 
-def plan_facts(plan: BuildsPlan) -> dict[str, Any]:
-    """What would be measured, in JSON's types; no bundle is looked at."""
-    return planned(plan.shared, plan.facts)
-
-
 def run(plan: BuildsPlan, reporter: Reporter) -> dict[str, Any]:
     """Measure, and write the report.
 
     Raises:
-        BenchmarkError: nothing could be built for a target, or the report's folder is taken or cannot be written.
+        BenchmarkError: nothing could be built, or the report's folder is taken or cannot be written.
         ArgumentError, TargetError, CacheError: as of `tandemrt build-engine`.
         BundleError, ExportError: the bundle is damaged, or the preset cannot be exported.
     """
@@ -97,13 +90,12 @@ def run(plan: BuildsPlan, reporter: Reporter) -> dict[str, Any]:
         profiles=() if plan.profile is None else (parse_profile(plan.profile),),
     )
     every = [asked(request) for request in requests_of(wanted, measured.bundle)]
-    in_rounds(every, shared.rounds.count, shared.cache, reporter.progress)
-    sections = []
-    for target in wanted.targets:
-        of_it = [one for one in every if one.request.target == target]
-        if all(one.own.failed for one in of_it):
-            raise BenchmarkError(f"engines for {target}", f"none could be built: {of_it[0].own.failed}")
-        sections.append(_section(str(target), of_it))
+    build_in_turns(every, shared.rounds.count, shared.cache, reporter.progress)
+    if all(one.own.failed for one in every):
+        raise BenchmarkError(f"engines for {', '.join(shared.targets)}", f"none could be built: {every[0].own.failed}")
+    sections = [
+        _section(str(target), [one for one in every if one.request.target == target]) for target in wanted.targets
+    ]
     return publish("engine builds", shared, measured, plan.facts, sections)
 
 

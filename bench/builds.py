@@ -16,7 +16,7 @@ from tandemrt.runtime.errors import BenchmarkError, CacheError, EngineError
 from tandemrt.runtime.variant import PLAIN
 
 from .memory import in_fresh_process, peak_gib
-from .rounds import Progress
+from .rounds import Progress, rotated
 
 Made = TypeVar("Made")
 # Whose builds stand beside plain ones.
@@ -60,7 +60,7 @@ def asked(request: Request) -> Asked:
     return Asked(request, plain=Builds() if peered else None)
 
 
-def in_rounds(every: Sequence[Asked], rounds: int, cache: Path, progress: Progress) -> None:
+def build_in_turns(every: Sequence[Asked], rounds: int, cache: Path, progress: Progress) -> None:
     """Build all of them in turns, every round beginning with the next one; one that fails is left out from there.
 
     cache: a folder with room for an engine; what is built there does not stay.
@@ -70,8 +70,7 @@ def in_rounds(every: Sequence[Asked], rounds: int, cache: Path, progress: Progre
     """
     done, work = 0, rounds * len(every)
     for round_ in range(rounds):
-        first = round_ % len(every)
-        for one in (*every[first:], *every[:first]):
+        for one in rotated(every, round_):
             progress(f"round {round_ + 1} of {rounds}: {one.request.title}", done, work)
             done += 1
             with TemporaryDirectory(dir=cache) as scratch:

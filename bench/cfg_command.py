@@ -9,9 +9,8 @@ from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
-from tandemrt.runtime.plan_steps import parse_steps
 
-from .published import opened, planned, publish, summary
+from .published import opened, plan_facts, publish, summary
 from .sections import otherwise, variants_section
 from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
 from .ways import flattened, in_ways
@@ -61,11 +60,6 @@ def plan_from_arguments(namespace: argparse.Namespace) -> CfgPlan:
     return CfgPlan(shared_from(namespace), namespace.steps)
 
 
-def plan_facts(plan: CfgPlan) -> dict[str, Any]:
-    """What would be measured, in JSON's types; no bundle is looked at."""
-    return planned(plan.shared, plan.facts)
-
-
 def run(plan: CfgPlan, reporter: Reporter) -> dict[str, Any]:
     """Measure, and write the report.
 
@@ -75,8 +69,7 @@ def run(plan: CfgPlan, reporter: Reporter) -> dict[str, Any]:
     """
     shared = plan.shared
     measured = opened(shared, reporter)
-    denoisers = measured.bundle.manifest.names("denoiser")
-    compiled = measured.plan(shared, None if plan.steps is None else parse_steps(plan.steps, denoisers))
+    compiled = measured.plan(shared, plan.steps)
     if not any(compiled.guided):
         remedy = "Give a --guidance-scale above 1, or a bundle that takes one."
         raise BenchmarkError(measured.bundle.path.name, f"runs no guidance: {compiled.why(0)}", remedy=remedy)

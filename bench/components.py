@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from .rounds import Entrant, Taken
 from .sections import file_mb
 
 
-def save_inputs(work: Work, target: str, count: int, folder: Path) -> tuple[str, ...]:
-    """Paint `count` pictures, and save of each component what it was given when it last ran in each of them.
+def save_inputs(work: Work, target: str, seeds: Sequence[int], folder: Path) -> tuple[str, ...]:
+    """Paint a picture of each seed, and save of each component what it was given when it last ran in each of them.
 
-    A component's file is `inputs_of` it: every input by its name, (count, *shape). Returns the components in the order
+    A component's file is `inputs_of` it: every input by its name, (seeds, *shape). Returns the components in the order
     they ran.
     """
     last: dict[str, dict[str, Array]] = {}
@@ -34,7 +34,7 @@ def save_inputs(work: Work, target: str, count: int, folder: Path) -> tuple[str,
         last[name] = {key: one.copy() for key, one in inputs.items()}
 
     with Pipeline.open(work.bundle, target, threads=work.threads, cache=work.cache, observe=keep) as pipe:
-        for seed in range(count):
+        for seed in seeds:
             pipe(f"{work.prompt} {seed}", seed=seed, **work.arguments)
             for name, inputs in last.items():
                 kept.setdefault(name, []).append(inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -12,8 +12,9 @@ import msgspec
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError, BenchmarkError
 
-from .published import opened, planned, publish, summary
+from .published import opened, plan_facts, publish, summary
 from .reports.schema import Plot
+from .room import weights_of
 from .sections import otherwise, variants_section
 from .shared_arguments import Shared, add_shared, require_least, shared_from
 from .ways import flattened, in_ways
@@ -70,11 +71,6 @@ def plan_from_arguments(namespace: argparse.Namespace) -> HybridPlan:
     return HybridPlan(shared_from(namespace), namespace.steps, tuple(sorted({*points, namespace.steps}, reverse=True)))
 
 
-def plan_facts(plan: HybridPlan) -> dict[str, Any]:
-    """What would be measured, in JSON's types; no bundle is looked at."""
-    return planned(plan.shared, plan.facts)
-
-
 def run(plan: HybridPlan, reporter: Reporter) -> dict[str, Any]:
     """Measure, and write the report.
 
@@ -91,7 +87,9 @@ def run(plan: HybridPlan, reporter: Reporter) -> dict[str, Any]:
     large, small = denoisers[:2]
     by_name = {f"{point}/{plan.steps - point}": {large: point, small: plan.steps - point} for point in plan.points}
     plans = {name: measured.plan(shared, steps) for name, steps in by_name.items()}
-    work = measured.work(shared, next(iter(plans.values())))
+    # One process runs all of them.
+    models = measured.models(name for one in plans.values() for name, _ in one.steps)
+    work = replace(measured.work(shared, next(iter(plans.values()))), weights=weights_of(measured.bundle, models))
     ways = {name: {"steps": one.steps} for name, one in plans.items()}
     front = Plot(title="Time and closeness to the large model's picture", x="total", y="psnr")
     by_target = in_ways(work, shared, ways, reporter.progress, measured.watch.probes)

@@ -15,7 +15,6 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.plan import Plan
-from tandemrt.runtime.plan_steps import parse_steps
 from tandemrt.runtime.targets import parse_target
 
 from .components import component_entrant, file_figure, inputs_of, save_inputs
@@ -23,9 +22,9 @@ from .entrants import own_entrant, own_name
 from .memory import in_fresh_process
 from .part_sections import LIMIT_NOTE
 from .picture_limits import PictureLimits, add_limits, limits_by_target, machine_options
-from .published import opened, planned, publish, summary
+from .published import opened, plan_facts, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section, Unit
-from .rounds import Taken, in_rounds, require_measured
+from .rounds import Taken, in_rounds
 from .sections import otherwise
 from .seen import seen_columns, seen_figures, seen_note
 from .shared_arguments import BUNDLES, Shared, add_shared, shared_from
@@ -84,30 +83,24 @@ def plan_from_arguments(namespace: argparse.Namespace) -> OneStepPlan:
     return OneStepPlan(shared_from(namespace), namespace.steps, namespace.decoder, namespace.limits)
 
 
-def plan_facts(plan: OneStepPlan) -> dict[str, Any]:
-    """What would be measured, in JSON's types; no bundle is looked at."""
-    return planned(plan.shared, plan.facts)
-
-
 def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
     """Measure, and write the report.
 
     Raises:
-        BenchmarkError: the plan has several steps, TandemRT failed on a target, or the report's folder is taken or
-            cannot be written.
+        BenchmarkError: the plan has several steps, TandemRT failed on the first target, or the report's folder is taken
+            or cannot be written.
         BundleError, ExportError, PlanError, RequestError: as `bench run`.
     """
     shared = plan.shared
     measured = opened(shared, reporter)
-    denoisers = measured.bundle.manifest.names("denoiser")
-    compiled = measured.plan(shared, None if plan.steps is None else parse_steps(plan.steps, denoisers))
+    compiled = measured.plan(shared, plan.steps)
     _require_one_step(measured.bundle, compiled)
     work = measured.work(shared, compiled, plan.decoder)
     held, guided = shared.targets if plan.limits else (), any(compiled.guided)
     limits, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
     with TemporaryDirectory() as folder:
         reporter.progress("paint what components are given", 0, 1)
-        names = in_fresh_process(save_inputs, work, shared.targets[0], 1, Path(folder))
+        names = in_fresh_process(save_inputs, work, shared.targets[0], (shared.rounds.seed,), Path(folder))
         reporter.progress("paint what components are given", 1, 1)
         entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
         entrants |= {
@@ -118,7 +111,6 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
         Path(folder, "pictures").mkdir()
         taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress, measured.watch.probes)
     whole = {target: taken[own_name(target)] for target in shared.targets}
-    require_measured(taken, map(own_name, whole))
     sections = [
         _section(measured.bundle, target, {name: taken[f"{name} on {target}"] for name in names}, one)
         for target, one in whole.items()
@@ -140,7 +132,6 @@ def _require_one_step(bundle: Bundle, plan: Plan) -> None:
 
 def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Taken) -> Section:
     """The components' rows and the whole picture's, on a target."""
-    total = whole.samples("total_s")
     rows = []
     for name, one in taken.items():
         component = bundle.component(name)
@@ -151,11 +142,15 @@ def _section(bundle: Bundle, target: str, taken: Mapping[str, Taken], whole: Tak
             calls = one.samples("call_s")
             words["ran"] = one.rounds[-1].words[name]
             figures |= _times(one, calls)
-            shares = tuple(call / all_ for call, all_ in zip(calls, total, strict=True))
-            figures["share"] = Figure(unit="share", samples=shares)
+            if whole.rounds:
+                shares = tuple(call / all_ for call, all_ in zip(calls, whole.samples("total_s"), strict=True))
+                figures["share"] = Figure(unit="share", samples=shares)
         rows.append(Row(name=name, words=words, figures=figures, failed=one.failed))
-    files = sum(whole.samples(f"{name}_mb")[0] for name in taken)
-    rows.append(Row(name=WHOLE, figures={"file": _once("MB", files), **_times(whole, total)}))
+    figures = {}
+    if whole.rounds:
+        files = sum(whole.samples(f"{name}_mb")[0] for name in taken)
+        figures = {"file": _once("MB", files), **_times(whole, whole.samples("total_s"))}
+    rows.append(Row(name=WHOLE, figures=figures, failed=whole.failed))
     return Section(
         key=f"onestep {target}",
         title=f"One step on {target}",

@@ -33,7 +33,8 @@ def parts_section(taken: Mapping[str, Taken], limits: Mapping[str, PictureLimits
         ),
         rows=tuple(rows),
         note="A denoiser's time is that of all its rows in a call of the pipeline; the loop itself is what these take "
-        "besides: guidance, solver, noise." + (LIMIT_NOTE if limits else ""),
+        "besides: guidance, solver, noise. TandemRT keeps the latest texts that it encoded: guidance's empty one, the "
+        "same in every round, is encoded for the first picture alone." + (LIMIT_NOTE if limits else ""),
     )
 
 

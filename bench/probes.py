@@ -1,4 +1,4 @@
-"""What the machine tells of a contender's turn besides its time: energy, and memory on GPUs."""
+"""What the machine tells of a contender's turn besides its time: energy, memory on GPUs, the clock."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.targets import has_nvidia_driver
 
+from . import machine
 from .device_memory import DeviceMemory
 from .energy import POWERCAP, Meter, Processors
 from .nvml import Gpus
@@ -18,13 +21,13 @@ ENERGY = (PROCESSORS_J, GPUS_J)
 
 
 class Probes:
-    """Meters by the figure they are told as, and GPUs whose memory is looked at.
+    """Meters by the figure they are told as, and GPUs whose memory is looked at; the processors' clock.
 
     told: what they count and, once, why others do not.
     """
 
     def __init__(self, meters: Mapping[str, Meter], gpus: Gpus | None = None, told: str = "") -> None:
-        self._meters, self.told = dict(meters), told
+        self._meters, self.told, self._clocks_mhz = dict(meters), told, list[float]()
         self._memory = None if gpus is None else DeviceMemory(gpus)
 
     @contextmanager
@@ -39,6 +42,18 @@ class Probes:
                 yield figures
             figures[GPU_MIB] = peak[0] / 2**20
         figures |= {name: joules - before[name] for name, joules in self._read().items() if name in before}
+        # Now, where it still is what the work had it be: of a machine at rest it tells nothing.
+        clock = machine.clock_mhz()
+        if clock is not None:
+            self._clocks_mhz.append(clock)
+
+    @property
+    def clock_mhz(self) -> tuple[float, float] | None:
+        """The median clock at the ends of the first half of the turns, and of the last; None of fewer than two."""
+        if len(self._clocks_mhz) < 2:
+            return None
+        first, last = np.array_split(self._clocks_mhz, 2)
+        return float(np.median(first)), float(np.median(last))
 
     def _read(self) -> dict[str, float]:
         """Every meter's joules; one that fails is read no more."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.plan import Plan, Schedule, compile_plan
-from tandemrt.runtime.plan_steps import Steps
+from tandemrt.runtime.plan_steps import Steps, parse_steps
 from tandemrt.runtime.targets import check_installed, check_runnable, parse_target
 
 from .entrants import Work, peer_device
@@ -25,7 +25,7 @@ from .reports.schema import Method, Report, Section
 from .room import weights_of
 from .rounds import ORDER
 from .sections import subject_of
-from .setting import Watch
+from .setting import Watch, load_average
 from .shared_arguments import Shared
 
 
@@ -43,16 +43,22 @@ class Measured:
     watch: Watch
     left: tuple[str, ...] = ()
 
-    def plan(self, shared: Shared, steps: Steps | None, placement: str = "batched") -> Plan:
-        """The plan of a request. PlanError, RequestError: the bundle cannot do that."""
+    def plan(self, shared: Shared, steps: Steps | str | None, placement: str = "batched") -> Plan:
+        """The plan of a request. steps: as `--steps` says them, too. PlanError, RequestError: it cannot be done."""
+        if isinstance(steps, str):
+            steps = parse_steps(steps, self.bundle.manifest.names("denoiser"))
         schedule = Schedule(steps=steps, guidance_scale=shared.guidance_scale, placement=placement)
         return compile_plan(self.bundle.manifest, schedule)
+
+    def models(self, denoisers: Iterable[str], decoder: str | None = None) -> tuple[str, ...]:
+        """What pictures of these denoisers take; None is the bundle's first decoder."""
+        names = self.bundle.manifest.names
+        return (*names("text_encoder"), *dict.fromkeys(denoisers), decoder or names("vae_decoder")[0])
 
     def work(self, shared: Shared, plan: Plan, decoder: str | None = None, pictures: int = 1) -> Work:
         """What every contender paints."""
         manifest = self.bundle.manifest
         width, height = shared.size or (manifest.defaults.width, manifest.defaults.height)
-        models = (*manifest.names("text_encoder"), *dict(plan.steps), decoder or manifest.names("vae_decoder")[0])
         arguments: dict[str, Any] = {
             "steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
@@ -76,7 +82,7 @@ class Measured:
             threads=shared.threads,
             device=peer_device(parse_target(shared.targets[0])),
             cache=shared.cache,
-            weights=weights_of(self.bundle, models),
+            weights=weights_of(self.bundle, self.models(dict(plan.steps), decoder)),
         )
 
 
@@ -97,6 +103,7 @@ def opened(
         TargetError: a target is not available here.
         BundleError, ExportError: the bundle is damaged, or the preset cannot be exported.
     """
+    load = load_average()
     require_free(shared.out, force=shared.force)
     for target in map(parse_target, shared.targets):
         check_installed(target)
@@ -114,7 +121,7 @@ def opened(
     else:
         raise BenchmarkError("bench", "nothing to measure", remedy="Name a bundle, or a --preset.")
     left = tuple(told for target in shared.targets for told in left_told(bundle, target)) if runs else ()
-    return Measured(bundle, checkpoint, added, Watch(), left)
+    return Measured(bundle, checkpoint, added, Watch(load), left)
 
 
 def publish(
@@ -157,6 +164,17 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield from result["written"]
 
 
-def planned(shared: Shared, request: Mapping[str, str]) -> dict[str, Any]:
-    """What `--print-plan` shows; no bundle is looked at."""
-    return {**request, "warm_up": shared.rounds.warm_up, "rounds": shared.rounds.count, "out": str(shared.out)}
+class Planned(Protocol):
+    """A benchmark's arguments."""
+
+    @property
+    def shared(self) -> Shared: ...
+
+    @property
+    def facts(self) -> Mapping[str, str]: ...
+
+
+def plan_facts(plan: Planned) -> dict[str, Any]:
+    """What would be measured, in JSON's types; no bundle is looked at."""
+    rounds = plan.shared.rounds
+    return {**plan.facts, "warm_up": rounds.warm_up, "rounds": rounds.count, "out": str(plan.shared.out)}

@@ -19,6 +19,8 @@ from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.backends.base import Binding, Shape
 from tandemrt.runtime.targets import Target
 
+from .rounds import rotated
+
 if TYPE_CHECKING:
     import onnx
 
@@ -159,10 +161,10 @@ def bound(model: Path, target: Target, shapes: Mapping[str, Shape], options: Opt
 
 
 def in_turns(bindings: Sequence[Binding], options: Options) -> list[Times]:
-    """Milliseconds of each binding's runs, (repeats,) float64."""
+    """Milliseconds of each binding's runs, (repeats,) float64; every round begins with the next binding."""
     taken: list[list[float]] = [[] for _ in bindings]
     for round_ in range(options.warm_up + options.repeats):
-        for binding, kept in zip(bindings, taken, strict=True):
+        for binding, kept in rotated(tuple(zip(bindings, taken, strict=True)), round_):
             began = time.perf_counter()
             binding.run()
             if round_ >= options.warm_up:

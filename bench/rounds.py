@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from .room import Room
 ORDER = "contenders in turns, every round beginning with the next one"
 MOST_DB = 200.0
 Progress = Callable[[str, int, int], None]
+Picture = npt.NDArray[np.float32]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,95 +99,111 @@ def in_rounds(
 
     One whose weights do not fit into the memory that is left is not opened. pictures: an empty folder. probes: what is
     told of a turn besides what the contender tells.
+
+    Raises:
+        BenchmarkError: the first entrant failed: without it, what the others took would say nothing.
     """
-    taken = {name: Taken() for name in entrants}
-    references = {name: entrant.reference or next(iter(entrants)) for name, entrant in entrants.items()}
-    running: dict[str, Contender] = {}
-    opened: dict[Callable[[], Contender], Contender] = {}
-    room, done, work = Room(), 0, len(entrants) * (1 + rounds.total)
+    turns, done, work = _Turns(entrants, probes), 0, len(entrants) * (1 + rounds.total)
     try:
-        for name, entrant in entrants.items():
+        for name in entrants:
             progress(f"open {name}", done, work)
-            with _failing(taken[name], running, name):
-                if entrant.start not in opened:
-                    room.require(name, entrant.memory_bytes)
-                    contender = opened[entrant.start] = entrant.start()
-                    taken[name].opened = _asked(contender, contender.opened, probes)
-                    room.take(entrant.memory_bytes)
-                running[name] = opened[entrant.start]
             done += 1
+            turns.open(name)
         for round_ in range(rounds.total):
-            seed, files = rounds.seed + round_, {}
-            for index, name in _order(tuple(entrants), round_):
+            counts, painted = round_ >= rounds.warm_up, dict[str, Picture]()
+            for name in rotated(tuple(entrants), round_):
                 progress(f"round {round_ + 1} of {rounds.total}: {name}", done, work)
                 done += 1
-                if name in running:
-                    with _failing(taken[name], running, name):
-                        file = pictures / f"{index}-{seed}.npy"
-                        ask = partial(running[name].painted, seed, entrants[name].arguments, file)
-                        answer = _asked(running[name], ask, probes)
-                        files[name] = file
-                        _keep(taken[name], answer, counts=round_ >= rounds.warm_up)
-            if round_ >= rounds.warm_up:
-                _compare(taken, files, references)
-            for file in files.values():
-                file.unlink()
+                painted |= turns.paint(name, rounds.seed + round_, pictures / "picture.npy", counts=counts)
+            if counts:
+                turns.compare(painted)
         progress("done", work, work)
     finally:
-        for contender in opened.values():
-            contender.close()
-    return taken
+        turns.close()
+    return turns.taken
 
 
-def require_measured(taken: Mapping[str, Taken], names: Iterable[str]) -> None:
-    """Raise BenchmarkError for the first of these that has no figures: a report without it would say nothing."""
-    for name in names:
-        if taken[name].failed:
-            raise BenchmarkError(name, taken[name].failed)
+def rotated(every: Sequence[Item], round_: int) -> tuple[Item, ...]:
+    """All of them, those before the round's first behind the others: each round begins with the next one."""
+    first = round_ % len(every)
+    return (*every[first:], *every[:first])
 
 
-def psnr_db(picture: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> float:
-    """Of two pictures, (H, W, 3) float32 in 0..1; at most 200, which equal ones reach."""
+def psnr_db(picture: Picture, reference: Picture) -> float:
+    """Of two pictures, (H, W, 3) float32 in 0..1, finite; at most 200, which equal ones reach."""
     error = float(np.square(picture.astype(np.float64) - reference).mean())
     return MOST_DB if error == 0 else min(MOST_DB, -10 * float(np.log10(error)))
 
 
 @contextmanager
-def _failing(taken: Taken, running: dict[str, Contender], name: str) -> Iterator[None]:
-    """What ends an entrant is kept in place of its figures, and the others go on."""
+def failing(taken: Mapping[str, Taken], name: str) -> Iterator[None]:
+    """What ends an entrant is kept in place of its figures, and the others go on; that of the first is raised."""
     try:
         yield
     except BenchmarkError as error:
-        taken.failed = str(error).partition(": ")[2]
-        taken.rounds.clear()
-        taken.psnr_db.clear()
-        running.pop(name, None)
+        if name == next(iter(taken)):
+            raise
+        taken[name].failed = str(error).partition(": ")[2]
+        taken[name].rounds.clear()
+        taken[name].psnr_db.clear()
 
 
-def _asked(contender: Contender, ask: Callable[[], Answer], probes: Probes) -> Answer:
-    """A contender's answer with what was seen of its turn."""
-    with probes.turn(contender.pid) as seen:
-        answer = ask()
-    return answer.with_figures(seen)
+class _Turns:
+    """Entrants whose processes are open, and what they took; those that failed have no further turns."""
 
+    def __init__(self, entrants: Mapping[str, Entrant], probes: Probes) -> None:
+        self.taken = {name: Taken() for name in entrants}
+        self._entrants, self._probes, self._room = entrants, probes, Room()
+        self._opened: dict[Callable[[], Contender], Contender] = {}
 
-def _keep(taken: Taken, answer: Answer, *, counts: bool) -> None:
-    if taken.first is None:
-        taken.first = answer
-    if counts:
-        taken.rounds.append(answer)
+    def open(self, name: str) -> None:
+        """Open an entrant's process, if it is not another one's too."""
+        entrant, taken = self._entrants[name], self.taken[name]
+        owner = next(other for other, one in self._entrants.items() if one.start is entrant.start)
+        if owner != name:
+            taken.failed = self.taken[owner].failed
+            return
+        with failing(self.taken, name):
+            self._room.require(name, entrant.memory_bytes)
+            contender = self._opened[entrant.start] = entrant.start()
+            taken.opened = self._asked(contender, contender.opened)
+            self._room.take(entrant.memory_bytes)
 
+    def paint(self, name: str, seed: int, file: Path, *, counts: bool) -> dict[str, Picture]:
+        """The entrant's picture of a seed by its name, none of one that failed. file: where it lies meanwhile."""
+        entrant, taken = self._entrants[name], self.taken[name]
+        if taken.failed:
+            return {}
+        with failing(self.taken, name):
+            contender = self._opened[entrant.start]
+            answer = self._asked(contender, partial(contender.painted, seed, entrant.arguments, file))
+            picture = np.load(file)
+            file.unlink()
+            if not np.isfinite(picture).all():
+                raise BenchmarkError(name, "returned NaN or Inf")
+            if taken.first is None:
+                taken.first = answer
+            if counts:
+                taken.rounds.append(answer)
+            return {name: picture}
+        return {}
 
-def _order(names: Sequence[str], round_: int) -> Sequence[tuple[int, str]]:
-    """The names with their indices, those before the round's first behind the others."""
-    first, numbered = round_ % len(names), tuple(enumerate(names))
-    return (*numbered[first:], *numbered[:first])
+    def compare(self, pictures: Mapping[str, Picture]) -> None:
+        """Add the distances of a round's pictures to their references'; of another size than those, they have none."""
+        first = next(iter(self._entrants))
+        for name, picture in pictures.items():
+            reference = self._entrants[name].reference or first
+            meant = pictures.get(reference)
+            if meant is not None and reference != name and picture.shape == meant.shape:
+                self.taken[name].psnr_db.append(psnr_db(picture, meant))
 
+    def close(self) -> None:
+        """End all processes."""
+        for contender in self._opened.values():
+            contender.close()
 
-def _compare(taken: Mapping[str, Taken], files: Mapping[str, Path], references: Mapping[str, str]) -> None:
-    """Add the distance of the round's pictures to their references'; where one of another size is, there is none."""
-    pictures = {name: np.load(file) for name, file in files.items()}
-    for name, picture in pictures.items():
-        reference = pictures.get(references[name])
-        if reference is not None and references[name] != name and picture.shape == reference.shape:
-            taken[name].psnr_db.append(psnr_db(picture, reference))
+    def _asked(self, contender: Contender, ask: Callable[[], Answer]) -> Answer:
+        """A contender's answer with what was seen of its turn."""
+        with self._probes.turn(contender.pid) as seen:
+            answer = ask()
+        return answer.with_figures(seen)

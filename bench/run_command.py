@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
-from tandemrt.runtime.plan_steps import parse_steps
 
 from .entrants import own_entrant, own_name, peer_entrant
 from .part_sections import parts_section, peaks_section
 from .picture_limits import add_limits, limits_by_target, machine_options
-from .published import opened, planned, publish, summary
-from .rounds import in_rounds, require_measured
+from .published import opened, plan_facts, publish, summary
+from .rounds import in_rounds
 from .run_arguments import RunPlan, plan_from_arguments
 from .run_arguments import add_arguments as add_picture_arguments
 from .sections import contenders_section, models_section, otherwise, pictures_section, start_section
@@ -28,24 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_limits(parser)
 
 
-def plan_facts(plan: RunPlan) -> dict[str, Any]:
-    """What would be measured, in JSON's types; no bundle is looked at."""
-    return planned(plan.shared, plan.facts)
-
-
 def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     """Measure, and write the report.
 
     Raises:
         BundleError, ExportError: the bundle is damaged, or the preset cannot be exported.
         PlanError, RequestError: the bundle cannot do what is asked for.
-        BenchmarkError: the report's folder is taken or cannot be written, or TandemRT failed on a target.
+        BenchmarkError: the report's folder is taken or cannot be written, or TandemRT failed on the first target.
     """
     shared = plan.shared
     measured = opened(shared, reporter, plan.checkpoint, plan.sources)
-    denoisers = measured.bundle.manifest.names("denoiser")
-    steps = None if plan.steps is None else parse_steps(plan.steps, denoisers)
-    compiled = measured.plan(shared, steps, plan.placement)
+    compiled = measured.plan(shared, plan.steps, plan.placement)
     work = measured.work(shared, compiled, plan.decoder, plan.num_images_per_prompt)
     entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
     entrants |= {name: peer_entrant(work, name) for name in plan.peers}
@@ -53,7 +45,6 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     by_target, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
     with TemporaryDirectory() as pictures:
         taken = in_rounds(entrants, shared.rounds, Path(pictures), reporter.progress, measured.watch.probes)
-    require_measured(taken, map(own_name, shared.targets))
     limits = {own_name(target): one for target, one in by_target.items()}
     sections = [
         pictures_section(taken, plan.num_images_per_prompt, limits),

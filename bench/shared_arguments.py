@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tandemrt.runtime.arguments import thread_count
 from tandemrt.runtime.cache import cache_folder
@@ -18,6 +19,8 @@ from .rounds import Rounds
 # What is told of what was not asked for.
 BUNDLES = "the bundle's"
 PROMPT = "a red circle left of a blue square"
+# Of a benchmark that paints nothing, which declares no arguments of pictures.
+UNPAINTED: Mapping[str, Any] = {"size": None, "guidance_scale": None, "prompt": PROMPT, "seed": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,18 @@ class Shared:
         return f"preset {self.preset} {self.scale} {self.dtype}" if self.bundle is None else self.bundle.name
 
     @property
+    def whereabouts(self) -> Mapping[str, str]:
+        """What is measured and where, for the report."""
+        return {"of": self.subject, "targets": ", ".join(self.targets)}
+
+    @property
     def facts(self) -> Mapping[str, str]:
-        """What was asked for, for the report."""
+        """What was asked for of a benchmark that paints, for the report."""
         return {
-            "of": self.subject,
-            "targets": ", ".join(self.targets),
+            **self.whereabouts,
             "size": BUNDLES if self.size is None else f"{self.size[0]}x{self.size[1]}",
             "guidance scale": BUNDLES if self.guidance_scale is None else f"{self.guidance_scale:g}",
+            "prompt": f"{self.prompt!r} and the seed",
         }
 
 
@@ -64,9 +72,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--size", metavar="PIXELS", help="512, or 768x512; default: the bundle's")
     picture.add_argument("--guidance-scale", type=float, metavar="X", help="default: the bundle's")
     picture.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"default: {PROMPT!r}")
-    where = add_where(parser, rounds=7)
-    where.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use, of all")
-    where.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before the first that counts (1)")
+    where = add_runs(parser)
     where.add_argument("--seed", type=int, default=0, metavar="N", help="of the first round; each next has the next")
 
 
@@ -79,6 +85,14 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
     preset.add_argument("--scale", choices=("full", "tiny"), default="full", help="of the preset (default: full)")
     preset.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of its weights (default: fp32)")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare what `add_where` does, for models that run here: with how many threads, after how many rounds."""
+    where = add_where(parser, rounds=7)
+    where.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use, of all")
+    where.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before the first that counts (1)")
+    return where
 
 
 def add_where(parser: argparse.ArgumentParser, rounds: int) -> argparse._ArgumentGroup:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
-from tandemrt.runtime.plan_steps import parse_steps
 
 from .components import component_entrant, file_figure, inputs_of, save_inputs
 from .memory import in_fresh_process
-from .published import Measured, opened, planned, publish, summary
+from .published import Measured, opened, plan_facts, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section
-from .rounds import Taken, in_rounds, require_measured
+from .rounds import Taken, in_rounds
 from .sections import otherwise
 from .seen import seen_columns, seen_figures, seen_note
 from .shared_arguments import BUNDLES, Shared, add_shared, require_least, shared_from
@@ -60,37 +59,33 @@ def plan_from_arguments(namespace: argparse.Namespace) -> VaePlan:
     return VaePlan(shared_from(namespace), namespace.latents, namespace.steps)
 
 
-def plan_facts(plan: VaePlan) -> dict[str, Any]:
-    """What would be measured, in JSON's types; no bundle is looked at."""
-    return planned(plan.shared, plan.facts)
-
-
 def run(plan: VaePlan, reporter: Reporter) -> dict[str, Any]:
     """Measure, and write the report.
 
     Raises:
-        BenchmarkError: the first decoder failed, or the report's folder is taken or cannot be written.
+        BenchmarkError: the first decoder failed on the first target, or the report's folder is taken or cannot be
+            written.
         BundleError, ExportError, PlanError, RequestError: as `bench run`.
     """
     shared = plan.shared
     measured = opened(shared, reporter)
-    denoisers = measured.bundle.manifest.names("denoiser")
-    steps = None if plan.steps is None else parse_steps(plan.steps, denoisers)
-    work = measured.work(shared, measured.plan(shared, steps))
+    work = measured.work(shared, measured.plan(shared, plan.steps))
+    seeds = range(shared.rounds.seed, shared.rounds.seed + plan.latents)
     with TemporaryDirectory() as folder:
         reporter.progress("paint the latents", 0, 1)
-        in_fresh_process(save_inputs, work, shared.targets[0], plan.latents, Path(folder))
+        in_fresh_process(save_inputs, work, shared.targets[0], seeds, Path(folder))
         reporter.progress("paint the latents", 1, 1)
         decoders = measured.bundle.manifest.names("vae_decoder")
         latents = inputs_of(decoders[0], Path(folder))
         entrants = {
-            f"{name} on {target}": component_entrant(work, measured.bundle, name, target, latents)
+            f"{name} on {target}": replace(
+                component_entrant(work, measured.bundle, name, target, latents), reference=f"{decoders[0]} on {target}"
+            )
             for target in shared.targets
             for name in decoders
         }
         Path(folder, "pictures").mkdir()
         taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress, measured.watch.probes)
-    require_measured(taken, (f"{decoders[0]} on {target}" for target in shared.targets))
     sections = [
         _section(measured, target, {name: taken[f"{name} on {target}"] for name in decoders})
         for target in shared.targets

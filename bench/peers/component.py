@@ -21,6 +21,7 @@ class Component(Painter):
         from tandemrt.runtime.ran_on import GRAPH, Choosing  # noqa: PLC0415
         from tandemrt.runtime.targets import parse_target  # noqa: PLC0415
 
+        self._numpy = np
         bundle, name = Bundle.open(job["bundle"]), job["component"]
         with np.load(job["inputs"]) as file:
             self._given = {each: file[each] for each in file.files}
@@ -39,6 +40,9 @@ class Component(Painter):
         with clock.part("call_s"):
             self._binding.run()
         if not self._paints:
+            for name, made in self._binding.outputs.items():
+                if not self._numpy.isfinite(made).all():
+                    raise ValueError(f"returned NaN or Inf in {name}")
             return [[[0.0, 0.0, 0.0]]]
         (picture,) = self._binding.outputs.values()
         return (picture[0].transpose(1, 2, 0) / 2 + 0.5).clip(0, 1)

@@ -27,7 +27,7 @@ class Ours(Painter):
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         given = {**self._job["arguments"], **arguments}
-        # No text comes twice, so that none is remembered.
+        # No prompt comes twice, so that none is remembered; guidance's empty one is.
         made = self._pipe(f"{self._job['prompt']} {seed}", seed=seed, output_type="np", **given)
         timings = made.timings
         clock.figures |= {"text_s": timings.text_ms / 1e3, "decode_s": timings.decode_ms / 1e3}

@@ -49,8 +49,8 @@ def _machine(machine: Machine) -> Iterator[str]:
         yield f"The clock fell from {before:,.0f} to {after:,.0f} MHz while it was measured."
     if machine.load_average[0] > BUSY_BEFORE * machine.cores:
         yield (
-            f"Other work ran beside: the load average was {machine.load_average[0]:.1f} on {machine.cores} cores when "
-            "it began."
+            f"The machine was not at rest: the load average was {machine.load_average[0]:.1f} on {machine.cores} cores "
+            "when it began."
         )
     if machine.other_cores is not None and machine.other_cores > BUSY * machine.cores:
         yield (

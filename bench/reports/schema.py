@@ -118,7 +118,9 @@ class Section(_Record, frozen=True, kw_only=True):
 class Machine(_Record, frozen=True, kw_only=True):
     """What it was measured on; see `machine.machine_facts`.
 
-    clock_mhz, load_average: before the first round and after the last; a clock the system does not tell is None.
+    clock_mhz: the median at the ends of the first half of all turns, and of the last half; where nothing has turns,
+        before and after; None where the system does not tell. load_average: of the minute before it began, and of the
+        last one.
     other_cores: how many cores other work had on average while it was measured, what a hypervisor withheld among it;
         None where the system does not tell. energy: what counters of it count, and why others are not told.
     """

@@ -9,7 +9,10 @@ import numpy as np
 
 from .schema import SHARES, Column, Figure, Report, Row, Samples, Section
 
-SPREAD = "In brackets the 10th to the 90th percentile of the rounds; ratios are of the same round."
+SPREAD = (
+    "In brackets the 10th to the 90th percentile of the rounds; ratios are of the same round. Percentiles are "
+    "interpolated between rounds: of few, the 99th lies just under the longest."
+)
 _PERCENTILES = (50, 90, 99)
 
 
@@ -104,7 +107,7 @@ def _shown(figure: Figure) -> str:
 
 def _pair(values: Sequence[float | None], unit: str) -> str:
     before, after = ("not told" if value is None else f"{value:,.4g}{unit}" for value in values)
-    return f"{before} before, {after} after"
+    return f"{before} at first, {after} at last"
 
 
 def _listed(pairs: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from tandemrt.bench import builds
 from tandemrt.bench.reports.schema import read_report
+from tandemrt.engines.plan import Request
 from tandemrt.runtime.cli import main
 
 from ..runtime.tiny_bundle import resign, write_tiny_bundle
@@ -55,6 +56,27 @@ def test_a_build_that_fails_is_told_and_the_others_go_on(
     assert tiny.figures["build"].median > 0
     assert main([*asked, "--out", str(tmp_path / "none")]) == 1
     assert "engines for onnxruntime:cpu: none could be built" in capsys.readouterr().err
+
+
+def test_a_target_for_which_nothing_can_be_built_is_told(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = builds._build
+
+    def failing(request: Request, cache: Path, took: builds.Builds) -> None:
+        if request.ingredients.backend == "onnxruntime":
+            took.fail("no operator")
+        else:
+            build(request, cache, took)
+
+    monkeypatch.setattr(builds, "_build", failing)
+    asked = ["bench", "build", str(bundle), "--target", "onnxruntime:cpu", "--target", "openvino:cpu"]
+    asked += ["--component", "vae_decoder_tiny", "--profile", "64", "--rounds", "1", "--cache", str(tmp_path / "cache")]
+    assert main([*asked, "--out", str(tmp_path / "report")]) == 0
+    report = read_report(tmp_path / "report" / "report.json")
+    failed, built = (section.rows[0] for section in report.sections)
+    assert failed.failed == "no operator" and built.figures["build"].median > 0
+    assert "Not measured: vae_decoder_tiny, no operator" in report.caveats
 
 
 def test_engines_for_gpus_are_built_beside_plain_ones(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tandemrt.bench import limits_command
 from tandemrt.bench.graph_work import weight_bytes
-from tandemrt.bench.rates import CHAIN, copy_graph, product_graph
-from tandemrt.bench.reports.schema import read_report
+from tandemrt.bench.rates import CHAIN, Options, copy_graph, in_turns, product_graph
+from tandemrt.bench.reports.schema import Section, read_report
 from tandemrt.engines.calls import call_of
 from tandemrt.engines.graph_files import read_graph
 from tandemrt.runtime.backends import open_session
 from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.cli import main
-from tandemrt.runtime.targets import parse_target
+from tandemrt.runtime.errors import ExecutionError
+from tandemrt.runtime.targets import Target, parse_target
 
 SMALL = ["--side", "64", "--copied", "4096", "--warm-up", "1", "--rounds", "3", "--threads", "1"]
 
@@ -41,6 +46,31 @@ def test_products_of_eight_bits_are_those_of_floats(target: str, tmp_path: Path)
         made.append(next(iter(binding.outputs.values())).copy())
     assert 0.2 < np.std(made[0]) < 4
     assert np.abs(made[1] - made[0]).max() < 0.5 * np.std(made[0])
+
+
+def test_every_round_begins_with_the_next_binding() -> None:
+    ran: list[str] = []
+    bindings: list[Any] = [SimpleNamespace(run=partial(ran.append, name)) for name in "abc"]
+    taken = in_turns(bindings, Options(64, 64, 1, 1, 2))
+    assert "".join(ran) == "abcbcacab"
+    assert [one.size for one in taken] == [2, 2, 2]
+
+
+def test_a_further_target_that_fails_is_told(
+    shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def section(_bundle: object, target: Target, *_: object) -> Section:
+        if target.backend == "openvino":
+            raise ExecutionError("unet", "failed while loading")
+        return Section(key=str(target), title="", columns=(), rows=())
+
+    monkeypatch.setattr(limits_command, "limits_section", section)
+    asked = ["bench", "limits", str(shapes_bundle), "--out", str(tmp_path), "--force"]
+    assert main([*asked, "--target", "onnxruntime:cpu", "--target", "openvino:cpu"]) == 0
+    report = read_report(tmp_path / "report.json")
+    assert [one.key for one in report.sections] == ["onnxruntime:cpu"]
+    assert "Not measured: openvino:cpu, unet: failed while loading." in report.caveats
+    assert main([*asked, "--target", "openvino:cpu"]) == 1
 
 
 def test_the_copy_reads_and_writes_every_number(tmp_path: Path) -> None:

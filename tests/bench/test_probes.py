@@ -11,7 +11,7 @@ import pytest
 from tandemrt.bench.device_memory import DeviceMemory
 from tandemrt.bench.energy import Processors
 from tandemrt.bench.nvml import Gpus
-from tandemrt.bench.probes import GPU_MIB, GPUS_J, PROCESSORS_J, probes_here
+from tandemrt.bench.probes import GPU_MIB, GPUS_J, PROCESSORS_J, Probes, probes_here
 from tandemrt.runtime.errors import BenchmarkError
 
 from .stand_in_nvml import Gpu, Nvml, put_in
@@ -139,6 +139,17 @@ def test_a_turn_that_fails_is_over_all_the_same(monkeypatch: pytest.MonkeyPatch)
     with memory.turn(1) as peak:
         pass
     assert peak == [8 * MIB]
+
+
+def test_the_clock_is_that_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = iter((3000.0, 2900.0, 2800.0, 2000.0, None, 1000.0))
+    monkeypatch.setattr("tandemrt.bench.machine.clock_mhz", lambda: next(clocks, 500.0))
+    probes = Probes({})
+    assert probes.clock_mhz is None
+    for _ in range(6):
+        with probes.turn(1):
+            pass
+    assert probes.clock_mhz == (2900.0, 1500.0)
 
 
 def wait_for_looks(nvml: Nvml) -> None:

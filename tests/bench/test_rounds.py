@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tandemrt.bench import contenders
+from tandemrt.bench.cold_command import in_fresh
 from tandemrt.bench.contenders import Contender
 from tandemrt.bench.probes import NO_PROBES, PROCESSORS_J, Probes
 from tandemrt.bench.rounds import MOST_DB, Entrant, Rounds, Taken, in_rounds, psnr_db
@@ -48,8 +49,10 @@ class Grey(Painter):
             log.write(f"{{name}} {{seed}}\\n")
         with clock.part("grey_s"):
             picture = np.full((4, 4, 3), seed / 100 + self.job["offset"], np.float32)
+        if self.job.get("ends") == f"nan {{seed}}":
+            picture[0, 0, 0] = np.nan
         if self.job.get("ends") == f"raise {{seed}}":
-            raise ValueError("NaN")
+            raise ValueError("no such seed")
         if self.job.get("ends") == f"die {{seed}}":
             print("the library's last words", file=sys.stderr, flush=True)
             os._exit(7)
@@ -125,7 +128,8 @@ def test_every_round_begins_with_the_next_contender(start: Start, rounds: Run, t
     ("ends", "told"),
     [
         ("opening", "RuntimeError: no such model"),
-        ("raise 2", "ValueError: NaN"),
+        ("raise 2", "ValueError: no such seed"),
+        ("nan 2", "returned NaN or Inf"),
         ("die 2", "ended with exit status 7. the library's last words"),
         ("killed 2", "was killed by the system, most likely because memory ran out"),
     ],
@@ -135,6 +139,30 @@ def test_one_that_fails_is_told_and_the_others_go_on(ends: str, told: str, start
     assert len(taken["a"].rounds) == 4
     assert (taken["b"].rounds, taken["b"].psnr_db) == ([], [])
     assert told in taken["b"].failed
+
+
+def test_without_the_first_nothing_goes_on(start: Start, rounds: Run, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="a: ValueError: no such seed"):
+        rounds({"a": Entrant(start("a", ends="raise 1")), "b": Entrant(start("b"))}, 0, 4, 0)
+    assert logged(tmp_path) == ["a 0", "b 0", "b 1", "a 1"]
+
+
+def test_all_entrants_of_a_process_that_cannot_be_opened_tell_why(start: Start, rounds: Run) -> None:
+    shared = start("b", ends="opening")
+    taken = rounds({"a": Entrant(start("a")), "b": Entrant(shared), "c": Entrant(shared)}, 0, 1, 0)
+    assert taken["a"].rounds
+    assert taken["b"].failed == taken["c"].failed == "RuntimeError: no such model."
+
+
+def test_fresh_starts_take_turns_too(start: Start, tmp_path: Path) -> None:
+    entrants = {"a": Entrant(start("a")), "b": Entrant(start("b", ends="raise 7"))}
+    taken = in_fresh(entrants, Rounds(1, 2, 5), silent, NO_PROBES)
+    assert logged(tmp_path) == ["a 5", "b 5", "b 6", "a 6", "a 7", "b 7"]
+    assert [len(one.rounds) for one in taken.values()] == [2, 0]
+    assert "no such seed" in taken["b"].failed
+    with pytest.raises(BenchmarkError, match="no such seed"):
+        in_fresh(dict(reversed(entrants.items())), Rounds(0, 2, 7), silent, NO_PROBES)
+    assert logged(tmp_path)[6:] == ["b 7"]
 
 
 def test_one_that_takes_too_long_is_given_up_with_what_it_started(

@@ -43,6 +43,7 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert ours is not None
     assert len(ours.figures["total"].samples) == 4
     assert (report.method.rounds, report.method.warm_up, report.method.threads) == (4, 1, 1)
+    assert report.request["prompt"] == "'a red circle left of a blue square' and the seed"
     peer = pictures.row("diffusers")
     assert peer is not None and "reads a checkpoint, and none was named" in peer.failed
     assert "Not measured: diffusers, reads a checkpoint" in report.caveats[0]
@@ -180,6 +181,7 @@ def test_two_reports_are_compared(bundle: Path, tmp_path: Path, capsys: pytest.C
         (["bench", "bundle", "--rounds", "0", "--out", "report"], 2, "--rounds: not usable, got 0, expected 1 or more"),
         (["bench", "bundle", "--target", "tpu", "--out", "report"], 2, "target"),
         (["bench", "no-bundle", "--out", "report"], 1, "no-bundle"),
+        (["bench", "limits", "bundle", "--prompt", "a", "--out", "report"], 2, "unrecognized arguments: --prompt"),
         (["bench", "setup", "torch"], 2, "--peer: unknown peer, got 'torch'"),
     ],
 )
@@ -265,11 +267,12 @@ def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
 
 def test_decoders(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "vae", str(bundle), *ORT, "--rounds", "3", "--latents", "2", "--out", str(tmp_path / "report")]
-    assert main([*asked, "--steps", "2,1"]) == 0
+    assert main([*asked, "--steps", "2,1", "--target", "onnxruntime:cpu"]) == 0
     report = read_report(tmp_path / "report" / "report.json")
     assert report.request["steps"] == "2,1"
-    (section,) = report.sections
+    section, other = report.sections
     base, tiny = section.rows
+    assert ["psnr" in row.figures for row in other.rows] == ["psnr" in row.figures for row in section.rows]
     assert (base.name, tiny.name) == ("vae_decoder", "vae_decoder_tiny")
     assert len(set(tiny.figures["psnr"].samples)) == 2
     assert all(row.figures["peak"].median > 20 and row.figures["file"].median > 0 for row in (base, tiny))
@@ -322,6 +325,7 @@ def test_ways_of_guidance(bundle: Path, tmp_path: Path) -> None:
     [
         (["hybrid", "--steps", "4", "--points", "5"], 2, "--points: more or fewer steps than there are, got '5'"),
         (["hybrid", "--points", "a"], 2, "--points: not numbers of steps, got 'a'"),
+        (["vae", "--size", "60"], 2, "height: not usable, got 60, expected a positive multiple of 16 pixels"),
         (["cfg", "--guidance-scale", "1"], 1, "runs no guidance: guidance_scale is 1 or below"),
         (
             ["onestep"],
