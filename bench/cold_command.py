@@ -9,7 +9,7 @@ from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
 
-from .entrants import own_entrant, own_name, peer_entrant
+from .entrants import every_entrant
 from .probes import Probes
 from .published import opened, plan_facts, publish, summary
 from .rounds import Entrant, Progress, Rounds, Taken, failing, in_rounds, rotated
@@ -30,8 +30,7 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     measured = opened(shared, reporter, plan.checkpoint, plan.sources)
     compiled = measured.plan(shared, plan.steps, plan.placement)
     work = measured.work(shared, compiled, plan.decoder, plan.num_images_per_prompt)
-    entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
-    entrants |= {name: peer_entrant(work, name) for name in plan.peers}
+    entrants = every_entrant(work, shared.targets, plan.peers)
     taken = in_fresh(entrants, shared.rounds, reporter.progress, measured.watch.probes)
     sections = (cold_section(taken), contenders_section(taken))
     told = tuple(otherwise(taken))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,12 @@ class Work:
             "decoder": str(self.added[self.decoder]) if self.decoder in self.added else None,
             "threads": self.threads,
         }
+
+
+def every_entrant(work: Work, targets: Iterable[str], peers: Iterable[str]) -> dict[str, Entrant]:
+    """TandemRT on each of the targets, then the peers."""
+    own = {own_name(target): own_entrant(work, target) for target in targets}
+    return {**own, **{name: peer_entrant(work, name) for name in peers}}
 
 
 def own_entrant(work: Work, target: str) -> Entrant:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tandemrt.runtime.cli.reporter import Reporter
 
-from .entrants import own_entrant, own_name, peer_entrant
+from .entrants import every_entrant, own_name
 from .part_sections import parts_section, peaks_section
 from .picture_limits import add_limits, limits_by_target, machine_options
 from .published import opened, plan_facts, publish, summary
@@ -39,8 +39,7 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     measured = opened(shared, reporter, plan.checkpoint, plan.sources)
     compiled = measured.plan(shared, plan.steps, plan.placement)
     work = measured.work(shared, compiled, plan.decoder, plan.num_images_per_prompt)
-    entrants = {own_name(target): own_entrant(work, target) for target in shared.targets}
-    entrants |= {name: peer_entrant(work, name) for name in plan.peers}
+    entrants = every_entrant(work, shared.targets, plan.peers)
     held, guided = shared.targets if plan.limits else (), any(compiled.guided)
     by_target, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
     with TemporaryDirectory() as pictures:

@@ -99,7 +99,8 @@ def test_one_step_on_a_further_target_that_fails_is_told(
     took = Answer(figures, dict.fromkeys(models, "graph"))
 
     def in_rounds(entrants: Iterable[str], *_: object) -> dict[str, Taken]:
-        return {name: Taken(rounds=[took]) if "fp32" in name else Taken(failed="no room") for name in entrants}
+        failing = "tandemrt onnxruntime:cpu"
+        return {name: Taken(failed="no room") if name == failing else Taken(rounds=[took]) for name in entrants}
 
     monkeypatch.setattr(onestep_command, "in_fresh_process", lambda *_: models)
     monkeypatch.setattr(onestep_command, "in_rounds", in_rounds)
@@ -107,7 +108,8 @@ def test_one_step_on_a_further_target_that_fails_is_told(
     assert main([*asked, "--out", str(tmp_path)]) == 0
     first, further = read_report(tmp_path / "report.json").sections
     assert [row.figures["call"].median for row in first.rows] == [500.0, 500.0, 500.0, 1000.0]
-    assert [row.failed for row in further.rows] == ["no room"] * 4
+    assert [row.failed for row in further.rows] == ["", "", "", "no room"]
+    assert ["share" in row.figures for row in (*first.rows, *further.rows)] == [True] * 3 + [False] * 5
 
 
 def test_the_load_is_that_before_a_preset_is_exported(
