@@ -111,11 +111,13 @@ def handed_over(plan: Plan, step: int, state: Float32, bundle: str, seed: int | 
     return Handover(state.copy(), step, plan.digest, bundle, plain)
 
 
-def require_seed_of(start: object, seed: int | Sequence[int] | None) -> None:
-    """Raise RequestError where `start` is no hand-over, or a seed is given that is not its own."""
+def require_seed_of(start: object, seed: int | Sequence[int] | None, pictures: int) -> None:
+    """Raise RequestError where `start` is no hand-over, has seeds of other pictures, or is given another seed."""
     if not isinstance(start, Handover):
         expected = "a Handover: an Output's, or Handover.from_bytes(...)"
         raise RequestError("start", "of another type", got=type(start).__name__, expected=expected)
+    if isinstance(start.seed, tuple) and len(start.seed) != pictures:
+        raise RequestError("start", "how many seeds it has", got=len(start.seed), expected=f"1 or {pictures}")
     given = tuple(seed) if isinstance(seed, Sequence) else seed
     if given is not None and given != start.seed:
         raise RequestError("seed", "not the hand-over's", got=seed, expected=f"{start.seed}", remedy="Leave it out.")

@@ -157,7 +157,7 @@ class Request:
         if self.loras is not None:
             checked_loras(self.loras)
         if self.start is not None:
-            require_seed_of(self.start, self.seed)
+            require_seed_of(self.start, self.seed, self.pictures)
         for needed, names in NEEDS.items():
             for name in names:
                 if getattr(self, name) is not None and getattr(self, needed) is None:

@@ -180,6 +180,10 @@ def test_values_that_cannot_be_used_are_refused(families: Mapping[str, Pipeline]
         state[0, 0, 0, 0, 0] = np.nan
         return state
 
+    for seeds in ((), (7, 8)):
+        other = Handover(made.state, made.step, made.plan, made.bundle, seeds)
+        with pytest.raises(RequestError, match=rf"start: how many seeds it has, got {len(seeds)}, expected 1 or 1"):
+            families["steered"](**{**HYBRID, "seed": None}, start=other)
     with pytest.raises(RequestError, match="start: holds NaN or Inf"):
         families["steered"](**HYBRID, start=with_state(made, spoilt))
     with pytest.raises(
