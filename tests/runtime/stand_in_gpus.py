@@ -100,8 +100,8 @@ class Gpus:
 
     def block_of(self, address: int, size: int) -> int:
         """Where the block begins that so many bytes lie in; the address itself where there is none."""
-        blocks = list(self._blocks.items())  # other threads may allocate meanwhile
-        inside = (one for one, block in blocks if one <= address and address + size <= one + len(block))
+        blocks = self._blocks.copy()  # one step, where other threads and the collector's finalizers may free meanwhile
+        inside = (one for one, block in blocks.items() if one <= address and address + size <= one + len(block))
         return next(inside, address)
 
     def require(self, what: str, *things: int) -> None:
