@@ -11,8 +11,8 @@ VENV ?= .venv
 OUT ?= out
 
 # What constraints.txt pins; tests/test_packaging.py holds the two to each other.
-EXTRAS := cpu,openvino,export,engines,bench,dev
-FOLDERS := export engines runtime calibrate bench
+EXTRAS := cpu,openvino,export,engines,bench,serve,dev
+FOLDERS := export engines runtime calibrate serve bench
 
 export VENV
 

@@ -1,34 +1,26 @@
 """Hand-overs: where a generation stands between two steps, to be gone on with by another pipeline or elsewhere.
 
-What goes over a wire or into a file is a safetensors message of one tensor, `state`, whose metadata says of which plan
-it is and whose sha256 covers all of it. It is untrusted: everything is checked before it is used.
+What goes over a wire or into a file is a message of one tensor, `state`, that says of which plan it is; see `messages`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from .arguments import whole_number
-from .errors import CheckpointError, RequestError
+from .errors import RequestError
+from .messages import packed, unpacked
 from .plan import Plan
-from .request_checks import checked_array
-from .safetensors_files import described, write_safetensors
 
 Float32 = npt.NDArray[np.float32]
 PROTOCOL = "tandemrt.handover/1"
-# A few hundred bytes are needed.
-MAX_HEADER_BYTES = 64 << 10
-_KEYS = frozenset({"protocol", "plan", "bundle", "step", "seed", "sha256"})
-_DTYPES = {"F32": "float32", "F16": "float16"}
-_AGAIN = "Send it again."
+_KEYS = ("protocol", "plan", "bundle", "step", "seed")
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # of an array, which has no one truth
@@ -54,25 +46,17 @@ class Handover:
         """The message. float16 halves it, and rounds the state to 11 bits.
 
         Raises:
-            RequestError: the dtype is neither, or a value has no float16.
+            RequestError: the dtype is neither, or does not hold a value.
         """
-        if dtype not in _DTYPES.values():
+        if dtype not in ("float32", "float16"):
             raise RequestError("dtype", "unknown", got=dtype, expected="float32 or float16")
         with np.errstate(over="ignore"):
             state = self.state.astype(dtype)
         if not np.isfinite(state).all():
             remedy = "Hand it over in float32."
             raise RequestError("handover", f"the state has values that {dtype} does not hold", remedy=remedy)
-        facts = {
-            "protocol": PROTOCOL,
-            "plan": self.plan,
-            "bundle": self.bundle,
-            "step": str(self.step),
-            "seed": json.dumps(self.seed),
-        }
-        message = io.BytesIO()
-        write_safetensors(message, {"state": state}, {**facts, "sha256": _seal(facts, state)})
-        return message.getvalue()
+        facts = {"plan": self.plan, "bundle": self.bundle, "step": str(self.step), "seed": json.dumps(self.seed)}
+        return packed({"state": state}, {"protocol": PROTOCOL, **facts})
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Handover:
@@ -81,28 +65,13 @@ class Handover:
         Raises:
             RequestError: it is none, of another protocol, damaged, or holds NaN or Inf.
         """
-        try:
-            header = described("handover", message, MAX_HEADER_BYTES)
-        except CheckpointError as error:
-            raise RequestError(error.where, error.without_remedy.partition(": ")[2], remedy=_AGAIN) from error
-        facts = header.metadata
-        if set(header.shapes) != {"state"} or header.places["state"].dtype not in _DTYPES:
-            expected = "one tensor, 'state', in F32 or F16"
-            got = {name: place.dtype for name, place in header.places.items()}
-            raise RequestError("handover", "what is in it", got=got, expected=expected)
-        if set(facts) != _KEYS or not all(isinstance(value, str) for value in facts.values()):
-            expected = f"the texts {', '.join(sorted(_KEYS))}"
-            raise RequestError("handover", "metadata", got=sorted(facts), expected=expected)
+        tensors, facts = unpacked("handover", message, {"state": 5}, dict.fromkeys(_KEYS, True))
         if facts["protocol"] != PROTOCOL:
             remedy = "Use the same version of TandemRT on both sides."
             raise RequestError("handover", "protocol", got=facts["protocol"], expected=PROTOCOL, remedy=remedy)
-        place, shape = header.places["state"], header.shapes["state"]
-        stored = np.frombuffer(message, _DTYPES[place.dtype], offset=place.offset).reshape(shape)
-        own = {name: value for name, value in facts.items() if name != "sha256"}
-        if (seal := _seal(own, stored)) != facts["sha256"]:
-            raise RequestError("handover", "sha256", got=seal, expected=facts["sha256"], remedy=_AGAIN)
-        state = checked_array("handover", stored.astype(np.float32), (None,) * 5)
-        return cls(state, _step(facts["step"]), facts["plan"], facts["bundle"], _seed(facts["seed"]))
+        if "state" not in tensors:
+            raise RequestError("handover", "has no state")
+        return cls(tensors["state"], _step(facts["step"]), facts["plan"], facts["bundle"], _seed(facts["seed"]))
 
 
 def handed_over(plan: Plan, step: int, state: Float32, bundle: str, seed: int | tuple[int, ...]) -> Handover:
@@ -155,12 +124,6 @@ def _require_of_plan(start: Handover, plan: Plan, steps: int) -> None:
         raise RequestError("start", "of another plan", got=start.plan[:16], expected=plan.digest[:16], remedy=remedy)
     if start.step > steps:
         raise RequestError("start", "step", got=start.step, expected=f"at most {steps}, the plan's steps")
-
-
-def _seal(facts: Mapping[str, str], state: npt.NDArray[Any]) -> str:
-    """The sha256 of the metadata, of the tensor's shape and dtype and of its bytes."""
-    told = json.dumps([sorted(facts.items()), state.dtype.str, state.shape], separators=(",", ":"))
-    return hashlib.sha256(told.encode() + np.ascontiguousarray(state).tobytes()).hexdigest()
 
 
 def _step(text: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("export", "engines", "runtime", "calibrate", "bench")
+FOLDERS = ("export", "engines", "runtime", "calibrate", "serve", "bench")
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 BACKENDS = frozenset({"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"})
@@ -55,6 +55,11 @@ RULES = {
         ours=frozenset({"runtime"}),
         third_party=TORCH_STACK | {"numpy", "msgspec", "tokenizers", "onnx", "onnx_ir", "onnxscript"},
         lazy_third_party=frozenset({"onnxruntime"}),
+    ),
+    "serve/": Rule(
+        ours=frozenset({"runtime"}),
+        third_party=frozenset({"numpy", "msgspec", "PIL", "starlette", "prometheus_client"}),
+        lazy_third_party=frozenset({"uvicorn"}),
     ),
     # Quantizers and measures by trained networks wait for what needs them.
     "calibrate/": Rule(

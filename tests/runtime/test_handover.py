@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandemrt.runtime import Handover, Pipeline, RequestError
-from tandemrt.runtime.handover import MAX_HEADER_BYTES
+from tandemrt.runtime.messages import MAX_HEADER_BYTES
 from tandemrt.runtime.solvers import SOLVERS
 
 from .test_concurrency import FAMILIES, picture

@@ -1,0 +1,1 @@
+"""A bundle served over HTTP: hand-overs between machines, and whole pictures."""

@@ -1,0 +1,89 @@
+"""The application: which path is answered by what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime import Request as Painting
+
+from .answers import Endpoint, Idempotent, answering
+from .guard import Guard
+from .limits import Limits
+from .metrics import Metrics
+from .problems import unready
+from .protocol import PROTOCOL
+from .queue import Queue
+from .service import Service
+
+_WARM_UP = Painting(prompt="", seed=0)
+
+
+def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
+    """A bundle's server, ready when it has painted its first picture; closing it lets what runs end.
+
+    token: what every request brings; None for none.
+    """
+    metrics = Metrics()
+    queue = Queue(pipe, limits, metrics)
+    service = Service(pipe.bundle.path.name, pipe, queue, limits, Idempotent())
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        warming = asyncio.ensure_future(queue.warm_up(_WARM_UP))
+        try:
+            yield
+        finally:
+            queue.drain()
+            await asyncio.wait([warming])
+            await asyncio.to_thread(queue.close)
+
+    async def live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(_: Request) -> Response:
+        if queue.unready:
+            raise unready(queue.unready)
+        return JSONResponse({"ready": True})
+
+    async def server(_: Request) -> Response:
+        facts = {"name": "tandemrt", "version": metadata.version("tandemrt"), "extensions": [PROTOCOL]}
+        return JSONResponse(facts)
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(service.facts(request.path_params["name"]))
+
+    async def model_ready(request: Request) -> Response:
+        service.facts(request.path_params["name"])
+        return await ready(request)
+
+    async def told(_: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def route(path: str, method: str, endpoint: Endpoint) -> Route:
+        return Route(path, answering(path, metrics, endpoint), methods=[method])
+
+    return Starlette(
+        routes=[
+            route("/v1/handoff", "POST", service.handoff),
+            route("/v1/images/generations", "POST", service.generations),
+            route("/v1/images/stream", "GET", service.stream),
+            route("/v2", "GET", server),
+            route("/v2/health/live", "GET", live),
+            route("/v2/health/ready", "GET", ready),
+            route("/v2/models/{name}", "GET", model),
+            route("/v2/models/{name}/ready", "GET", model_ready),
+            route("/metrics", "GET", told),
+        ],
+        middleware=[Middleware(Guard, token=token)],
+        lifespan=lifespan,
+    )

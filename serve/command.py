@@ -1,0 +1,165 @@
+"""`tandemrt serve`: a bundle over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.arguments import thread_count
+from tandemrt.runtime.cli.reporter import Reporter
+from tandemrt.runtime.errors import ArgumentError
+
+from .limits import Limits
+
+TOKEN = "TANDEMRT_TOKEN"
+_BOUNDED = ("running", "waiting", "steps", "pictures", "pixels")
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """Where a bundle is served, to whom, and how much of it."""
+
+    bundle: Path
+    target: str
+    threads: int | None
+    cache: Path | None
+    host: str
+    port: int
+    token: str | None
+    certificate: Path | None
+    key: Path | None
+    limits: Limits
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tandemrt serve`."""
+    parser.description = (
+        "Serve a bundle: POST /v1/handoff runs the first steps for an edge device, POST /v1/images/generations paints "
+        f"whole pictures. Everybody on this machine may ask; with a token, in ${TOKEN} or a file, so may others."
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
+    parser.add_argument("--target", default="auto", metavar="TARGET", help="backend:device[:precision] (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where engines are; see build-engine")
+    where = parser.add_argument_group("where, and to whom")
+    where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
+    where.add_argument("--port", type=int, default=8080, metavar="N", help="default: 8080")
+    where.add_argument("--token-file", type=Path, metavar="FILE", help=f"what requests have to bring; or ${TOKEN}")
+    where.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM, with --tls-key, for HTTPS")
+    where.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM")
+    bounds = parser.add_argument_group("how much")
+    limits = Limits()
+    told = {
+        "running": "requests that run at once",
+        "waiting": "requests that may wait",
+        "steps": "rows of a plan",
+        "pictures": "of a request",
+        "pixels": "of a picture",
+    }
+    for name in _BOUNDED:
+        default = getattr(limits, name)
+        bounds.add_argument(f"--max-{name}", type=int, default=default, metavar="N", help=f"{told[name]} ({default})")
+    bounds.add_argument(
+        "--max-seconds", type=float, default=limits.seconds, metavar="S", help=f"of a request ({limits.seconds:g})"
+    )
+
+
+def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
+    """The command line as a plan.
+
+    Raises:
+        ArgumentError: a value cannot be used, or others than this machine could ask without a token.
+    """
+    thread_count("--threads", namespace.threads)
+    token = _token(namespace.token_file)
+    if token is None and not _is_loopback(namespace.host):
+        remedy = f"Put a token into ${TOKEN} or a file for --token-file, or leave --host out."
+        raise ArgumentError("--host", "others could ask, without a token", got=namespace.host, remedy=remedy)
+    if (namespace.tls_certificate is None) != (namespace.tls_key is None):
+        raise ArgumentError("--tls-certificate, --tls-key", "one without the other", remedy="Give both.")
+    if not 0 <= namespace.port <= 65_535:
+        raise ArgumentError("--port", "not usable", got=namespace.port, expected="a whole number in 0..65535")
+    bounds = {name: getattr(namespace, f"max_{name}") for name in (*_BOUNDED, "seconds")}
+    for name, value in bounds.items():
+        least = 0 if name == "waiting" else 1
+        if not least <= value < 1e9:
+            raise ArgumentError(f"--max-{name}", "not usable", got=value, expected=f"{least} or more")
+    shared = {name: getattr(namespace, name) for name in ("bundle", "target", "threads", "cache", "host", "port")}
+    return ServePlan(
+        **shared, token=token, certificate=namespace.tls_certificate, key=namespace.tls_key, limits=Limits(**bounds)
+    )
+
+
+def plan_facts(plan: ServePlan) -> dict[str, Any]:
+    """The plan in JSON's types, without the token."""
+    facts = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in ("token", "limits")}
+    told = {name: None if value is None else str(value) for name, value in facts.items()}
+    return {**told, "token": "none" if plan.token is None else "needed"}
+
+
+def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
+    """Serve until the process is told to end; what runs then is finished.
+
+    Raises:
+        BundleError, TargetError: as `Pipeline.open`.
+    """
+    import uvicorn  # noqa: PLC0415
+
+    from .app import application  # noqa: PLC0415
+
+    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
+        config = uvicorn.Config(
+            application(pipe, plan.limits, plan.token),
+            host=plan.host,
+            port=plan.port,
+            access_log=False,  # it would hold prompts
+            server_header=False,
+            h11_max_incomplete_event_size=plan.limits.header_bytes,
+            timeout_graceful_shutdown=int(plan.limits.seconds),
+            ssl_certfile=plan.certificate,
+            ssl_keyfile=plan.key,
+            http="h11",
+        )
+        scheme = "http" if plan.certificate is None else "https"
+        reporter.note(f"serving {pipe.bundle.path.name} at {scheme}://{plan.host}:{plan.port}")
+        uvicorn.Server(config).run()
+    return {"served": str(plan.bundle)}
+
+
+def summary(result: Mapping[str, Any]) -> Iterator[str]:
+    """The result as lines."""
+    yield f"served {result['served']}"
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        token = os.environ.get(TOKEN, "")
+        where = f"${TOKEN}"
+    else:
+        where = f"--token-file {file}"
+        try:
+            token = file.read_text("utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            raise ArgumentError(where, f"cannot be read ({error})") from error
+        if not token:
+            raise ArgumentError(where, "is empty")
+    if not token:
+        return None
+    if not (token.isascii() and token.isprintable() and len(token) >= 16):
+        raise ArgumentError(where, "is no token", expected="16 or more ASCII characters that can be printed")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,43 @@
+"""Prometheus metrics of a server; no prompt, no key and no address is in them."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tandemrt.runtime import Output
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counters of a server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "tandemrt_requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"), registry=self.registry
+        )
+        self.waiting = Gauge("tandemrt_waiting", "Requests that wait for their turn.", registry=self.registry)
+        self.seconds = Histogram(
+            "tandemrt_stage_seconds", "Seconds of each stage.", ("stage",), buckets=_SECONDS, registry=self.registry
+        )
+        self.steps = Counter("tandemrt_rows", "Rows by denoiser.", ("denoiser",), registry=self.registry)
+        self.fallbacks = Counter(
+            "tandemrt_fallbacks", "Models that ran on something else than they could have.", ("component",),
+            registry=self.registry,
+        )  # fmt: skip
+
+    def painted(self, output: Output) -> None:
+        """Count what a request took."""
+        timings = output.timings
+        stages = {"text": timings.text_ms, "denoise": timings.denoise_ms, "decode": timings.decode_ms}
+        for stage, milliseconds in {**stages, "total": timings.total_ms}.items():
+            self.seconds.labels(stage).observe(milliseconds / 1e3)
+        for row in timings.rows:
+            self.steps.labels(row.denoiser).inc()
+        for component, ran in timings.ran_on.items():
+            self.fallbacks.labels(component).inc(sum(bool(one.refused) for one in ran))
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,86 @@
+"""What goes wrong, as answers: a status, and a JSON body of OpenAI's shape, which names no path of this machine."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from tandemrt.runtime.errors import ArgumentError
+
+LOG = logging.getLogger("tandemrt.serve")
+
+
+class Problem(Exception):  # noqa: N818
+    """An answer other than the one that was asked for.
+
+    reason: what metrics count it as.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.headers = status, reason, dict(headers or {})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is told of it, in JSON's types."""
+        return {"error": {"message": str(self), "type": self.reason, "param": None, "code": self.status}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.facts, self.status, self.headers)
+
+
+def malformed(message: str) -> Problem:
+    return Problem(400, "malformed", message)
+
+
+def unauthorized() -> Problem:
+    message = "The token is missing or wrong. Send it as `Authorization: Bearer TOKEN`."
+    return Problem(401, "unauthorized", message, {"WWW-Authenticate": "Bearer"})
+
+
+def unknown_model(name: str, own: str) -> Problem:
+    return Problem(404, "unknown_model", f"model: unknown, got {name[:200]!r}, expected {own!r}.")
+
+
+def conflict(message: str) -> Problem:
+    return Problem(409, "conflict", message)
+
+
+def too_large(limit: int) -> Problem:
+    return Problem(413, "too_large", f"body: too large, expected at most {limit} bytes.")
+
+
+def unsupported(got: str, expected: str) -> Problem:
+    return Problem(415, "unsupported_media_type", f"Content-Type: got {got[:200]!r}, expected {expected}.")
+
+
+def unusable(message: str) -> Problem:
+    return Problem(422, "unusable", message)
+
+
+def busy(seconds: int) -> Problem:
+    message = f"As many requests wait as may. Try again in {seconds} s."
+    return Problem(429, "busy", message, {"Retry-After": str(seconds)})
+
+
+def unready(why: str) -> Problem:
+    return Problem(503, "unready", f"Not ready: {why}.", {"Retry-After": "5"})
+
+
+def overdue(seconds: float) -> Problem:
+    return Problem(504, "deadline", f"The request took longer than {seconds:g} s; its work was cancelled.")
+
+
+def problem_of(error: Exception) -> Problem:
+    """The answer to an error. One that is not the caller's is logged under an id, which is all that the caller sees."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, ArgumentError):
+        return unusable(str(error))
+    number = uuid.uuid4().hex
+    LOG.error("%s: %s", number, error, exc_info=error)
+    return Problem(500, "failed", f"The request failed. The server's log has the reason, under {number}.")
