@@ -3,6 +3,7 @@
 TandemError                  anything we raise on purpose; `exit_status` 1
 ├── ArgumentError            an argument that cannot be used; `exit_status` 2
 │   ├── RequestError         of a generation: prompt, size, guidance, seed
+│   │   └── MessageError     bytes that are no message of ours, or a damaged one
 │   └── PlanError            of a schedule: solver, steps, scheduler configuration
 ├── CheckpointError          a source that is no checkpoint, or not one of a supported kind
 ├── ExportError              a bundle that cannot be made: a failed export, a missed threshold, a taken place
@@ -93,6 +94,10 @@ class ArgumentError(TandemError):
 
 class RequestError(ArgumentError):
     """A generation's prompt, size, guidance scale, seed, latents or embeddings cannot be used."""
+
+
+class MessageError(RequestError):
+    """Bytes that are no message of ours, or a damaged one."""
 
 
 class PlanError(ArgumentError):

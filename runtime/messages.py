@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, MessageError, RequestError
 from .safetensors_files import described, write_safetensors
 
 Float32 = npt.NDArray[np.float32]
@@ -41,18 +41,19 @@ def unpacked(
     tensors: how many dimensions those have that may be in it. facts: the keys there may be, and whether they must.
 
     Raises:
-        RequestError: it is no such message, is damaged, or a tensor holds NaN or Inf.
+        MessageError: it is no such message, or is damaged.
+        RequestError: a tensor is of another kind, or holds NaN or Inf.
     """
     try:
         header = described(where, message, MAX_HEADER_BYTES)
     except CheckpointError as error:
-        raise RequestError(error.where, error.without_remedy.partition(": ")[2], remedy=_AGAIN) from error
+        raise MessageError(error.where, error.without_remedy.partition(": ")[2], remedy=_AGAIN) from error
     texts = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
     known = {*facts, _SEAL}
     lacks = [key for key, needed in {**facts, _SEAL: True}.items() if needed and key not in texts]
     if lacks or len(texts) != len(header.metadata) or not known.issuperset(texts):
         expected = f"texts of {', '.join(sorted(known))}"
-        raise RequestError(where, "metadata", got=sorted(header.metadata), expected=expected)
+        raise MessageError(where, "metadata", got=sorted(header.metadata), expected=expected)
     for name, place in header.places.items():
         if place.dtype not in _DTYPES or tensors.get(name) != len(header.shapes[name]):
             got = f"{name!r} in {place.dtype} {header.shapes[name]}"
@@ -65,7 +66,7 @@ def unpacked(
     }  # fmt: skip
     told = texts.pop(_SEAL)
     if (seal := _seal(texts, stored)) != told:
-        raise RequestError(where, _SEAL, got=seal, expected=told, remedy=_AGAIN)
+        raise MessageError(where, _SEAL, got=seal, expected=told, remedy=_AGAIN)
     for name, values in stored.items():
         if not np.isfinite(values).all():
             raise RequestError(f"{where}: {name}", "holds NaN or Inf", expected="finite values")

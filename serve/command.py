@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.arguments import thread_count
@@ -16,6 +16,10 @@ from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError
 
 from .limits import Limits
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
 
 TOKEN = "TANDEMRT_TOKEN"
 _BOUNDED = ("running", "waiting", "steps", "pictures", "pixels")
@@ -114,22 +118,30 @@ def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
     from .app import application  # noqa: PLC0415
 
     with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
-        config = uvicorn.Config(
-            application(pipe, plan.limits, plan.token),
-            host=plan.host,
-            port=plan.port,
-            access_log=False,  # it would hold prompts
-            server_header=False,
-            h11_max_incomplete_event_size=plan.limits.header_bytes,
-            timeout_graceful_shutdown=int(plan.limits.seconds),
-            ssl_certfile=plan.certificate,
-            ssl_keyfile=plan.key,
-            http="h11",
-        )
+        app = application(pipe, plan.limits, plan.token)
+        config = server_config(app, plan.limits, host=plan.host, port=plan.port)
+        config.ssl_certfile, config.ssl_keyfile = plan.certificate, plan.key
         scheme = "http" if plan.certificate is None else "https"
         reporter.note(f"serving {pipe.bundle.path.name} at {scheme}://{plan.host}:{plan.port}")
         uvicorn.Server(config).run()
     return {"served": str(plan.bundle)}
+
+
+def server_config(app: Starlette, limits: Limits, *, host: str, port: int) -> uvicorn.Config:
+    """How the application is served."""
+    import uvicorn  # noqa: PLC0415
+
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http="h11",
+        h11_max_incomplete_event_size=limits.header_bytes,
+        access_log=False,  # it would hold prompts
+        server_header=False,
+        log_level="warning",
+        timeout_graceful_shutdown=int(limits.seconds),
+    )
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:

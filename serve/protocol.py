@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from tandemrt.runtime import Handover, Request, RequestError
+from tandemrt.runtime import Handover, Request
+from tandemrt.runtime.errors import MessageError
 from tandemrt.runtime.messages import unpacked
 
 from .limits import Limits
@@ -77,14 +78,15 @@ def asked_of(body: bytes, media_type: str) -> tuple[Asked, dict[str, Any]]:
 
     Raises:
         Problem: malformed, or a value of another type than it has to be.
+        RequestError: a tensor cannot be used.
     """
     tensors: Mapping[str, Any] = {}
     text = body
     if media_type == MESSAGE:
         try:
             tensors, facts = unpacked("body", body, TENSORS, {"protocol": True, "request": True})
-        except RequestError as error:
-            raise (unusable if "NaN" in str(error) or "tensors" in str(error) else malformed)(str(error)) from error
+        except MessageError as error:
+            raise malformed(str(error)) from error
         if facts["protocol"] != PROTOCOL:
             raise malformed(f"protocol: got {facts['protocol'][:100]!r}, expected {PROTOCOL!r}.")
         text = facts["request"].encode()
