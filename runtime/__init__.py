@@ -1,5 +1,6 @@
 """Run diffusion bundles without PyTorch: `Pipeline.open("bundle/")` and call it with a prompt."""
 
+from .cloud import Cloud
 from .errors import (
     ArgumentError,
     BenchmarkError,
@@ -9,6 +10,7 @@ from .errors import (
     CalibrationError,
     CancelledError,
     CheckpointError,
+    CloudError,
     EngineError,
     ExecutionError,
     ExportError,
@@ -34,6 +36,8 @@ __all__ = [
     "CalibrationError",
     "CancelledError",
     "CheckpointError",
+    "Cloud",
+    "CloudError",
     "EngineError",
     "ExecutionError",
     "ExportError",

@@ -15,6 +15,7 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 │       └── CacheFullError   the cache of engines has no room for one
 ├── BenchmarkError           a benchmark that cannot be run, or a file that is no report of one
 ├── CalibrationError         what was measured cannot be used, or leads to nothing of what was asked for
+├── CloudError               a server of hand-overs that did not help in time
 └── ExecutionError           a model that failed while running, or returned NaN or Inf
     └── CancelledError       a generation stopped by its caller
 """
@@ -142,6 +143,17 @@ class BenchmarkError(TandemError):
 
 class CalibrationError(TandemError):
     """What was measured is damaged, unfinished or of another bundle, or leads to nothing of what was asked for."""
+
+
+class CloudError(TandemError):
+    """A server of hand-overs did not help in time.
+
+    reason: in one word, for those who count. retryable: whether another try may end better, after `pause` seconds.
+    """
+
+    def __init__(self, url: str, reason: str, what: str, *, retryable: bool = False, pause: float = 0.0) -> None:
+        super().__init__(url, what)
+        self.reason, self.retryable, self.pause = reason, retryable, pause
 
 
 class ExecutionError(TandemError):

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .cloud import CloudTiming
 from .handover import Handover
 from .plan import Plan, RowGuidance
 from .ran_on import RanOn
@@ -69,6 +70,8 @@ class Output:
     dropped_text: what was cut from prompts that were too long.
     loras: the components that each of the request's LoRAs changed, by the LoRA's path.
     handover: where it stands, for another to go on from, where the request said `until`; there are no images then.
+    cloud: what each hand-over with a server took. degraded: why steps that were a server's ran here, on a denoiser of
+        this side; empty where they did not. `plan` and `timings` are of what ran here last.
     """
 
     images: tuple[Image.Image, ...] | tuple[Float32, ...]
@@ -79,6 +82,8 @@ class Output:
     dropped_text: tuple[DroppedText, ...]
     loras: Mapping[str, tuple[str, ...]]
     handover: Handover | None = None
+    cloud: tuple[CloudTiming, ...] = ()
+    degraded: str = ""
 
     def __repr__(self) -> str:
         return (

@@ -17,9 +17,11 @@ from .auto_placement import AutoPlacement
 from .binding import Conditioning
 from .bundle import Bundle
 from .cache import cache_folder, require_folder
+from .cloud import Cloud
 from .conditioning import check_conditioning, conditioned
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
+from .edge import Edge, names_cloud, with_cloud
 from .editing import Editing, begin, checked_editing
 from .errors import CancelledError, ExecutionError, RequestError, told_as
 from .handover import handed_over, rows_between
@@ -85,9 +87,18 @@ class Pipeline:
     """A bundle on a target. Models load when they are first needed; one pipeline may be used by many threads."""
 
     def __init__(
-        self, bundle: Bundle, target: Target, threads: int | None, cache: Path, observe: Observe | None = None
+        self,
+        bundle: Bundle,
+        target: Target,
+        threads: int | None,
+        cache: Path,
+        observe: Observe | None = None,
+        cloud: Cloud | None = None,
     ) -> None:
         self.bundle, self.target = bundle, target
+        self._cloud, self._manifest = cloud, bundle.manifest
+        if cloud is not None:
+            self._manifest = with_cloud(bundle.manifest, cloud.denoisers(bundle.manifest))
         self._models = Models(bundle, target, threads, cache, observe)
         self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
         self._lora_engines = LoraEngines(bundle, target, cache)
@@ -95,7 +106,7 @@ class Pipeline:
         self._auto = AutoPlacement(bundle, target, threads, cache, self._turns.alone)
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913
         cls,
         bundle: str | Path,
         target: str = "auto",
@@ -104,6 +115,7 @@ class Pipeline:
         cache: str | Path | None = None,
         devices: Sequence[int] | None = None,
         observe: Observe | None = None,
+        cloud: str | Cloud | None = None,
     ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
 
@@ -118,6 +130,8 @@ class Pipeline:
         observe: called before every run of a component, by the thread that runs it, with its name and its inputs by
             name, which the next run overwrites. Not of engines that are more than the component: with LoRAs in slots,
             of its stages, or step engines, of which placement sequential runs none. Update engines are not used.
+        cloud: a server of `tandemrt serve`, such as `https://host:8080`, or a `Cloud`, which also takes its token; its
+            denoisers may then be named in `steps`: `{"cloud:unet": 10, "unet_small": 15}`.
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
@@ -136,7 +150,8 @@ class Pipeline:
         wanted.check_quantized(str(opened.path), opened.manifest)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
-        return cls(opened, wanted, count, cache_folder(cache), observe)
+        server = Cloud(cloud) if isinstance(cloud, str) else cloud
+        return cls(opened, wanted, count, cache_folder(cache), observe, server)
 
     def __repr__(self) -> str:
         target = self.target.told(self.bundle.manifest)
@@ -198,8 +213,15 @@ class Pipeline:
 
         at_once: whether nobody looks at it between its rows.
         """
+        if self._cloud is not None and names_cloud(request.steps):
+            paint = functools.partial(self._here, cancelled=cancelled, at_once=at_once)
+            return Edge(self._cloud, self._manifest, paint).events(request)
+        return self._here(request, cancelled, at_once=at_once)
+
+    def _here(self, request: Request, cancelled: threading.Event, *, at_once: bool) -> Events:
+        """As `_generate`, of what runs here alone."""
         self._models.require_open()
-        manifest = self.bundle.manifest
+        manifest = self._manifest
         whole = compile_plan(manifest, request.schedule)
         first, last = rows_between(whole, request.start, request.until)
         plan = whole.part(first, last)

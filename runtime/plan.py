@@ -22,6 +22,8 @@ from .tensors import GUIDANCE_EMBEDDING, spec_of
 from .window import Window, require_window_rows
 
 GUIDANCES = ("fixed", "adaptive")
+# Before the name of a denoiser that runs on a server.
+CLOUD = "cloud:"
 PLACEMENTS = ("batched", "sequential", "parallel", "auto", "hybridiff")
 _SPACING_KEYS = ("timestep_spacing", "steps_offset", "original_inference_steps")
 
@@ -168,7 +170,10 @@ class Plan:
     @property
     def digest(self) -> str:
         """The sha256 of all that decides what a state between its rows means; not of where and how the rows run."""
-        facts = [self.table.recipe, self.denoisers, self.guided, self.guidance_scale, self.guidance_embedded]
+        names, embedded = [
+            [name.removeprefix(CLOUD) for name in listed] for listed in (self.denoisers, self.guidance_embedded)
+        ]
+        facts = [self.table.recipe, names, self.guided, self.guidance_scale, embedded]
         return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
     def __repr__(self) -> str:

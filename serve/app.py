@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from tandemrt.runtime import Pipeline
@@ -25,6 +26,8 @@ from .protocol import PROTOCOL
 from .queue import Queue
 from .service import Service
 
+# The page's style and script are within it, and its pictures are data; nothing comes from elsewhere.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
 _WARM_UP = Painting(prompt="", seed=0)
 
 
@@ -34,6 +37,7 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
     token: what every request brings; None for none.
     """
     metrics = Metrics()
+    shown = Path(__file__).with_name("page.html").read_text("utf-8")
     queue = Queue(pipe, limits, metrics)
     service = Service(pipe.bundle.path.name, pipe, queue, limits, Idempotent())
 
@@ -47,6 +51,9 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
             await asyncio.wait([warming])
             await asyncio.to_thread(queue.close)
 
+    async def page(_: Request) -> Response:
+        return HTMLResponse(shown, headers={"Content-Security-Policy": _POLICY})
+
     async def live(_: Request) -> Response:
         return JSONResponse({"live": True})
 
@@ -56,8 +63,8 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
         return JSONResponse({"ready": True})
 
     async def server(_: Request) -> Response:
-        facts = {"name": "tandemrt", "version": metadata.version("tandemrt"), "extensions": [PROTOCOL]}
-        return JSONResponse(facts)
+        version = metadata.version("tandemrt")
+        return JSONResponse({"name": "tandemrt", "version": version, "extensions": [PROTOCOL], "model": service.name})
 
     async def model(request: Request) -> Response:
         return JSONResponse(service.facts(request.path_params["name"]))
@@ -74,6 +81,7 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
 
     return Starlette(
         routes=[
+            route("/", "GET", page),
             route("/v1/handoff", "POST", service.handoff),
             route("/v1/images/generations", "POST", service.generations),
             route("/v1/images/stream", "GET", service.stream),

@@ -9,11 +9,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .problems import Problem, malformed, too_large, unauthorized, unsupported
 
-OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+# The page holds nothing of the bundle's; it brings the token that is typed into it.
+OPEN_PATHS = ("/", "/v2/health/live", "/v2/health/ready")
 
 
 class Guard:
-    """Lets requests through that bring the token; those that ask whether the server lives need none.
+    """Lets requests through that bring the token; the page, and those that ask whether the server lives, need none.
 
     token: None lets everybody through.
     """

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import msgspec
 
 from tandemrt.runtime import Handover, Request
+from tandemrt.runtime.cloud import MESSAGE, PROTOCOL
 from tandemrt.runtime.errors import MessageError
 from tandemrt.runtime.messages import unpacked
 
 from .limits import Limits
 from .problems import conflict, malformed, unusable
 
-PROTOCOL = "tandemrt.handoff/1"
-JSON, MESSAGE = "application/json", "application/x-safetensors"
 TENSORS = {
     "state": 5,
     "prompt_embeds": 3,

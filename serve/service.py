@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tandemrt.runtime import Output, Pipeline, StepEvent
 from tandemrt.runtime import Request as Painting
 from tandemrt.runtime.plan import compile_plan
+from tandemrt.runtime.plan_steps import parse_steps
 
 from .answers import Idempotent, while_connected
 from .guard import body_of, media_type
@@ -33,7 +34,7 @@ _FRESH = {"Cache-Control": "no-store"}
 class Generation(msgspec.Struct, frozen=True):
     """OpenAI's body of `images/generations`, with what diffusion models take besides; other keys are passed over.
 
-    size: `512x768` is width by height, `auto` the bundle's.
+    size: `512x768` is width by height, `auto` the bundle's. steps: also `10,15` or `unet:10,unet_small:15`.
     """
 
     prompt: str
@@ -44,7 +45,7 @@ class Generation(msgspec.Struct, frozen=True):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     negative_prompt: str | None = None
     seed: int | None = None
-    steps: int | dict[str, int] | None = None
+    steps: int | str | dict[str, int] | None = None
     guidance_scale: float | None = None
 
 
@@ -87,7 +88,7 @@ class Service:
                 raise unusable(f"request: {error}.") from error
             except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
                 raise malformed(f"request: no JSON ({error}).") from error
-            painting = await self._checked(asked_for(wanted), {})
+            painting = await self._checked(self._asked_for(wanted), {})
             output = await while_connected(request, self.queue.painted(painting, self.limits.seconds))
             data = [{"b64_json": one} for one in _pictures(output, wanted.output_format)]
             facts = {"created": int(time.time()), "data": data, "seeds": output.seeds}
@@ -105,7 +106,7 @@ class Service:
             wanted = msgspec.convert(query, Generation, strict=False)
         except msgspec.ValidationError as error:
             raise unusable(f"query: {error}.") from error
-        painting = await self._checked(asked_for(wanted), {})
+        painting = await self._checked(self._asked_for(wanted), {})
         events = self._events(replace(painting, previews=int(previews)), wanted.output_format)
         first = await anext(events)  # what keeps it from beginning is an answer of its own
         return StreamingResponse(_behind(first, events), media_type="text/event-stream", headers=_FRESH)
@@ -120,10 +121,13 @@ class Service:
             "name": self.name,
             "platform": self.pipe.target.told(manifest),
             "bundle": bundle.digest,
-            "denoisers": list(manifest.names("denoiser")),
+            "components": {name: msgspec.to_builtins(manifest.components[name]) for name in manifest.names("denoiser")},
             "latent": {"channels": manifest.latent.channels, "downsampling": manifest.latent.downsampling},
             "defaults": msgspec.to_builtins(manifest.defaults),
         }
+
+    def _asked_for(self, wanted: Generation) -> Asked:
+        return asked_for(wanted, self.pipe.bundle.manifest.names("denoiser"))
 
     async def _checked(self, asked: Asked, tensors: dict[str, Any]) -> Painting:
         """The pipeline's request, whose plan and size are within the limits.
@@ -179,8 +183,13 @@ class Service:
             await asyncio.wait([task])
 
 
-def asked_for(wanted: Generation) -> Asked:
-    """OpenAI's request in our words. Problem: its size is none."""
+def asked_for(wanted: Generation, denoisers: Sequence[str]) -> Asked:
+    """OpenAI's request in our words.
+
+    Raises:
+        Problem: its size is none.
+        PlanError: its steps are none.
+    """
     width = height = None
     if wanted.size != "auto":
         width, _, height = wanted.size.partition("x")
@@ -193,7 +202,7 @@ def asked_for(wanted: Generation) -> Asked:
         width=None if width is None else int(width),
         height=None if height is None else int(height),
         seed=wanted.seed,
-        steps=wanted.steps,
+        steps=list(parse_steps(wanted.steps, denoisers)) if isinstance(wanted.steps, str) else wanted.steps,
         guidance_scale=wanted.guidance_scale,
         model=wanted.model,
     )
@@ -231,7 +240,7 @@ def _milliseconds(output: Output) -> dict[str, float]:
 
 
 def _timings(output: Output) -> dict[str, str]:
-    """The stages' times as a header that browsers show; see RFC-like `Server-Timing` of W3C."""
+    """The stages' times as a header that browsers show; W3C's `Server-Timing`."""
     stages = ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in _milliseconds(output).items())
     return {"Server-Timing": stages}
 

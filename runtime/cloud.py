@@ -1,0 +1,236 @@
+"""A server of `tandemrt serve`, asked over HTTP to run a part of a plan: within its time, or not at all.
+
+What goes wrong on the way is one CloudError, whose `reason` says what: the network is no place for other surprises.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import random
+import socket
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ArgumentError, CloudError, RequestError
+from .handover import Handover
+from .manifest import Component, Manifest
+from .messages import packed
+
+PROTOCOL = "tandemrt.handoff/1"
+JSON, MESSAGE = "application/json", "application/x-safetensors"
+RETRIES, TRIED_AGAIN = 2, frozenset({429, 502, 503, 504})
+# So many failures in a row, and nobody is kept waiting for so many seconds.
+BREAKING, BROKEN_S = 3, 30.0
+MAX_ANSWER_BYTES = 64 << 20
+_FIRST_PAUSE_S, _CHUNK = 0.1, 1 << 16
+_REASONS = {401: "unauthorized", 409: "conflict", 429: "busy", 503: "unready", 504: "deadline"}
+
+
+@dataclass(frozen=True, slots=True)
+class CloudTiming:
+    """What a hand-over took: seconds with all tries, how many those were, and the bytes of the last one's bodies."""
+
+    seconds: float
+    tries: int
+    sent_bytes: int
+    received_bytes: int
+
+
+class Cloud:
+    """A server; safe to share between threads.
+
+    url: such as `https://host:8080`. token: what it wants to see. seconds: how long one hand-over may take, its tries
+    together. half: have states answered in float16, half the bytes.
+
+    Raises:
+        ArgumentError: the address is none, or a token would go over the network in plain text.
+    """
+
+    def __init__(self, url: str, token: str | None = None, *, seconds: float = 30.0, half: bool = False) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ArgumentError("cloud", "no address", got=url, expected="such as https://host:8080")
+        if token is not None and parts.scheme == "http" and not _is_loopback(parts.hostname):
+            raise ArgumentError("cloud", "the token would go over the network in plain text", remedy="Use https.")
+        if not 0 < seconds < float("inf"):
+            raise ArgumentError("seconds", "not usable", got=seconds, expected="a finite number above 0")
+        self.url, self.seconds, self.half = url, seconds, half
+        self._https, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._path = parts.path.rstrip("/")
+        self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._lock = threading.Lock()
+        self._failures, self._broken_until = 0, 0.0
+
+    def __repr__(self) -> str:
+        return f"<Cloud {self.url}>"
+
+    def run(
+        self, asked: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[np.float32]], plan: str
+    ) -> tuple[Handover, CloudTiming]:
+        """The hand-over after a part of a plan.
+
+        asked: what `/v1/handoff` is told, `until` and `seed` among it. tensors: the state to go on from, and texts that
+        are encoded already. plan: the digest of the plan that the answer has to be of.
+
+        Raises:
+            CloudError: there was none in time.
+        """
+        facts = {**asked, "plan": plan, "dtype": "float16" if self.half else "float32"}
+        if tensors:
+            body, kind = packed(tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)}), MESSAGE
+        else:
+            body, kind = json.dumps(facts).encode(), JSON
+        headers = {"Content-Type": kind, "Idempotency-Key": uuid.uuid4().hex}
+        began, tries = time.monotonic(), 0
+        ends = began + self.seconds
+        while True:
+            self._require_whole()
+            tries += 1
+            try:
+                answer = self._exchanged("POST", "/v1/handoff", body, headers, ends)
+                handover = self._checked(answer, facts)
+            except CloudError as error:
+                self._count(failed=True)
+                pause = max(error.pause, _FIRST_PAUSE_S * 2**tries * random.uniform(0.5, 1.5))
+                if not error.retryable or tries > RETRIES or time.monotonic() + pause >= ends:
+                    raise
+                time.sleep(pause)
+                continue
+            self._count(failed=False)
+            return handover, CloudTiming(time.monotonic() - began, tries, len(body), len(answer))
+
+    def denoisers(self, manifest: Manifest) -> dict[str, Component]:
+        """What the server's denoisers are, by name: as this bundle's, where it has them too, else as the server says.
+
+        A server that cannot be asked has those alone that this bundle has.
+        """
+        own = {name: manifest.components[name] for name in manifest.names("denoiser")}
+        with suppress(CloudError):
+            own |= self._described()
+        return own
+
+    def _described(self) -> dict[str, Component]:
+        ends = time.monotonic() + self.seconds
+        try:
+            name = json.loads(self._exchanged("GET", "/v2", b"", {}, ends))["model"]
+            facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, ends))
+            return msgspec.convert(facts["components"], dict[str, Component])
+        except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
+            raise CloudError(self.url, "malformed", f"does not say what it serves ({error})") from error
+
+    def _require_whole(self) -> None:
+        """Raise CloudError while the server is left alone, since it failed several times in a row."""
+        with self._lock:
+            left = self._broken_until - time.monotonic()
+        if left > 0:
+            what = f"failed {BREAKING} times in a row, and is left alone for {left:.0f} s more"
+            raise CloudError(self.url, "broken", what)
+
+    def _count(self, *, failed: bool) -> None:
+        with self._lock:
+            self._failures = self._failures + 1 if failed else 0
+            if self._failures >= BREAKING:
+                self._broken_until = time.monotonic() + BROKEN_S
+                # One try then decides whether it is whole.
+                self._failures = BREAKING - 1
+
+    def _exchanged(self, method: str, path: str, body: bytes, headers: Mapping[str, str], ends: float) -> bytes:
+        """The body of a good answer, which has all come before `ends`, of time.monotonic."""
+        with self._connection(ends) as connection:
+            connection.request(method, self._path + path, body, {**self._authorization, **headers})
+            answer = connection.getresponse()
+            received = bytearray()
+            while chunk := answer.read(_CHUNK):
+                received += chunk
+                if len(received) > MAX_ANSWER_BYTES:
+                    raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
+            if answer.status == 200:
+                return bytes(received)
+        raise _refused(self.url, answer, bytes(received))
+
+    @contextmanager
+    def _connection(self, ends: float) -> Iterator[http.client.HTTPConnection]:
+        """A connection that is cut at `ends`, however slowly its bytes come; what goes wrong on it is a CloudError."""
+        left = ends - time.monotonic()
+        if left <= 0:
+            raise self._late()
+        if self._https:
+            context = ssl.create_default_context()
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                self._host, self._port, timeout=left, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=left)
+        cutting = threading.Timer(left, _cut, [connection])
+        cutting.daemon = True
+        cutting.start()
+        try:
+            yield connection
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() >= ends or isinstance(error, TimeoutError):
+                raise self._late() from error
+            what = f"cannot be reached, or broke off ({type(error).__name__}: {error})"
+            raise CloudError(self.url, "unreachable", what, retryable=True) from error
+        finally:
+            cutting.cancel()
+            connection.close()
+
+    def _late(self) -> CloudError:
+        return CloudError(self.url, "deadline", f"did not answer within {self.seconds:g} s")
+
+    def _checked(self, answer: bytes, facts: Mapping[str, Any]) -> Handover:
+        """The hand-over in an answer; CloudError where it is none, or not the one that was asked for."""
+        try:
+            handover = Handover.from_bytes(answer)
+        except RequestError as error:
+            raise CloudError(
+                self.url, "malformed", f"answered what cannot be used ({error})", retryable=True
+            ) from error
+        told = (handover.plan, handover.step, handover.seed)
+        seed = facts["seed"]
+        wanted = (facts["plan"], facts["until"], tuple(seed) if isinstance(seed, list) else seed)
+        if told != wanted:
+            raise CloudError(self.url, "malformed", f"answered for another request, {told} for {wanted}")
+        return handover
+
+
+def _refused(url: str, answer: http.client.HTTPResponse, body: bytes) -> CloudError:
+    """What an answer other than 200 means."""
+    try:
+        said = str(json.loads(body)["error"]["message"])[:500]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        said = answer.reason
+    after = answer.headers.get("Retry-After", "")
+    pause = float(after) if after.isascii() and after.isdigit() and len(after) < 6 else 0.0
+    reason = _REASONS.get(answer.status, "refused" if answer.status < 500 else "failed")
+    return CloudError(
+        url, reason, f"answered {answer.status}: {said}", retryable=answer.status in TRIED_AGAIN, pause=pause
+    )
+
+
+def _cut(connection: http.client.HTTPConnection) -> None:
+    # Also while another thread reads from it, which closing it would not end.
+    sock = connection.sock
+    if sock is not None:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,108 @@
+"""A proxy between a client and a server that does to the bytes what networks do."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What befalls a connection's bytes, in one direction.
+
+    delay_s: before the first. bytes_per_s: no more than that. cut_after, corrupted: the byte behind which the connection
+    ends, or that is turned over. swallowed: nothing arrives. connections: how many it befalls, the first ones.
+    """
+
+    delay_s: float = 0.0
+    bytes_per_s: float | None = None
+    cut_after: int | None = None
+    corrupted: int | None = None
+    swallowed: bool = False
+    connections: int = 1_000_000
+
+
+class Proxy:
+    """Listens on a port of this machine; up: of what goes to the server, down: of what it answers."""
+
+    def __init__(self, port: int, up: Faults, down: Faults) -> None:
+        self._server_port, self._up, self._down = port, up, down
+        self.connections = 0
+        self.port = 0
+
+    async def serve(self, ready: threading.Event, ended: asyncio.Event) -> None:
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        await ended.wait()
+        server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        number = self.connections
+        there, back = await asyncio.open_connection("127.0.0.1", self._server_port)
+        try:
+            ways = [(reader, back, self._up), (there, writer, self._down)]
+            tasks = [asyncio.ensure_future(_carried(*way, number)) for way in ways]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        finally:
+            for one in (writer, back):
+                one.transport.abort()
+
+
+async def _carried(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults, number: int
+) -> None:
+    """Carry bytes from one side to the other until one ends, or a fault ends it."""
+    own = faults if number <= faults.connections else Faults()
+    carried = 0
+    with suppress(ConnectionError):
+        async for chunk in _chunks(reader):
+            if carried == 0 and own.delay_s:
+                await asyncio.sleep(own.delay_s)
+            if own.swallowed:
+                continue
+            data = bytearray(chunk)
+            if own.corrupted is not None and carried <= own.corrupted < carried + len(data):
+                data[own.corrupted - carried] ^= 0x40
+            ends = own.cut_after is not None and carried + len(data) >= own.cut_after
+            writer.write(data[: own.cut_after - carried] if ends and own.cut_after is not None else data)
+            await writer.drain()
+            carried += len(data)
+            if ends:
+                return
+            if own.bytes_per_s is not None:
+                await asyncio.sleep(len(data) / own.bytes_per_s)
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while chunk := await reader.read(_CHUNK):
+        yield chunk
+
+
+@contextmanager
+def between(port: int, up: Faults | None = None, down: Faults | None = None) -> Iterator[Proxy]:
+    """A proxy before a server's port."""
+    proxy, ready = Proxy(port, up or Faults(), down or Faults()), threading.Event()
+    loop, ended = asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(proxy.serve(ready, ended),))
+    thread.start()
+    ready.wait()
+    try:
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()
+        loop.close()

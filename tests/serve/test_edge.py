@@ -1,0 +1,158 @@
+"""Plans in two places: the picture of one process, or all of it here; never another, and never late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tandemrt.runtime import Cloud, Output, Pipeline, RequestError, TandemError
+from tandemrt.serve.limits import Limits
+
+from .conftest import serving
+from .faults import Faults, between
+
+TANDEM: dict[str, Any] = {"prompt": "red", "steps": {"cloud:unet": 2, "unet_free": 3}, "seed": 7}
+HERE: dict[str, Any] = {**TANDEM, "steps": {"unet": 2, "unet_free": 3}}
+ALONE: dict[str, Any] = {**TANDEM, "steps": {"unet_free": 5}}
+TOKEN = "a-token-of-some-length"
+SECONDS = 1.0
+
+
+@pytest.fixture(scope="module")
+def server(pipe: Pipeline) -> Iterator[httpx.Client]:
+    with serving(pipe, Limits(seconds=5)) as client:
+        yield client
+
+
+def port_of(client: httpx.Client) -> int:
+    assert client.base_url.port is not None
+    return client.base_url.port
+
+
+def painted(bundle: Path, url: str, job: Mapping[str, Any] = TANDEM, **options: Any) -> Output:
+    cloud = Cloud(url, **{"seconds": SECONDS, **options})
+    with Pipeline.open(bundle, threads=1, cloud=cloud) as edge:
+        began = time.monotonic()
+        output = edge(**job)
+        assert time.monotonic() - began < cloud.seconds + 1
+    return output
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"cloud:unet": 2, "unet_free": 3},
+        {"cloud:unet": 4},
+        [("unet_free", 1), ("cloud:unet", 2), ("unet_free", 2)],
+        [("cloud:unet", 1), ("unet_free", 1), ("cloud:unet", 2)],
+    ],
+)
+def test_two_places_are_one_process_bit_for_bit(steps: Any, bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+    pairs = list(steps.items()) if isinstance(steps, dict) else steps
+    wanted = pipe(**{**TANDEM, "steps": [(name.removeprefix("cloud:"), count) for name, count in pairs]})
+    output = painted(bundle, str(server.base_url), {**TANDEM, "steps": steps})
+    np.testing.assert_array_equal(output.latents, wanted.latents)
+    assert output.images == wanted.images
+    assert (output.degraded, len(output.cloud)) == ("", sum(name.startswith("cloud:") for name, _ in pairs))
+    assert all(one.tries == 1 and one.sent_bytes > 100 and one.received_bytes > 1000 for one in output.cloud)
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"solver": "euler_a", "num_images_per_prompt": 2, "seed": [3, 4]}, {}),
+        ({"height": 96, "guidance_interval": (0.0, 0.5), "negative_prompt": "blue"}, {}),
+        ({"prompt": ["red", "blue"], "guidance_scale": 1.0}, {}),
+    ],
+)
+def test_what_is_asked_for_is_sent(asked: Any, options: Any, bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+    output = painted(bundle, str(server.base_url), {**TANDEM, **asked}, **options)
+    assert output.degraded == ""
+    np.testing.assert_array_equal(output.latents, pipe(**{**HERE, **asked}).latents)
+
+
+def test_half_the_bytes_come_back(bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+    whole, half = (painted(bundle, str(server.base_url), half=half) for half in (False, True))
+    assert half.cloud[0].received_bytes < 0.7 * whole.cloud[0].received_bytes
+    np.testing.assert_allclose(half.latents, pipe(**HERE).latents, rtol=0.02, atol=0.02)
+
+
+# What befalls the bytes: whether the picture is yet that of both places, and else why it is not.
+FAULTS: Mapping[str, tuple[Faults, Faults, str | None]] = {
+    "a delay": (Faults(delay_s=0.2), Faults(delay_s=0.2), ""),
+    "one cut answer": (Faults(), Faults(cut_after=300, connections=1), ""),
+    "one cut request": (Faults(cut_after=100, connections=1), Faults(), ""),
+    "one turned bit": (Faults(), Faults(corrupted=900, connections=1), ""),
+    "one turned bit of the head": (Faults(), Faults(corrupted=3, connections=1), ""),
+    "one turned bit of the request": (Faults(corrupted=330, connections=1), Faults(), None),
+    "every answer cut": (Faults(), Faults(cut_after=500), "unreachable"),
+    "every answer damaged": (Faults(), Faults(corrupted=900), "malformed"),
+    "a black hole": (Faults(swallowed=True), Faults(), "deadline"),
+    "no answer": (Faults(), Faults(swallowed=True), "deadline"),
+    "drop by drop": (Faults(), Faults(bytes_per_s=200), "deadline"),
+    "a request drop by drop": (Faults(bytes_per_s=50), Faults(), "deadline"),
+    "late": (Faults(delay_s=3), Faults(), "deadline"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_the_network(name: str, bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+    up, down, reason = FAULTS[name]
+    with between(port_of(server), up, down) as proxy:
+        output = painted(bundle, f"http://127.0.0.1:{proxy.port}")
+    degraded = output.degraded.partition(":")[0]
+    if reason is not None:
+        assert degraded == reason, output.degraded
+    np.testing.assert_array_equal(output.latents, pipe(**(ALONE if degraded else HERE)).latents)
+
+
+def test_nobody_there(bundle: Path, pipe: Pipeline) -> None:
+    output = painted(bundle, "http://127.0.0.1:9")
+    assert output.degraded.startswith("unreachable: http://127.0.0.1:9: cannot be reached")
+    np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
+
+
+def test_a_server_that_fails_is_left_alone_for_a_while(bundle: Path, server: httpx.Client) -> None:
+    with between(port_of(server), down=Faults(cut_after=10)) as proxy:
+        with Pipeline.open(bundle, threads=1, cloud=Cloud(f"http://127.0.0.1:{proxy.port}", seconds=2)) as edge:
+            assert edge(**TANDEM).degraded.startswith("unreachable")
+            asked = proxy.connections
+            assert edge(**TANDEM).degraded.startswith("broken")
+            assert proxy.connections == asked
+
+
+def test_a_token(bundle: Path, pipe: Pipeline) -> None:
+    with serving(pipe, token=TOKEN) as client:
+        client.headers["authorization"] = f"Bearer {TOKEN}"
+        assert painted(bundle, str(client.base_url), token=TOKEN).degraded == ""
+        refused = painted(bundle, str(client.base_url), token=f"{TOKEN}-expired")
+    assert refused.degraded.startswith("unauthorized")
+    assert "The token is missing or wrong" in refused.degraded
+    with pytest.raises(TandemError, match="the token would go over the network in plain text"):
+        Cloud("http://example.org", TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [
+        ("image: cannot be sent to the cloud", {"image": np.zeros((64, 64, 3), np.uint8)}),
+        ("until, start: adaptive guidance", {"guidance": "adaptive"}),
+        ("start, until: given beside steps in the cloud", {"until": 2}),
+        ("steps: unknown denoiser, got 'cloud:unet_nowhere'", {"steps": {"cloud:unet_nowhere": 2}}),
+    ],
+)
+def test_what_cannot_run_in_two_places(told: str, asked: Any, bundle: Path, server: httpx.Client) -> None:
+    with Pipeline.open(bundle, threads=1, cloud=str(server.base_url)) as edge:
+        with pytest.raises(TandemError, match=told):
+            edge(**{**TANDEM, **asked})
+
+
+def test_a_cloud_that_nobody_named(pipe: Pipeline) -> None:
+    with pytest.raises(TandemError, match="steps: unknown denoiser, got 'cloud:unet'"):
+        pipe(**TANDEM)
