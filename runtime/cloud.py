@@ -157,6 +157,8 @@ class Cloud:
                 received += chunk
                 if len(received) > MAX_ANSWER_BYTES:
                     raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
+            if answer.length:
+                raise http.client.IncompleteRead(bytes(received), answer.length)
             if answer.status == 200:
                 return bytes(received)
         raise _refused(self.url, answer, bytes(received))

@@ -16,13 +16,13 @@ from starlette.routing import Route
 
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime import Request as Painting
+from tandemrt.runtime.cloud import PROTOCOL
 
 from .answers import Endpoint, Idempotent, answering
 from .guard import Guard
 from .limits import Limits
 from .metrics import Metrics
 from .problems import unready
-from .protocol import PROTOCOL
 from .queue import Queue
 from .service import Service
 

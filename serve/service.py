@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tandemrt.runtime import Output, Pipeline, StepEvent
 from tandemrt.runtime import Request as Painting
+from tandemrt.runtime.cloud import JSON, MESSAGE
 from tandemrt.runtime.plan import compile_plan
 from tandemrt.runtime.plan_steps import parse_steps
 
@@ -25,7 +26,7 @@ from .answers import Idempotent, while_connected
 from .guard import body_of, media_type
 from .limits import Limits
 from .problems import conflict, malformed, problem_of, unknown_model, unusable
-from .protocol import JSON, MESSAGE, Asked, asked_of, request_of, require_within
+from .protocol import Asked, asked_of, request_of, require_within
 from .queue import Queue
 
 _FRESH = {"Cache-Control": "no-store"}

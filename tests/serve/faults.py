@@ -15,12 +15,13 @@ _CHUNK = 1024
 class Faults:
     """What befalls a connection's bytes, in one direction.
 
-    delay_s: before the first. bytes_per_s: no more than that. cut_after, corrupted: the byte behind which the connection
-    ends, or that is turned over. swallowed: nothing arrives. connections: how many it befalls, the first ones.
+    delay_s: before the first. bytes_per_s: no more than that. cut_after, corrupted: the byte behind which the
+    connection ends, or of which a bit is turned. swallowed: nothing arrives. connections: how many it befalls, the
+    first ones.
     """
 
     delay_s: float = 0.0
-    bytes_per_s: float | None = None
+    bytes_per_s: int | None = None
     cut_after: int | None = None
     corrupted: int | None = None
     swallowed: bool = False
@@ -62,14 +63,12 @@ class Proxy:
                 one.transport.abort()
 
 
-async def _carried(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults, number: int
-) -> None:
+async def _carried(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults, number: int) -> None:
     """Carry bytes from one side to the other until one ends, or a fault ends it."""
     own = faults if number <= faults.connections else Faults()
     carried = 0
     with suppress(ConnectionError):
-        async for chunk in _chunks(reader):
+        async for chunk in _chunks(reader, own.bytes_per_s):
             if carried == 0 and own.delay_s:
                 await asyncio.sleep(own.delay_s)
             if own.swallowed:
@@ -87,8 +86,8 @@ async def _carried(
                 await asyncio.sleep(len(data) / own.bytes_per_s)
 
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while chunk := await reader.read(_CHUNK):
+async def _chunks(reader: asyncio.StreamReader, bytes_per_s: int | None) -> AsyncIterator[bytes]:
+    while chunk := await reader.read(_CHUNK if bytes_per_s is None else max(1, bytes_per_s // 20)):
         yield chunk
 
 

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tandemrt.runtime import Cloud, Output, Pipeline, RequestError, TandemError
+from tandemrt.runtime import Cloud, Output, Pipeline, TandemError
 from tandemrt.serve.limits import Limits
 
 from .conftest import serving
@@ -71,7 +71,9 @@ def test_two_places_are_one_process_bit_for_bit(steps: Any, bundle: Path, server
         ({"prompt": ["red", "blue"], "guidance_scale": 1.0}, {}),
     ],
 )
-def test_what_is_asked_for_is_sent(asked: Any, options: Any, bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+def test_what_is_asked_for_is_sent(
+    asked: Any, options: Any, bundle: Path, server: httpx.Client, pipe: Pipeline
+) -> None:
     output = painted(bundle, str(server.base_url), {**TANDEM, **asked}, **options)
     assert output.degraded == ""
     np.testing.assert_array_equal(output.latents, pipe(**{**HERE, **asked}).latents)
@@ -119,12 +121,14 @@ def test_nobody_there(bundle: Path, pipe: Pipeline) -> None:
 
 
 def test_a_server_that_fails_is_left_alone_for_a_while(bundle: Path, server: httpx.Client) -> None:
-    with between(port_of(server), down=Faults(cut_after=10)) as proxy:
-        with Pipeline.open(bundle, threads=1, cloud=Cloud(f"http://127.0.0.1:{proxy.port}", seconds=2)) as edge:
-            assert edge(**TANDEM).degraded.startswith("unreachable")
-            asked = proxy.connections
-            assert edge(**TANDEM).degraded.startswith("broken")
-            assert proxy.connections == asked
+    with (
+        between(port_of(server), down=Faults(cut_after=10)) as proxy,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(f"http://127.0.0.1:{proxy.port}", seconds=2)) as edge,
+    ):
+        assert edge(**TANDEM).degraded.startswith("unreachable")
+        asked = proxy.connections
+        assert edge(**TANDEM).degraded.startswith("broken")
+        assert proxy.connections == asked
 
 
 def test_a_token(bundle: Path, pipe: Pipeline) -> None:
@@ -148,9 +152,11 @@ def test_a_token(bundle: Path, pipe: Pipeline) -> None:
     ],
 )
 def test_what_cannot_run_in_two_places(told: str, asked: Any, bundle: Path, server: httpx.Client) -> None:
-    with Pipeline.open(bundle, threads=1, cloud=str(server.base_url)) as edge:
-        with pytest.raises(TandemError, match=told):
-            edge(**{**TANDEM, **asked})
+    with (
+        Pipeline.open(bundle, threads=1, cloud=str(server.base_url)) as edge,
+        pytest.raises(TandemError, match=told),
+    ):
+        edge(**{**TANDEM, **asked})
 
 
 def test_a_cloud_that_nobody_named(pipe: Pipeline) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from tandemrt.runtime import Handover, Pipeline
+from tandemrt.runtime.cloud import JSON, MESSAGE, PROTOCOL
 from tandemrt.runtime.messages import packed
 from tandemrt.serve.limits import Limits
-from tandemrt.serve.protocol import JSON, MESSAGE, PROTOCOL
 
 from .conftest import serving
 
