@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("export", "engines", "runtime", "calibrate", "bench")
+FOLDERS = ("export", "engines", "runtime", "calibrate", "bench", "serve")
 BASE = {"numpy", "tokenizers", "pillow", "msgspec", "rich"}
 EXTRAS = {"cpu", "gpu", "export", "engines", "openvino", "tensorrt", "tensorrt-rtx", "bench", "nvml", "quality", "nncf"}
 EXTRAS |= {"serve", "ray", "dev"}
