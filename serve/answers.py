@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -40,7 +40,7 @@ def answering(name: str, metrics: Metrics, endpoint: Endpoint) -> Endpoint:
     return answered
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """What the work gives; it is cancelled when the client leaves before.
 
     The body must have been read.

@@ -24,6 +24,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .problems import unready
 from .queue import Queue
+from .served import Served
 from .service import Service
 
 # The page's style and script are within it, and its pictures are data; nothing comes from elsewhere.
@@ -39,7 +40,7 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
     metrics = Metrics()
     shown = Path(__file__).with_name("page.html").read_text("utf-8")
     queue = Queue(pipe, limits, metrics)
-    service = Service(pipe.bundle.path.name, pipe, queue, limits, Idempotent())
+    service = Service(Served.of(pipe), queue, limits, Idempotent())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -64,13 +65,16 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
 
     async def server(_: Request) -> Response:
         version = metadata.version("tandemrt")
-        return JSONResponse({"name": "tandemrt", "version": version, "extensions": [PROTOCOL], "model": service.name})
+        return JSONResponse(
+            {"name": "tandemrt", "version": version, "extensions": [PROTOCOL], "model": service.served.name}
+        )
 
     async def model(request: Request) -> Response:
-        return JSONResponse(service.facts(request.path_params["name"]))
+        service.served.require(request.path_params["name"])
+        return JSONResponse(service.served.facts)
 
     async def model_ready(request: Request) -> Response:
-        service.facts(request.path_params["name"])
+        service.served.require(request.path_params["name"])
         return await ready(request)
 
     async def told(_: Request) -> Response:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
-from tandemrt.runtime import Output, Pipeline, Request, StepEvent, Stream
+from tandemrt.runtime import Output, Pipeline, Request, Stream
 
 from .limits import Limits
 from .metrics import Metrics
 from .problems import busy, overdue, unready
-
-Seen = Callable[[StepEvent], None]
+from .work import Seen, Work
 
 
 class Queue:
@@ -49,22 +47,15 @@ class Queue:
         """End the threads, when what they run has ended."""
         self._threads.shutdown(cancel_futures=True)
 
-    async def painted(self, request: Request, seconds: float, seen: Seen | None = None) -> Output:
-        """What a request makes, when it is its turn; the caller's own cancellation ends its work.
-
-        seen: called with each row, on the event loop.
-
-        Raises:
-            Problem: not ready, too many wait, or it took longer than so many seconds.
-            TandemError: as a call of the pipeline.
-        """
+    async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
+        """As `Painter.painted`."""
         if self._unready:
             raise unready(self._unready)
         if self._within >= self._limits.running + self._limits.waiting:
             raise busy(max(1, math.ceil(self._typical_s * self._within / self._limits.running)))
         self._within += 1
         try:
-            return await asyncio.wait_for(self._in_turn(request, seen), seconds)
+            return await asyncio.wait_for(self._in_turn(work.request, seen), seconds)
         except (asyncio.TimeoutError, TimeoutError) as late:
             raise overdue(seconds) from late
         finally:

@@ -1,0 +1,62 @@
+"""What is painted for a caller: his request, checked, and who paints it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tandemrt.runtime import Output, Request, StepEvent
+from tandemrt.runtime.plan import Plan, compile_plan
+
+from .limits import Limits
+from .problems import conflict
+from .protocol import Asked, request_of, require_within
+from .served import Served
+
+Seen = Callable[[StepEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request within the limits, and what it comes to. shape: of its latents, (pictures, C, h, w)."""
+
+    request: Request
+    plan: Plan
+    shape: tuple[int, int, int, int]
+
+
+class Painter(Protocol):
+    """Paints for callers, each in his turn; of one event loop."""
+
+    @property
+    def unready(self) -> str:
+        """Why no request is taken; empty where one is."""
+
+    async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
+        """What a request makes, when it is its turn; the caller's own cancellation ends its work.
+
+        seen: called with each row, on the event loop.
+
+        Raises:
+            Problem: not ready, too many wait, or it took longer than so many seconds.
+            TandemError: as a call of the pipeline.
+        """
+
+
+def work_of(asked: Asked, tensors: dict[str, Any], served: Served, limits: Limits) -> Work:
+    """What is asked for, checked.
+
+    Raises:
+        Problem: a limit is passed, or another model, bundle or plan is wanted.
+        RequestError, PlanError: an argument cannot be used.
+    """
+    served.require(asked.model)
+    manifest = served.manifest
+    request = request_of(asked, tensors, served.digest, limits)
+    plan = compile_plan(manifest, request.schedule)
+    if asked.plan not in (None, plan.digest):
+        raise conflict(f"plan: got {str(asked.plan)[:16]!r}, expected {plan.digest[:16]!r}, which the request makes.")
+    shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
+    require_within(plan.table.rows, shape, manifest.latent.downsampling, limits)
+    return Work(request, plan, shape)
