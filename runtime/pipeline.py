@@ -5,82 +5,42 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .arguments import did_you_mean, thread_count
 from .auto_placement import AutoPlacement
-from .binding import Conditioning
 from .bundle import Bundle
 from .cache import cache_folder, require_folder
 from .cloud import Cloud
-from .conditioning import check_conditioning, conditioned
+from .conditioning import check_conditioning
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
 from .edge import Edge, names_cloud, with_cloud
-from .editing import Editing, begin, checked_editing
+from .editing import checked_editing
 from .errors import CancelledError, ExecutionError, RequestError, told_as
-from .handover import handed_over, rows_between
-from .images import Float32, image_from_pixels
+from .handover import rows_between
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
 from .models import Models
 from .noise import Noise
 from .observed import Observe
-from .output import Output, RowTiming, StepEvent, Timings
+from .output import Output
 from .overlap import overlapped
+from .painting import Job, Painter
 from .placement import refusal
 from .plan import Plan, compile_plan
-from .pool import Lease, Pool
-from .ran_on import Ran
+from .pool import Pool
 from .request import Request
 from .request_calls import numbered, takes_request
 from .request_checks import checked_array, checked_loras
-from .rows import Rows
-from .sampling import open_loop, require_engines, step_variants
-from .state import State
+from .sampling import require_engines, step_variants
 from .step_engines import StepEngines
-from .stream import Events, Stage, Stream
+from .stream import Events, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
-from .text import DroppedText
-from .trace import span
 from .turns import Turns
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A checked request and what follows from it; `size` is the pictures' height and width.
-
-    whole: all of the plan, of which `plan` is the rows from `first` on that this generation runs.
-    """
-
-    request: Request
-    whole: Plan
-    first: int
-    plan: Plan
-    size: tuple[int, int]
-    noise: Noise
-    editing: Editing | None
-    controls: tuple[Control, ...]
-    loras: Fitted
-    decoder: str
-    preview_decoder: str
-    at_once: bool
-
-    def beginning(self, latents: Float32) -> State:
-        """The state before the first row, where the whole plan begins at these latents.
-
-        The noise that rows before drew elsewhere is drawn here too, so that the next row draws what it would have.
-        """
-        if self.request.start is None:
-            return State.begin(self.plan.table, latents)
-        for _ in range(int(self.whole.table.draws_noise[: self.first].sum())):
-            self.noise.draw()
-        return State(self.request.start.state.copy())
 
 
 class Pipeline:
@@ -103,7 +63,8 @@ class Pipeline:
         self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
         self._lora_engines = LoraEngines(bundle, target, cache)
         self._loras, self._pool, self._turns = Loras(bundle), Pool(), Turns(self._models.refits.hold)
-        self._auto = AutoPlacement(bundle, target, threads, cache, self._turns.alone)
+        auto = AutoPlacement(bundle, target, threads, cache, self._turns.alone)
+        self._painter = Painter(bundle, self._models, self._steps, auto)
 
     @classmethod
     def open(  # noqa: PLR0913
@@ -239,7 +200,7 @@ class Pipeline:
         self._require_placeable(plan, controls, loras, shape)
         decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
         at_once = at_once and not request.previews
-        job = _Job(
+        job = Job(
             request, whole, first, plan, size, Noise(request, shape), editing, controls, loras, *decoders, at_once
         )
         return self._run(job, cancelled)
@@ -268,7 +229,7 @@ class Pipeline:
         fitted = self._loras.fitted(checked_loras(request.loras), plan.denoisers, encodes=encodes)
         return self._lora_engines.chosen(fitted, shape, step_variants(plan))
 
-    def _run(self, job: _Job, cancelled: threading.Event) -> Events:
+    def _run(self, job: Job, cancelled: threading.Event) -> Events:
         """Run a job when it is its turn; closing the pipeline cancels it, wherever it is."""
 
         def stop() -> None:
@@ -279,82 +240,12 @@ class Pipeline:
         asked = time.perf_counter()
         try:
             with self._pool.lease() as lease:
-                painted = self._painted(job, cancelled, lease, asked)
+                painted = self._painter.painted(job, cancelled, lease, asked)
                 return (yield from self._turns.in_turn(job.loras.weights, painted, stop))
         except ExecutionError as error:
             if isinstance(error, CancelledError) or not self._models.closed:
                 raise
             raise CancelledError("generation", "the pipeline was closed while it ran") from error
-
-    def _painted(self, job: _Job, cancelled: threading.Event, lease: Lease, asked: float) -> Events:
-        request, plan, noise, models = job.request, job.plan, job.noise, self._models
-        timings: list[RowTiming] = []
-        ran = Ran(lease)
-
-        def stop() -> None:
-            models.require_open()
-            if cancelled.is_set():
-                raise CancelledError("generation", f"cancelled after row {len(timings)} of {plan.table.rows}")
-
-        stop()
-        began = time.perf_counter()
-        with span("text"):
-            conditioning, dropped = self._conditioned(job, stop, ran)
-        text_ms, encoding = _since(began), time.perf_counter()
-        encode_pictures = functools.partial(models.encode_pictures, before=stop, ran=ran)
-        with span("pictures"):
-            beginning = begin(job.editing, job.whole, noise, encode_pictures, request.latents)
-        for control in job.controls:
-            conditioning[control.component] = control.conditioning(conditioning[control.component], request.pictures)
-        image_ms = _since(encoding)
-        yield Stage.ENCODED
-        conditioning = job.loras.beside(beginning.behind(conditioning))
-        space = self.bundle.manifest.latent
-        rows = Rows(
-            plan, conditioning, noise.fill, beginning.kept_from(job.first), job.controls, job.loras, ran, job.at_once,
-            (space.scaling_factor, space.shift_factor),
-        )  # fmt: skip
-        loop, fused = open_loop(rows, noise.shape, models, self._steps, self._auto, before=stop)
-        stop()
-        state = job.beginning(beginning.latents)
-        for done in loop.run(state):
-            name, together, row = plan.denoisers[done.row], done.together, job.first + done.row
-            timings.append(RowTiming(name, done.model_ms, done.total_ms, done.guidance, together))
-            preview: tuple[Image.Image, ...] = ()
-            if request.previews and (row + 1) % request.previews == 0 and done.denoised is not None:
-                with span("preview", row):
-                    preview = _images(models.decode(job.preview_decoder, done.denoised(), before=stop, ran=ran))
-            step, timestep = int(plan.table.steps[done.row]), float(plan.table.timesteps[done.row])
-            yield StepEvent(row, job.whole.table.rows, step, timestep, timings[-1], preview)
-            stop()
-        yield Stage.SAMPLED
-        decoding = time.perf_counter()
-        wants_pixels = request.output_type != "latent" and request.until is None
-        with span("decode"):
-            latents, scaled = state.latents, state.held if state.scaled else None
-            decoded = models.decode(job.decoder, latents, before=stop, ran=ran, scaled=scaled)
-            pixels = tuple(decoded) if wants_pixels else ()
-        on = ran.by_component()
-        spent = Timings(
-            text_ms, image_ms, tuple(timings), _since(decoding), _since(asked), fused and bool(timings), on, ran.tried
-        )
-        images = _images(pixels) if request.output_type == "pil" else pixels
-        plan = plan.having_run([row.guidance for row in timings])
-        handover = None
-        if request.until is not None:
-            handover = handed_over(job.whole, request.until, state.arrays, self.bundle.digest, noise.seed)
-        return Output(images, latents, spent, plan, noise.seeds, dropped, job.loras.applied, handover)
-
-    def _conditioned(
-        self, job: _Job, stop: Callable[[], None], ran: Ran
-    ) -> tuple[dict[str, Conditioning], tuple[DroppedText, ...]]:
-        """What the texts make of the plan's denoisers' and ControlNets' inputs, and the text that was cut."""
-        plan, strict = job.plan, job.request.strict_prompts
-        if not plan.table.rows:  # all of them ran where the hand-over came from
-            return {}, ()
-        encode = functools.partial(self._models.encode_texts, job.loras, strict=strict, before=stop, ran=ran)
-        names = dict.fromkeys((*plan.denoisers, *(control.component for control in job.controls)))
-        return conditioned(job.request, self.bundle.manifest, plan, names, job.size, encode)
 
     def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
         """The decoder asked for; without a name the bundle's first, or its tiny one."""
@@ -365,11 +256,3 @@ class Pipeline:
             expected, remedy = f"one of {', '.join(decoders)}", did_you_mean(name, decoders)
             raise RequestError("decoder", "unknown", got=name, expected=expected, remedy=remedy)
         return name
-
-
-def _images(pixels: Iterable[Float32]) -> tuple[Image.Image, ...]:
-    return tuple(image_from_pixels(picture) for picture in pixels)
-
-
-def _since(began: float) -> float:
-    return (time.perf_counter() - began) * 1e3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandemrt.runtime import ArgumentError, ExecutionError, Pipeline, Request, RequestError, pipeline, traced
+from tandemrt.runtime import ArgumentError, ExecutionError, Pipeline, Request, RequestError, painting, traced
 from tandemrt.runtime.overlap import overlapped
 from tandemrt.runtime.stream import Events, Stage
 from tandemrt.runtime.trace import Trace
@@ -47,7 +47,7 @@ def test_the_pictures_of_calls_in_order(control_bundle: Path, tmp_path: Path, ta
 
 def test_parts_of_three_requests_overlap(control_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text, rows and pictures of three requests wait for each other: they only meet if they run at once."""
-    meeting, conditioned, open_loop = threading.Barrier(3, timeout=60), pipeline.conditioned, pipeline.open_loop
+    meeting, conditioned, open_loop = threading.Barrier(3, timeout=60), painting.conditioned, painting.open_loop
     decode = type(control_pipe._models).decode
 
     def meets(number: int, function: Any) -> Any:
@@ -60,8 +60,8 @@ def test_parts_of_three_requests_overlap(control_pipe: Pipeline, monkeypatch: py
 
         return met
 
-    monkeypatch.setattr(pipeline, "conditioned", meets(2, conditioned))
-    monkeypatch.setattr(pipeline, "open_loop", meets(1, open_loop))
+    monkeypatch.setattr(painting, "conditioned", meets(2, conditioned))
+    monkeypatch.setattr(painting, "open_loop", meets(1, open_loop))
     monkeypatch.setattr(type(control_pipe._models), "decode", meets(0, decode))
     assert len(list(control_pipe.map([{"prompt": "red", "num_inference_steps": 1}] * 3))) == 3
 
