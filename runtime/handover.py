@@ -6,8 +6,9 @@ What goes over a wire or into a file is a message of one tensor, `state`, that s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ from .plan import Plan
 
 Float32 = npt.NDArray[np.float32]
 PROTOCOL = "tandemrt.handover/1"
-_KEYS = ("protocol", "plan", "bundle", "step", "seed")
+_KEYS = ("protocol", "plan", "bundle", "step", "seed", "models")
+_MAX_MODELS, _DIGEST = 64, re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # of an array, which has no one truth
@@ -31,6 +33,8 @@ class Handover:
     step: how many inference steps have run. plan: `Plan.digest` of what they and the rest are steps of.
     bundle: the digest of the bundle that ran them, for the record: the rest may run on another one.
     seed: as `Request.seed`, the one drawn where none was given.
+    models: `Manifest.model_digest` of each denoiser that ran them, by its name. Who has another one under the same name
+        refuses the hand-over; who has none goes on.
     """
 
     state: Float32
@@ -38,6 +42,7 @@ class Handover:
     plan: str
     bundle: str
     seed: int | tuple[int, ...]
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Handover after step {self.step} of plan {self.plan[:12]}, state {self.state.shape}>"
@@ -55,8 +60,9 @@ class Handover:
         if not np.isfinite(state).all():
             remedy = "Hand it over in float32."
             raise RequestError("handover", f"the state has values that {dtype} does not hold", remedy=remedy)
-        facts = {"plan": self.plan, "bundle": self.bundle, "step": str(self.step), "seed": json.dumps(self.seed)}
-        return packed({"state": state}, {"protocol": PROTOCOL, **facts})
+        facts = {"plan": self.plan, "bundle": self.bundle, "step": str(self.step)}
+        listed = {"seed": json.dumps(self.seed), "models": json.dumps(dict(self.models))}
+        return packed({"state": state}, {"protocol": PROTOCOL, **facts, **listed})
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Handover:
@@ -71,13 +77,28 @@ class Handover:
             raise RequestError("handover", "protocol", got=facts["protocol"], expected=PROTOCOL, remedy=remedy)
         if "state" not in tensors:
             raise RequestError("handover", "has no state")
-        return cls(tensors["state"], _step(facts["step"]), facts["plan"], facts["bundle"], _seed(facts["seed"]))
+        step, seed, models = _step(facts["step"]), _seed(facts["seed"]), _models(facts["models"])
+        return cls(tensors["state"], step, facts["plan"], facts["bundle"], seed, models)
 
 
-def handed_over(plan: Plan, step: int, state: Float32, bundle: str, seed: int | tuple[int, ...]) -> Handover:
+def handed_over(
+    plan: Plan, step: int, state: Float32, bundle: str, seed: int | tuple[int, ...], models: Mapping[str, str]
+) -> Handover:
     """The hand-over after so many steps of a plan; state: copied. seed: whole numbers of any kind."""
     plain = tuple(map(int, seed)) if isinstance(seed, tuple) else int(seed)
-    return Handover(state.copy(), step, plan.digest, bundle, plain)
+    return Handover(state.copy(), step, plan.digest, bundle, plain, models)
+
+
+def require_models_of(start: Handover, models: Mapping[str, str]) -> None:
+    """Raise RequestError where a hand-over's steps were run by another model than the one of the same name here.
+
+    models: the digests of those that are here, by name.
+    """
+    for name, digest in start.models.items():
+        if models.get(name, digest) != digest:
+            remedy = "Use the same bundle on both sides, or one without this model on one of them."
+            got, expected = digest[:16], f"{models[name][:16]}, the one of that name here"
+            raise RequestError("start", f"its {name!r} is another model", got=got, expected=expected, remedy=remedy)
 
 
 def require_seed_of(start: object, seed: int | Sequence[int] | None, pictures: int) -> None:
@@ -141,3 +162,14 @@ def _seed(text: str) -> int | tuple[int, ...]:
     if not listed or any(whole_number(one) is None for one in listed):
         raise RequestError("handover", "seed", got=text, expected="a whole number, or several")
     return tuple(seed) if isinstance(seed, list) else int(listed[0])
+
+
+def _models(text: str) -> dict[str, str]:
+    try:
+        models = json.loads(text)
+    except (ValueError, RecursionError):
+        models = None
+    known = isinstance(models, dict) and len(models) <= _MAX_MODELS
+    if not known or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in models.values()):
+        raise RequestError("handover", "models", got=text, expected="sha256 digests by denoiser")
+    return dict(models)

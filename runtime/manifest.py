@@ -285,6 +285,13 @@ class Manifest(Frozen, frozen=True, kw_only=True):
         """The sha256 of all files that are listed: of models, tokenizers and the rest, whatever the defaults are."""
         return hashlib.sha256(msgspec.json.encode(self.files, order="deterministic")).hexdigest()
 
+    def model_digest(self, component: str) -> str:
+        """The sha256 of all files in a component's folder: of its model and weights, whatever it is called."""
+        folder, slash, model = self.components[component].model.rpartition("/")
+        own = {path: record.sha256 for path, record in self.files.items() if path.startswith(folder + slash)}
+        listed = [model, sorted((path.removeprefix(folder + slash), sha256) for path, sha256 in own.items())]
+        return hashlib.sha256(msgspec.json.encode(listed)).hexdigest()
+
     def names(self, role: Role) -> tuple[str, ...]:
         """The components that play `role`, in the manifest's order."""
         return tuple(name for name, component in self.components.items() if component.role == role)

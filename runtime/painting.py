@@ -174,10 +174,12 @@ class Painter:
             return tuple(decoded) if wanted else ()
 
     def _handover(self, job: Job, state: State) -> Handover | None:
-        until = job.request.until
+        until, start, bundle = job.request.until, job.request.start, self.bundle
         if until is None:
             return None
-        return handed_over(job.whole, until, state.arrays, self.bundle.digest, job.noise.seed)
+        before = {} if start is None else start.models
+        own = {name: bundle.manifest.model_digest(name) for name in dict.fromkeys(job.plan.denoisers)}
+        return handed_over(job.whole, until, state.arrays, bundle.digest, job.noise.seed, {**before, **own})
 
 
 def _images(pixels: Iterable[Float32]) -> tuple[Image.Image, ...]:

@@ -21,7 +21,7 @@ from .devices import on_devices, require_devices
 from .edge import Edge, names_cloud, with_cloud
 from .editing import checked_editing
 from .errors import CancelledError, ExecutionError, RequestError, told_as
-from .handover import rows_between
+from .handover import require_models_of, rows_between
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
 from .models import Models
@@ -189,6 +189,8 @@ class Pipeline:
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(whole.denoisers)))
         check_conditioning(request, manifest, plan)
         if request.start is not None:
+            own = self.bundle.manifest
+            require_models_of(request.start, {name: own.model_digest(name) for name in own.names("denoiser")})
             checked_array("start", request.start.state, (1 + whole.table.history, *shape))
         if request.latents is not None:
             checked_array("latents", request.latents, shape)

@@ -17,7 +17,7 @@ from .problems import Problem, conflict, malformed, problem_of
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
-_KEY_CHARACTERS, _KEPT, _KEPT_S = 200, 64, 600.0
+_KEY_CHARACTERS, _KEPT, _KEPT_S, _KEPT_BYTES = 200, 64, 600.0, 64 << 20
 
 
 def answering(name: str, metrics: Metrics, endpoint: Endpoint) -> Endpoint:
@@ -84,7 +84,7 @@ class Idempotent:
             raise malformed(f"Idempotency-Key: expected 1 to {_KEY_CHARACTERS} characters.")
         self._forget_old()
         digest = hashlib.sha256(request.url.path.encode() + b"\0" + body).hexdigest()
-        if key in self._kept:
+        while key in self._kept:
             made_of, _, future = self._kept[key]
             if made_of != digest:
                 raise conflict("Idempotency-Key: came with another body before. Send a key of its own.")
@@ -93,7 +93,7 @@ class Idempotent:
             except asyncio.CancelledError:
                 if not future.cancelled():
                     raise
-                # Who made it left: this one makes it.
+                # Who made it left: the first of those who waited makes it.
         future = asyncio.get_running_loop().create_future()
         self._kept[key] = digest, time.monotonic(), future
         try:
@@ -111,8 +111,10 @@ class Idempotent:
 
     def _forget_old(self) -> None:
         oldest = time.monotonic() - _KEPT_S
-        while self._kept:
-            key, (_, made, future) = next(iter(self._kept.items()))
-            if not future.done() or (made > oldest and len(self._kept) < _KEPT):
+        made = {key: one for key, one in self._kept.items() if one[2].done()}
+        size = sum(len(future.result().body) for _, _, future in made.values())
+        for key, (_, since, future) in made.items():
+            if since > oldest and len(self._kept) < _KEPT and size <= _KEPT_BYTES:
                 return
+            size -= len(future.result().body)
             del self._kept[key]

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -22,17 +23,18 @@ from .answers import Endpoint, Idempotent, answering
 from .guard import Guard
 from .limits import Limits
 from .metrics import Metrics
-from .problems import unready
+from .problems import Problem, unready
 from .queue import Queue
 from .served import Served
 from .service import Service
+from .tokens import TokenFile
 
 # The page's style and script are within it, and its pictures are data; nothing comes from elsewhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
 _WARM_UP = Painting(prompt="", seed=0)
 
 
-def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
+def application(pipe: Pipeline, limits: Limits, token: str | TokenFile | None) -> Starlette:
     """A bundle's server, ready when it has painted its first picture; closing it lets what runs end.
 
     token: what every request brings; None for none.
@@ -50,7 +52,7 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
         finally:
             queue.drain()
             await asyncio.wait([warming])
-            await asyncio.to_thread(queue.close)
+            await queue.close()
 
     async def page(_: Request) -> Response:
         return HTMLResponse(shown, headers={"Content-Security-Policy": _POLICY})
@@ -96,6 +98,15 @@ def application(pipe: Pipeline, limits: Limits, token: str | None) -> Starlette:
             route("/v2/models/{name}/ready", "GET", model_ready),
             route("/metrics", "GET", told),
         ],
-        middleware=[Middleware(Guard, token=token)],
+        middleware=[Middleware(Guard, token=token, header_bytes=limits.header_bytes)],
+        exception_handlers={HTTPException: _refused},
         lifespan=lifespan,
     )
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    """Where there is no such path, or it takes another method."""
+    if not isinstance(error, HTTPException):
+        raise error
+    reason = {404: "unknown_path", 405: "unknown_method"}.get(error.status_code, "refused")
+    return Problem(error.status_code, reason, f"{error.detail}.", error.headers).response()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
+import signal
+import socket
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +20,22 @@ from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError
 
 from .limits import Limits
+from .tokens import TokenFile, usable_token
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.applications import Starlette
 
 TOKEN = "TANDEMRT_TOKEN"
-_BOUNDED = ("running", "waiting", "steps", "pictures", "pixels")
+_BOUNDED = ("running", "waiting", "batch", "steps", "pictures", "pixels")
 
 
 @dataclass(frozen=True, slots=True)
 class ServePlan:
-    """Where a bundle is served, to whom, and how much of it."""
+    """Where a bundle is served, to whom, and how much of it.
+
+    token: what requests bring; None for what is in token_file, and where there is none either, nothing.
+    """
 
     bundle: Path
     target: str
@@ -36,6 +44,7 @@ class ServePlan:
     host: str
     port: int
     token: str | None
+    token_file: Path | None
     certificate: Path | None
     key: Path | None
     limits: Limits
@@ -53,8 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where engines are; see build-engine")
     where = parser.add_argument_group("where, and to whom")
     where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
-    where.add_argument("--port", type=int, default=8080, metavar="N", help="default: 8080")
-    where.add_argument("--token-file", type=Path, metavar="FILE", help=f"what requests have to bring; or ${TOKEN}")
+    where.add_argument("--port", type=int, default=8080, metavar="N", help="0 is any free one; default: 8080")
+    where.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help=f"what requests have to bring, read anew when it changes; or ${TOKEN}",
+    )
     where.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM, with --tls-key, for HTTPS")
     where.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM")
     bounds = parser.add_argument_group("how much")
@@ -62,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = {
         "running": "requests that run at once",
         "waiting": "requests that may wait",
+        "batch": "pictures of requests that wait and then run as one; other batches change a picture's last bits",
         "steps": "rows of a plan",
         "pictures": "of a request",
         "pixels": "of a picture",
@@ -81,8 +96,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
         ArgumentError: a value cannot be used, or others than this machine could ask without a token.
     """
     thread_count("--threads", namespace.threads)
-    token = _token(namespace.token_file)
-    if token is None and not _is_loopback(namespace.host):
+    file: Path | None = namespace.token_file
+    token = _token_of_environment() if file is None else None
+    if file is not None:
+        TokenFile(file)
+    if file is None and token is None and not _is_loopback(namespace.host):
         remedy = f"Put a token into ${TOKEN} or a file for --token-file, or leave --host out."
         raise ArgumentError("--host", "others could ask, without a token", got=namespace.host, remedy=remedy)
     if (namespace.tls_certificate is None) != (namespace.tls_key is None):
@@ -96,7 +114,12 @@ def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
             raise ArgumentError(f"--max-{name}", "not usable", got=value, expected=f"{least} or more")
     shared = {name: getattr(namespace, name) for name in ("bundle", "target", "threads", "cache", "host", "port")}
     return ServePlan(
-        **shared, token=token, certificate=namespace.tls_certificate, key=namespace.tls_key, limits=Limits(**bounds)
+        **shared,
+        token=token,
+        token_file=file,
+        certificate=namespace.tls_certificate,
+        key=namespace.tls_key,
+        limits=Limits(**bounds),
     )
 
 
@@ -104,27 +127,63 @@ def plan_facts(plan: ServePlan) -> dict[str, Any]:
     """The plan in JSON's types, without the token."""
     facts = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in ("token", "limits")}
     told = {name: None if value is None else str(value) for name, value in facts.items()}
-    return {**told, "token": "none" if plan.token is None else "needed"}
+    return {**told, "token": "none" if plan.token is None and plan.token_file is None else "needed"}
 
 
 def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
-    """Serve until the process is told to end; what runs then is finished.
+    """Serve until the process is told to end; what was taken until then is finished.
 
     Raises:
         BundleError, TargetError: as `Pipeline.open`.
+        ArgumentError: the address cannot be had, or the certificate cannot be used.
     """
     import uvicorn  # noqa: PLC0415
 
     from .app import application  # noqa: PLC0415
 
-    with Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe:
-        app = application(pipe, plan.limits, plan.token)
-        config = server_config(app, plan.limits, host=plan.host, port=plan.port)
+    with (
+        _listening(plan) as listener,
+        Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe,
+    ):
+        token = plan.token if plan.token_file is None else TokenFile(plan.token_file)
+        config = server_config(application(pipe, plan.limits, token), plan.limits, host=plan.host, port=plan.port)
         config.ssl_certfile, config.ssl_keyfile = plan.certificate, plan.key
+        _load(config)
+        host = f"[{plan.host}]" if ":" in plan.host else plan.host
         scheme = "http" if plan.certificate is None else "https"
-        reporter.note(f"serving {pipe.bundle.path.name} at {scheme}://{plan.host}:{plan.port}")
-        uvicorn.Server(config).run()
+        reporter.note(f"serving {pipe.bundle.path.name} at {scheme}://{host}:{listener.getsockname()[1]}")
+        with _told_to_end():
+            uvicorn.Server(config).run(sockets=[listener])
     return {"served": str(plan.bundle)}
+
+
+def _listening(plan: ServePlan) -> socket.socket:
+    """A socket at the plan's address, which nobody else has."""
+    family = socket.AF_INET6 if ":" in plan.host else socket.AF_INET
+    try:
+        return socket.create_server((plan.host, plan.port), family=family)
+    except OSError as error:
+        what = f"cannot be listened on ({error.strerror or error})"
+        raise ArgumentError("--host, --port", what, got=f"{plan.host}:{plan.port}") from error
+
+
+def _load(config: uvicorn.Config) -> None:
+    """Read the certificate, before anything is served."""
+    try:
+        config.load()
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ArgumentError("--tls-certificate, --tls-key", f"cannot be used ({error})") from error
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Leave signals that end the server to it: it raises them again when it has ended, and ended well."""
+    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def server_config(app: Starlette, limits: Limits, *, host: str, port: int) -> uvicorn.Config:
@@ -140,7 +199,7 @@ def server_config(app: Starlette, limits: Limits, *, host: str, port: int) -> uv
         access_log=False,  # it would hold prompts
         server_header=False,
         log_level="warning",
-        timeout_graceful_shutdown=int(limits.seconds),
+        timeout_graceful_shutdown=math.ceil(limits.seconds),
     )
 
 
@@ -149,23 +208,9 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"served {result['served']}"
 
 
-def _token(file: Path | None) -> str | None:
-    if file is None:
-        token = os.environ.get(TOKEN, "")
-        where = f"${TOKEN}"
-    else:
-        where = f"--token-file {file}"
-        try:
-            token = file.read_text("utf-8").strip()
-        except (OSError, UnicodeError) as error:
-            raise ArgumentError(where, f"cannot be read ({error})") from error
-        if not token:
-            raise ArgumentError(where, "is empty")
-    if not token:
-        return None
-    if not (token.isascii() and token.isprintable() and len(token) >= 16):
-        raise ArgumentError(where, "is no token", expected="16 or more ASCII characters that can be printed")
-    return token
+def _token_of_environment() -> str | None:
+    token = os.environ.get(TOKEN, "")
+    return usable_token(f"${TOKEN}", token) if token else None
 
 
 def _is_loopback(host: str) -> bool:

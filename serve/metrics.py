@@ -18,6 +18,10 @@ class Metrics:
             "tandemrt_requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"), registry=self.registry
         )
         self.waiting = Gauge("tandemrt_waiting", "Requests that wait for their turn.", registry=self.registry)
+        self.running = Gauge("tandemrt_running", "Calls of the pipeline that run.", registry=self.registry)
+        self.together = Histogram(
+            "tandemrt_call_requests", "Requests that ran as one.", buckets=(1, 2, 4, 8, 16), registry=self.registry
+        )
         self.seconds = Histogram(
             "tandemrt_stage_seconds", "Seconds of each stage.", ("stage",), buckets=_SECONDS, registry=self.registry
         )
@@ -27,8 +31,13 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
-    def painted(self, output: Output) -> None:
-        """Count what a request took."""
+    def waited(self, seconds: float) -> None:
+        """Count how long a request has waited."""
+        self.seconds.labels("waiting").observe(seconds)
+
+    def painted(self, output: Output, requests: int) -> None:
+        """Count what a call for so many requests took."""
+        self.together.observe(requests)
         timings = output.timings
         stages = {"text": timings.text_ms, "denoise": timings.denoise_ms, "decode": timings.decode_ms}
         for stage, milliseconds in {**stages, "total": timings.total_ms}.items():

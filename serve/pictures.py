@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import fields
+from typing import Any
 
 from PIL import Image
 
-from tandemrt.runtime import Output
+from tandemrt.runtime import Output, Request
+from tandemrt.runtime.cli.pictures import maker_facts, png_facts
+from tandemrt.runtime.images import png_bytes
+
+from .served import Served
 
 
 def encoded(image: Image.Image, form: str) -> str:
@@ -17,9 +23,26 @@ def encoded(image: Image.Image, form: str) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def pictures_of(output: Output, form: str) -> list[str]:
-    """Its pictures' files, in base64."""
-    return [encoded(image, form) for image in output.images if isinstance(image, Image.Image)]
+def pictures_of(output: Output, form: str, request: Request, served: Served) -> list[str]:
+    """Its pictures' files, in base64; PNGs say how they were made, as those of `tandemrt generate` do."""
+    images = [image for image in output.images if isinstance(image, Image.Image)]
+    if form != "png":
+        return [encoded(image, form) for image in images]
+    again = {"negative_prompt": None, "seed": output.seeds[0], **_given(request)}
+    facts = {
+        "plan": output.plan.facts(),
+        **maker_facts(served.digest, served.platform),
+        "pictures": {},
+        "loras": {},
+    }
+    files = [png_bytes(image, png_facts(again, seed, facts)) for seed, image in zip(output.seeds, images, strict=True)]
+    return [base64.b64encode(file).decode() for file in files]
+
+
+def _given(request: Request) -> dict[str, Any]:
+    """The arguments that decide a request's pictures; they are JSON's types, as they came."""
+    given = {one.name: value for one in fields(Request) if (value := getattr(request, one.name)) is not one.default}
+    return {name: value for name, value in given.items() if name not in ("previews", "output_type")}
 
 
 def milliseconds(output: Output) -> dict[str, float]:

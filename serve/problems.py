@@ -50,12 +50,20 @@ def conflict(message: str) -> Problem:
     return Problem(409, "conflict", message)
 
 
+def slow(seconds: float) -> Problem:
+    return Problem(408, "slow", f"body: did not come within {seconds:g} s.")
+
+
 def too_large(limit: int) -> Problem:
     return Problem(413, "too_large", f"body: too large, expected at most {limit} bytes.")
 
 
 def unsupported(got: str, expected: str) -> Problem:
     return Problem(415, "unsupported_media_type", f"Content-Type: got {got[:200]!r}, expected {expected}.")
+
+
+def header_too_large(limit: int) -> Problem:
+    return Problem(431, "header_too_large", f"header: too large, expected at most {limit} bytes.")
 
 
 def unusable(message: str) -> Problem:

@@ -34,8 +34,8 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """What is painted; names and meanings are those of `tandemrt.runtime.Request`.
 
     until: see there; a hand-over is what it stops for. start_step, plan, seed: of the `state` in a message.
-    dtype: of the state that is answered. bundle: the digest of the bundle that is to be used, where the client cares.
-    timeout: in seconds, of all of it.
+    dtype: of the state that is answered. timeout: in seconds, of all of it.
+    bundle: the digest of the bundle that is to be used, where the client cares; models: of its denoisers, by name.
     """
 
     prompt: Text | None = None
@@ -60,6 +60,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     start_step: int | None = None
     plan: str | None = None
     bundle: str | None = None
+    models: dict[str, str] | None = None
     model: str | None = None
     dtype: Literal["float32", "float16"] = "float32"
     timeout: float | None = None
@@ -67,7 +68,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of a `Request`."""
-        own = {"start_step", "plan", "bundle", "model", "dtype", "timeout"}
+        own = {"start_step", "plan", "bundle", "models", "model", "dtype", "timeout"}
         return {name: value for name in self.__struct_fields__ if name not in own
                 and (value := getattr(self, name)) is not None}  # fmt: skip
 

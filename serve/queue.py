@@ -3,18 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
 
-from tandemrt.runtime import Output, Pipeline, Request, Stream
+from tandemrt.runtime import Output, Pipeline, Request, StepEvent, Stream
 
+from .batching import Batch, in_common
 from .limits import Limits
 from .metrics import Metrics
 from .problems import busy, overdue, unready
 from .work import Seen, Work
+
+LOG = logging.getLogger("tandemrt.serve")
+
+
+@dataclass(slots=True, eq=False)
+class _Caller:
+    """Whom a request is painted for. made: what it made, or why not; done where he is gone. call: once it runs."""
+
+    work: Work
+    seen: Seen | None
+    common: Hashable | None
+    made: asyncio.Future[Output]
+    since: float
+    call: _Call | None = None
+
+
+class _Call:
+    """A call of a pipeline for one caller, or for several at once; it ends when all of them are gone."""
+
+    def __init__(self, callers: Sequence[_Caller]) -> None:
+        self.callers = callers
+        self.batch = Batch.of([caller.work for caller in callers])
+        self._gone = False
+        self._stream: Stream | None = None
+
+    def look(self) -> None:
+        """End it if nobody waits for what it makes."""
+        if all(caller.made.done() for caller in self.callers):
+            self._gone = True
+            if self._stream is not None:
+                self._stream.cancel()
+
+    def run(self, pipe: Pipeline, told: Callable[[StepEvent], object]) -> Output:
+        """Walk it, on a thread of its own."""
+        self._stream = stream = _stream(pipe, self.batch.request)
+        if self._gone:  # before there was a stream to cancel
+            stream.cancel()
+        for event in stream:
+            told(event)
+        return stream.result()
+
+    def tell(self, event: StepEvent) -> None:
+        """Tell those of a row who want to know."""
+        for index, caller in enumerate(self.callers):
+            if caller.seen is not None and not caller.made.done():
+                caller.seen(self.batch.event(event, index))
 
 
 class Queue:
@@ -22,80 +70,134 @@ class Queue:
 
     def __init__(self, pipe: Pipeline, limits: Limits, metrics: Metrics) -> None:
         self._pipe, self._limits, self._metrics = pipe, limits, metrics
-        self._slots = asyncio.Semaphore(limits.running)
         self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="tandemrt-serve")
-        self._within, self._typical_s = 0, 1.0
-        self._unready = "it has not painted its first picture yet"
+        self._free, self._typical_s = limits.running, 1.0
+        self._waiting: list[_Caller] = []
+        self._calls: set[asyncio.Task[None]] = set()
+        self._unready, self._draining = "it has not painted its first picture yet", False
 
     @property
     def unready(self) -> str:
         """Why no request is taken; empty where one is."""
-        return self._unready
+        return "it is shutting down" if self._draining else self._unready
 
     async def warm_up(self, request: Request) -> None:
-        """Paint a picture, and be ready."""
+        """Paint a picture, and be ready; where that fails, be never, and log why."""
         began = time.perf_counter()
-        stream = self._pipe.stream(**_arguments(request))
-        await asyncio.get_running_loop().run_in_executor(self._threads, stream.result)
-        self._typical_s, self._unready = time.perf_counter() - began, ""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, _painted, self._pipe, request)
+        except Exception as error:
+            self._unready = "its first picture failed; its log says why"
+            LOG.error("the first picture failed: %s", error, exc_info=error)
+        else:
+            self._typical_s, self._unready = time.perf_counter() - began, ""
 
     def drain(self) -> None:
-        """Take no further request."""
-        self._unready = "it is shutting down"
+        """Take no further request; those that were taken are painted yet."""
+        self._draining = True
 
-    def close(self) -> None:
-        """End the threads, when what they run has ended."""
-        self._threads.shutdown(cancel_futures=True)
+    async def close(self) -> None:
+        """Wait until what was taken has ended, and end the threads."""
+        while self._calls:
+            await asyncio.wait(self._calls)
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
         """As `Painter.painted`."""
-        if self._unready:
-            raise unready(self._unready)
-        if self._within >= self._limits.running + self._limits.waiting:
-            raise busy(max(1, math.ceil(self._typical_s * self._within / self._limits.running)))
-        self._within += 1
+        if self.unready:
+            raise unready(self.unready)
+        if not self._free and len(self._waiting) >= self._limits.waiting:
+            calls = len(self._waiting) + self._limits.running
+            raise busy(max(1, math.ceil(self._typical_s * calls / self._limits.running)))
+        common = in_common(work) if self._limits.batch > 1 else None
+        caller = _Caller(work, seen, common, asyncio.get_running_loop().create_future(), time.perf_counter())
+        self._waiting.append(caller)
+        self._fill()
         try:
-            return await asyncio.wait_for(self._in_turn(work.request, seen), seconds)
+            return await asyncio.wait_for(caller.made, seconds)
         except (asyncio.TimeoutError, TimeoutError) as late:
             raise overdue(seconds) from late
         finally:
-            self._within -= 1
+            caller.made.cancel()
+            self._let_go(caller)
 
-    async def _in_turn(self, request: Request, seen: Seen | None) -> Output:
-        with self._metrics.waiting.track_inprogress():
-            await self._slots.acquire()
+    def _let_go(self, caller: _Caller) -> None:
+        if caller.call is not None:
+            caller.call.look()
+        elif caller in self._waiting:
+            self._waiting.remove(caller)
+            self._metrics.waiting.set(len(self._waiting))
+
+    def _fill(self) -> None:
+        """Have those run whose turn it is."""
+        while self._free and self._waiting:
+            self._free -= 1
+            task = asyncio.ensure_future(self._run(self._next()))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+        self._metrics.waiting.set(len(self._waiting))
+        self._metrics.running.set(self._limits.running - self._free)
+
+    def _next(self) -> list[_Caller]:
+        """Who waits longest, and those who wait for what can run with it as one."""
+        first = self._waiting.pop(0)
+        together, pictures = [first], first.work.request.pictures
+        for caller in list(self._waiting) if first.common is not None else ():
+            more = pictures + caller.work.request.pictures
+            if caller.common == first.common and more <= self._limits.batch:
+                together.append(caller)
+                self._waiting.remove(caller)
+                pictures = more
+        return together
+
+    async def _run(self, callers: Sequence[_Caller]) -> None:
+        began = time.perf_counter()
+        for caller in callers:
+            self._metrics.waited(began - caller.since)
         try:
-            return await self._run(request, seen)
+            await self._call(callers)
         finally:
-            self._slots.release()
+            self._free += 1
+            self._fill()
 
-    async def _run(self, request: Request, seen: Seen | None) -> Output:
-        loop, began = asyncio.get_running_loop(), time.perf_counter()
-        stream = self._pipe.stream(**_arguments(request))
+    async def _call(self, callers: Sequence[_Caller]) -> None:
+        """Give each what his request makes, of all run as one; where that fails, of each run by itself."""
+        call, loop, began = _Call(callers), asyncio.get_running_loop(), time.perf_counter()
+        for caller in callers:
+            caller.call = call
+        wanted = any(caller.seen is not None for caller in callers)
 
-        def walk() -> Output:
-            for event in stream:
-                if seen is not None:
-                    loop.call_soon_threadsafe(seen, event)
-            return stream.result()
+        def told(event: StepEvent) -> None:
+            if wanted:
+                loop.call_soon_threadsafe(call.tell, event)
 
-        running = loop.run_in_executor(self._threads, walk)
+        call.look()
         try:
-            output = await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await _ended(stream, running)
-            raise
+            output = await loop.run_in_executor(self._threads, call.run, self._pipe, told)
+            outputs = call.batch.outputs(output)
+        except Exception as error:
+            await self._fail(callers, error)
+            return
         self._typical_s = 0.8 * self._typical_s + 0.2 * (time.perf_counter() - began)
-        self._metrics.painted(output)
-        return output
+        self._metrics.painted(output, len(callers))
+        for caller, own in zip(callers, outputs, strict=True):
+            if not caller.made.done():
+                caller.made.set_result(own)
+
+    async def _fail(self, callers: Sequence[_Caller], error: Exception) -> None:
+        left = [caller for caller in callers if not caller.made.done()]
+        if len(callers) == 1:
+            for caller in left:
+                caller.made.set_exception(error)
+            return
+        for caller in left:
+            if not caller.made.done():  # by now
+                await self._call([caller])
 
 
-def _arguments(request: Request) -> dict[str, Any]:
-    return {field.name: getattr(request, field.name) for field in fields(request)}
+def _stream(pipe: Pipeline, request: Request) -> Stream:
+    return pipe.stream(**{field.name: getattr(request, field.name) for field in fields(Request)})
 
 
-async def _ended(stream: Stream, running: asyncio.Future[Output]) -> None:
-    """Cancel what runs on a thread, and wait until it has ended: the next one needs its thread and its memory."""
-    stream.cancel()
-    await asyncio.wait([running])
-    running.exception()  # it is nobody's any more
+def _painted(pipe: Pipeline, request: Request) -> Output:
+    return _stream(pipe, request).result()

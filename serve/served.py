@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,28 +11,40 @@ import msgspec
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.manifest import Manifest
 
-from .problems import unknown_model
+from .problems import conflict, unknown_model
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A bundle that is served; digest: its own. platform: the target that it runs on."""
+    """A bundle that is served.
+
+    digest: its own. platform: the target that it runs on. models: `Manifest.model_digest` by denoiser.
+    """
 
     name: str
     digest: str
     platform: str
     manifest: Manifest
+    models: Mapping[str, str]
 
     @classmethod
     def of(cls, pipe: Pipeline) -> Served:
         """A pipeline's bundle, named as its folder."""
-        bundle = pipe.bundle
-        return cls(bundle.path.name, bundle.digest, pipe.target.told(bundle.manifest), bundle.manifest)
+        bundle, manifest = pipe.bundle, pipe.bundle.manifest
+        models = {name: manifest.model_digest(name) for name in manifest.names("denoiser")}
+        return cls(bundle.path.name, bundle.digest, pipe.target.told(manifest), manifest, models)
 
     def require(self, name: str | None) -> None:
         """Raise Problem where a model of another name is wanted; None is any."""
         if name not in (None, self.name):
             raise unknown_model(str(name), self.name)
+
+    def require_models(self, models: Mapping[str, str]) -> None:
+        """Raise Problem where a caller expects another model than the one of the same name that is served."""
+        for name, digest in models.items():
+            if self.models.get(name, digest) != digest:
+                own = self.models[name][:16]
+                raise conflict(f"models: {name}: got {digest[:16]!r}, expected {own!r}, which is served.")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -41,6 +54,7 @@ class Served:
             "name": self.name,
             "platform": self.platform,
             "bundle": self.digest,
+            "models": dict(self.models),
             "components": {name: msgspec.to_builtins(manifest.components[name]) for name in manifest.names("denoiser")},
             "latent": {"channels": manifest.latent.channels, "downsampling": manifest.latent.downsampling},
             "defaults": msgspec.to_builtins(manifest.defaults),

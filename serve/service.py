@@ -38,7 +38,7 @@ class Service:
     async def handoff(self, request: Request) -> Response:
         """Steps of a picture, from noise or from a state, to the state after them."""
         kind = media_type(request, (JSON, MESSAGE))
-        body = await body_of(request, self.limits.body_bytes)
+        body = await body_of(request, self.limits)
 
         async def made() -> Response:
             asked, work = await asyncio.to_thread(self._part, body, kind)
@@ -52,12 +52,13 @@ class Service:
     async def generations(self, request: Request) -> Response:
         """Whole pictures, as OpenAI's endpoint of the same path answers them."""
         media_type(request, (JSON,))
-        body = await body_of(request, self.limits.body_bytes)
+        body = await body_of(request, self.limits)
 
         async def made() -> Response:
             wanted, work = await asyncio.to_thread(self._whole, partial(generation_of, body))
             output = await self._painted(request, work, self.limits.seconds)
-            data = [{"b64_json": one} for one in await asyncio.to_thread(pictures_of, output, wanted.output_format)]
+            files = await asyncio.to_thread(pictures_of, output, wanted.output_format, work.request, self.served)
+            data = [{"b64_json": one} for one in files]
             facts = {"created": int(time.time()), "data": data, "seeds": output.seeds}
             return JSONResponse(facts, headers=server_timing(output))
 
@@ -72,7 +73,8 @@ class Service:
         wanted, work = await asyncio.to_thread(self._whole, partial(generation_of_query, query))
         shown = replace(work, request=replace(work.request, previews=int(previews)))
         paint = partial(self.painter.painted, shown, self.limits.seconds)
-        return await event_stream(request, paint, partial(pictures_of, form=wanted.output_format))
+        files = partial(pictures_of, form=wanted.output_format, request=work.request, served=self.served)
+        return await event_stream(request, paint, files)
 
     def _part(self, body: bytes, kind: str) -> tuple[Asked, Work]:
         """What a body asks for of a part of a plan; raises as `asked_of` and `work_of`."""

@@ -52,6 +52,7 @@ def work_of(asked: Asked, tensors: dict[str, Any], served: Served, limits: Limit
         RequestError, PlanError: an argument cannot be used.
     """
     served.require(asked.model)
+    served.require_models(asked.models or {})
     manifest = served.manifest
     request = request_of(asked, tensors, served.digest, limits)
     plan = compile_plan(manifest, request.schedule)

@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .generate_stored import own_interval, own_steps, stored_facts
 from .generate_told import calibration_lines, device_lines, guidance_line, passed_over_lines, plan_lines, summary
 from .picture_files import PictureFiles, read_picture
-from .pictures import Names, check_folder, png_facts, unwritable, write_picture
+from .pictures import Names, check_folder, maker_facts, png_facts, unwritable, write_picture
 from .reporter import Reporter
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "plan_lines", "run", "summary"]
@@ -92,9 +91,7 @@ def _run(plan: GeneratePlan, reporter: Reporter) -> dict[str, Any]:
         checked = _checked(plan, pipe, seed)
         facts = {
             "plan": checked.compiled.facts(),
-            "bundle": pipe.bundle.digest,
-            "target": pipe.target.told(pipe.bundle.manifest),
-            "tandemrt": version("tandemrt"),
+            **maker_facts(pipe.bundle.digest, pipe.target.told(pipe.bundle.manifest)),
             "pictures": checked.pictures.facts(),
             "loras": _lora_facts(plan),
         }

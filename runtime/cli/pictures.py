@@ -9,6 +9,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def png_facts(request: Mapping[str, Any], seed: int, facts: Mapping[str, Any]) -
         "request": json.dumps(request),
         **texts,
     }
+
+
+def maker_facts(bundle: str, target: str) -> dict[str, str]:
+    """What of a picture's text tells who made it; bundle: its digest."""
+    return {"bundle": bundle, "target": target, "tandemrt": version("tandemrt")}
 
 
 def check_folder(files: Iterable[Path], *, force: bool, option: str = "--output-dir") -> None:

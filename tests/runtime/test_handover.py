@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandemrt.runtime import Handover, Pipeline, RequestError
-from tandemrt.runtime.messages import MAX_HEADER_BYTES
+from tandemrt.runtime.messages import MAX_HEADER_BYTES, packed, unpacked
 from tandemrt.runtime.solvers import SOLVERS
 
 from .test_concurrency import FAMILIES, picture
 
+MADE_OF = ("protocol", "plan", "bundle", "step", "seed", "models")
 HYBRID: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
 
 
@@ -192,3 +194,21 @@ def test_values_that_cannot_be_used_are_refused(families: Mapping[str, Pipeline]
         with_state(made, lambda state: state * 1e6).to_bytes("float16")
     with pytest.raises(RequestError, match="dtype: unknown, got 'bfloat16', expected float32 or float16"):
         made.to_bytes("bfloat16")  # type: ignore[arg-type]
+
+
+def test_which_models_ran_is_told_and_looked_at(families: Mapping[str, Pipeline], made: Handover) -> None:
+    pipe = families["steered"]
+    digest = pipe.bundle.manifest.model_digest("unet")
+    assert made.models == Handover.from_bytes(made.to_bytes()).models == {"unet": digest}
+    pipe(**HYBRID, start=replace(made, models={"unet": digest, "unet_elsewhere": "0" * 64}))
+    with pytest.raises(
+        RequestError, match=rf"start: its 'unet' is another model, got '0{{16}}', expected {digest[:16]}"
+    ):
+        pipe(**HYBRID, start=replace(made, models={"unet": "0" * 64}))
+    for models in ({"unet": "abc"}, {"unet": 3}, {f"unet_{i}": digest for i in range(65)}):
+        with pytest.raises(RequestError, match=r"handover: models, got .*, expected sha256 digests by denoiser"):
+            Handover.from_bytes(replace(made, models=models).to_bytes())  # type: ignore[arg-type]
+    for text in ("[]", "null", "{", "[" * 10_000):
+        tensors, facts = unpacked("handover", made.to_bytes(), {"state": 5}, dict.fromkeys(MADE_OF, True))
+        with pytest.raises(RequestError, match="handover: models, got"):
+            Handover.from_bytes(packed(tensors, {**facts, "models": text}))

@@ -16,6 +16,7 @@ from tandemrt.runtime import Pipeline
 from tandemrt.serve.app import application
 from tandemrt.serve.command import server_config
 from tandemrt.serve.limits import Limits
+from tandemrt.serve.tokens import TokenFile
 
 from ..runtime.tiny_families import write_tiny_control
 
@@ -36,10 +37,17 @@ def pipe(bundle: Path) -> Iterator[Pipeline]:
 
 
 @contextmanager
-def serving(pipe: Pipeline, limits: Limits | None = None, token: str | None = None) -> Iterator[httpx.Client]:
-    """A client of a server that is ready."""
+def serving(
+    pipe: Pipeline,
+    limits: Limits | None = None,
+    token: str | TokenFile | None = None,
+    *,
+    port: int | None = 0,
+    ready: bool = True,
+) -> Iterator[httpx.Client]:
+    """A client of a server; port: 0 for any. ready: wait until that is."""
     limits = limits or Limits()
-    config = server_config(application(pipe, limits, token), limits, host="127.0.0.1", port=0)
+    config = server_config(application(pipe, limits, token), limits, host="127.0.0.1", port=port or 0)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -48,7 +56,7 @@ def serving(pipe: Pipeline, limits: Limits | None = None, token: str | None = No
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            while client.get("/v2/health/ready").status_code != 200:
+            while ready and client.get("/v2/health/ready").status_code != 200:
                 time.sleep(0.01)
             yield client
     finally:

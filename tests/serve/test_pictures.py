@@ -1,0 +1,77 @@
+"""Pictures that are served say how they were made, as those of `tandemrt generate` do."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.cli.program import main
+
+STEPS = "unet:2,unet_free:3"
+
+
+def opened(base64_png: str) -> Any:
+    image = Image.open(io.BytesIO(base64.b64decode(base64_png)))
+    image.load()
+    return image
+
+
+def painted(client: httpx.Client, **asked: Any) -> list[Any]:
+    answer = client.post("/v1/images/generations", json={"prompt": "red", "steps": STEPS, **asked})
+    assert answer.status_code == 200, answer.text
+    return [opened(one["b64_json"]) for one in answer.json()["data"]]
+
+
+def streamed(client: httpx.Client, **asked: Any) -> list[Any]:
+    answer = client.get("/v1/images/stream", params={"prompt": "red", "steps": STEPS, **asked})
+    last = answer.text.strip().split("\n\n")[-1]
+    name, data = (line.partition(": ")[2] for line in last.split("\n"))
+    assert name == "picture"
+    return [opened(one) for one in json.loads(data)["b64_json"]]
+
+
+@pytest.mark.parametrize("paint", [painted, streamed])
+def test_the_text_of_a_png_is_that_of_generate(
+    paint: Any, bundle: Path, client: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "red", "--steps", STEPS, "--seed", "7", "--threads", "1", "--output-dir", str(tmp_path)]
+    assert main(["generate", str(bundle), *words]) == 0
+    capsys.readouterr()
+    with Image.open(next(tmp_path.glob("*.png"))) as file:
+        file.load()
+        wanted = file.text  # type: ignore[attr-defined]
+    (served,) = paint(client, seed=7)
+    assert list(served.text) == list(wanted)
+    assert {**served.text, "request": ""} == {**wanted, "request": ""}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"seed": 7, "n": 2, "size": "64x96"},
+        {"negative_prompt": "blue", "guidance_scale": 2.5},  # the seed is drawn
+        {"steps": {"unet": 3}, "seed": 1},
+    ],
+)
+def test_its_request_paints_it_again(asked: dict[str, Any], client: httpx.Client, pipe: Pipeline) -> None:
+    pictures = painted(client, **asked)
+    for index, picture in enumerate(pictures):
+        again = pipe(**json.loads(picture.text["request"]))
+        assert (len(again.images), str(again.seeds[index])) == (len(pictures), picture.text["seed"])
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(again.images[index]))
+
+
+def test_other_files_say_nothing(client: httpx.Client) -> None:
+    for form in ("jpeg", "webp"):
+        (picture,) = painted(client, output_format=form)
+        assert (picture.format, b"red" in picture.tobytes()) == (form.upper(), False)
+        assert not {"prompt", "comment", "exif"} & set(picture.info)
