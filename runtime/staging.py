@@ -13,10 +13,12 @@ import fcntl
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from .errors import BundleError, ExportError
+from .errors import ExportError, TandemError
 from .manifest_files import MANIFEST_NAME, MAX_MANIFEST_BYTES, SEAL_NAME, decode
 
 _PART = ".tandemrt-part-"
@@ -27,17 +29,40 @@ _NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP)
 _HELD_OR_GONE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOENT)
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a folder is that `--force` replaces.
+
+    name: in messages. marker: the file at its root that it is known by. listed: all files that are its own, by their
+    paths within it, marker and all; raises TandemError where the marker cannot be read.
+    """
+
+    name: str
+    marker: str
+    listed: Callable[[Path], Iterable[str]]
+
+
+def _files_of_bundle(folder: Path) -> Iterable[str]:
+    with (folder / MANIFEST_NAME).open("rb") as stream:
+        manifest = decode(stream.read(MAX_MANIFEST_BYTES + 1), str(folder / MANIFEST_NAME))
+    return (*manifest.files, MANIFEST_NAME, SEAL_NAME)
+
+
+BUNDLE = Kind("bundle", MANIFEST_NAME, _files_of_bundle)
+
+
 class Staging:
     """A temporary folder beside `out`, removed on leaving unless `publish` put it in `out`'s place.
 
-    Parents of `out` that had to be made go with it.
+    Parents of `out` that had to be made go with it. kind: of what `force` lets it replace.
 
     Raises, on entering:
         ExportError: `out` exists and may not be replaced, or its parent cannot be written.
     """
 
-    def __init__(self, out: Path, *, force: bool) -> None:
-        self.out, self._force = Path(os.path.abspath(out)), force  # noqa: PTH100 — resolve() would follow a link at `out`
+    def __init__(self, out: Path, *, force: bool, kind: Kind = BUNDLE) -> None:
+        self.out = Path(os.path.abspath(out))  # noqa: PTH100 — resolve() would follow a link at `out`
+        self._force, self._kind = force, kind
         self.folder = self.out
         self._lock = -1
         self._new_parents = [parent for parent in self.out.parents if not os.path.lexists(parent)]
@@ -46,7 +71,7 @@ class Staging:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             _restore(self.out)
-            require_free(self.out, force=self._force)
+            require_free(self.out, force=self._force, kind=self._kind)
             sweep(self.out.parent)
             self.folder, self._lock = _new_locked_folder(self.out)
         except OSError as error:
@@ -71,7 +96,7 @@ class Staging:
         """
         try:
             _sync(self.folder)
-            require_free(self.out, force=self._force)
+            require_free(self.out, force=self._force, kind=self._kind)
             if self.out.exists():
                 _swap(self.folder, self.out)
             else:
@@ -86,12 +111,12 @@ class Staging:
                 parent.rmdir()
 
 
-def require_free(out: Path, *, force: bool) -> None:
-    """Check that a bundle may be put at `out`.
+def require_free(out: Path, *, force: bool, kind: Kind = BUNDLE) -> None:
+    """Check that a folder of a kind may be put at `out`.
 
     Raises:
         ExportError: it lies inside a bundle, or exists, and either `force` is not given or it holds anything that is
-            not of a bundle, which is never replaced.
+            not of that kind, which is never replaced.
     """
     for folder in Path(os.path.realpath(out.parent), out.name).absolute().parents:
         if os.path.lexists(folder / MANIFEST_NAME):
@@ -101,38 +126,37 @@ def require_free(out: Path, *, force: bool) -> None:
     if not os.path.lexists(out):
         return
     if not force:
-        raise ExportError(str(out), "exists already", remedy="Give another folder, or --force to replace a bundle.")
-    if out.is_symlink() or not out.is_dir() or not ((out / MANIFEST_NAME).is_file() or not any(out.iterdir())):
+        remedy = f"Give another folder, or --force to replace a {kind.name}."
+        raise ExportError(str(out), "exists already", remedy=remedy)
+    if out.is_symlink() or not out.is_dir() or not ((out / kind.marker).is_file() or not any(out.iterdir())):
         raise ExportError(
             str(out),
-            "exists and is no bundle, so --force does not replace it",
-            expected=f"a folder with {MANIFEST_NAME}",
+            f"exists and is no {kind.name}, so --force does not replace it",
+            expected=f"a folder with {kind.marker}",
             remedy="Give another folder.",
         )
-    _require_only_a_bundle(out)
+    _require_only(out, kind)
 
 
-def _require_only_a_bundle(folder: Path) -> None:
-    """Check that all that would go with a folder is its manifest, its seal and the files that are listed."""
+def _require_only(folder: Path, kind: Kind) -> None:
+    """Check that all that would go with a folder is what it lists as its own."""
     found = {path.relative_to(folder): path.is_dir() for path in folder.rglob("*")}
     if not found:
         return
     try:
-        with (folder / MANIFEST_NAME).open("rb") as stream:
-            manifest = decode(stream.read(MAX_MANIFEST_BYTES + 1), str(folder / MANIFEST_NAME))
-    except (BundleError, OSError) as error:
+        files = {Path(name) for name in kind.listed(folder)}
+    except (TandemError, OSError) as error:
         raise ExportError(
             str(folder),
-            f"--force cannot tell which of its files are a bundle's ({error})",
+            f"--force cannot tell which of its files are a {kind.name}'s ({error})",
             remedy="Remove the folder by hand, or give another.",
         ) from error
-    files = {Path(name) for name in (*manifest.files, MANIFEST_NAME, SEAL_NAME)}
     folders = {parent for file in files for parent in file.parents}
     foreign = sorted(path for path, is_folder in found.items() if path not in (folders if is_folder else files))
     if foreign:
         raise ExportError(
             str(folder / foreign[0]),
-            "is not of the bundle, so --force does not remove it",
+            f"is not of the {kind.name}, so --force does not remove it",
             remedy="Move it elsewhere, or give another folder.",
         )
 

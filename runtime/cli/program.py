@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, Entry] = {
     "generate": Entry("tandemrt.runtime.cli.generate", "paint pictures from prompts with a bundle", "cpu"),
     "bench": Entry("tandemrt.bench.command", "measure a bundle beside its peers, and report", "cpu,bench", group=True),
     "serve": Entry("tandemrt.serve.command", "serve a bundle over HTTP", "cpu,serve"),
+    "export-triton": Entry("tandemrt.engines.triton_command", "write a model repository for Triton", "cpu"),
     "inspect": Entry("tandemrt.runtime.cli.inspect_bundle", "show what a bundle holds", "cpu", plans=False),
     "verify": Entry("tandemrt.runtime.cli.verify_bundle", "check that a bundle is what was exported", "export,cpu"),
     "doctor": Entry("tandemrt.runtime.cli.doctor", "show what this machine can run, and what is missing", "cpu", False),
