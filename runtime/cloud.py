@@ -89,11 +89,9 @@ class Cloud:
             CloudError: there was none in time.
         """
         facts = {**asked, "plan": plan, "dtype": "float16" if self.half else "float32"}
-        if tensors:
-            body, kind = packed(tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)}), MESSAGE
-        else:
-            body, kind = json.dumps(facts).encode(), JSON
-        headers = {"Content-Type": kind, "Idempotency-Key": uuid.uuid4().hex}
+        # Also where there are no tensors: a turned bit in a prompt's JSON would paint another picture.
+        body = packed(tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)})
+        headers = {"Content-Type": MESSAGE, "Idempotency-Key": uuid.uuid4().hex}
         began, tries = time.monotonic(), 0
         ends = began + self.seconds
         while True:
@@ -157,6 +155,8 @@ class Cloud:
                 received += chunk
                 if len(received) > MAX_ANSWER_BYTES:
                     raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
+            if time.monotonic() >= ends:  # what was cut may look like an answer, such as one whose headers end early
+                raise self._late()
             if answer.length:
                 raise http.client.IncompleteRead(bytes(received), answer.length)
             if answer.status == 200:

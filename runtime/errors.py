@@ -16,7 +16,8 @@ TandemError                  anything we raise on purpose; `exit_status` 1
 ├── BenchmarkError           a benchmark that cannot be run, or a file that is no report of one
 ├── CalibrationError         what was measured cannot be used, or leads to nothing of what was asked for
 ├── CloudError               a server of hand-overs that did not help in time
-└── ExecutionError           a model that failed while running, or returned NaN or Inf
+└── ExecutionError           a model that failed while running
+    ├── NonFiniteError       a model that returned NaN or Inf, or what leads to them
     └── CancelledError       a generation stopped by its caller
 """
 
@@ -110,7 +111,7 @@ class CheckpointError(TandemError):
 
 
 class ExportError(TandemError):
-    """A bundle cannot be made: an export failed, missed a threshold, or its place is taken; nothing was published."""
+    """What is exported cannot be made: it failed, missed a threshold, or its place is taken; nothing was published."""
 
 
 class BundleError(TandemError):
@@ -158,6 +159,10 @@ class CloudError(TandemError):
 
 class ExecutionError(TandemError):
     """A model failed while running, or returned NaN or Inf."""
+
+
+class NonFiniteError(ExecutionError):
+    """A model returned NaN or Inf, or what leads to them."""
 
 
 class CancelledError(ExecutionError):

@@ -16,7 +16,7 @@ from .build_commands import build_command
 from .bundle import Bundle
 from .engine_search import engines_of
 from .engine_session import Loader, engine_target
-from .errors import BundleError, EngineError, ExecutionError, UntrustedError
+from .errors import BundleError, EngineError, ExecutionError, NonFiniteError, UntrustedError
 from .foreseen_engines import foreseen_engines
 from .images import Float32, pixels_from_decoded
 from .loras import Fitted
@@ -337,4 +337,4 @@ class Models:
 
 def _require_finite(name: str, values: Array, what: str) -> None:
     if not np.isfinite(values).all():
-        raise ExecutionError(name, f"NaN or Inf in {what}", remedy="If it is fp16, export it as fp32.")
+        raise NonFiniteError(name, f"NaN or Inf in {what}", remedy="If it is fp16, export it as fp32.")

@@ -165,7 +165,8 @@ def described(where: str, start: bytes, most: int = MAX_HEADER_BYTES, size: int 
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(where, f"not a safetensors header ({error!r})", remedy=AGAIN) from error
+        what = f"not a safetensors header ({type(error).__name__}: {error})"
+        raise CheckpointError(where, what, remedy=AGAIN) from error
     end = _require_spans(where, spans, wanted)
     expected = 8 + length + end
     if size != expected:

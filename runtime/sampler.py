@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .adaptive import AdaptiveGuidance
 from .control import Running
 from .discrepancy import relative_mae
-from .errors import ExecutionError
+from .errors import NonFiniteError
 from .placement import Branches, Placed
 from .plan import Plan, RowGuidance
 from .state import State
@@ -149,7 +149,7 @@ def walked(state: State, end: int, advance: Callable[[], Advanced]) -> Iterator[
 
 
 def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Sequence[Running]) -> None:
-    """Raise ExecutionError, which names the row and its denoiser or ControlNet, when `values` hold NaN or Inf.
+    """Raise NonFiniteError, which names the row and its denoiser or ControlNet, when `values` hold NaN or Inf.
 
     running: the row's ControlNets.
     """
@@ -160,9 +160,9 @@ def require_finite(plan: Plan, row: int, what: str, values: Float32, running: Se
             name = one.control.component
             remedy = f"Lower its controlnet_conditioning_scale; if '{name}' is fp16, export it as fp32."
             what = f"NaN or Inf in what the ControlNet makes, scaled by {one.control.scale:g}"
-            raise ExecutionError(_where(plan, row, name), what, remedy=remedy)
+            raise NonFiniteError(_where(plan, row, name), what, remedy=remedy)
     name = plan.denoisers[row]
-    raise ExecutionError(
+    raise NonFiniteError(
         _where(plan, row, name),
         f"NaN or Inf in the {what}",
         got=f"{int(np.count_nonzero(~np.isfinite(values)))} of {values.size} values",

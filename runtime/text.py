@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .backends.base import Array, Binding, Session
 from .bundle import Bundle
-from .errors import BundleError, ExecutionError
+from .errors import BundleError, NonFiniteError
 from .lora_slots import Adapter, slot_inputs
 from .manifest import TextConditioning
 from .tokenizer import DroppedText, PromptTokenizer, Tokens
@@ -133,7 +133,7 @@ class PromptEncoder:
             got = {name: array.shape for name, array in binding.outputs.items()}
             raise BundleError(self._name, "outputs", got=got, expected=f"{name} {(1, *shape)}")
         if not np.isfinite(output).all():
-            raise ExecutionError(self._name, f"NaN or Inf in {name}", expected="finite values")
+            raise NonFiniteError(self._name, f"NaN or Inf in {name}", expected="finite values")
         copied: Float32 = output[0].astype(np.float32)
         return copied
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from tandemrt.runtime.errors import ArgumentError
+from tandemrt.runtime.errors import ArgumentError, NonFiniteError
 
 LOG = logging.getLogger("tandemrt.serve")
+_MOST_CHARACTERS = 2000
 
 
 class Problem(Exception):  # noqa: N818
@@ -21,7 +22,8 @@ class Problem(Exception):  # noqa: N818
     """
 
     def __init__(self, status: int, reason: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+        # What callers send may hold what UTF-8 has not, such as half of a surrogate pair.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode()[:_MOST_CHARACTERS])
         self.status, self.reason, self.headers = status, reason, dict(headers or {})
 
     @property
@@ -89,6 +91,8 @@ def problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, ArgumentError):
         return unusable(str(error))
+    if isinstance(error, NonFiniteError):
+        return Problem(500, "not_finite", str(error))
     number = uuid.uuid4().hex
     LOG.error("%s: %s", number, error, exc_info=error)
     return Problem(500, "failed", f"The request failed. The server's log has the reason, under {number}.")

@@ -81,7 +81,7 @@ def asked_of(body: bytes, media_type: str) -> tuple[Asked, dict[str, Any]]:
         RequestError: a tensor cannot be used.
     """
     tensors: Mapping[str, Any] = {}
-    text = body
+    text: bytes | str = body
     if media_type == MESSAGE:
         try:
             tensors, facts = unpacked("body", body, TENSORS, {"protocol": True, "request": True})
@@ -89,7 +89,7 @@ def asked_of(body: bytes, media_type: str) -> tuple[Asked, dict[str, Any]]:
             raise malformed(str(error)) from error
         if facts["protocol"] != PROTOCOL:
             raise malformed(f"protocol: got {facts['protocol'][:100]!r}, expected {PROTOCOL!r}.")
-        text = facts["request"].encode()
+        text = facts["request"]
     try:
         return msgspec.json.decode(text, type=Asked), dict(tensors)
     except msgspec.ValidationError as error:
@@ -109,6 +109,8 @@ def request_of(asked: Asked, tensors: dict[str, Any], digest: str, limits: Limit
     """
     if asked.bundle is not None and asked.bundle != digest:
         raise conflict(f"bundle: got {asked.bundle[:16]!r}, expected {digest[:16]!r}, which is served.")
+    if (steps := _steps(asked)) > limits.steps:  # before a plan of them is compiled
+        raise unusable(f"steps: got {steps}, expected at most {limits.steps}.")
     given = asked.arguments
     size = sum(len(text.encode("utf-8", "replace")) for name in _TEXTS for text in _texts(given.get(name)))
     if size > limits.prompt_bytes:
@@ -134,6 +136,15 @@ def require_within(steps: int, shape: tuple[int, ...], downsampling: int, limits
     pixels = shape[2] * shape[3] * downsampling**2
     if pixels > limits.pixels:
         raise unusable(f"height, width: got {pixels} pixels, expected at most {limits.pixels}.")
+
+
+def _steps(asked: Asked) -> int:
+    """How many steps are asked for, in whichever way; what is wrong with them is for the plan to say."""
+    if asked.steps is None or isinstance(asked.steps, int):
+        counts = [asked.steps or 0]
+    else:
+        counts = list(asked.steps.values() if isinstance(asked.steps, dict) else [count for _, count in asked.steps])
+    return max(sum(count for count in counts if count > 0), len(asked.timesteps or ()))
 
 
 def _texts(value: Text | None) -> list[str]:

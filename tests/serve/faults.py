@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -16,8 +16,9 @@ class Faults:
     """What befalls a connection's bytes, in one direction.
 
     delay_s: before the first. bytes_per_s: no more than that. cut_after, corrupted: the byte behind which the
-    connection ends, or of which a bit is turned. swallowed: nothing arrives. connections: how many it befalls, the
-    first ones.
+    connection ends, or of which a bit is turned. swallowed: nothing arrives. doubled: the byte whose chunk comes twice.
+    replayed: of what goes to the server, all of it comes there on a second connection too. connections: how many it
+    befalls, the first ones.
     """
 
     delay_s: float = 0.0
@@ -25,16 +26,33 @@ class Faults:
     cut_after: int | None = None
     corrupted: int | None = None
     swallowed: bool = False
+    doubled: int | None = None
+    replayed: bool = False
     connections: int = 1_000_000
 
 
 class Proxy:
-    """Listens on a port of this machine; up: of what goes to the server, down: of what it answers."""
+    """Listens on a port of this machine; up: of what goes to the server, down: of what it answers.
+
+    server_port: of the server that further connections lead to. begun: whether faults befall them, from the first one
+    that is made then. sent: what the server was sent since, by all of them.
+    """
 
     def __init__(self, port: int, up: Faults, down: Faults) -> None:
-        self._server_port, self._up, self._down = port, up, down
-        self.connections = 0
+        self.server_port, self._up, self._down = port, up, down
+        self.begun, self.connections = False, 0
+        self.sent = bytearray()
         self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def begin(self) -> None:
+        """Let faults befall what comes from now on."""
+        self.begun, self.connections = True, 0
+        self.sent.clear()
 
     async def serve(self, ready: threading.Event, ended: asyncio.Event) -> None:
         server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -50,22 +68,28 @@ class Proxy:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         number = self.connections
-        there, back = await asyncio.open_connection("127.0.0.1", self._server_port)
+        befallen = (self.begun and number <= one.connections for one in (self._up, self._down))
+        up, down = (
+            one if is_befallen else Faults() for one, is_befallen in zip((self._up, self._down), befallen, strict=True)
+        )
+        sides = [await asyncio.open_connection("127.0.0.1", self.server_port) for _ in range(1 + up.replayed)]
+        backs = [back for _, back in sides]
         try:
-            ways = [(reader, back, self._up), (there, writer, self._down)]
-            tasks = [asyncio.ensure_future(_carried(*way, number)) for way in ways]
+            ways = [_carried(reader, backs, up, self.sent), _carried(sides[0][0], [writer], down, bytearray())]
+            tasks = [asyncio.ensure_future(way) for way in ways]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
         finally:
-            for one in (writer, back):
+            for one in (writer, *backs):
                 one.transport.abort()
 
 
-async def _carried(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults, number: int) -> None:
-    """Carry bytes from one side to the other until one ends, or a fault ends it."""
-    own = faults if number <= faults.connections else Faults()
+async def _carried(
+    reader: asyncio.StreamReader, writers: Sequence[asyncio.StreamWriter], own: Faults, kept: bytearray
+) -> None:
+    """Carry bytes from one side to the others until one ends, or a fault ends it; kept: what came there."""
     carried = 0
     with suppress(ConnectionError):
         async for chunk in _chunks(reader, own.bytes_per_s):
@@ -76,9 +100,15 @@ async def _carried(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, f
             data = bytearray(chunk)
             if own.corrupted is not None and carried <= own.corrupted < carried + len(data):
                 data[own.corrupted - carried] ^= 0x40
+            if own.doubled is not None and carried <= own.doubled < carried + len(data):
+                data *= 2
             ends = own.cut_after is not None and carried + len(data) >= own.cut_after
-            writer.write(data[: own.cut_after - carried] if ends and own.cut_after is not None else data)
-            await writer.drain()
+            if ends and own.cut_after is not None:
+                del data[own.cut_after - carried :]
+            kept += data
+            for writer in writers:
+                writer.write(data)
+                await writer.drain()
             carried += len(data)
             if ends:
                 return

@@ -15,7 +15,7 @@ from tandemrt.runtime import Cloud, Output, Pipeline, TandemError
 from tandemrt.serve.limits import Limits
 
 from .conftest import serving
-from .faults import Faults, between
+from .faults import Faults, Proxy, between
 
 TANDEM: dict[str, Any] = {"prompt": "red", "steps": {"cloud:unet": 2, "unet_free": 3}, "seed": 7}
 HERE: dict[str, Any] = {**TANDEM, "steps": {"unet": 2, "unet_free": 3}}
@@ -35,9 +35,12 @@ def port_of(client: httpx.Client) -> int:
     return client.base_url.port
 
 
-def painted(bundle: Path, url: str, job: Mapping[str, Any] = TANDEM, **options: Any) -> Output:
-    cloud = Cloud(url, **{"seconds": SECONDS, **options})
+def painted(bundle: Path, where: str | Proxy, job: Mapping[str, Any] = TANDEM, **options: Any) -> Output:
+    """What a device paints with a server, or with one behind a proxy, whose faults begin once the device is open."""
+    cloud = Cloud(where if isinstance(where, str) else where.url, **{"seconds": SECONDS, **options})
     with Pipeline.open(bundle, threads=1, cloud=cloud) as edge:
+        if isinstance(where, Proxy):
+            where.begin()
         began = time.monotonic()
         output = edge(**job)
         assert time.monotonic() - began < cloud.seconds + 1
@@ -106,8 +109,9 @@ FAULTS: Mapping[str, tuple[Faults, Faults, str | None]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_the_network(name: str, bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
     up, down, reason = FAULTS[name]
+    seconds = 0.4 if reason == "deadline" else SECONDS
     with between(port_of(server), up, down) as proxy:
-        output = painted(bundle, f"http://127.0.0.1:{proxy.port}")
+        output = painted(bundle, proxy, seconds=seconds)
     degraded = output.degraded.partition(":")[0]
     if reason is not None:
         assert degraded == reason, output.degraded
@@ -123,8 +127,9 @@ def test_nobody_there(bundle: Path, pipe: Pipeline) -> None:
 def test_a_server_that_fails_is_left_alone_for_a_while(bundle: Path, server: httpx.Client) -> None:
     with (
         between(port_of(server), down=Faults(cut_after=10)) as proxy,
-        Pipeline.open(bundle, threads=1, cloud=Cloud(f"http://127.0.0.1:{proxy.port}", seconds=2)) as edge,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=2)) as edge,
     ):
+        proxy.begin()
         assert edge(**TANDEM).degraded.startswith("unreachable")
         asked = proxy.connections
         assert edge(**TANDEM).degraded.startswith("broken")

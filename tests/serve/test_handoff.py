@@ -79,6 +79,8 @@ def test_half_the_bytes(client: httpx.Client, pipe: Pipeline) -> None:
         (422, "height: not usable, got 65", {"height": 65, "until": 1}),
         (422, "height, width: got 4194304 pixels, expected at most", {"height": 2048, "width": 2048, "until": 1}),
         (422, "steps: got 151, expected at most 150", {"steps": 151, "until": 1}),
+        (422, "steps: got 100000, expected at most 150",  # a plan of which would take half a minute to compile
+         {"steps": {"unet": 100_000, "unet_free": -1}, "solver_config": {"num_train_timesteps": 100_000}, "until": 1}),
         (422, "pictures: got 5, expected at most 4", {"num_images_per_prompt": 5, "until": 1}),
         (422, "prompt: got 16385 bytes, expected at most 16384", {"prompt": "x" * 16385, "until": 1}),
         (422, "steps: unknown denoiser, got 'unet_nowhere'", {"steps": {"unet_nowhere": 2}, "until": 1}),
