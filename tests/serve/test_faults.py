@@ -222,6 +222,39 @@ def test_disks_that_are_full(
         assert answer.status_code == 200, answer.text
 
 
+class Full:
+    """A pipeline that cannot write, once it is told so."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self._pipe, self.full = pipe, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def stream(self, **asked: Any) -> Stream:
+        if self.full:
+            raise OSError(*NO_SPACE, "/a/place/of/the/server")
+        return self._pipe.stream(**asked)
+
+
+def test_what_is_not_the_callers_fault_is_told_by_a_number(
+    bundle: Path, pipe: Pipeline, allowed: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Full(pipe)
+    with serving(full) as client:
+        full.full = True
+        output = painted(bundle, str(client.base_url))
+        full.full = False
+        assert require_allowed(painted(bundle, str(client.base_url)), allowed) == ""
+    assert require_allowed(output, allowed) == "failed"
+    told = re.search(
+        r"answered 500: The request failed\. The server's log has the reason, under (\w{32})\.", output.degraded
+    )
+    assert told, output.degraded
+    assert "/a/place/of/the/server" not in output.degraded
+    assert any(told[1] in line and "/a/place/of/the/server" in line for line in caplog.messages)
+
+
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle, but that its `unet_free` says NaN."""
