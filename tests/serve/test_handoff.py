@@ -135,6 +135,10 @@ def test_states_that_do_not_fit(client: httpx.Client, pipe: Pipeline) -> None:
     spoilt = Handover(handover.state * np.float32(np.nan), handover.step, handover.plan, "", 7)
     code, told = posted(client, message(spoilt, until=5), MESSAGE)
     assert (code, told) == (422, "body: state: holds NaN or Inf, expected finite values.")
+    code, told = posted(client, packed({"\ud800": handover.state}, {"protocol": PROTOCOL, "request": "{}"}), MESSAGE)
+    assert (code, "body: tensors, got \"'\\\\ud800' in F32" in told) == (422, True), told
+    code, told = posted(client, packed({}, {"protocol": PROTOCOL, "request": '{"prompt": "\ud800"}'}), MESSAGE)
+    assert (code, "request: no JSON ('utf-8' codec can't encode" in told) == (400, True), told
     damaged = bytearray(message(handover, until=5))
     damaged[-1] ^= 1
     code, told = posted(client, bytes(damaged), MESSAGE)
