@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, CloudError, RequestError
+from .errors import ArgumentError, CancelledError, CloudError, RequestError
 from .handover import Handover
 from .manifest import Component, Manifest
 from .messages import packed
@@ -35,14 +35,19 @@ RETRIES, TRIED_AGAIN = 2, frozenset({429, 502, 503, 504})
 # So many failures in a row, and nobody is kept waiting for so many seconds.
 BREAKING, BROKEN_S = 3, 30.0
 MAX_ANSWER_BYTES = 64 << 20
-_FIRST_PAUSE_S, _CHUNK = 0.1, 1 << 16
+_FIRST_PAUSE_S, _CHUNK, _LOOK_S = 0.1, 1 << 16, 0.05
+Bounds = tuple[float, threading.Event]  # when an exchange is cut, of time.monotonic, and what cuts it before
 _REASONS = {401: "unauthorized", 409: "conflict", 429: "busy", 503: "unready", 504: "deadline"}
 
 
 @dataclass(frozen=True, slots=True)
 class CloudTiming:
-    """What a hand-over took: seconds with all tries, how many those were, and the bytes of the last one's bodies."""
+    """What a hand-over took: seconds with all tries, how many those were, and the bytes of the last one's bodies.
 
+    steps: how many the server was asked for. received_bytes: 0 where it did not help.
+    """
+
+    steps: int
     seconds: float
     tries: int
     sent_bytes: int
@@ -78,37 +83,48 @@ class Cloud:
         return f"<Cloud {self.url}>"
 
     def run(
-        self, asked: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[np.float32]], plan: str
+        self,
+        asked: Mapping[str, Any],
+        tensors: Mapping[str, npt.NDArray[np.float32]],
+        plan: str,
+        cancelled: threading.Event | None = None,
     ) -> tuple[Handover, CloudTiming]:
         """The hand-over after a part of a plan.
 
         asked: what `/v1/handoff` is told, `until` and `seed` among it. tensors: the state to go on from, and texts that
         are encoded already. plan: the digest of the plan that the answer has to be of.
+        cancelled: ends it, from any thread.
 
         Raises:
-            CloudError: there was none in time.
+            CloudError: there was none in time; `timing` says what that took.
+            CancelledError: it was cancelled.
         """
         facts = {**asked, "plan": plan, "dtype": "float16" if self.half else "float32"}
         # Also where there are no tensors: a turned bit in a prompt's JSON would paint another picture.
         body = packed(tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)})
         headers = {"Content-Type": MESSAGE, "Idempotency-Key": uuid.uuid4().hex}
+        cancelled = cancelled or threading.Event()
         began, tries = time.monotonic(), 0
+        steps = facts["until"] - facts.get("start_step", 0)
         ends = began + self.seconds
         while True:
-            self._require_whole()
-            tries += 1
             try:
-                answer = self._exchanged("POST", "/v1/handoff", body, headers, ends)
+                self._require_whole()
+                tries += 1
+                answer = self._exchanged("POST", "/v1/handoff", body, headers, (ends, cancelled))
                 handover = self._checked(answer, facts)
             except CloudError as error:
-                self._count(failed=True)
+                error.timing = CloudTiming(steps, time.monotonic() - began, tries, len(body) if tries else 0, 0)
+                if error.reason != "broken":
+                    self._count(failed=True)
                 pause = max(error.pause, _FIRST_PAUSE_S * 2**tries * random.uniform(0.5, 1.5))
                 if not error.retryable or tries > RETRIES or time.monotonic() + pause >= ends:
                     raise
-                time.sleep(pause)
+                if cancelled.wait(pause):
+                    raise _cancelled() from error
                 continue
             self._count(failed=False)
-            return handover, CloudTiming(time.monotonic() - began, tries, len(body), len(answer))
+            return handover, CloudTiming(steps, time.monotonic() - began, tries, len(body), len(answer))
 
     def denoisers(self, manifest: Manifest) -> dict[str, Component]:
         """What the server's denoisers are, by name: as this bundle's, where it has them too, else as the server says.
@@ -121,10 +137,10 @@ class Cloud:
         return own
 
     def _described(self) -> dict[str, Component]:
-        ends = time.monotonic() + self.seconds
+        bounds = time.monotonic() + self.seconds, threading.Event()
         try:
-            name = json.loads(self._exchanged("GET", "/v2", b"", {}, ends))["model"]
-            facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, ends))
+            name = json.loads(self._exchanged("GET", "/v2", b"", {}, bounds))["model"]
+            facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, bounds))
             return msgspec.convert(facts["components"], dict[str, Component])
         except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
             raise CloudError(self.url, "malformed", f"does not say what it serves ({error})") from error
@@ -145,9 +161,10 @@ class Cloud:
                 # One try then decides whether it is whole.
                 self._failures = BREAKING - 1
 
-    def _exchanged(self, method: str, path: str, body: bytes, headers: Mapping[str, str], ends: float) -> bytes:
-        """The body of a good answer, which has all come before `ends`, of time.monotonic."""
-        with self._connection(ends) as connection:
+    def _exchanged(self, method: str, path: str, body: bytes, headers: Mapping[str, str], bounds: Bounds) -> bytes:
+        """The body of a good answer, which has all come before the exchange is cut."""
+        ends, cancelled = bounds
+        with self._connection(ends, cancelled) as connection:
             connection.request(method, self._path + path, body, {**self._authorization, **headers})
             answer = connection.getresponse()
             received = bytearray()
@@ -155,7 +172,10 @@ class Cloud:
                 received += chunk
                 if len(received) > MAX_ANSWER_BYTES:
                     raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
-            if time.monotonic() >= ends:  # what was cut may look like an answer, such as one whose headers end early
+            # What was cut may look like an answer, such as one whose headers end early.
+            if cancelled.is_set():
+                raise _cancelled()
+            if time.monotonic() >= ends:
                 raise self._late()
             if answer.length:
                 raise http.client.IncompleteRead(bytes(received), answer.length)
@@ -164,8 +184,8 @@ class Cloud:
         raise _refused(self.url, answer, bytes(received))
 
     @contextmanager
-    def _connection(self, ends: float) -> Iterator[http.client.HTTPConnection]:
-        """A connection that is cut at `ends`, however slowly its bytes come; what goes wrong on it is a CloudError."""
+    def _connection(self, ends: float, cancelled: threading.Event) -> Iterator[http.client.HTTPConnection]:
+        """A connection that is cut, however slowly its bytes come; what else goes wrong on it is a CloudError."""
         left = ends - time.monotonic()
         if left <= 0:
             raise self._late()
@@ -176,18 +196,19 @@ class Cloud:
             )
         else:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=left)
-        cutting = threading.Timer(left, _cut, [connection])
-        cutting.daemon = True
-        cutting.start()
+        over = threading.Event()
+        threading.Thread(target=_cut_when_due, args=(connection, ends, cancelled, over), daemon=True).start()
         try:
             yield connection
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if cancelled.is_set():
+                raise _cancelled() from error
             if time.monotonic() >= ends or isinstance(error, TimeoutError):
                 raise self._late() from error
             what = f"cannot be reached, or broke off ({type(error).__name__}: {error})"
             raise CloudError(self.url, "unreachable", what, retryable=True) from error
         finally:
-            cutting.cancel()
+            over.set()
             connection.close()
 
     def _late(self) -> CloudError:
@@ -223,12 +244,20 @@ def _refused(url: str, answer: http.client.HTTPResponse, body: bytes) -> CloudEr
     )
 
 
-def _cut(connection: http.client.HTTPConnection) -> None:
-    # Also while another thread reads from it, which closing it would not end.
-    sock = connection.sock
-    if sock is not None:
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+def _cancelled() -> CancelledError:
+    return CancelledError("generation", "cancelled while the cloud ran a part of it")
+
+
+def _cut_when_due(
+    connection: http.client.HTTPConnection, ends: float, cancelled: threading.Event, over: threading.Event
+) -> None:
+    """Cut a connection at `ends`, of time.monotonic, or when it is cancelled, unless it is over before."""
+    while not over.wait(_LOOK_S):
+        sock = connection.sock  # none while it connects
+        if sock is not None and (cancelled.is_set() or time.monotonic() >= ends):
+            # Another thread may be reading from it, which closing it would not end.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +17,12 @@ from .cloud import Cloud, CloudTiming
 from .errors import CloudError, RequestError
 from .handover import Handover, rows_between
 from .manifest import Component, Manifest
-from .output import Output
+from .output import Output, Timings
 from .plan import CLOUD, Plan, compile_plan
 from .plan_steps import Steps
 from .request import Request
 from .stream import Events, Stage
+from .trace import span
 
 # What a hand-over's request tells: the rest of a request says how this side runs, or cannot be sent.
 _TOLD = (
@@ -50,14 +53,18 @@ class Edge:
     """What a plan in two places is run with.
 
     manifest: with the server's denoisers. paint: runs the part of a request that is to run here.
+    cancelled: what ends it.
     """
 
     cloud: Cloud
     manifest: Manifest
     paint: Paint
+    cancelled: threading.Event
 
     def events(self, request: Request) -> Events:
         """Check the request now; what is returned runs it, with an event for each row that runs here.
+
+        Stage.CLOUD is told before each part that is the server's.
 
         Raises:
             RequestError, PlanError: an argument cannot be used, or cannot be sent.
@@ -67,34 +74,44 @@ class Edge:
                 raise RequestError(name, "cannot be sent to the cloud", remedy="Leave it out, or run all steps here.")
         plan = compile_plan(self.manifest, request.schedule)
         rows_between(plan, request.start, 1)
+        request.latent_shape(self.manifest, tuple(dict.fromkeys(plan.denoisers)))
         if request.start is not None or request.until is not None:
             raise RequestError("start, until", "given beside steps in the cloud", remedy="Leave them out.")
         seed = secrets.randbits(32) if request.seed is None else request.seed
         return self._run(replace(request, seed=seed), plan)
 
     def _run(self, request: Request, plan: Plan) -> Events:
-        timings: list[CloudTiming] = []
+        began = time.perf_counter()
+        exchanges: list[CloudTiming] = []
         try:
-            output = yield from self._in_parts(request, plan, timings)
+            output = yield from self._in_parts(request, plan, exchanges)
         except CloudError as error:
-            alone = replace(request, steps={self._fallback(plan): sum(count for _, count in plan.steps)})
-            output = yield from self.paint(alone)
-            return replace(output, degraded=f"{error.reason}: {error}", cloud=tuple(timings))
-        return replace(output, cloud=tuple(timings))
+            exchanges += [] if error.timing is None else [error.timing]
+            alone = {self._fallback(plan): sum(count for _, count in plan.steps)}
+            output = yield from self.paint(replace(request, steps=alone))
+            output = replace(output, degraded=f"{error.reason}: {error}")
+        total_ms = (time.perf_counter() - began) * 1e3
+        return replace(output, cloud=tuple(exchanges), timings=replace(output.timings, total_ms=total_ms))
 
-    def _in_parts(self, request: Request, plan: Plan, timings: list[CloudTiming]) -> Events:
+    def _in_parts(self, request: Request, plan: Plan, exchanges: list[CloudTiming]) -> Events:
         """One part after the other; the rest is here, and decodes. CloudError: the server did not help."""
         start: Handover | None = None
+        before: list[Timings] = []
         parts = _parts(plan)
         for there, until in parts if parts[-1][0] else parts[:-1]:
             if there:
                 told, tensors = self._told(request, plan, until, start), _tensors(request, start)
-                start, timing = self.cloud.run(told, tensors, plan.digest)
-                timings.append(timing)
+                yield Stage.CLOUD
+                with span("cloud"):
+                    start, timing = self.cloud.run(told, tensors, plan.digest, self.cancelled)
+                exchanges.append(timing)
             else:
                 output = yield from _rows_alone(self.paint(replace(request, start=start, until=until)))
                 start = output.handover
-        return (yield from self.paint(replace(request, start=start)))
+                before.append(output.timings)
+        output = yield from self.paint(replace(request, start=start))
+        timings = _together([*before, output.timings])
+        return replace(output, timings=timings, plan=plan.having_run([row.guidance for row in timings.rows]))
 
     def _told(self, request: Request, plan: Plan, until: int, start: Handover | None) -> dict[str, Any]:
         """What the server is asked."""
@@ -135,6 +152,22 @@ def _tensors(request: Request, start: Handover | None) -> dict[str, npt.NDArray[
     given = {name: getattr(request, name) for name in _TENSORS}
     state = {} if start is None else {"state": start.state}
     return {**state, **{name: array for name, array in given.items() if array is not None}}
+
+
+def _together(parts: Sequence[Timings]) -> Timings:
+    """What the parts that ran here took, as one."""
+    ran_on = {name: tuple(dict.fromkeys(one for part in parts for one in part.ran_on.get(name, ())))
+              for name in dict.fromkeys(name for part in parts for name in part.ran_on)}  # fmt: skip
+    return Timings(
+        text_ms=sum(part.text_ms for part in parts),
+        image_ms=sum(part.image_ms for part in parts),
+        rows=tuple(row for part in parts for row in part.rows),
+        decode_ms=parts[-1].decode_ms,
+        total_ms=sum(part.total_ms for part in parts),
+        step_engines=any(part.rows for part in parts) and all(part.step_engines for part in parts if part.rows),
+        ran_on=ran_on,
+        tried={name: ms for part in parts for name, ms in part.tried.items()},
+    )
 
 
 def _rows_alone(events: Events) -> Events:

@@ -26,7 +26,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from .cloud import CloudTiming
 
 BUILD = "`tandemrt build-engine`"  # in remedies: where the bundle is known, `exact_remedy` has the whole command
 _ABSENT = object()
@@ -150,7 +153,10 @@ class CloudError(TandemError):
     """A server of hand-overs did not help in time.
 
     reason: in one word, for those who count. retryable: whether another try may end better, after `pause` seconds.
+    timing: what a hand-over took that was not made.
     """
+
+    timing: CloudTiming | None = None
 
     def __init__(self, url: str, reason: str, what: str, *, retryable: bool = False, pause: float = 0.0) -> None:
         super().__init__(url, what)

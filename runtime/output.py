@@ -37,8 +37,8 @@ class Timings:
     """Where a generation's time went, in milliseconds.
 
     image_ms: making an image to start from and those of ControlNets ready. What all of it took, `total_ms`, also holds
-        the loading and binding of models before the first row, and waiting for generations with other LoRAs where
-        engines are refitted.
+        the loading and binding of models before the first row, waiting for generations with other LoRAs where engines
+        are refitted, and a server's steps, which are in none of the others.
     step_engines: whether the rows ran on step engines of the user's cache, one call each, or on the denoisers.
     ran_on: what each component ran on, by what its calls differed in; an engine that was there and not used is told.
     tried: where placement `auto` chose, what a guided row of each denoiser took together when it was tried, now or at
@@ -70,8 +70,9 @@ class Output:
     dropped_text: what was cut from prompts that were too long.
     loras: the components that each of the request's LoRAs changed, by the LoRA's path.
     handover: where it stands, for another to go on from, where the request said `until`; there are no images then.
-    cloud: what each hand-over with a server took. degraded: why steps that were a server's ran here, on a denoiser of
-        this side; empty where they did not. `plan` and `timings` are of what ran here last.
+    cloud: what each hand-over with a server took, also the one that failed. degraded: why steps that were a server's
+        ran here, on a denoiser of this side, and `plan` is of these; empty where they did not. Where a server ran some,
+        `plan` has all steps, and of `plan.ran` and `timings.rows` those rows that ran here.
     """
 
     images: tuple[Image.Image, ...] | tuple[Float32, ...]

@@ -24,6 +24,7 @@ from .errors import CancelledError, ExecutionError, RequestError, told_as
 from .handover import require_models_of, rows_between
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
+from .manifest import Manifest
 from .models import Models
 from .noise import Noise
 from .observed import Observe
@@ -118,6 +119,11 @@ class Pipeline:
         target = self.target.told(self.bundle.manifest)
         return f"<Pipeline {self.bundle.path} on {target}, {'closed' if self._models.closed else 'open'}>"
 
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest; where there is a cloud, with its denoisers too, as `cloud:` and their names."""
+        return self._manifest
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -176,7 +182,7 @@ class Pipeline:
         """
         if self._cloud is not None and names_cloud(request.steps):
             paint = functools.partial(self._here, cancelled=cancelled, at_once=at_once)
-            return Edge(self._cloud, self._manifest, paint).events(request)
+            return Edge(self._cloud, self._manifest, paint, cancelled).events(request)
         return self._here(request, cancelled, at_once=at_once)
 
     def _here(self, request: Request, cancelled: threading.Event, *, at_once: bool) -> Events:

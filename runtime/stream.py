@@ -12,8 +12,12 @@ from .output import Output, StepEvent
 
 
 class Stage(Enum):
-    """How far a generation has come, told between its events: what follows may run beside another's earlier part."""
+    """How far a generation has come, told between its events: what follows may run beside another's earlier part.
 
+    CLOUD: a server is asked for the steps that follow, which makes no events.
+    """
+
+    CLOUD = "cloud"
     ENCODED = "encoded"
     SAMPLED = "sampled"
 
@@ -35,10 +39,22 @@ class Stream(Iterator[StepEvent]):
         self._failure: TandemError | None = None
 
     def __next__(self) -> StepEvent:
+        while isinstance(event := self._next(), Stage):
+            pass
+        return event
+
+    def with_stages(self) -> Iterator[StepEvent | Stage]:
+        """Iterate as over the events, with the stages among them."""
+        while True:
+            try:
+                event = self._next()
+            except StopIteration:
+                return
+            yield event
+
+    def _next(self) -> StepEvent | Stage:
         try:
-            while isinstance(event := next(self._events), Stage):
-                pass
-            return event
+            return next(self._events)
         except StopIteration as end:
             self._output = self._output or end.value
             raise

@@ -73,7 +73,8 @@ def application(pipe: Pipeline, limits: Limits, token: str | TokenFile | None) -
 
     async def model(request: Request) -> Response:
         service.served.require(request.path_params["name"])
-        return JSONResponse(service.served.facts)
+        bounds = {name: getattr(limits, name) for name in ("steps", "pictures", "pixels", "prompt_bytes")}
+        return JSONResponse({**service.served.facts, "limits": bounds})
 
     async def model_ready(request: Request) -> Response:
         service.served.require(request.path_params["name"])

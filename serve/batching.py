@@ -37,7 +37,7 @@ def in_common(work: Work) -> Hashable | None:
     embeds = tuple(None if (one := getattr(request, name)) is None else one.shape[1:] for name in _EMBEDS)
     start = None if request.start is None else (request.start.step, request.start.plan)
     same = tuple(getattr(request, name) for name in _THE_SAME)
-    return work.plan.digest, work.shape[1:], texts, embeds, start, same
+    return work.plan.digest, work.plan.denoisers, work.shape[1:], texts, embeds, start, same
 
 
 @dataclass(frozen=True, slots=True)

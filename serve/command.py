@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import math
-import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -14,13 +13,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandemrt.runtime import Pipeline
+from tandemrt.runtime import Cloud, Pipeline
 from tandemrt.runtime.arguments import thread_count
+from tandemrt.runtime.cli.cloud_options import add_cloud, cloud_from, token_in_environment
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError
 
 from .limits import Limits
-from .tokens import TokenFile, usable_token
+from .tokens import TokenFile
 
 if TYPE_CHECKING:
     import uvicorn
@@ -45,6 +45,7 @@ class ServePlan:
     port: int
     token: str | None
     token_file: Path | None
+    cloud: Cloud | None
     certificate: Path | None
     key: Path | None
     limits: Limits
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `tandemrt serve`."""
     parser.description = (
         "Serve a bundle: POST /v1/handoff runs the first steps for an edge device, POST /v1/images/generations paints "
-        f"whole pictures. Everybody on this machine may ask; with a token, in ${TOKEN} or a file, so may others."
+        "whole pictures, and / is a page for people. Everybody on this machine may ask; with a token, in "
+        f"${TOKEN} or a file, so may others. With --cloud the server is a device, that has another run some steps."
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
     parser.add_argument("--target", default="auto", metavar="TARGET", help="backend:device[:precision] (default: auto)")
@@ -71,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM, with --tls-key, for HTTPS")
     where.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM")
+    add_cloud(parser)
     bounds = parser.add_argument_group("how much")
     limits = Limits()
     told = {
@@ -97,7 +100,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
     """
     thread_count("--threads", namespace.threads)
     file: Path | None = namespace.token_file
-    token = _token_of_environment() if file is None else None
+    token, cloud = token_in_environment(TOKEN) if file is None else None, cloud_from(namespace)
     if file is not None:
         TokenFile(file)
     if file is None and token is None and not _is_loopback(namespace.host):
@@ -113,21 +116,18 @@ def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
         if not least <= value < 1e9:
             raise ArgumentError(f"--max-{name}", "not usable", got=value, expected=f"{least} or more")
     shared = {name: getattr(namespace, name) for name in ("bundle", "target", "threads", "cache", "host", "port")}
-    return ServePlan(
-        **shared,
-        token=token,
-        token_file=file,
-        certificate=namespace.tls_certificate,
-        key=namespace.tls_key,
-        limits=Limits(**bounds),
-    )
+    tls = {"certificate": namespace.tls_certificate, "key": namespace.tls_key}
+    return ServePlan(**shared, **tls, token=token, token_file=file, cloud=cloud, limits=Limits(**bounds))
 
 
 def plan_facts(plan: ServePlan) -> dict[str, Any]:
     """The plan in JSON's types, without the token."""
-    facts = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in ("token", "limits")}
+    apart = ("token", "limits", "cloud")
+    facts = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in apart}
     told = {name: None if value is None else str(value) for name, value in facts.items()}
-    return {**told, "token": "none" if plan.token is None and plan.token_file is None else "needed"}
+    cloud = None if plan.cloud is None else plan.cloud.url
+    needed = plan.token is not None or plan.token_file is not None
+    return {**told, "cloud": cloud, "token": "needed" if needed else "none"}
 
 
 def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
 
     with (
         _listening(plan) as listener,
-        Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache) as pipe,
+        Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache, cloud=plan.cloud) as pipe,
     ):
         token = plan.token if plan.token_file is None else TokenFile(plan.token_file)
         config = server_config(application(pipe, plan.limits, token), plan.limits, host=plan.host, port=plan.port)
@@ -206,11 +206,6 @@ def server_config(app: Starlette, limits: Limits, *, host: str, port: int) -> uv
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     """The result as lines."""
     yield f"served {result['served']}"
-
-
-def _token_of_environment() -> str | None:
-    token = os.environ.get(TOKEN, "")
-    return usable_token(f"${TOKEN}", token) if token else None
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,4 +1,7 @@
-"""A picture as server-sent events: `step` after each row, with previews; at last `picture`, or `error`."""
+"""A picture as server-sent events: `step` after each row, with previews; at last `picture`, or `error`.
+
+Between them `stage` tells of what comes next and makes no rows: `cloud`, another server's steps, `sampled`, decoding.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tandemrt.runtime import Output, StepEvent
+from tandemrt.runtime.stream import Stage
 
 from .answers import while_connected
-from .pictures import encoded, milliseconds
+from .pictures import encoded, milliseconds, places
 from .problems import problem_of
 from .work import Seen
 
@@ -36,17 +40,23 @@ async def event_stream(request: Request, paint: Paint, pictures: Callable[[Outpu
 
 
 async def _events(paint: Paint, pictures: Callable[[Output], list[str]]) -> AsyncGenerator[bytes, None]:
-    told: asyncio.Queue[StepEvent | None] = asyncio.Queue()
+    told: asyncio.Queue[StepEvent | Stage | None] = asyncio.Queue()
     task = asyncio.ensure_future(paint(told.put_nowait))
     task.add_done_callback(lambda _: told.put_nowait(None))
     begun = False
     try:
         while (event := await told.get()) is not None:
+            if event is Stage.ENCODED:
+                continue  # what fails before the first row is an answer of its own
             begun = True
-            yield _event("step", await asyncio.to_thread(_step_facts, event))
+            if isinstance(event, Stage):
+                yield _event("stage", {"stage": event.value})
+            else:
+                yield _event("step", await asyncio.to_thread(_step_facts, event))
         output = task.result()
         files = await asyncio.to_thread(pictures, output)
-        yield _event("picture", {"b64_json": files, "seeds": output.seeds, **milliseconds(output)})
+        facts = {"b64_json": files, "seeds": output.seeds, "steps": output.plan.steps}
+        yield _event("picture", {**facts, **milliseconds(output), **places(output)})
     except Exception as error:
         if not begun:
             raise

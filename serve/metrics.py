@@ -40,12 +40,15 @@ class Metrics:
         self.together.observe(requests)
         timings = output.timings
         stages = {"text": timings.text_ms, "denoise": timings.denoise_ms, "decode": timings.decode_ms}
+        if output.cloud:
+            stages["cloud"] = 1e3 * sum(one.seconds for one in output.cloud)
         for stage, milliseconds in {**stages, "total": timings.total_ms}.items():
             self.seconds.labels(stage).observe(milliseconds / 1e3)
         for row in timings.rows:
             self.steps.labels(row.denoiser).inc()
         for component, ran in timings.ran_on.items():
             self.fallbacks.labels(component).inc(sum(bool(one.refused) for one in ran))
+        self.fallbacks.labels("cloud").inc(bool(output.degraded))
 
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from PIL import Image
@@ -35,6 +35,9 @@ def pictures_of(output: Output, form: str, request: Request, served: Served) -> 
         "pictures": {},
         "loras": {},
     }
+    if output.degraded:
+        again["steps"] = output.plan.steps
+        facts["degraded"] = output.degraded
     files = [png_bytes(image, png_facts(again, seed, facts)) for seed, image in zip(output.seeds, images, strict=True)]
     return [base64.b64encode(file).decode() for file in files]
 
@@ -46,10 +49,19 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def milliseconds(output: Output) -> dict[str, float]:
-    """What the stages took."""
+    """What the stages took; `cloud_ms` is other servers' part, with the way there and all tries."""
     timings = output.timings
     stages = {"text_ms": timings.text_ms, "denoise_ms": timings.denoise_ms, "decode_ms": timings.decode_ms}
+    if output.cloud:
+        stages["cloud_ms"] = 1e3 * sum(one.seconds for one in output.cloud)
     return {name: round(value, 3) for name, value in {**stages, "total_ms": timings.total_ms}.items()}
+
+
+def places(output: Output) -> dict[str, Any]:
+    """Of a plan in two places what each hand-over took, and why all of it ran here, if it did; else nothing."""
+    if not output.cloud:
+        return {}
+    return {"cloud": [asdict(one) for one in output.cloud], "degraded": output.degraded}
 
 
 def server_timing(output: Output) -> dict[str, str]:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 from tandemrt.runtime import Output, Pipeline, Request, StepEvent, Stream
+from tandemrt.runtime.stream import Stage
 
 from .batching import Batch, in_common
 from .limits import Limits
@@ -49,20 +50,20 @@ class _Call:
             if self._stream is not None:
                 self._stream.cancel()
 
-    def run(self, pipe: Pipeline, told: Callable[[StepEvent], object]) -> Output:
+    def run(self, pipe: Pipeline, told: Callable[[StepEvent | Stage], object]) -> Output:
         """Walk it, on a thread of its own."""
         self._stream = stream = _stream(pipe, self.batch.request)
         if self._gone:  # before there was a stream to cancel
             stream.cancel()
-        for event in stream:
+        for event in stream.with_stages():
             told(event)
         return stream.result()
 
-    def tell(self, event: StepEvent) -> None:
-        """Tell those of a row who want to know."""
+    def tell(self, event: StepEvent | Stage) -> None:
+        """Tell those of a row or stage who want to know."""
         for index, caller in enumerate(self.callers):
             if caller.seen is not None and not caller.made.done():
-                caller.seen(self.batch.event(event, index))
+                caller.seen(event if isinstance(event, Stage) else self.batch.event(event, index))
 
 
 class Queue:
@@ -167,7 +168,7 @@ class Queue:
             caller.call = call
         wanted = any(caller.seen is not None for caller in callers)
 
-        def told(event: StepEvent) -> None:
+        def told(event: StepEvent | Stage) -> None:
             if wanted:
                 loop.call_soon_threadsafe(call.tell, event)
 

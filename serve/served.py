@@ -18,7 +18,8 @@ from .problems import conflict, unknown_model
 class Served:
     """A bundle that is served.
 
-    digest: its own. platform: the target that it runs on. models: `Manifest.model_digest` by denoiser.
+    digest: its own. platform: the target that it runs on. models: `Manifest.model_digest` by denoiser of the bundle's.
+    manifest: `Pipeline.manifest`, where a cloud's denoisers are too.
     """
 
     name: str
@@ -30,9 +31,9 @@ class Served:
     @classmethod
     def of(cls, pipe: Pipeline) -> Served:
         """A pipeline's bundle, named as its folder."""
-        bundle, manifest = pipe.bundle, pipe.bundle.manifest
-        models = {name: manifest.model_digest(name) for name in manifest.names("denoiser")}
-        return cls(bundle.path.name, bundle.digest, pipe.target.told(manifest), manifest, models)
+        bundle, own = pipe.bundle, pipe.bundle.manifest
+        models = {name: own.model_digest(name) for name in own.names("denoiser")}
+        return cls(bundle.path.name, bundle.digest, pipe.target.told(own), pipe.manifest, models)
 
     def require(self, name: str | None) -> None:
         """Raise Problem where a model of another name is wanted; None is any."""
@@ -48,14 +49,18 @@ class Served:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the bundle is, as the Open Inference Protocol tells of a model."""
+        """What the bundle is, as the Open Inference Protocol tells of a model.
+
+        denoisers: what `steps` may name, a cloud's with `cloud:` before them; components: those of the bundle itself.
+        """
         manifest = self.manifest
         return {
             "name": self.name,
             "platform": self.platform,
             "bundle": self.digest,
             "models": dict(self.models),
-            "components": {name: msgspec.to_builtins(manifest.components[name]) for name in manifest.names("denoiser")},
+            "denoisers": manifest.names("denoiser"),
+            "components": {name: msgspec.to_builtins(manifest.components[name]) for name in self.models},
             "latent": {"channels": manifest.latent.channels, "downsampling": manifest.latent.downsampling},
             "defaults": msgspec.to_builtins(manifest.defaults),
         }

@@ -19,7 +19,7 @@ from .events import event_stream
 from .generation import Generation, asked_for, generation_of, generation_of_query
 from .guard import body_of, media_type
 from .limits import Limits
-from .pictures import pictures_of, server_timing
+from .pictures import pictures_of, places, server_timing
 from .problems import unusable
 from .protocol import Asked, asked_of
 from .served import Served
@@ -59,7 +59,7 @@ class Service:
             output = await self._painted(request, work, self.limits.seconds)
             files = await asyncio.to_thread(pictures_of, output, wanted.output_format, work.request, self.served)
             data = [{"b64_json": one} for one in files]
-            facts = {"created": int(time.time()), "data": data, "seeds": output.seeds}
+            facts = {"created": int(time.time()), "data": data, "seeds": output.seeds, **places(output)}
             return JSONResponse(facts, headers=server_timing(output))
 
         return await self.kept.answer(request, body, made)

@@ -6,18 +6,10 @@ import logging
 import os
 from pathlib import Path
 
+from tandemrt.runtime.cli.cloud_options import token_in_file
 from tandemrt.runtime.errors import ArgumentError
 
 LOG = logging.getLogger("tandemrt.serve")
-LEAST_CHARACTERS = 16
-
-
-def usable_token(where: str, token: str) -> str:
-    """The token; ArgumentError, which says where it is from, if it is none."""
-    if not (token.isascii() and token.isprintable() and len(token) >= LEAST_CHARACTERS):
-        expected = f"{LEAST_CHARACTERS} or more ASCII characters that can be printed"
-        raise ArgumentError(where, "is no token", expected=expected)
-    return token
 
 
 class TokenFile:
@@ -55,10 +47,4 @@ class TokenFile:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> str:
-        try:
-            token = self._path.read_text("utf-8").strip()
-        except (OSError, UnicodeError) as error:
-            raise ArgumentError(self._where, f"cannot be read ({error})") from error
-        if not token:
-            raise ArgumentError(self._where, "is empty")
-        return usable_token(self._where, token)
+        return token_in_file(self._where, self._path)

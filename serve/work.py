@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 from tandemrt.runtime import Output, Request, StepEvent
 from tandemrt.runtime.plan import Plan, compile_plan
+from tandemrt.runtime.stream import Stage
 
 from .limits import Limits
 from .problems import conflict
 from .protocol import Asked, request_of, require_within
 from .served import Served
 
-Seen = Callable[[StepEvent], None]
+Seen = Callable[[StepEvent | Stage], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Painter(Protocol):
     async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
         """What a request makes, when it is its turn; the caller's own cancellation ends its work.
 
-        seen: called with each row, on the event loop.
+        seen: called with each row and stage, on the event loop.
 
         Raises:
             Problem: not ready, too many wait, or it took longer than so many seconds.

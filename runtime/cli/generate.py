@@ -27,7 +27,15 @@ from ..tokenizer import PromptTokenizer
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .generate_stored import own_interval, own_steps, stored_facts
-from .generate_told import calibration_lines, device_lines, guidance_line, passed_over_lines, plan_lines, summary
+from .generate_told import (
+    calibration_lines,
+    cloud_lines,
+    device_lines,
+    guidance_line,
+    passed_over_lines,
+    plan_lines,
+    summary,
+)
 from .picture_files import PictureFiles, read_picture
 from .pictures import Names, check_folder, maker_facts, png_facts, unwritable, write_picture
 from .reporter import Reporter
@@ -50,6 +58,7 @@ def plan_facts(plan: GeneratePlan) -> dict[str, Any]:
         return {
             "bundle": {"path": str(pipe.bundle.path), "digest": pipe.bundle.digest},
             "target": {"name": pipe.target.told(pipe.bundle.manifest), "reason": pipe.target.reason or "asked for"},
+            "cloud": None if plan.cloud is None else plan.cloud.url,
             "devices": _device_facts(plan, pipe.target),
             "requests": [request if seeded else {**request, "seed": None} for request, _ in checked.named],
             "pictures": checked.pictures.facts(),
@@ -124,7 +133,9 @@ def _device_facts(plan: GeneratePlan, target: Target) -> dict[str, Any] | None:
 
 
 def _opened(plan: GeneratePlan) -> Pipeline:
-    return Pipeline.open(plan.bundle, plan.target, threads=plan.threads, cache=plan.cache, devices=plan.devices)
+    return Pipeline.open(
+        plan.bundle, plan.target, threads=plan.threads, cache=plan.cache, devices=plan.devices, cloud=plan.cloud
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +189,10 @@ class _Job:
             self._once(note, self.reporter.note)
         for why in refused:
             self._once(why, self.reporter.warn)
+        for line in cloud_lines(output):
+            self.reporter.note(line)
+        if output.degraded:
+            self.reporter.warn(f"all steps ran here, the cloud did not help: {output.degraded}")
 
     def _once(self, told: str, tell: Callable[[str], None]) -> None:
         if told not in self.told:
@@ -188,10 +203,14 @@ class _Job:
         timings = output.timings
         spent = {name: getattr(timings, name) for name in ("text_ms", "image_ms", "denoise_ms", "decode_ms")}
         images = cast("tuple[Image.Image, ...]", output.images)
+        # What ran: the placement where `auto` was asked for, and the steps where the cloud did not help.
+        facts = {**self.facts, "plan": output.plan.facts()}
+        if output.degraded:
+            request = {**request, "steps": [list(run) for run in output.plan.steps]}
+            facts["degraded"] = output.degraded
         for seed, image in zip(output.seeds, images, strict=True):
             path = names.picture(seed)
-            # Where `auto` was asked for, the placement that ran.
-            texts = png_facts(request, seed, {**self.facts, "plan": output.plan.facts()})
+            texts = png_facts(request, seed, facts)
             write_picture(image, path, texts, force=self.plan.force)
             self.reporter.line(str(path))
             yield {
@@ -199,6 +218,8 @@ class _Job:
                 "prompt": request["prompt"],
                 "seed": seed,
                 "timings": {name: round(value, 3) for name, value in spent.items()},
+                "cloud": [asdict(one) for one in output.cloud],
+                "degraded": output.degraded,
                 "step_engines": timings.step_engines,
                 "ran_on": {name: [asdict(one) for one in ran] for name, ran in timings.ran_on.items()},
                 "placement": output.plan.placement,
@@ -278,7 +299,7 @@ def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
     made = [Request(**request, **pictures.arguments()) for request in requests]
     # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
     pipe.stream(**requests[0], **pictures.arguments(), **_unrecorded(plan))
-    compiled = compile_plan(pipe.bundle.manifest, replace(made[0].schedule, **_placement(plan)))
+    compiled = compile_plan(pipe.manifest, replace(made[0].schedule, **_placement(plan)))
     dropped_text = _dropped_text(plan, pipe.bundle, compiled, made)
     named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
     check_folder(_files(plan, named, compiled), force=plan.force)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import thread_count
+from ..cloud import Cloud
 from ..errors import RequestError
 from ..request_checks import require_pictures
+from .cloud_options import add_cloud, cloud_from
 from .generate_options import FURTHER_PROMPTS, add_groups
 from .prompts import gathered_prompts, require_text
 from .values import (
@@ -78,6 +80,7 @@ class GeneratePlan:
     threads: int | None
     devices: tuple[int, ...] | None
     cache: Path | None
+    cloud: Cloud | None
     output_dir: Path
     previews: int
     trace: Path | None
@@ -90,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `tandemrt export` made")
     add_groups(parser)
+    add_cloud(parser)
 
 
 def _loras(given: Sequence[str]) -> dict[Path, float]:
@@ -136,6 +140,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
             name: parse_interval("--control-interval", value)
             for name, value in parse_named("--control-interval", namespace.control_interval).items()
         },
+        "cloud": cloud_from(namespace),
         "devices": None if namespace.devices is None else parse_devices("--devices", namespace.devices),
         "width": width,
         "height": height,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ..output import Output
 from ..plan import Plan
 
 # What each calibration gives a run, and which command measures it.
@@ -21,6 +22,8 @@ def plan_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     plan, target = facts["plan"], facts["target"]
     yield f"bundle {facts['bundle']['path']} (digest {facts['bundle']['digest'][:12]})"
     yield f"target {target['name']}{_devices(facts['devices'])}: {target['reason']}"
+    if facts["cloud"] is not None:
+        yield f"cloud {facts['cloud']}"
     steps, rows = ", ".join(f"{count} of {name}" for name, count in plan["steps"]), len(plan["timesteps"])
     yield f"steps: {steps}; {plan['solver']}, {rows} model calls, time steps {_ends(plan['timesteps'])}"
     yield f"guidance: {_guidance(plan, rows)}"
@@ -71,6 +74,14 @@ def guidance_line(plan: Plan, tried: Mapping[str, float]) -> str:
     times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in tried.items())
     chosen = f" ({times} a row when auto tried them)" if tried else ""
     return f"guidance: both branches in {both} of {len(plan.ran)} rows, {plan.placement}{chosen}{window}"
+
+
+def cloud_lines(output: Output) -> Iterator[str]:
+    """What each hand-over with a server took."""
+    for one in output.cloud:
+        tries = "1 try" if one.tries == 1 else f"{one.tries} tries"
+        size = f"{one.sent_bytes / 1e3:.1f} kB there, {one.received_bytes / 1e3:.1f} kB back"
+        yield f"cloud: {one.steps} steps in {one.seconds:.2f} s, {tries}, {size}"
 
 
 def calibration_lines(facts: Mapping[str, Any]) -> Iterator[str]:

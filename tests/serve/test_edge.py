@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tandemrt.runtime import Cloud, Output, Pipeline, TandemError
+from tandemrt.runtime import CancelledError, Cloud, Output, Pipeline, StepEvent, TandemError
+from tandemrt.runtime.stream import Stage
 from tandemrt.serve.limits import Limits
 
 from .conftest import serving
@@ -64,6 +66,11 @@ def test_two_places_are_one_process_bit_for_bit(steps: Any, bundle: Path, server
     assert output.images == wanted.images
     assert (output.degraded, len(output.cloud)) == ("", sum(name.startswith("cloud:") for name, _ in pairs))
     assert all(one.tries == 1 and one.sent_bytes > 100 and one.received_bytes > 1000 for one in output.cloud)
+    there = sum(one.steps for one in output.cloud)
+    assert there == sum(count for name, count in pairs if name.startswith("cloud:"))
+    assert output.plan.steps == tuple((name, count) for name, count in pairs)
+    assert len(output.timings.rows) == len(output.plan.ran) == sum(count for _, count in pairs) - there
+    assert output.timings.total_ms > 1e3 * sum(one.seconds for one in output.cloud) + output.timings.denoise_ms
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,43 @@ def test_faults_of_the_network(name: str, bundle: Path, server: httpx.Client, pi
     if reason is not None:
         assert degraded == reason, output.degraded
     np.testing.assert_array_equal(output.latents, pipe(**(ALONE if degraded else HERE)).latents)
+    assert (output.cloud[-1].steps, output.cloud[-1].received_bytes > 0) == (2, not degraded)
+    assert output.plan.steps == ((("unet_free", 5),) if degraded else (("cloud:unet", 2), ("unet_free", 3)))
+
+
+def test_stages_tell_what_makes_no_rows(bundle: Path, server: httpx.Client) -> None:
+    steps = [("unet_free", 1), ("cloud:unet", 2), ("unet_free", 1)]
+    with Pipeline.open(bundle, threads=1, cloud=str(server.base_url)) as edge:
+        stream = edge.stream(**{**TANDEM, "steps": steps})
+        seen = [one.row if isinstance(one, StepEvent) else one for one in stream.with_stages()]
+        assert seen == [0, Stage.CLOUD, Stage.ENCODED, 3, Stage.SAMPLED]
+        assert len(stream.result().images) == 1
+
+
+@pytest.mark.parametrize("down", [Faults(swallowed=True), Faults(cut_after=10)], ids=["an answer", "the next try"])
+def test_waiting_for_the_cloud_can_be_cancelled(down: Faults, bundle: Path, server: httpx.Client) -> None:
+    with (
+        between(port_of(server), down=down) as proxy,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=20)) as edge,
+    ):
+        proxy.begin()
+        stream = edge.stream(**TANDEM)
+        threading.Timer(0.15, stream.cancel).start()
+        began = time.monotonic()
+        with pytest.raises(CancelledError, match="cancelled while the cloud ran a part of it"):
+            stream.result()
+        assert time.monotonic() - began < 1
+
+
+def test_a_size_that_cannot_be_painted_is_not_sent(bundle: Path, server: httpx.Client) -> None:
+    with (
+        between(port_of(server)) as proxy,
+        Pipeline.open(bundle, threads=1, cloud=f"http://127.0.0.1:{proxy.port}") as edge,
+    ):
+        asked = proxy.connections
+        with pytest.raises(TandemError, match="height: "):
+            edge(**TANDEM, height=65)
+        assert proxy.connections == asked
 
 
 def test_nobody_there(bundle: Path, pipe: Pipeline) -> None:

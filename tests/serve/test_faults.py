@@ -28,6 +28,7 @@ from tandemrt.runtime.cloud import MESSAGE
 from tandemrt.runtime.errors import ExecutionError
 from tandemrt.runtime.messages import packed
 from tandemrt.runtime.safetensors_files import described
+from tandemrt.runtime.stream import Stage
 from tandemrt.serve.limits import Limits
 
 from ..runtime.tiny_bundle import resign
@@ -135,10 +136,11 @@ class SlowStream:
         self._owner, self._stream, self._row_s = owner, stream, row_s
         self.result = stream.result
 
-    def __iter__(self) -> Iterator[StepEvent]:
-        for event in self._stream:
-            time.sleep(self._row_s)
-            self._owner.rows += 1
+    def with_stages(self) -> Iterator[StepEvent | Stage]:
+        for event in self._stream.with_stages():
+            if isinstance(event, StepEvent):
+                time.sleep(self._row_s)
+                self._owner.rows += 1
             yield event
 
     def cancel(self) -> None:
