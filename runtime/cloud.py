@@ -14,10 +14,10 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -25,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ArgumentError, CancelledError, CloudError, RequestError
-from .handover import Handover
-from .manifest import Component, Manifest
+from .handover import Handover, checked_digest
+from .manifest import Component
 from .messages import packed
 
+T = TypeVar("T")
 PROTOCOL = "tandemrt.handoff/1"
 JSON, MESSAGE = "application/json", "application/x-safetensors"
 RETRIES, TRIED_AGAIN = 2, frozenset({429, 502, 503, 504})
@@ -37,6 +38,8 @@ BREAKING, BROKEN_S = 3, 30.0
 MAX_ANSWER_BYTES = 64 << 20
 _FIRST_PAUSE_S, _CHUNK, _LOOK_S = 0.1, 1 << 16, 0.05
 Bounds = tuple[float, threading.Event]  # when an exchange is cut, of time.monotonic, and what cuts it before
+# Who answers so is there, and would answer so again.
+_ANSWERED = frozenset({"unauthorized", "conflict", "refused", "untrusted"})
 _REASONS = {401: "unauthorized", 409: "conflict", 429: "busy", 503: "unready", 504: "deadline"}
 
 
@@ -44,7 +47,8 @@ _REASONS = {401: "unauthorized", 409: "conflict", 429: "busy", 503: "unready", 5
 class CloudTiming:
     """What a hand-over took: seconds with all tries, how many those were, and the bytes of the last one's bodies.
 
-    steps: how many the server was asked for. received_bytes: 0 where it did not help.
+    steps: how many the server was asked for. received_bytes: 0 where it did not help. models: as of `Handover`, those
+        that ran them.
     """
 
     steps: int
@@ -52,6 +56,15 @@ class CloudTiming:
     tries: int
     sent_bytes: int
     received_bytes: int
+    models: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A server's denoisers by name, and `Manifest.model_digest` of each."""
+
+    components: Mapping[str, Component]
+    models: Mapping[str, str]
 
 
 class Cloud:
@@ -59,6 +72,7 @@ class Cloud:
 
     url: such as `https://host:8080`. token: what it wants to see. seconds: how long one hand-over may take, its tries
     together. half: have states answered in float16, half the bytes.
+    Which certificates are trusted is the system's to say, or `$SSL_CERT_FILE` and `$SSL_CERT_DIR` as they are now.
 
     Raises:
         ArgumentError: the address is none, or a token would go over the network in plain text.
@@ -75,6 +89,7 @@ class Cloud:
         self.url, self.seconds, self.half = url, seconds, half
         self._https, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._path = parts.path.rstrip("/")
+        self._tls = ssl.create_default_context() if self._https else None
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._lock = threading.Lock()
         self._failures, self._broken_until = 0, 0.0
@@ -88,12 +103,14 @@ class Cloud:
         tensors: Mapping[str, npt.NDArray[np.float32]],
         plan: str,
         cancelled: threading.Event | None = None,
+        spent: float = 0.0,
     ) -> tuple[Handover, CloudTiming]:
         """The hand-over after a part of a plan.
 
-        asked: what `/v1/handoff` is told, `until` and `seed` among it. tensors: the state to go on from, and texts that
-        are encoded already. plan: the digest of the plan that the answer has to be of.
-        cancelled: ends it, from any thread.
+        asked: what `/v1/handoff` is told, `until` and `seed` among it, and `models` where it matters which they are.
+        tensors: the state to go on from, and texts that are encoded already. plan: the digest of the plan that the
+            answer has to be of.
+        cancelled: ends it, from any thread. spent: how many of its seconds are over.
 
         Raises:
             CloudError: there was none in time; `timing` says what that took.
@@ -104,46 +121,62 @@ class Cloud:
         body = packed(tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)})
         headers = {"Content-Type": MESSAGE, "Idempotency-Key": uuid.uuid4().hex}
         cancelled = cancelled or threading.Event()
-        began, tries = time.monotonic(), 0
-        steps = facts["until"] - facts.get("start_step", 0)
-        ends = began + self.seconds
-        while True:
+        began, steps = time.monotonic(), facts["until"] - facts.get("start_step", 0)
+        ends, tries = began + self.seconds - spent, 0
+
+        def handed() -> tuple[Handover, int]:
+            nonlocal tries
+            tries += 1
+            answer = self._exchanged("POST", "/v1/handoff", body, headers, (ends, cancelled))
+            return self._checked(answer, facts), len(answer)
+
+        try:
+            made, received = self._retried(handed, ends, cancelled)
+        except CloudError as error:
+            error.timing = CloudTiming(steps, time.monotonic() - began, tries, len(body) if tries else 0, 0)
+            raise
+        return made, CloudTiming(steps, time.monotonic() - began, tries, len(body), received, made.models)
+
+    def described(self, cancelled: threading.Event, *, tries: int = 1 + RETRIES) -> Described:
+        """What the server's denoisers are, as it says itself; cancelled: ends it, from any thread.
+
+        Raises:
+            CloudError: it cannot be asked, or not in time.
+        """
+        bounds = time.monotonic() + self.seconds, cancelled
+
+        def described() -> Described:
             try:
-                self._require_whole()
-                tries += 1
-                answer = self._exchanged("POST", "/v1/handoff", body, headers, (ends, cancelled))
-                handover = self._checked(answer, facts)
+                name = json.loads(self._exchanged("GET", "/v2", b"", {}, bounds))["model"]
+                facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, bounds))
+                components = msgspec.convert(facts["components"], dict[str, Component])
+                return Described(components, {one: checked_digest(facts["models"][one]) for one in components})
+            except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
+                what = f"does not say what it serves ({error})"
+                raise CloudError(self.url, "malformed", what, retryable=True) from error
+
+        return self._retried(described, *bounds, most=tries)
+
+    def _retried(
+        self, exchange: Callable[[], T], ends: float, cancelled: threading.Event, *, most: int = 1 + RETRIES
+    ) -> T:
+        """What an exchange gives, which is tried again where that may help and there is time."""
+        self._require_whole()
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                made = exchange()
             except CloudError as error:
-                error.timing = CloudTiming(steps, time.monotonic() - began, tries, len(body) if tries else 0, 0)
-                if error.reason != "broken":
-                    self._count(failed=True)
+                whole = self._count(failed=error.reason not in _ANSWERED)
                 pause = max(error.pause, _FIRST_PAUSE_S * 2**tries * random.uniform(0.5, 1.5))
-                if not error.retryable or tries > RETRIES or time.monotonic() + pause >= ends:
+                if not (error.retryable and whole) or tries >= most or time.monotonic() + pause >= ends:
                     raise
                 if cancelled.wait(pause):
                     raise _cancelled() from error
                 continue
             self._count(failed=False)
-            return handover, CloudTiming(steps, time.monotonic() - began, tries, len(body), len(answer))
-
-    def denoisers(self, manifest: Manifest) -> dict[str, Component]:
-        """What the server's denoisers are, by name: as this bundle's, where it has them too, else as the server says.
-
-        A server that cannot be asked has those alone that this bundle has.
-        """
-        own = {name: manifest.components[name] for name in manifest.names("denoiser")}
-        with suppress(CloudError):
-            own |= self._described()
-        return own
-
-    def _described(self) -> dict[str, Component]:
-        bounds = time.monotonic() + self.seconds, threading.Event()
-        try:
-            name = json.loads(self._exchanged("GET", "/v2", b"", {}, bounds))["model"]
-            facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, bounds))
-            return msgspec.convert(facts["components"], dict[str, Component])
-        except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
-            raise CloudError(self.url, "malformed", f"does not say what it serves ({error})") from error
+            return made
 
     def _require_whole(self) -> None:
         """Raise CloudError while the server is left alone, since it failed several times in a row."""
@@ -153,13 +186,16 @@ class Cloud:
             what = f"failed {BREAKING} times in a row, and is left alone for {left:.0f} s more"
             raise CloudError(self.url, "broken", what)
 
-    def _count(self, *, failed: bool) -> None:
+    def _count(self, *, failed: bool) -> bool:
+        """Count an exchange; whether the server may be asked again."""
         with self._lock:
             self._failures = self._failures + 1 if failed else 0
-            if self._failures >= BREAKING:
-                self._broken_until = time.monotonic() + BROKEN_S
-                # One try then decides whether it is whole.
-                self._failures = BREAKING - 1
+            if self._failures < BREAKING:
+                return True
+            self._broken_until = time.monotonic() + BROKEN_S
+            # One try then decides whether it is whole.
+            self._failures = BREAKING - 1
+            return False
 
     def _exchanged(self, method: str, path: str, body: bytes, headers: Mapping[str, str], bounds: Bounds) -> bytes:
         """The body of a good answer, which has all come before the exchange is cut."""
@@ -189,10 +225,9 @@ class Cloud:
         left = ends - time.monotonic()
         if left <= 0:
             raise self._late()
-        if self._https:
-            context = ssl.create_default_context()
+        if self._tls is not None:
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                self._host, self._port, timeout=left, context=context
+                self._host, self._port, timeout=left, context=self._tls
             )
         else:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=left)
@@ -200,6 +235,9 @@ class Cloud:
         threading.Thread(target=_cut_when_due, args=(connection, ends, cancelled, over), daemon=True).start()
         try:
             yield connection
+        except ssl.SSLCertVerificationError as error:
+            what = f"has a certificate that is not trusted ({error.verify_message})"
+            raise CloudError(self.url, "untrusted", what) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             if cancelled.is_set():
                 raise _cancelled() from error
@@ -227,6 +265,10 @@ class Cloud:
         wanted = (facts["plan"], facts["until"], tuple(seed) if isinstance(seed, list) else seed)
         if told != wanted:
             raise CloudError(self.url, "malformed", f"answered for another request, {told} for {wanted}")
+        models = dict(handover.models)
+        if models != facts.get("models", models):
+            what = f"ran other models, got {models}, expected {facts['models']}"
+            raise CloudError(self.url, "conflict", what)
         return handover
 
 

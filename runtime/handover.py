@@ -169,7 +169,16 @@ def _models(text: str) -> dict[str, str]:
         models = json.loads(text)
     except (ValueError, RecursionError):
         models = None
-    known = isinstance(models, dict) and len(models) <= _MAX_MODELS
-    if not known or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in models.values()):
-        raise RequestError("handover", "models", got=text, expected="sha256 digests by denoiser")
-    return dict(models)
+    try:
+        if isinstance(models, dict) and len(models) <= _MAX_MODELS:
+            return {name: checked_digest(digest) for name, digest in models.items()}
+    except ValueError:
+        pass
+    raise RequestError("handover", "models", got=text, expected="sha256 digests by denoiser")
+
+
+def checked_digest(digest: object) -> str:
+    """The digest, if it is a sha256; else ValueError."""
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ValueError("no sha256")
+    return digest

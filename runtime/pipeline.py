@@ -18,7 +18,7 @@ from .cloud import Cloud
 from .conditioning import check_conditioning
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
-from .edge import Edge, names_cloud, with_cloud
+from .edge import Edge, There, names_cloud
 from .editing import checked_editing
 from .errors import CancelledError, ExecutionError, RequestError, told_as
 from .handover import require_models_of, rows_between
@@ -57,9 +57,7 @@ class Pipeline:
         cloud: Cloud | None = None,
     ) -> None:
         self.bundle, self.target = bundle, target
-        self._cloud, self._manifest = cloud, bundle.manifest
-        if cloud is not None:
-            self._manifest = with_cloud(bundle.manifest, cloud.denoisers(bundle.manifest))
+        self._there = None if cloud is None else There(cloud, bundle.manifest)
         self._models = Models(bundle, target, threads, cache, observe)
         self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
         self._lora_engines = LoraEngines(bundle, target, cache)
@@ -122,7 +120,7 @@ class Pipeline:
     @property
     def manifest(self) -> Manifest:
         """The bundle's manifest; where there is a cloud, with its denoisers too, as `cloud:` and their names."""
-        return self._manifest
+        return self.bundle.manifest if self._there is None else self._there.manifest
 
     def __enter__(self) -> Pipeline:
         return self
@@ -180,15 +178,15 @@ class Pipeline:
 
         at_once: whether nobody looks at it between its rows.
         """
-        if self._cloud is not None and names_cloud(request.steps):
+        if self._there is not None and names_cloud(request.steps):
             paint = functools.partial(self._here, cancelled=cancelled, at_once=at_once)
-            return Edge(self._cloud, self._manifest, paint, cancelled).events(request)
+            return Edge(self._there, paint, cancelled).events(request)
         return self._here(request, cancelled, at_once=at_once)
 
     def _here(self, request: Request, cancelled: threading.Event, *, at_once: bool) -> Events:
         """As `_generate`, of what runs here alone."""
         self._models.require_open()
-        manifest = self._manifest
+        manifest = self.manifest
         whole = compile_plan(manifest, request.schedule)
         first, last = rows_between(whole, request.start, request.until)
         plan = whole.part(first, last)

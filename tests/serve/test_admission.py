@@ -43,7 +43,7 @@ class Pace:
     def __call__(self, component: str, _: Mapping[str, Any]) -> None:
         if component.startswith("unet"):
             self.runs += 1
-            self.open.wait(20)
+            self.open.wait(60)
             time.sleep(self.seconds)
 
     @contextmanager

@@ -271,10 +271,10 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_server_whose_model_says_nan(poisoned: Path, bundle: Path, pipe: Pipeline) -> None:
+def test_a_server_whose_model_says_nan(poisoned: Path, pipe: Pipeline) -> None:
     job = {**TANDEM, "steps": {"cloud:unet_free": 2, "unet": 3}}
     with Pipeline.open(poisoned, threads=1) as served, serving(served) as client:
-        output = painted(bundle, str(client.base_url), job)
+        output = painted(poisoned, str(client.base_url), job)
         answer = client.post("/v1/handoff", json={**HERE, "steps": {"unet_free": 2}, "until": 1})
         assert client.post("/v1/handoff", json={**HERE, "until": 1}).status_code == 200
     assert answer.status_code == 500

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from tandemrt.runtime import Handover, Pipeline, RequestError
+from tandemrt.runtime import Cloud, Handover, Pipeline, PlanError, RequestError, cloud
+from tandemrt.runtime.cloud import JSON
 from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.messages import unpacked
+from tandemrt.serve.protocol import TENSORS
 
 from ..runtime.tiny_bundle import resign
+from .conftest import serving
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
 TANDEM: dict[str, Any] = {**JOB, "steps": {"cloud:unet": 2, "unet_free": 3}}
@@ -90,3 +96,73 @@ def test_another_model_of_the_name_is_refused(client: httpx.Client, pipe: Pipeli
     made = Handover.from_bytes(answered(None).content)
     with pytest.raises(RequestError, match=rf"start: its 'unet' is another model, got '{served[:16]}', expected"):
         other_pipe(**JOB, start=made)
+
+
+def test_a_model_that_is_known_is_the_one_that_runs(
+    client: httpx.Client, bundle: Path, other: Path, pipe: Pipeline
+) -> None:
+    url = str(client.base_url)
+    with Pipeline.open(bundle, threads=1, cloud=url) as edge:
+        output = edge(**TANDEM)
+    assert output.degraded == ""
+    assert output.cloud[0].models == {"unet": pipe.bundle.manifest.model_digest("unet")}
+    with Pipeline.open(other, threads=1, cloud=url) as edge:
+        for _ in range(4):  # who refuses is there, and is asked again
+            output = edge(**TANDEM)
+            assert output.degraded.startswith("conflict: "), output.degraded
+            assert "409: models: unet: got" in output.degraded
+    np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
+
+
+def test_a_model_that_the_device_lacks_is_the_one_that_was_there_when_it_asked(
+    small: Path, pipe: Pipeline, other_pipe: Pipeline
+) -> None:
+    with serving(pipe) as client:
+        port = client.base_url.port
+        edge = Pipeline.open(small, threads=1, cloud=Cloud(str(client.base_url)))
+        output = edge(**TANDEM)
+        assert output.degraded == ""
+        assert output.cloud[0].models == {"unet": pipe.bundle.manifest.model_digest("unet")}
+        np.testing.assert_array_equal(output.latents, pipe(**JOB).latents)
+    with edge, serving(other_pipe, port=port):
+        output = edge(**TANDEM)
+        assert output.degraded.startswith("conflict: "), output.degraded
+        np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
+
+
+def test_an_answer_of_another_model_is_not_gone_on_with(
+    client: httpx.Client, other_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that passes over what is asked for, or one behind a proxy."""
+    manifest = other_pipe.bundle.manifest
+    asked = Cloud._exchanged
+
+    def without_models(self: Cloud, method: str, path: str, body: bytes, *more: Any) -> bytes:
+        if method == "POST":
+            _, message = unpacked("body", body, TENSORS, {"protocol": True, "request": True})
+            facts = {name: value for name, value in json.loads(message["request"]).items() if name != "models"}
+            return client.post(path, content=json.dumps(facts), headers={"content-type": JSON}).content
+        return asked(self, method, path, body, *more)
+
+    monkeypatch.setattr(Cloud, "_exchanged", without_models)
+    with Pipeline.open(other_pipe.bundle.path, threads=1, cloud=str(client.base_url)) as edge:
+        output = edge(**TANDEM)
+    assert output.degraded.startswith("conflict: ")
+    assert f"expected {{'unet': '{manifest.model_digest('unet')}'}}" in output.degraded
+
+
+def test_a_server_that_comes_later_is_asked_again(small: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "BROKEN_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Pipeline.open(small, threads=1, cloud=f"http://127.0.0.1:{port}") as edge:
+        alone = edge(**TANDEM)
+        assert alone.degraded.startswith("unreachable: "), alone.degraded
+        np.testing.assert_array_equal(alone.latents, pipe(**ALONE).latents)
+        for steps in ({"cloud:unet": -1, "unet_free": 3}, [("cloud:unet",)], {"cloud:unet": 0}):
+            with pytest.raises(PlanError, match="steps"):
+                edge(**{**TANDEM, "steps": steps})
+        with serving(pipe, port=port):
+            together = edge(**TANDEM)
+    assert together.degraded == ""
+    np.testing.assert_array_equal(together.latents, pipe(**JOB).latents)

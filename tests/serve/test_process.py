@@ -87,7 +87,7 @@ def test_tls_and_an_end_that_finishes_what_runs(
 
         monkeypatch.delenv("SSL_CERT_FILE", raising=False)
         with Pipeline.open(bundle, threads=1, cloud=Cloud(url, TOKEN, seconds=10)) as edge:
-            assert "CERTIFICATE_VERIFY_FAILED" in edge(**TANDEM).degraded
+            assert edge(**TANDEM).degraded.startswith("untrusted")
         monkeypatch.setenv("SSL_CERT_FILE", str(file))
         with Pipeline.open(bundle, threads=1, cloud=Cloud(url, TOKEN, seconds=10)) as edge:
             output = edge(**TANDEM)
