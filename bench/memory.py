@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,9 +20,13 @@ def peak_gib() -> float:
     return _status_kib("VmHWM") / 2**20
 
 
-def resident_mib() -> float:
-    """What is resident of this process, mapped parts of files among it."""
-    return _status_kib("VmRSS") / 2**10
+def resident_mib(pid: int | None = None) -> float:
+    """What is resident of this process, or of another, mapped parts of files among it.
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: the other has ended.
+    """
+    return _status_kib("VmRSS", pid) / 2**10
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
@@ -38,6 +43,9 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
             raise BenchmarkError(where, "its process was ended, most likely because memory ran out") from error
 
 
-def _status_kib(name: str) -> int:
-    with Path("/proc/self/status").open(encoding="ascii") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(f"{name}:"))
+def _status_kib(name: str, pid: int | None = None) -> int:
+    with Path("/proc", "self" if pid is None else str(pid), "status").open(encoding="ascii") as status:
+        kib = next((int(line.split()[1]) for line in status if line.startswith(f"{name}:")), None)
+    if kib is None:  # it has ended, and nobody has taken note
+        raise ProcessLookupError(errno.ESRCH, "has ended", f"process {pid}")
+    return kib

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("export", "engines", "runtime", "calibrate", "bench", "serve")
 BASE = {"numpy", "tokenizers", "pillow", "msgspec", "rich"}
 EXTRAS = {"cpu", "gpu", "export", "engines", "openvino", "tensorrt", "tensorrt-rtx", "bench", "nvml", "quality", "nncf"}
-EXTRAS |= {"serve", "ray", "dev"}
+EXTRAS |= {"load", "serve", "ray", "dev"}
 
 
 @pytest.fixture(scope="module")

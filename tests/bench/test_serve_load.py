@@ -1,0 +1,175 @@
+"""Servers under load: what users ask for is what servers answer, and what is told of it is what was seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tandemrt.bench import serve_load
+from tandemrt.bench.locust_users import GENERATIONS, HANDOFF, outcome_of
+from tandemrt.bench.serve_load import answers_figures, main, memory_figures, parts_figures, server_facts, watched
+from tandemrt.runtime import Handover, Pipeline
+from tandemrt.runtime.errors import ArgumentError, BenchmarkError
+
+from ..runtime.tiny_bundle import write_tiny_bundle
+from ..serve.conftest import serving
+
+TOKEN = "a-token-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    bundle = tmp_path_factory.mktemp("loaded") / "bundle"
+    write_tiny_bundle(bundle)
+    with Pipeline.open(bundle, threads=1) as pipe, serving(pipe, token=TOKEN) as client:
+        yield client
+
+
+@pytest.fixture
+def arguments(server: httpx.Client, tmp_path: Path) -> list[str]:
+    """Of the program, for this server."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    return [str(server.base_url), "--token-file", str(tmp_path / "token"), "--json", str(tmp_path / "load.json")]
+
+
+def asked_in_turn(job: Mapping[str, Any]) -> list[tuple[float, float, str, str, int]]:
+    """As `seen_by_users`, by one user who asks four times."""
+    seen = []
+    with httpx.Client(base_url=job["url"], headers={"authorization": f"Bearer {job['token']}"}) as client:
+        for number, path in enumerate([HANDOFF, HANDOFF, GENERATIONS, HANDOFF]):
+            answer = client.post(path, json={**job["asked"][path], "seed": number}, timeout=30)
+            outcome = outcome_of(path, answer.status_code, answer.content)
+            seen.append((number * 0.5, answer.elapsed.total_seconds() * 1e3, path, outcome, len(answer.content)))
+    return seen
+
+
+def test_what_is_asked_for_is_answered(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_load, "seen_by_users", asked_in_turn)
+    monkeypatch.setattr(serve_load.metadata, "version", lambda _: "2")
+    main([*arguments, "--pid", str(os.getpid()), "--users", "1", "--seconds", "2"])
+    facts = json.loads((tmp_path / "load.json").read_text())
+    assert facts["by_kind"]["hand-over"]["outcomes"] == {"ok": 3}
+    assert facts["by_kind"]["picture"]["outcomes"] == {"ok": 1}
+    assert facts["by_kind"]["both"]["good_per_s"] == 2
+    assert facts["server"]["model"] == "bundle"
+    assert facts["asked"][HANDOFF] | {"prompt": ""} == {
+        "prompt": "", "steps": [["unet", 4]], "until": 2, "width": 64, "height": 64
+    }  # fmt: skip
+    assert facts["memory"][0]["begins_mib"] > 1
+    assert TOKEN not in (tmp_path / "load.json").read_text()
+    table = capsys.readouterr().out
+    assert table.strip() == (tmp_path / "load.md").read_text().strip()
+    assert "| hand-over | 3 | 1.50 |" in table
+    assert "1 users for 2 s, without pauses but where they were told to wait; bundle on onnxruntime:cpu" in table
+
+
+# Not imported here, as it would exchange this process's sockets and threads for its own.
+@pytest.mark.skipif(find_spec("locust") is None, reason="Locust is not installed")
+def test_users_of_locust(arguments: list[str], tmp_path: Path) -> None:
+    main([*arguments, "--users", "40", "--seconds", "3"])
+    facts = json.loads((tmp_path / "load.json").read_text())
+    for kind in ("hand-over", "picture"):
+        assert facts["by_kind"][kind]["outcomes"]["ok"] > 0
+    # 40 of which 17 are let in at once.
+    assert facts["by_kind"]["both"]["outcomes"].keys() == {"ok", "429 busy"}
+
+
+def test_where_locust_is_not_installed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_load, "find_spec", lambda _: None)
+    with pytest.raises(
+        BenchmarkError, match=r"locust: is not installed\. Install it: pip install \"tandemrt\[load\]\""
+    ):
+        main([*arguments, "--seconds", "1"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [(["--weights", "3"], "--weights: not usable, got '3'"), (["--pid", "4194304"], "--pid: there is no such process")],
+)
+def test_what_cannot_be_used_is_told_beforehand(wrong: list[str], told: str, arguments: list[str]) -> None:
+    with pytest.raises(ArgumentError, match=told):
+        main([*arguments, *wrong])
+
+
+def test_who_is_no_server_is_told(server: httpx.Client) -> None:
+    with pytest.raises(BenchmarkError, match=r"does not say what it serves \(HTTP Error 401"):
+        server_facts(str(server.base_url), "another-token-of-some-length")
+    with pytest.raises(BenchmarkError, match="does not say what it serves"):
+        server_facts("http://127.0.0.1:9", None)
+
+
+STATE = Handover(np.zeros((1, 1, 4, 8, 8), np.float32), 2, "a", "b", 0).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body", "outcome"),
+    [
+        (HANDOFF, 200, STATE, "ok"),
+        (HANDOFF, 200, STATE[:-4] + b"\0\0\0\1", "damaged"),
+        (HANDOFF, 200, b"", "damaged"),
+        (GENERATIONS, 200, b'{"data": [{"b64_json": "iVBORw0KGgo="}]}', "ok"),
+        (GENERATIONS, 200, b'{"data": [{"b64_json": "R0lGODlh"}]}', "damaged"),
+        (GENERATIONS, 200, b'{"data": 3}', "damaged"),
+        (GENERATIONS, 429, b'{"error": {"type": "busy"}}', "429 busy"),
+        (HANDOFF, 502, b"<html>", "502"),
+    ],
+)
+def test_outcomes(path: str, status: int, body: bytes, outcome: str) -> None:
+    assert outcome_of(path, status, body) == outcome
+
+
+def test_figures_of_answers() -> None:
+    seen = [(float(at), 10.0 * at, HANDOFF, "ok", 5) for at in range(1, 101)]
+    refused = [(70.5, 1.0, HANDOFF, "429 busy", 5)] * 3
+    figures = answers_figures([*seen, *refused], 125)
+    assert figures["outcomes"] == {"ok": 100, "429 busy": 3}
+    assert figures["good_per_s"] == 0.8
+    assert figures["good_ms"] == pytest.approx({"p50": 505, "p90": 901, "p99": 990.1, "maximum": 1000})
+    first, second, last = parts_figures([*seen, *refused], 125)
+    assert (first["outcomes"], second["outcomes"], last["outcomes"]) == ({"ok": 59}, {"ok": 41, "429 busy": 3}, {})
+    assert (last["to_s"], "good_ms" in last) == (125, False)
+
+
+def test_growth_of_memory_is_that_after_pools_have_filled() -> None:
+    filling = [(float(at), 100.0 + 50 * at) for at in range(10)]
+    figures = memory_figures([*filling, *((float(at), 600 + at / 60) for at in range(20, 101))])
+    assert figures["grows_mib_per_minute"] == pytest.approx(1)
+    assert (figures["begins_mib"], figures["peak_mib"], figures["watched_s"]) == (
+        100,
+        pytest.approx(601.67, abs=0.01),
+        100,
+    )
+    assert memory_figures([(0.0, 7.0)])["grows_mib_per_minute"] is None
+
+
+def wait_for_samples(samples: list[tuple[float, float]], count: int) -> None:
+    while len(samples) < count:
+        time.sleep(0.01)
+
+
+def test_a_process_is_watched_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_load, "EVERY_S", 0.02)
+    with (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other,
+        watched([os.getpid(), other.pid]) as samples,
+    ):
+        wait_for_samples(samples[other.pid], 2)
+        # It ends, and nobody has taken note of it yet.
+        assert other.stdin is not None
+        other.stdin.close()
+        wait_for_samples(samples[os.getpid()], len(samples[os.getpid()]) + 20)
+    assert len(samples[other.pid]) < len(samples[os.getpid()])
+    assert min(mib for _, mib in samples[os.getpid()]) > 1
