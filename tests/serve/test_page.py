@@ -268,6 +268,27 @@ def test_a_limit_is_told_at_its_control(opened: Open, client: httpx.Client) -> N
     assert tab.locator("#prompt-problem").text_content() == ""
 
 
+def test_more_runs_than_two_are_the_bundles_own(opened: Open, client: httpx.Client) -> None:
+    facts = client.get("/v2/models/bundle").json()
+    facts["defaults"]["steps"] = [["unet", 1], ["unet_free", 2], ["unet", 1]]
+    tab = opened(client)
+    tab.route("**/v2/models/*", lambda route: route.fulfill(json=facts))
+    addresses: list[str] = []
+    tab.on("request", lambda request: addresses.append(request.url))
+    tab.reload()
+    described(tab)
+    expect(tab.get_by_label("First on").locator(":checked")).to_have_text(
+        "as the bundle says: 1 unet, 2 unet_free, 1 unet"
+    )
+    expect(tab.get_by_label("Steps of the first")).to_be_disabled()
+    painted(tab)
+    assert "steps=" not in addresses[-1]
+    tab.get_by_label("First on").select_option(value="unet_free")
+    expect(tab.get_by_label("Steps of the first")).to_be_enabled()
+    painted(tab)
+    assert "steps=unet_free%3A1%2Cunet_free%3A2" in addresses[-1]
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -300,8 +321,10 @@ def fits(tab: Any) -> bool:
 def test_a_phone_and_enlarged_text(opened: Open, device: httpx.Client) -> None:
     tab = described(opened(device, 390, 844, reduced_motion="reduce"))
     assert fits(tab)
+    expect(tab.locator("#frame")).not_to_be_in_viewport(ratio=0.9)
     painted(tab)
     assert fits(tab)
+    expect(tab.locator("#frame")).to_be_in_viewport(ratio=0.9)
     tab.get_by_text("How it was painted").click()
     for width in (320, 600):  # 1280 px at 400%, 1200 px at 200%
         tab.set_viewport_size({"width": width, "height": 450})
