@@ -150,6 +150,7 @@ class Edge:
                 with span("cloud"):
                     start, timing = self.there.cloud.run(told, tensors, plan.digest, self.cancelled, spent)
                 exchanges.append(timing)
+                self._require_shape(request, plan, start)
             else:
                 output = yield from _rows_alone(self.paint(replace(request, start=start, until=until)))
                 start = output.handover
@@ -157,6 +158,14 @@ class Edge:
         output = yield from self.paint(replace(request, start=start))
         timings = _together([*before, output.timings])
         return replace(output, timings=timings, plan=plan.having_run([row.guidance for row in timings.rows]))
+
+    def _require_shape(self, request: Request, plan: Plan, answered: Handover) -> None:
+        """Raise CloudError where a state that the server answered is of pictures of another size or number."""
+        shape = request.latent_shape(self.there.manifest, tuple(dict.fromkeys(plan.denoisers)))
+        wanted = (1 + plan.table.history, *shape)
+        if answered.state.shape != wanted:
+            what = f"answered a state of shape {answered.state.shape} for one of {wanted}"
+            raise CloudError(self.there.cloud.url, "malformed", what)
 
     def _told(self, request: Request, plan: Plan, until: int, start: Handover | None) -> dict[str, Any]:
         """What the server is asked."""

@@ -309,6 +309,15 @@ def test_a_server_that_answers_nan(values: float, bundle: Path, pipe: Pipeline, 
     assert "NaN or Inf" in output.degraded
 
 
+def test_a_server_that_answers_with_other_pictures(bundle: Path, pipe: Pipeline, allowed: tuple[Any, Any]) -> None:
+    handover = pipe(**HERE, until=2, height=96).handover
+    assert handover is not None
+    with answering(handover.to_bytes()) as port:
+        output = painted(bundle, f"http://127.0.0.1:{port}")
+    assert require_allowed(output, allowed) == "malformed"
+    assert "answered a state of shape (2, 1, 4, 12, 8) for one of (2, 1, 4, 8, 8)" in output.degraded
+
+
 @contextmanager
 def answering(body: bytes) -> Iterator[int]:
     """A server that has one answer for everything; its port."""
