@@ -107,6 +107,7 @@ class Idempotent:
                 future.cancel()
             raise
         future.set_result(response)
+        self._forget_old()
         return response
 
     def _forget_old(self) -> None:
@@ -114,7 +115,7 @@ class Idempotent:
         made = {key: one for key, one in self._kept.items() if one[2].done()}
         size = sum(len(future.result().body) for _, _, future in made.values())
         for key, (_, since, future) in made.items():
-            if since > oldest and len(self._kept) < _KEPT and size <= _KEPT_BYTES:
+            if since > oldest and len(self._kept) <= _KEPT and size <= _KEPT_BYTES:
                 return
             size -= len(future.result().body)
             del self._kept[key]

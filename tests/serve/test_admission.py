@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -18,12 +19,18 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from tandemrt.runtime import Handover, Pipeline
+from tandemrt.runtime import Handover, Pipeline, Request
 from tandemrt.runtime.cloud import JSON, MESSAGE, PROTOCOL
 from tandemrt.runtime.messages import packed
 from tandemrt.serve.app import application
 from tandemrt.serve.limits import Limits
+from tandemrt.serve.metrics import Metrics
+from tandemrt.serve.problems import Problem
+from tandemrt.serve.protocol import Asked
+from tandemrt.serve.queue import Queue
+from tandemrt.serve.served import Served
 from tandemrt.serve.tokens import TokenFile
+from tandemrt.serve.work import work_of
 
 from .conftest import serving
 
@@ -185,6 +192,36 @@ def test_a_deadline_ends_the_work(slow: Pipeline, pace: Pace) -> None:
         assert client.post("/v1/handoff", json={**LONG, "timeout": 0.3}).status_code == 504
         assert time.monotonic() - began < 3
         require_ended(client, pace)
+
+
+def test_who_waits_has_a_deadline_too(slow: Pipeline, pace: Pace, threads: ThreadPoolExecutor) -> None:
+    job = {**JOB, "until": 1}
+    with serving(slow) as client, pace.held():
+        first = threads.submit(client.post, "/v1/handoff", json=job)
+        until(lambda: measured(client, "tandemrt_running") == 1)
+        assert client.post("/v1/handoff", json={**job, "timeout": 0.2}).status_code == 504
+        assert (measured(client, "tandemrt_waiting"), first.done()) == (0, False)
+        pace.open.set()
+        assert first.result().status_code == 200
+        assert measured(client, "tandemrt_call_requests_count") == 1
+
+
+def test_what_was_taken_is_painted_while_nothing_more_is(slow: Pipeline, pace: Pace) -> None:
+    async def run() -> None:
+        queue = Queue(slow, Limits(), Metrics())
+        await queue.warm_up(Request(prompt="", seed=0))
+        work = work_of(Asked(**JOB, until=1), {}, Served.of(slow), Limits())
+        with pace.held():
+            taken = [asyncio.ensure_future(queue.painted(work, 30)) for _ in range(2)]
+            await asyncio.sleep(0)
+            queue.drain()
+            with pytest.raises(Problem, match="it is shutting down") as refused:
+                await queue.painted(work, 30)
+            assert refused.value.status == 503
+        await queue.close()
+        assert [one.result().handover.step for one in taken] == [1, 1]  # type: ignore[union-attr]
+
+    asyncio.run(run())
 
 
 def ran_after_another(
