@@ -32,7 +32,7 @@ from tandemrt.serve.served import Served
 from tandemrt.serve.tokens import TokenFile
 from tandemrt.serve.work import work_of
 
-from .conftest import serving
+from .conftest import run_apart, serving
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
 LONG: dict[str, Any] = {**JOB, "steps": {"unet": 100}, "until": 100}
@@ -221,7 +221,7 @@ def test_what_was_taken_is_painted_while_nothing_more_is(slow: Pipeline, pace: P
         await queue.close()
         assert [one.result().handover.step for one in taken] == [1, 1]  # type: ignore[union-attr]
 
-    asyncio.run(run())
+    run_apart(run())
 
 
 def ran_after_another(

@@ -14,6 +14,8 @@ from tandemrt.serve import answers
 from tandemrt.serve.answers import Idempotent
 from tandemrt.serve.problems import Problem, unusable
 
+from .conftest import run_apart
+
 Make = Callable[[], Awaitable[Response]]
 
 
@@ -53,7 +55,7 @@ def test_those_who_come_meanwhile_wait_for_the_first() -> None:
         with pytest.raises(Problem, match="came with another body"):
             await kept.answer(request("a"), b"another", make)
 
-    asyncio.run(run())
+    run_apart(run())
 
 
 def test_when_the_first_leaves_one_of_those_who_wait_makes_it() -> None:
@@ -68,7 +70,7 @@ def test_when_the_first_leaves_one_of_those_who_wait_makes_it() -> None:
         assert one is other
         assert make.made == 1
 
-    asyncio.run(run())
+    run_apart(run())
 
 
 def test_a_failure_is_not_kept() -> None:
@@ -83,7 +85,7 @@ def test_a_failure_is_not_kept() -> None:
         make.open.set()
         assert (await kept.answer(request("a"), b"body", make)).body == b"x"
 
-    asyncio.run(run())
+    run_apart(run())
 
 
 @pytest.mark.parametrize(("size", "left"), [(1, 64), (answers._KEPT_BYTES // 4, 4)])
@@ -100,4 +102,4 @@ def test_so_many_are_kept_and_so_many_bytes(size: int, left: int) -> None:
         await kept.answer(request("1"), b"", make)
         assert make.made == made + 1
 
-    asyncio.run(run())
+    run_apart(run())
