@@ -142,7 +142,7 @@ def _value(random: Random, depth: int = 0) -> Any:
 
 def _near(random: Random, value: Any) -> Any:
     """Another value of the same kind."""
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool) or value is None or (isinstance(value, int) and abs(value) > 2**64):
         return _value(random)
     if isinstance(value, (int, float)):
         return random.choice((value + random.choice((-1, 1, 0.5)), -value, value * 1000, random.choice(_NUMBERS)))
