@@ -69,20 +69,32 @@ def conditioned(
 
     size: the picture's height and width. encode: prompts, a list for each text encoder, to their joint embeddings.
     """
+    embeddings, negative, dropped = encoded(request, manifest.text, encode, guided=any(plan.guided))
+    conditional = _inputs(embeddings, request, _time_ids(request, "", size))
+    unconditional = None
+    if negative is not None:
+        branch = "" if request.negative_original_size is None else "negative_"
+        unconditional = _inputs(negative, request, _time_ids(request, branch, size))
+    scale = plan.guidance_scale
+    return {name: _for(manifest.components[name], conditional, unconditional, scale) for name in names}, dropped
+
+
+def encoded(
+    request: Request, text: TextConditioning, encode: Encode, *, guided: bool
+) -> tuple[Embeddings, Embeddings | None, tuple[DroppedText, ...]]:
+    """What the texts make for both branches, the unconditional one where rows are guided, and the text that was cut.
+
+    encode: as of `conditioned`. Embeddings that the request brings are taken as they are.
+    """
     dropped: tuple[DroppedText, ...] = ()
     if request.prompt_embeds is not None:
         embeddings = Embeddings(request.prompt_embeds, request.pooled_prompt_embeds)
     else:
         embeddings, dropped = encode(request.prompts)
-    conditional = _inputs(embeddings, request, _time_ids(request, "", size))
-    unconditional = None
-    if any(plan.guided):
-        negative, cut = _negative(request, manifest.text, embeddings, encode)
-        dropped += cut
-        branch = "" if request.negative_original_size is None else "negative_"
-        unconditional = _inputs(negative, request, _time_ids(request, branch, size))
-    scale = plan.guidance_scale
-    return {name: _for(manifest.components[name], conditional, unconditional, scale) for name in names}, dropped
+    if not guided:
+        return embeddings, None, dropped
+    negative, cut = _negative(request, text, embeddings, encode)
+    return embeddings, negative, dropped + cut
 
 
 def guidance_embedding(scale: float, width: int) -> Float32:

@@ -55,6 +55,8 @@ class Models:
         self._engines: dict[tuple[str, Variant], tuple[str, ...]] = {}
         self._encoders: dict[Session, tuple[PromptEncoder, Ran]] = {}
         self.refits = Refits(bundle)
+        # Stands for a second device; see `Pipeline.open`.
+        self.elsewhere: Callable[[str], Session] | None = None
         self.closed = False
 
     def close(self) -> None:
@@ -80,8 +82,13 @@ class Models:
 
     @property
     def devices(self) -> int:
-        """How many devices there are to run on."""
+        """How many devices there are to run on here."""
         return len(self._targets)
+
+    @property
+    def apart(self) -> bool:
+        """Whether both branches of guidance have a device of their own."""
+        return self.elsewhere is not None or self.devices > 1
 
     def session(
         self,
@@ -100,7 +107,7 @@ class Models:
             for two is another session, with weights of its own.
         workers: how many runs there are at once, of this model and of others beside it, among which a CPU's threads are
             divided: each has one at least.
-        device: which of the devices; on each a model has weights of its own.
+        device: which of the devices; on each a model has weights of its own. The second may be elsewhere.
 
         Raises:
             BundleError: its files are no longer what the manifest says, or its tensors never were.
@@ -109,6 +116,8 @@ class Models:
         """
         with self._lock:
             self.require_open()
+            if device and self.elsewhere is not None:
+                return self.elsewhere(name)
             streams = streams_for(self._target, calls)
             threads = self._threads(workers, streams)
             key = name, variant, refit, threads, streams, device

@@ -12,16 +12,19 @@ from typing import Any
 
 from .arguments import did_you_mean, thread_count
 from .auto_placement import AutoPlacement
+from .backends.base import Array
 from .bundle import Bundle
 from .cache import cache_folder, require_folder
 from .cloud import Cloud
-from .conditioning import check_conditioning
+from .conditioning import check_conditioning, encoded
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
 from .edge import Edge, There, names_cloud
 from .editing import checked_editing
+from .elsewhere import Elsewhere, ElsewhereSession, run_alone
 from .errors import CancelledError, ExecutionError, RequestError, told_as
 from .handover import require_models_of, rows_between
+from .images import Float32
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
 from .manifest import Manifest
@@ -34,6 +37,7 @@ from .painting import Job, Painter
 from .placement import refusal
 from .plan import Plan, compile_plan
 from .pool import Pool
+from .ran_on import Ran
 from .request import Request
 from .request_calls import numbered, takes_request
 from .request_checks import checked_array, checked_loras
@@ -76,6 +80,7 @@ class Pipeline:
         devices: Sequence[int] | None = None,
         observe: Observe | None = None,
         cloud: str | Cloud | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
 
@@ -92,6 +97,8 @@ class Pipeline:
             of its stages, or step engines, of which placement sequential runs none. Update engines are not used.
         cloud: a server of `tandemrt serve`, such as `https://host:8080`, or a `Cloud`, which also takes its token; its
             denoisers may then be named in `steps`: `{"cloud:unet": 10, "unet_small": 15}`.
+        elsewhere: called instead of a model here for the branch without the prompt in placement `parallel`, of a plan
+            that needs no LoRAs; what answers there is `run_component` of another pipeline on the same bundle.
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
@@ -111,7 +118,12 @@ class Pipeline:
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
         server = Cloud(cloud) if isinstance(cloud, str) else cloud
-        return cls(opened, wanted, count, cache_folder(cache), observe, server)
+        pipeline = cls(opened, wanted, count, cache_folder(cache), observe, server)
+        if elsewhere is not None:
+            components = opened.manifest.components.items()
+            there = {name: ElsewhereSession(name, component, elsewhere) for name, component in components}
+            pipeline._models.elsewhere = there.__getitem__
+        return pipeline
 
     def __repr__(self) -> str:
         target = self.target.told(self.bundle.manifest)
@@ -168,6 +180,40 @@ class Pipeline:
         """
         return overlapped(functools.partial(self._numbered, *each) for each in numbered(requests))
 
+    @takes_request(Request)
+    def encode_prompt(self, request: Request) -> dict[str, Float32]:
+        """What the text encoders make of a request's texts, by the arguments that a call takes instead of them.
+
+        Of both branches, the second where guidance is on: `pipe(**pipe.encode_prompt("red"))` paints as `pipe("red")`.
+
+        Raises:
+            RequestError, PlanError, ExecutionError: as a call; RequestError also of LoRAs, which change the encoders.
+        """
+        self._models.require_open()
+        if request.loras:
+            raise RequestError("loras", "given to encode_prompt", remedy="Leave them out, or give texts to a call.")
+        plan = compile_plan(self.manifest, request.schedule)
+        check_conditioning(request, self.manifest, plan)
+        encode = functools.partial(
+            self._models.encode_texts, Fitted(), strict=request.strict_prompts, before=self._models.require_open,
+            ran=Ran(),
+        )  # fmt: skip
+        embeddings, negative, _ = encoded(request, self.manifest.text, encode, guided=any(plan.guided))
+        both = {"prompt_embeds": embeddings.hidden, "pooled_prompt_embeds": embeddings.pooled}
+        if negative is not None:
+            both |= {"negative_prompt_embeds": negative.hidden, "negative_pooled_prompt_embeds": negative.pooled}
+        return {name: values for name, values in both.items() if values is not None}
+
+    def run_component(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One run of a component for a pipeline whose `elsewhere` this is; inputs and outputs by name.
+
+        Raises:
+            BundleError: there is none of that name.
+            ExecutionError: it failed, or takes other inputs.
+        """
+        self.bundle.component(name)
+        return run_alone(self._models, self._pool, name, inputs)
+
     def _numbered(self, index: int, request: Request, cancelled: threading.Event) -> Events:
         """As `_generate`, of a request of `map`, whose index is told where it cannot be used."""
         with told_as(f"requests[{index}]"):
@@ -215,7 +261,12 @@ class Pipeline:
         self, plan: Plan, controls: tuple[Control, ...], loras: Fitted, shape: tuple[int, ...]
     ) -> None:
         """Refuse a placement that the target, or the engines that are there, cannot do."""
-        if (refused := refusal(plan.placement, self.target, self._models.threads)) is not None:
+        elsewhere = self._models.elsewhere is not None
+        if elsewhere and plan.placement != "batched" and (plan.window is not None or loras.adapters):
+            what = "LoRAs, or placement hybridiff, with a branch elsewhere"
+            raise RequestError("placement", what, remedy="Ask for placement batched.")
+        refused = refusal(plan.placement, self.target, self._models.threads)
+        if refused is not None and not elsewhere:
             raise refused
         if plan.placement in ("sequential", "parallel", "hybridiff"):
             require_engines(plan, controls, loras, shape, self._models)

@@ -103,8 +103,9 @@ def _on_denoisers(
 ) -> Loop:
     """The loop on the denoisers themselves; guidance and the solver's update run beside them where engines do both."""
     plan, updates = rows.plan, None
-    if models.observed:
-        engines.leave(dict.fromkeys(plan.denoisers), "observe", "update", rows.ran)
+    if models.observed or models.elsewhere is not None:
+        why = "observe" if models.observed else "a branch elsewhere"
+        engines.leave(dict.fromkeys(plan.denoisers), why, "update", rows.ran)
     else:
         updates = engines.load(_updates(rows, shape), before=before, ran=rows.ran)
 
@@ -154,7 +155,7 @@ def _placed(rows: Rows, shape: Shape, models: Models, before: Callable[[], None]
     plan, conditioning, controls = rows.plan, rows.conditioning, rows.controls
     every = [control.component for control in controls] + list(dict.fromkeys(plan.denoisers))
     if plan.placement in ("parallel", "hybridiff"):
-        guided, apart = models_of(plan, controls, plan.guided), models.devices > 1
+        guided, apart = models_of(plan, controls, plan.guided), models.apart
         both = _sessions(guided, rows, models, before, calls=1 if apart else 2)
         placed = [both, _sessions(models_of(plan, controls, plan.one_branch), rows, models, before)]
         if apart:

@@ -28,6 +28,7 @@ from .queue import Queue
 from .served import Served
 from .service import Service
 from .tokens import TokenFile
+from .work import Painter
 
 # The page's style and script are within it, and its pictures are data; nothing comes from elsewhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
@@ -40,19 +41,25 @@ def application(pipe: Pipeline, limits: Limits, token: str | TokenFile | None) -
     token: what every request brings; None for none.
     """
     metrics = Metrics()
+    return application_of(Queue(pipe, limits, metrics), Served.of(pipe), limits, token, metrics)
+
+
+def application_of(
+    painter: Painter, served: Served, limits: Limits, token: str | TokenFile | None, metrics: Metrics
+) -> Starlette:
+    """As `application`, with what a painter paints of what is served."""
     shown = Path(__file__).with_name("page.html").read_text("utf-8")
-    queue = Queue(pipe, limits, metrics)
-    service = Service(Served.of(pipe), queue, limits, Idempotent())
+    service = Service(served, painter, limits, Idempotent())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        warming = asyncio.ensure_future(queue.warm_up(_WARM_UP))
+        warming = asyncio.ensure_future(painter.warm_up(_WARM_UP))
         try:
             yield
         finally:
-            queue.drain()
+            painter.drain()
             await asyncio.wait([warming])
-            await queue.close()
+            await painter.close()
 
     async def page(_: Request) -> Response:
         return HTMLResponse(shown, headers={"Content-Security-Policy": _POLICY})
@@ -61,8 +68,8 @@ def application(pipe: Pipeline, limits: Limits, token: str | TokenFile | None) -
         return JSONResponse({"live": True})
 
     async def ready(_: Request) -> Response:
-        if queue.unready:
-            raise unready(queue.unready)
+        if painter.unready:
+            raise unready(painter.unready)
         return JSONResponse({"ready": True})
 
     async def server(_: Request) -> Response:

@@ -30,6 +30,12 @@ class Metrics:
             "tandemrt_fallbacks", "Models that ran on something else than they could have.", ("component",),
             registry=self.registry,
         )  # fmt: skip
+        self.lost = Counter(
+            "tandemrt_lost",
+            "Replicas that were lost while they were asked, by part.",
+            ("part",),
+            registry=self.registry,
+        )
 
     def waited(self, seconds: float) -> None:
         """Count how long a request has waited."""

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from tandemrt.runtime import Pipeline
+from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.targets import Target
 
 from .problems import conflict, unknown_model
 
@@ -31,9 +33,14 @@ class Served:
     @classmethod
     def of(cls, pipe: Pipeline) -> Served:
         """A pipeline's bundle, named as its folder."""
-        bundle, own = pipe.bundle, pipe.bundle.manifest
+        return cls.on(pipe.bundle, pipe.target, pipe.manifest)
+
+    @classmethod
+    def on(cls, bundle: Bundle, target: Target, manifest: Manifest | None = None) -> Served:
+        """A bundle on a target, named as its folder; manifest: see above, the bundle's own by default."""
+        own = bundle.manifest
         models = {name: own.model_digest(name) for name in own.names("denoiser")}
-        return cls(bundle.path.name, bundle.digest, pipe.target.told(own), pipe.manifest, models)
+        return cls(bundle.path.name, bundle.digest, target.told(own), manifest or own, models)
 
     def require(self, name: str | None) -> None:
         """Raise Problem where a model of another name is wanted; None is any."""

@@ -34,6 +34,15 @@ class Painter(Protocol):
     def unready(self) -> str:
         """Why no request is taken; empty where one is."""
 
+    async def warm_up(self, request: Request) -> None:
+        """Paint a picture, and be ready."""
+
+    def drain(self) -> None:
+        """Take no further request."""
+
+    async def close(self) -> None:
+        """Wait until what was taken has ended."""
+
     async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
         """What a request makes, when it is its turn; the caller's own cancellation ends its work.
 

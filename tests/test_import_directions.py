@@ -39,8 +39,13 @@ RUNTIME_THIRD_PARTY = frozenset({"numpy", "tokenizers", "PIL", "msgspec"})
 # Torch models are the whole purpose of these two; in the rest of bench/ torch waits for a function that needs it.
 BENCH_BUILDER = Rule(ours=frozenset(FOLDERS), third_party=ANYTHING)
 
+SERVE_THIRD_PARTY = frozenset({"numpy", "msgspec", "PIL", "starlette", "prometheus_client"})
+SERVE_ON_RAY = Rule(ours=frozenset({"runtime"}), third_party=SERVE_THIRD_PARTY | {"ray"})
+
 # The longest matching prefix of a file's path decides.
 RULES = {
+    "serve/ray_app.py": SERVE_ON_RAY,
+    "serve/ray_calls.py": SERVE_ON_RAY,
     "runtime/": Rule(third_party=RUNTIME_THIRD_PARTY, lazy_third_party=BACKENDS),
     # The command line loads each command from its own folder, when that command is asked for.
     "runtime/cli/": Rule(
@@ -58,7 +63,7 @@ RULES = {
     ),
     "serve/": Rule(
         ours=frozenset({"runtime"}),
-        third_party=frozenset({"numpy", "msgspec", "PIL", "starlette", "prometheus_client"}),
+        third_party=SERVE_THIRD_PARTY,
         lazy_third_party=frozenset({"uvicorn"}),
     ),
     # Quantizers and measures by trained networks wait for what needs them.
