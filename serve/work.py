@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from tandemrt.runtime import Output, Request, StepEvent
-from tandemrt.runtime.plan import Plan, compile_plan
+from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.stream import Stage
 
 from .limits import Limits
@@ -65,9 +67,25 @@ def work_of(asked: Asked, tensors: dict[str, Any], served: Served, limits: Limit
     served.require_models(asked.models or {})
     manifest = served.manifest
     request = request_of(asked, tensors, served.digest, limits)
-    plan = compile_plan(manifest, request.schedule)
+    plan = _compiled(_Wanted(id(manifest), repr(request.schedule), manifest, request.schedule))
     if asked.plan not in (None, plan.digest):
         raise conflict(f"plan: got {str(asked.plan)[:16]!r}, expected {plan.digest[:16]!r}, which the request makes.")
     shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
     require_within(plan.table.rows, shape, manifest.latent.downsampling, limits)
     return Work(request, plan, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A plan of a bundle's; as another one where it is of the same bundle, which it keeps, and told the same."""
+
+    bundle: int
+    told: str
+    manifest: Manifest = field(compare=False)
+    schedule: Schedule = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _compiled(wanted: _Wanted) -> Plan:
+    """As `compile_plan`; most callers ask for the same."""
+    return compile_plan(wanted.manifest, wanted.schedule)

@@ -15,7 +15,10 @@ import pytest
 
 from tandemrt.runtime import Handover, Pipeline
 from tandemrt.runtime.cloud import JSON, MESSAGE, PROTOCOL
+from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.messages import packed
+from tandemrt.runtime.plan import Plan, Schedule, compile_plan
+from tandemrt.serve import work
 from tandemrt.serve.limits import Limits
 
 from .conftest import serving
@@ -59,6 +62,19 @@ def test_a_state_is_gone_on_with(client: httpx.Client, pipe: Pipeline) -> None:
     )
     assert answer.status_code == 200, answer.text
     np.testing.assert_array_equal(Handover.from_bytes(answer.content).state[0], pipe(**JOB).latents)
+
+
+def test_a_plan_that_many_ask_for_is_compiled_once(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def compiling(manifest: Manifest, schedule: Schedule) -> Plan:
+        compiled.append(schedule.steps)
+        return compile_plan(manifest, schedule)
+
+    monkeypatch.setattr(work, "compile_plan", compiling)
+    plans = [handed(client, steps={"unet": steps}, seed=seed, until=1).plan for seed, steps in enumerate((6, 6, 7, 6))]
+    assert compiled == [{"unet": 6}, {"unet": 7}]
+    assert plans[0] == plans[1] == plans[3] != plans[2]
 
 
 def test_half_the_bytes(client: httpx.Client, pipe: Pipeline) -> None:
