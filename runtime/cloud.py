@@ -174,6 +174,8 @@ class Cloud:
                     raise
                 if cancelled.wait(pause):
                     raise _cancelled() from error
+                if time.monotonic() >= ends:  # it waited for longer than it meant to
+                    raise
                 continue
             self._count(failed=False)
             return made

@@ -162,7 +162,7 @@ def test_a_device_tells_of_both_places(device: httpx.Client, pipe: Pipeline) -> 
 
 def test_a_picture_without_the_cloud_says_so(bundle: Path, pipe: Pipeline) -> None:
     with (
-        Pipeline.open(bundle, threads=1, cloud=Cloud("http://127.0.0.1:9", seconds=0.2)) as edge,
+        Pipeline.open(bundle, threads=1, cloud=Cloud("http://127.0.0.1:9", seconds=5)) as edge,
         serving(edge) as served,
     ):
         answer = served.post("/v1/images/generations", json={"prompt": "red", "seed": 7, "steps": STEPS}).json()
