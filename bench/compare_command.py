@@ -11,14 +11,17 @@ from typing import Any
 from tandemrt.runtime.cli.columns import aligned
 from tandemrt.runtime.cli.reporter import Reporter
 
-from .reports.changes import CONFIDENCE, FEWEST, LEAST, changes, machine_changes, unmatched
+from .reports.changes import CONFIDENCE, FEWEST, LEAST, LEAST_TIMED, changes, machine_changes, unmatched
 from .reports.schema import read_report
 from .reports.told import number
 
 EPILOG = f"""\
 A figure is better or worse where the {CONFIDENCE:.0%} confidence interval of the quotient of medians (bootstrap over
-rounds) lies beyond {LEAST:.0%} around 1. Times of peers, and what follows from times, are compared by their ratios to
-TandemRT in the same round, which a busier machine leaves alone. Fewer than {FEWEST} rounds tell nothing of times.
+rounds) lies beyond what two runs of the same work may differ by: {LEAST_TIMED:.0%} of what is timed, or half of what
+the rounds of one of them span (10th to 90th percentile) where that is more; {LEAST:.0%} of all else. Times of peers,
+and what follows from times, are compared by their ratios to TandemRT in the same round: that leaves out what slows all
+alike, such as a lower clock. Other work slows them unevenly, and moves ratios too: compare runs of quiet machines.
+Fewer than {FEWEST} rounds tell nothing of times.
 
 example:
   tandemrt bench compare before/report.json after/report.json

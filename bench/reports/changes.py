@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .caveats import spread_share
 from .schema import MORE_IS_BETTER, TIMED, Figure, Report, Row, Section, Unit
 
 DRAWS, CONFIDENCE = 4000, 0.95
-# Between two runs a quiet machine differs by so much: what is less is no change, however even the rounds.
-LEAST = 0.02
+# What is less is no change, however even the rounds. What is timed differs more from run to run than the rounds of one
+# run tell: of the same work on the same two-core virtual machine, ratios of whole pictures moved by 17% within a day,
+# in rounds whose 10th to 90th percentile spanned 40%.
+LEAST, LEAST_TIMED = 0.02, 0.15
 FEWEST = 3
 _MEASURED = "measured"
 
@@ -21,8 +24,9 @@ class Change:
     """A figure in both reports.
 
     times: the second's median by the first's, `low` to `high` its 95% confidence interval (bootstrap over rounds; of
-    figures that were taken once, the quotient itself). against: the row that the figures were divided by, round by
-    round, before; empty where they stand alone. verdict: `better`, `worse`, `same` or, of too few rounds, `unsure`.
+    figures that were taken once, the quotient itself). allowed: by what share more or less than once is no change, as
+    two runs differ. against: the row that the figures were divided by, round by round, before; empty where they stand
+    alone. verdict: `better`, `worse`, `same` or, of too few rounds, `unsure`.
     """
 
     where: str
@@ -33,6 +37,7 @@ class Change:
     times: float
     low: float
     high: float
+    allowed: float
     against: str
     verdict: str
 
@@ -84,8 +89,8 @@ def changes(before: Report, after: Report) -> Iterator[Change]:
     """Every figure that both have, in the order of the first.
 
     Where a section has a baseline, times of its other rows, and what follows from times, are compared by their ratios
-    to it, which a busier or slower machine leaves alone. Shares of a whole are left out: the one grows when another
-    part gets faster, whose own time is compared.
+    to it, without what slows all alike, such as a lower clock. Shares of a whole are left out: the one grows when
+    another part gets faster, whose own time is compared.
     """
     random = np.random.default_rng(0)
     for ends, rows in _matched(before, after):
@@ -150,14 +155,25 @@ def _change(
         times,
         low,
         high,
+        allowed := _allowed(unit, ends),
         against,
-        _verdict(unit, (low, high), few=min(counts) < FEWEST and unit in TIMED),
+        _verdict(unit, (low, high), allowed, few=min(counts) < FEWEST and unit in TIMED),
     )
 
 
-def _verdict(unit: Unit, interval: tuple[float, float], *, few: bool) -> str:
+def _allowed(unit: Unit, ends: tuple[Figure, Figure]) -> float:
+    """By what share a figure of two runs may differ: of what is timed, half of what its rounds span where that is more.
+
+    unit: as of `_change`.
+    """
+    if unit not in TIMED:
+        return LEAST
+    return max(LEAST_TIMED, *(spread_share(one) / 2 for one in ends))
+
+
+def _verdict(unit: Unit, interval: tuple[float, float], allowed: float, *, few: bool) -> str:
     low, high = interval
-    if low <= 1 + LEAST and high >= 1 - LEAST:
+    if low <= 1 + allowed and high >= 1 / (1 + allowed):
         return "same"
     if few:
         return "unsure"

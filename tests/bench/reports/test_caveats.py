@@ -38,8 +38,16 @@ def test_other_work_is_told() -> None:
 
 def test_other_work_meanwhile_is_told() -> None:
     (busy,) = caveats(machine(other_cores=0.25), (), (), ())
-    assert busy == "Other work ran beside: it had 0.2 of 2 cores on average while it was measured."
+    assert busy == (
+        "Other work ran beside: it had 0.2 of 2 cores on average while it was measured. "
+        "Ratios suffer as well as times: it slows contenders unevenly."
+    )
     assert caveats(machine(other_cores=0.2), (), (), ()) == ()
+
+
+def test_the_load_average_counts_where_other_work_is_not_told() -> None:
+    """It also holds what ran before, such as another benchmark."""
+    assert caveats(machine(load=1.9, other_cores=0.05), (), (), ()) == ()
 
 
 def test_what_ran_otherwise_comes_first_and_random_weights_last() -> None:

@@ -39,6 +39,20 @@ def test_what_is_slower_within_the_rounds_is_the_same() -> None:
     assert verdicts((0.9, 1.3, 1.0, 1.4))[OURS] == "same"
 
 
+def test_what_runs_of_one_day_differ_by_is_the_same() -> None:
+    assert verdicts((1.14, 1.15, 1.13, 1.14)) == {OURS: "same", PEER: "same"}
+    after, even, wide = (1.2,) * 31, (1.0,) * 31, (*(0.7,) * 4, *(1.0,) * 23, *(1.3,) * 4)
+    for before, allowed, verdict in ((even, 0.15, "worse"), (wide, 0.3, "same")):
+        (found,) = changes(told_of("s", before), told_of("s", after))
+        assert (found.allowed, found.verdict) == (pytest.approx(allowed), verdict)
+        assert found.low > 1.15
+
+
+def test_what_is_no_time_is_held_to_less() -> None:
+    assert [one.verdict for one in changes(told_of("MiB", (100.0,)), told_of("MiB", (105.0,)))] == ["worse"]
+    assert [one.verdict for one in changes(told_of("MiB", (100.0,)), told_of("MiB", (101.0,)))] == ["same"]
+
+
 def test_a_peer_is_compared_by_its_ratios() -> None:
     """On a machine that is half as fast all take twice as long, and the peer is to ours as it was."""
     doubled = tuple(2 * value for value in EVEN), tuple(4 * value for value in EVEN)
