@@ -14,7 +14,7 @@ from .probes import Probes
 from .published import opened, plan_facts, publish, summary
 from .rounds import Entrant, Progress, Rounds, Taken, failing, in_rounds, rotated
 from .run_arguments import RunPlan, add_arguments, plan_from_arguments
-from .sections import cold_section, contenders_section, otherwise
+from .sections import cold_section, contenders_section, models_section, otherwise
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
 
@@ -32,7 +32,7 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     work = measured.work(shared, compiled, plan.decoder, plan.num_images_per_prompt)
     entrants = every_entrant(work, shared.targets, plan.peers)
     taken = in_fresh(entrants, shared.rounds, reporter.progress, measured.watch.probes)
-    sections = (cold_section(taken), contenders_section(taken))
+    sections = (cold_section(taken), contenders_section(taken), models_section(measured.bundle, taken))
     told = tuple(otherwise(taken))
     return publish("from a fresh start", shared, measured, work.resolved(plan.facts), sections, told)
 

@@ -98,7 +98,7 @@ def start_section(taken: Mapping[str, Taken]) -> Section:
 def contenders_section(taken: Mapping[str, Taken]) -> Section:
     """What each contender runs with, as it told when it was opened."""
     columns = {"runs": "versions", "device": "device", "threads": "threads", "precision": "precision"}
-    columns |= {"otherwise": "otherwise than asked"}
+    columns |= {"models": "opens", "otherwise": "otherwise than asked"}
     opened = {name: one.opened.words if one.opened is not None else {} for name, one in taken.items()}
     told = {word for words in opened.values() for word, value in words.items() if value}
     return Section(

@@ -27,6 +27,7 @@ from tandemrt.bench.figures import markdown_table, write_text
 from tandemrt.bench.program import run_program
 from tandemrt.bench.reports.markdown import markdown, section_table
 from tandemrt.bench.reports.page import page
+from tandemrt.bench.reports.precision import with_precisions
 from tandemrt.bench.reports.schema import FORMAT, Report, Row, Section, read_report
 from tandemrt.bench.reports.told import SPREAD, with_spread
 from tandemrt.runtime.errors import BenchmarkError
@@ -90,7 +91,7 @@ def blocks_of(path: Path) -> Mapping[str, str]:
     """Evidence as Markdown: a report's tables by their sections' keys, other evidence's paragraphs by their numbers."""
     facts = json.loads(path.read_bytes())
     if facts.get("format") == FORMAT:
-        return {section.key: section_table(section) for section in read_report(path).sections}
+        return {section.key: section_table(section) for section in with_precisions(read_report(path)).sections}
     kind = next((name for name in WRITERS if f"{path.stem}_".startswith(f"{name}_")), path.stem)
     module, _, function = _named(WRITERS, kind, path.name).partition(":")
     text = getattr(import_module(f"tandemrt.bench.{module}"), function)(facts)
@@ -99,16 +100,24 @@ def blocks_of(path: Path) -> Mapping[str, str]:
 
 def whole_pictures(source: str, key: str, folder: Path, root: Path) -> str:
     """A section of several reports in one table: a contender's seconds, and how they compare with the first's."""
-    every = [(path, read_report(path)) for path in sorted(root.glob(source))]
+    every = [(path, with_precisions(read_report(path))) for path in sorted(root.glob(source))]
     found = [(path, report, one) for path, report in every for one in report.sections if one.key == key]
     if not found:
         remedy = "Measure one, or take the region out."
         raise BenchmarkError(source, "no report there has this section", got=key, remedy=remedy)
     rows = [row for path, report, section in found for row in _picture_rows(path, report, section, folder)]
-    heads = ("", "s a call", "times the first's", "peak memory, MiB", "PSNR to the first, dB")
+    heads = (
+        "",
+        "computes in",
+        "s a call",
+        "times the first's",
+        "times TandemRT in the same precision",
+        "peak memory, MiB",
+        "PSNR to the first, dB",
+    )
     machines = "; ".join(dict.fromkeys(f"{one.machine.processor}, {one.machine.cores} cores" for _, one, _ in found))
     random = " Random weights." if any(one.random_weights for _, report, _ in found for one in report.subjects) else ""
-    return f"{markdown_table(heads, rows)}\n{SPREAD}{random} {machines}."
+    return f"{markdown_table(heads, rows, frozenset({1}))}\n{SPREAD}{random} {machines}."
 
 
 def _picture_rows(path: Path, report: Report, section: Section, folder: Path) -> Iterator[tuple[str, ...]]:
@@ -117,8 +126,8 @@ def _picture_rows(path: Path, report: Report, section: Section, folder: Path) ->
     for row in section.rows:
         ratios = section.ratios(row, "total")
         compared = "" if ratios is None or row.name == section.baseline else with_spread(ratios)
-        others = (_figure(row, "peak"), _figure(row, "psnr"))
-        yield f"{link}: {row.name}", _figure(row, "total"), compared, *others
+        others = (_figure(row, "alike"), _figure(row, "peak"), _figure(row, "psnr"))
+        yield f"{link}: {row.name}", row.words.get("precision", ""), _figure(row, "total"), compared, *others
 
 
 def _figure(row: Row, name: str) -> str:

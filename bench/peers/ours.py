@@ -23,7 +23,10 @@ class Ours(Painter):
         self._taus: tuple[int, int] | None = None
 
     def setting(self) -> Mapping[str, str]:
-        return {"threads": threads_told(self._job["threads"], "the backend"), "device": self._pipe.target.device}
+        target, components = self._pipe.target, self._pipe.bundle.manifest.components.values()
+        computed = dict.fromkeys(str(target.of_component(one).precision) for one in components)
+        threads = threads_told(self._job["threads"], "the backend")
+        return {"threads": threads, "device": target.device, "precision": ", ".join(computed)}
 
     def paint(self, seed: int, arguments: Mapping[str, Any], clock: Clock) -> Any:
         given = {**self._job["arguments"], **arguments}

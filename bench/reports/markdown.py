@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..figures import markdown_table
+from .precision import with_precisions
 from .schema import Report, Section
 from .told import SPREAD, failures, setting_lines, table_of
 
@@ -10,7 +11,7 @@ from .told import SPREAD, failures, setting_lines, table_of
 def markdown(report: Report) -> str:
     """The whole report: what to know first, the tables, and what they were measured on."""
     parts = [f"# {report.title}", *_first(report)]
-    for section in report.sections:
+    for section in with_precisions(report).sections:
         parts += _section(section)
     parts += ["## How it was measured", "\n".join(f"- {name}: {value}" for name, value in setting_lines(report))]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"

@@ -8,6 +8,7 @@ from html import escape
 
 from tandemrt.calibrate.svg import COLORS, Axis, Chart, Marker
 
+from .precision import with_precisions
 from .schema import MORE_IS_BETTER, Plot, Report, Row, Section
 from .told import SPREAD, Table, failures, number, setting_lines, table_of, with_spread
 
@@ -67,7 +68,7 @@ def page(report: Report) -> str:
             f'<p class="soft">{escape(report.machine.processor)}, {report.began[:10]}</p>',
             *_first(report),
             f'<p class="soft">{SPREAD}</p>',
-            *(line for section in report.sections for line in _section(section)),
+            *(line for section in with_precisions(report).sections for line in _section(section)),
             "<h2>How it was measured</h2><dl>",
             *(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in setting_lines(report)),
             "</dl></body></html>\n",

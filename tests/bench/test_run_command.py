@@ -60,7 +60,7 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     opened = start.row(OURS)
     assert opened is not None and opened.figures["open"].median < opened.figures["first"].median
     own = ran.row(OURS)
-    assert own is not None and own.words["threads"] == "1"
+    assert own is not None and (own.words["threads"], own.words["precision"]) == ("1", "fp32")
     assert {"Python", "onnxruntime"} <= {one.split()[0] for one in own.words["runs"].split(", ")}
     assert report.subjects[0].random_weights is False
     told = capsys.readouterr().out
@@ -255,9 +255,10 @@ def test_what_a_peer_cannot_do_is_told_in_the_report(asked: list[str], told: str
 def test_fresh_starts(bundle: Path, tmp_path: Path) -> None:
     asked = ["bench", "cold", str(bundle), *ORT, "--rounds", "2", "--peer", "diffusers", "--out", str(tmp_path)]
     assert main(asked) == 0
-    section, ran = read_report(tmp_path / "report.json").sections
+    section, ran, models = read_report(tmp_path / "report.json").sections
     ours, peer = section.rows
     assert ran.rows[0].words["threads"] == "1"
+    assert [row.words[OURS] for row in models.rows] == ["graph", "graph", "graph"]
     assert len(ours.figures["first"].samples) == 2
     until = [ours.figures[name].values for name in ("import", "open", "first")]
     assert (until[0] > 0).all() and (until[0] < until[1]).all() and (until[1] < until[2]).all()

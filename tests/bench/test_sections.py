@@ -13,6 +13,10 @@ def taken(otherwise_told: str = "", **ran: str) -> Taken:
     return Taken(opened=Answer({}, told), rounds=[Answer({"total_s": 1.0}, ran)])
 
 
+def converted() -> Taken:
+    return Taken(opened=Answer({}, {"models": "files converted from the graphs beforehand, uncounted"}))
+
+
 def test_what_any_contender_does_otherwise_is_told_once_with_all_who_do() -> None:
     failed = taken("DDIM in place of DEISMultistep")
     failed.rounds.clear()
@@ -32,6 +36,7 @@ def test_what_any_contender_does_otherwise_is_told_once_with_all_who_do() -> Non
 
 
 def test_what_ran_is_told_with_its_device() -> None:
+    assert [column.of for column in contenders_section({"a": converted()}).columns] == ["models"]
     section = contenders_section({"ours": taken(), "peer": Taken(failed="no")})
     assert [column.title for column in section.columns] == ["versions", "device"]
     assert section.rows[0].words["device"] == "cpu"
