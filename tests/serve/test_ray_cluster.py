@@ -135,17 +135,18 @@ def test_who_leaves_and_who_is_late_leave_nothing_behind(client: httpx.Client) -
 
 
 def test_a_node_is_killed_under_load(up: Cluster, client: httpx.Client, bundle: Path, pipe: Pipeline) -> None:
-    long = {"steps": {"unet": 20, "unet_small": 30}}
+    long = {"steps": {"unet": 25, "unet_small": 5}}
     wanted, alone = in_one_process(pipe, **long), pipe(**ALONE)
-    tandem, parts = in_one_process(pipe), up.parts("second")
-    assert len(parts) >= 3
+    tandem = in_one_process(pipe)
+    # Of the two replicas that requests are with most of the time, and wait for, one at least is not on the head.
+    node, parts = next((name, parts) for name in ("first", "second") if "unet" in (parts := up.parts(name)))
     seen: list[tuple[str, float]] = []
     ended = threading.Event()
 
     def asking() -> None:
         while not ended.is_set():
             began = time.monotonic()
-            answer = client.post("/v1/handoff", json={**JOB, **long, "until": 50, "timeout": SECONDS})
+            answer = client.post("/v1/handoff", json={**JOB, **long, "until": 30, "timeout": SECONDS})
             took = time.monotonic() - began
             if answer.status_code == 200:
                 np.testing.assert_array_equal(Handover.from_bytes(answer.content).state, wanted.state)
@@ -163,11 +164,11 @@ def test_a_node_is_killed_under_load(up: Cluster, client: httpx.Client, bundle: 
                 np.testing.assert_array_equal(output.latents, alone.latents if output.degraded else tandem.state[0])
                 seen.append((f"edge {output.degraded.partition(':')[0] or 'ok'}", took))
 
-    with ThreadPoolExecutor(4) as threads:
-        running = [threads.submit(work) for work in (asking, asking, asking, painting)]
+    with ThreadPoolExecutor(7) as threads:
+        running = [threads.submit(work) for work in (*[asking] * 6, painting)]
         time.sleep(3)
         before = len(seen)
-        up.kill("second")
+        up.kill(node)
         time.sleep(15)
         ended.set()
         for one in running:
