@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from .bounded_socket import BoundedSocket
 from .errors import ArgumentError, CancelledError, CloudError, RequestError
 from .handover import Handover, checked_digest
 from .manifest import Component
@@ -36,7 +37,7 @@ RETRIES, TRIED_AGAIN = 2, frozenset({429, 502, 503, 504})
 # So many failures in a row, and nobody is kept waiting for so many seconds.
 BREAKING, BROKEN_S = 3, 30.0
 MAX_ANSWER_BYTES = 64 << 20
-_FIRST_PAUSE_S, _CHUNK, _LOOK_S = 0.1, 1 << 16, 0.05
+_FIRST_PAUSE_S, _CHUNK = 0.1, 1 << 16
 Bounds = tuple[float, threading.Event]  # when an exchange is cut, of time.monotonic, and what cuts it before
 # Who answers so is there, and would answer so again.
 _ANSWERED = frozenset({"unauthorized", "conflict", "refused", "untrusted"})
@@ -210,11 +211,6 @@ class Cloud:
                 received += chunk
                 if len(received) > MAX_ANSWER_BYTES:
                     raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
-            # What was cut may look like an answer, such as one whose headers end early.
-            if cancelled.is_set():
-                raise _cancelled()
-            if time.monotonic() >= ends:
-                raise self._late()
             if answer.length:
                 raise http.client.IncompleteRead(bytes(received), answer.length)
             if answer.status == 200:
@@ -233,9 +229,11 @@ class Cloud:
             )
         else:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=left)
-        over = threading.Event()
-        threading.Thread(target=_cut_when_due, args=(connection, ends, cancelled, over), daemon=True).start()
+        sock: socket.socket | None = None
         try:
+            connection.connect()
+            sock = connection.sock
+            connection.sock = BoundedSocket(sock, ends, cancelled)
             yield connection
         except ssl.SSLCertVerificationError as error:
             what = f"has a certificate that is not trusted ({error.verify_message})"
@@ -248,8 +246,9 @@ class Cloud:
             what = f"cannot be reached, or broke off ({type(error).__name__}: {error})"
             raise CloudError(self.url, "unreachable", what, retryable=True) from error
         finally:
-            over.set()
             connection.close()
+            if sock is not None:
+                sock.close()
 
     def _late(self) -> CloudError:
         return CloudError(self.url, "deadline", f"did not answer within {self.seconds:g} s")
@@ -290,18 +289,6 @@ def _refused(url: str, answer: http.client.HTTPResponse, body: bytes) -> CloudEr
 
 def _cancelled() -> CancelledError:
     return CancelledError("generation", "cancelled while the cloud ran a part of it")
-
-
-def _cut_when_due(
-    connection: http.client.HTTPConnection, ends: float, cancelled: threading.Event, over: threading.Event
-) -> None:
-    """Cut a connection at `ends`, of time.monotonic, or when it is cancelled, unless it is over before."""
-    while not over.wait(_LOOK_S):
-        sock = connection.sock  # none while it connects
-        if sock is not None and (cancelled.is_set() or time.monotonic() >= ends):
-            # Another thread may be reading from it, which closing it would not end.
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
 
 
 def _is_loopback(host: str) -> bool:
