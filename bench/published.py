@@ -19,7 +19,6 @@ from .left_nodes import left_told
 from .places import places_of, without_places
 from .preset_work import preset_bundle
 from .reports.caveats import caveats
-from .reports.changes import FEWEST
 from .reports.files import require_free, write_report_files
 from .reports.schema import Method, Report, Section
 from .room import weights_of
@@ -138,7 +137,6 @@ def publish(
         BenchmarkError: the folder cannot be written or is full.
     """
     machine, rounds = measured.watch.machine(), shared.rounds
-    few = (f"Rounds: {rounds.count}. Medians of so few tell little.",) if rounds.count < FEWEST else ()
     subjects = (subject_of(measured.bundle, random_weights=shared.preset is not None),)
     report = Report(
         title=f"{subjects[0].name}: {title}",
@@ -150,7 +148,7 @@ def publish(
         ),
         subjects=subjects,
         sections=tuple(sections),
-        caveats=caveats(machine, subjects, sections, (*otherwise, *measured.left, *few)),
+        caveats=caveats(machine, subjects, sections, (*otherwise, *measured.left), rounds.count),
     )
     named = {"BUNDLE": measured.bundle.path, "CHECKPOINT": measured.checkpoint, "CACHE": shared.cache}
     report = without_places(report, places_of({**named, **measured.sources}))

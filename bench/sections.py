@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -242,9 +243,15 @@ def _with_rate(row: Row, flops: float, peak: float) -> Row:
 
 
 def _words(taken: Taken) -> dict[str, str]:
-    """What the last round told of the whole picture."""
-    told = taken.rounds[-1].words if taken.rounds else {}
-    return {word: told[word] for word in _WORDS if word in told}
+    """What rounds told of the whole picture: from the least to the most where they differ."""
+    told = {
+        word: sorted({one.words[word] for one in taken.rounds if word in one.words}, key=_numbers) for word in _WORDS
+    }
+    return {word: " to ".join(dict.fromkeys((every[0], every[-1]))) for word, every in told.items() if every}
+
+
+def _numbers(words: str) -> list[int]:
+    return list(map(int, re.findall(r"\d+", words)))
 
 
 def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:
@@ -258,7 +265,7 @@ def _picture_figures(taken: Taken, pictures: int) -> dict[str, Figure]:
         **seen_figures(taken),
     }
     if taken.psnr_db:
-        figures["psnr"] = Figure(unit="dB", samples=(min(taken.psnr_db),))
+        figures["psnr"] = Figure(unit="dB", samples=tuple(taken.psnr_db))
     return figures
 
 

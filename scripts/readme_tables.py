@@ -133,7 +133,7 @@ def _picture_rows(path: Path, report: Report, section: Section, folder: Path) ->
 def _figure(row: Row, name: str) -> str:
     if name not in row.figures:
         return "not measured" if row.failed and name == "total" else ""
-    return with_spread(row.figures[name].values)
+    return with_spread(row.figures[name])
 
 
 def _named(found: Mapping[str, str], name: str, source: str) -> str:

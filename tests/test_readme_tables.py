@@ -72,8 +72,8 @@ def test_reports_are_shown_by_section_and_all_together(tmp_path: Path) -> None:
     section = written(source.format("one"), tmp_path)
     assert f"\n| {OURS} | 1.00 | 1.01 | 1.01 | 1.00 (1.00–1.00) |\n" in section
     together = written(source.format("*"), tmp_path)
-    assert f"\n| [bundle, 10,15](docs/report/one/report.md): {OURS} |  | 1.00 (0.993–1.01) |  |  |  |  |\n" in together
-    assert "](docs/report/one/report.md): diffusers |  | 2.00 (1.99–2.01) | 2.00 (2.00–2.00) |  |  |  |\n" in together
+    assert f"\n| [bundle, 10,15](docs/report/one/report.md): {OURS} |  | 1.00 (0.990–1.01) |  |  |  |  |\n" in together
+    assert "](docs/report/one/report.md): diffusers |  | 2.00 (1.98–2.02) | 2.00 (2.00–2.00) |  |  |  |\n" in together
     assert "\n| [bundle, 10,15](docs/report/one/report.md): optimum |  | not measured |  |  |  |  |\n" in together
     assert together.endswith(" A processor, 2 cores.\n\n<!-- end -->\n")
     assert written(together, tmp_path) == together

@@ -6,26 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .schema import TIMES, Figure, Machine, Row, Section, Subject
+from .schema import FEW_ROUNDS, TIMES, Figure, Machine, Row, Section, Subject
 
 SPREAD, DRIFT, CLOCK, SMALL = 0.10, 0.05, 0.05, 0.05
 # Of the cores: when it began, of the load average, which is slow; and meanwhile.
 BUSY_BEFORE, BUSY = 0.3, 0.1
-_ROUNDS_TO_TELL = 4
+_ROUNDS_TO_TELL, _FEWEST_OTHERS = 4, 2
 
 
 def caveats(
-    machine: Machine, subjects: Sequence[Subject], sections: Sequence[Section], asked: Sequence[str]
+    machine: Machine, subjects: Sequence[Subject], sections: Sequence[Section], asked: Sequence[str], rounds: int
 ) -> tuple[str, ...]:
     """The sentences, the gravest first.
 
-    asked: what ran otherwise than it was asked to, a sentence each.
+    asked: what ran otherwise than it was asked to, a sentence each. rounds: how many count.
     """
-    return (*asked, *_failed(sections), *_machine(machine), *_noisy(sections), *_random(subjects))
+    few = (f"Rounds: {rounds}. Medians of so few tell little.",) if rounds < FEW_ROUNDS else ()
+    return (*asked, *_failed(sections), *few, *_machine(machine), *_noisy(sections), *_random(subjects))
 
 
 def spread_share(figure: Figure) -> float:
-    """How far the 10th and the 90th percentile are apart, as a share of the median."""
+    """How far the ends of the spread are apart, as a share of the median."""
     low, median, high = figure.spread
     return (high - low) / median if median else 0.0
 
@@ -35,6 +36,15 @@ def drift_share(figure: Figure) -> float:
     first, last = np.array_split(figure.values, 2)
     before = float(np.median(first))
     return float(np.median(last)) / before - 1 if before else 0.0
+
+
+def warming_share(figure: Figure) -> float:
+    """By how much the first round exceeds the median of the others, as a share of it; 0 where another was as long."""
+    first, *others = figure.samples
+    if len(others) < _FEWEST_OTHERS or first <= max(others):
+        return 0.0
+    after = float(np.median(others))
+    return first / after - 1 if after else 0.0
 
 
 def _failed(sections: Sequence[Section]) -> Iterator[str]:
@@ -61,15 +71,18 @@ def _machine(machine: Machine) -> Iterator[str]:
 
 
 def _noisy(sections: Sequence[Section]) -> Iterator[str]:
-    """A sentence for each section with rounds that differ, or drift by more than that."""
+    """A sentence for each section with rounds that differ, began slow, or drift by more than that."""
     for section in sections:
-        spreads, drifts = {}, {}
+        spreads, drifts, warming = {}, {}, {}
         for row in section.rows:
             times = [one for one in row.figures.values() if one.unit in TIMES and _counts(row)]
             spreads[row.name] = max(map(spread_share, times), default=0.0)
+            warming[row.name] = max(map(warming_share, times), default=0.0)
             long = [drift_share(one) for one in times if len(one.samples) >= _ROUNDS_TO_TELL]
             drifts[row.name] = max(long, default=0.0) if spreads[row.name] <= SPREAD else 0.0
         yield from _sentence(f"{section.title}: rounds differ by more than {SPREAD:.0%}", spreads, SPREAD)
+        began = "the first round that counts was the slowest, as while warming up"
+        yield from _sentence(f"{section.title}: {began}", warming, SPREAD)
         yield from _sentence(f"{section.title}: the later rounds took longer", drifts, DRIFT)
 
 

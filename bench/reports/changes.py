@@ -130,7 +130,7 @@ def _ratios(ends: tuple[Section, Section], rows: tuple[Row, Row], figure: str) -
         ratios = section.ratios(row, figure)
         if ratios is None or row.figures[figure].unit not in TIMED:
             return None
-        found.append(Figure(unit="times", samples=tuple(ratios.tolist())))
+        found.append(ratios)
     return found[0], found[1]
 
 

@@ -121,7 +121,7 @@ def _sentence(text: str) -> str:
 
 
 def _bars(section: Section, plot: Plot) -> str:
-    """Rows below each other: a bar to the median, a line from the 10th to the 90th percentile, a dot for a round."""
+    """Rows below each other: a bar to the median, a line over the spread, a dot for a round."""
     rows = [row for row in section.rows if plot.y in row.figures]
     if not rows:
         return ""
@@ -139,7 +139,7 @@ def _bar(row: Row, name: str, most: float, baseline: str) -> str:
         f'<div class="one"><span class="name">{escape(row.name)}</span>'
         f'<span class="track{own}"><i class="bar" style="width:{median:.2f}%"></i>'
         f'<i class="range" style="left:{low:.2f}%;width:{high - low:.2f}%"></i>{rounds}</span>'
-        f'<span class="value">{with_spread(figure.values)} {escape(figure.unit)}</span></div>'
+        f'<span class="value">{with_spread(figure)} {escape(figure.unit)}</span></div>'
     )
 
 

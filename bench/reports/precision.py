@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from .schema import Column, Figure, Report, Row, Section
+from .schema import Column, Report, Row, Section
 
 # Sections whose rows are contenders, and the figure that compares them.
 _COMPARED = {"pictures": "total", "cold": "first"}
@@ -49,7 +49,7 @@ def _told(section: Section, known: Mapping[str, str]) -> Section:
         own, figures = first.get(known.get(row.name, "")), {}
         if own is not None and not row.name.startswith(_OWN) and figure in row.figures:
             ratios = msgspec.structs.replace(section, baseline=own.name).ratios(row, figure)
-            figures = {} if ratios is None else {"alike": Figure(unit="times", samples=tuple(ratios.tolist()))}
+            figures = {} if ratios is None else {"alike": ratios}
         words = {**row.words, **({"precision": known[row.name]} if row.name in known else {})}
         rows.append(msgspec.structs.replace(row, words=words, figures={**row.figures, **figures}))
     columns = list(section.columns)

@@ -24,6 +24,8 @@ TIMED: frozenset[Unit] = TIMES | {"images/s", "GFLOP/s", "GB/s", "limit", "J"}
 MORE_IS_BETTER: frozenset[Unit] = frozenset({"images/s", "dB", "limit", "GFLOP/s", "GB/s"})
 # Told as percentages: of a whole, and of what the machine can do at best.
 SHARES: frozenset[Unit] = frozenset({"share", "limit"})
+# Of fewer rounds the 10th and 90th percentile, between the outer two at each end, would hide what they differ by.
+FEW_ROUNDS = 5
 Samples = npt.NDArray[np.float64]
 
 
@@ -52,8 +54,10 @@ class Figure(_Record, frozen=True, kw_only=True):
 
     @property
     def spread(self) -> tuple[float, float, float]:
-        """The 10th, the 50th and the 90th percentile."""
-        return self.at(10), self.median, self.at(90)
+        """The 10th, the 50th and the 90th percentile; of few rounds, and of PSNR, the least, median and greatest."""
+        whole = len(self.samples) < FEW_ROUNDS or self.unit == "dB"
+        low, high = (0, 100) if whole else (10, 90)
+        return self.at(low), self.median, self.at(high)
 
 
 class Row(_Record, frozen=True, kw_only=True):
@@ -71,7 +75,7 @@ class Row(_Record, frozen=True, kw_only=True):
 class Column(_Record, frozen=True, kw_only=True):
     """What a table shows of a row.
 
-    of: the figure or the words. shown: a figure's median with its 10th to 90th percentile; its 50th, 90th and 99th;
+    of: the figure or the words. shown: a figure's median with its spread; its 50th, 90th and 99th percentile;
         or how its samples compare with the baseline's of the same round, as a quotient.
     """
 
@@ -106,13 +110,13 @@ class Section(_Record, frozen=True, kw_only=True):
         """The row of this name, where there is one."""
         return next((row for row in self.rows if row.name == name), None)
 
-    def ratios(self, row: Row, figure: str) -> Samples | None:
+    def ratios(self, row: Row, figure: str) -> Figure | None:
         """A row's figure by the baseline's, round by round; None where one of them has not got it in every round."""
         base = self.row(self.baseline)
         if base is None or figure not in row.figures or figure not in base.figures:
             return None
         own, other = row.figures[figure].values, base.figures[figure].values
-        return own / other if own.shape == other.shape else None
+        return Figure(unit="times", samples=tuple((own / other).tolist())) if own.shape == other.shape else None
 
 
 class Machine(_Record, frozen=True, kw_only=True):

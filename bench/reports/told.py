@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schema import SHARES, Column, Figure, Report, Row, Samples, Section
+from .schema import FEW_ROUNDS, SHARES, Column, Figure, Report, Row, Section
 
 SPREAD = (
-    "In brackets the 10th to the 90th percentile of the rounds; ratios are of the same round. Percentiles are "
+    "In brackets the 10th to the 90th percentile of the rounds, of fewer than "
+    f"{FEW_ROUNDS} rounds and of PSNR the least and the greatest; ratios are of the same round. Percentiles are "
     "interpolated between rounds: of few, the 99th lies just under the longest."
 )
 _PERCENTILES = (50, 90, 99)
@@ -33,10 +34,10 @@ def number(value: float) -> str:
     return f"{value:,.{min(digits, 6)}f}"
 
 
-def with_spread(samples: Samples, told: Callable[[float], str] = number) -> str:
-    """The median and, of several samples, the 10th to 90th percentile."""
-    low, median, high = map(told, np.percentile(samples, (10, 50, 90)))
-    return median if samples.size == 1 else f"{median} ({low}–{high})"
+def with_spread(figure: Figure, told: Callable[[float], str] = number) -> str:
+    """The median and, of several samples, what is around it."""
+    low, median, high = map(told, figure.spread)
+    return median if len(figure.samples) == 1 else f"{median} ({low}–{high})"
 
 
 def table_of(section: Section) -> Table:
@@ -102,7 +103,7 @@ def _cells(section: Section, column: Column, row: Row) -> tuple[str, ...]:
 
 
 def _shown(figure: Figure) -> str:
-    return with_spread(figure.values, "{:.1%}".format if figure.unit in SHARES else number)
+    return with_spread(figure, "{:.1%}".format if figure.unit in SHARES else number)
 
 
 def _pair(values: Sequence[float | None], unit: str) -> str:

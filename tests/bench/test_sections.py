@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tandemrt.bench.contenders import Answer
 from tandemrt.bench.rounds import Taken
-from tandemrt.bench.sections import contenders_section, otherwise
+from tandemrt.bench.sections import contenders_section, otherwise, variants_section
 
 
 def taken(otherwise_told: str = "", **ran: str) -> Taken:
@@ -33,6 +33,16 @@ def test_what_any_contender_does_otherwise_is_told_once_with_all_who_do() -> Non
         "a, c: DDIM in place of DEISMultistep",
         "b: Euler in place of DEISMultistep",
     ]
+
+
+def test_ways_are_told_over_all_rounds() -> None:
+    figures = dict.fromkeys(("total_s", "text_s", "decode_s", "host_s", "peak_mib"), 1.0) | {"total_s": 3.0}
+    rounds = [Answer(figures, {"guided": f"{rows} of 22", "window": "rows 15 to 20"}) for rows in (9, 22, 10)]
+    ways = {"batched": taken(), "adaptive": Taken(rounds=rounds, psnr_db=[40.0, 200.0, 32.0])}
+    ways["batched"].rounds[:] = rounds
+    row = variants_section("cfg", "Guidance", ways, "").rows[1]
+    assert row.words == {"guided": "9 of 22 to 22 of 22", "window": "rows 15 to 20"}
+    assert row.figures["psnr"].spread == (32.0, 40.0, 200.0)
 
 
 def test_what_ran_is_told_with_its_device() -> None:

@@ -56,7 +56,7 @@ def test_ratios_are_of_the_same_round() -> None:
     assert peer is not None and own is not None
     ratios = section.ratios(peer, "total")
     assert ratios is not None
-    assert ratios.tolist() == [2.0] * 4
+    assert ratios == Figure(unit="times", samples=(2.0,) * 4)
     assert section.ratios(peer, "other") is None
 
 

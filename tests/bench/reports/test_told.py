@@ -11,8 +11,8 @@ import pytest
 from tandemrt.bench.reports.files import NAMES, require_free, write_report_files
 from tandemrt.bench.reports.markdown import markdown, section_table
 from tandemrt.bench.reports.page import page, unbeaten
-from tandemrt.bench.reports.schema import Column, Figure, Plot, Row, Section
-from tandemrt.bench.reports.told import number, setting_lines, table_of
+from tandemrt.bench.reports.schema import Column, Figure, Plot, Row, Section, Unit
+from tandemrt.bench.reports.told import number, setting_lines, table_of, with_spread
 from tandemrt.runtime.errors import BenchmarkError
 
 from .sample import OURS, PEER, machine, report
@@ -35,6 +35,19 @@ def test_a_table_has_a_cell_for_every_head() -> None:
     assert {len(row) for row in table.rows} == {5}
     assert table.rows[1] == (PEER, "2.00", "2.01", "2.02", "2.00 (2.00–2.00)")
     assert table.rows[2][1] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("unit", "samples", "told"),
+    [
+        ("s", (1.0, 2.0, 3.0, 4.0), "2.50 (1.00–4.00)"),
+        ("s", (1.0, 2.0, 3.0, 4.0, 5.0), "3.00 (1.40–4.60)"),
+        ("dB", (10.0, 20.0, 30.0, 40.0, 50.0), "30.0 (10.0–50.0)"),
+        ("s", (1.0,), "1.00"),
+    ],
+)
+def test_of_few_rounds_and_of_psnr_the_whole_range_is_told(unit: Unit, samples: tuple[float, ...], told: str) -> None:
+    assert with_spread(Figure(unit=unit, samples=samples)) == told
 
 
 def test_markdown_begins_with_what_to_know() -> None:
