@@ -79,6 +79,7 @@ def test_tls_and_an_end_that_finishes_what_runs(
     with (
         process(str(bundle), "--token-file", str(token), *tls) as (running, url),
         httpx.Client(base_url=url, timeout=60, **trusting) as client,
+        httpx.Client(base_url=url, **trusting) as other,  # which keeps its connection, and is not waited for
         ThreadPoolExecutor(1) as threads,
     ):
         assert url.startswith("https://127.0.0.1:")
@@ -95,9 +96,8 @@ def test_tls_and_an_end_that_finishes_what_runs(
         np.testing.assert_array_equal(output.latents, pipe(**{**TANDEM, "steps": {"unet": 2, "unet_free": 3}}).latents)
 
         answer = threads.submit(client.post, "/v1/handoff", json=SLOW)
-        with httpx.Client(base_url=url, **trusting) as other:
-            while "tandemrt_running 1.0" not in other.get("/metrics").text:
-                time.sleep(0.01)
+        while "tandemrt_running 1.0" not in other.get("/metrics").text:
+            time.sleep(0.01)
         running.send_signal(signal.SIGTERM)
         address = client.base_url.host, client.base_url.port or 0
         with pytest.raises(ConnectionRefusedError):
