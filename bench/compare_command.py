@@ -11,7 +11,8 @@ from typing import Any
 from tandemrt.runtime.cli.columns import aligned
 from tandemrt.runtime.cli.reporter import Reporter
 
-from .reports.changes import CONFIDENCE, FEWEST, LEAST, LEAST_TIMED, changes, machine_changes, unmatched
+from .reports.changes import CONFIDENCE, FEWEST, LEAST, LEAST_TIMED, changes
+from .reports.differences import apart, machine_changes, ran_changes, unmatched
 from .reports.schema import read_report
 from .reports.told import number
 
@@ -19,9 +20,11 @@ EPILOG = f"""\
 A figure is better or worse where the {CONFIDENCE:.0%} confidence interval of the quotient of medians (bootstrap over
 rounds) lies beyond what two runs of the same work may differ by: {LEAST_TIMED:.0%} of what is timed, or half of what
 the rounds of one of them span (10th to 90th percentile) where that is more; {LEAST:.0%} of all else. Times of peers,
-and what follows from times, are compared by their ratios to TandemRT in the same round: that leaves out what slows all
-alike, such as a lower clock. Other work slows them unevenly, and moves ratios too: compare runs of quiet machines.
-Fewer than {FEWEST} rounds tell nothing of times.
+and energy, are compared by their ratios to TandemRT in the same round, their parts by those to its whole picture: that
+leaves out what slows all alike, such as a lower clock. Other work slows them unevenly, and moves ratios too: compare
+runs of quiet machines. What follows from a time alone, such as operations a second, is no change of its own. Fewer
+than {FEWEST} rounds tell nothing of times. Where the two measured different things, such as another size, no figure is
+better or worse.
 
 example:
   tandemrt bench compare before/report.json after/report.json
@@ -57,9 +60,14 @@ def run(plan: ComparePlan, _reporter: Reporter) -> dict[str, Any]:
         BenchmarkError: one is no report.
     """
     before, after = read_report(plan.before), read_report(plan.after)
+    different = apart(before, after)
     found = [asdict(one) for one in changes(before, after)]
+    for one in found if different else ():
+        if one["verdict"] in ("better", "worse"):
+            one["verdict"] = "more" if one["times"] > 1 else "less"
     return {
-        "setting": list(machine_changes(before, after)),
+        "apart": list(different),
+        "setting": [*machine_changes(before, after), *ran_changes(before, after)],
         "unmatched": list(unmatched(before, after)),
         "compared": len(found),
         "figures": [one for one in found if plan.every or one["verdict"] != "same"],
@@ -68,6 +76,8 @@ def run(plan: ComparePlan, _reporter: Reporter) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     """The result as lines."""
+    if result["apart"]:
+        yield f"They measured different things ({'; '.join(result['apart'])}): no figure is better or worse"
     yield from (f"differs: {line}" for line in result["setting"])
     yield from (f"in one alone: {line}" for line in result["unmatched"])
     if not result["compared"]:
@@ -83,5 +93,5 @@ def summary(result: Mapping[str, Any]) -> Iterator[str]:
             )
             for one in result["figures"]
         )
-    changed = sum(one["verdict"] in ("better", "worse") for one in result["figures"])
-    yield f"{changed} of {result['compared']} figures changed beyond noise"
+    changed = sum(one["verdict"] not in ("same", "unsure") for one in result["figures"])
+    yield f"{changed} of {result['compared']} figures {'differ' if result['apart'] else 'changed'} beyond noise"

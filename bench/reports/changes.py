@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .caveats import spread_share
-from .schema import MORE_IS_BETTER, TIMED, Figure, Report, Row, Section, Unit
+from .schema import MORE_IS_BETTER, TIMED, TIMES, Figure, Report, Row, Section, Unit
 
 DRAWS, CONFIDENCE = 4000, 0.95
 # What is less is no change, however even the rounds. What is timed differs more from run to run than the rounds of one
@@ -16,7 +16,8 @@ DRAWS, CONFIDENCE = 4000, 0.95
 # in rounds whose 10th to 90th percentile spanned 40%.
 LEAST, LEAST_TIMED = 0.02, 0.15
 FEWEST = 3
-_MEASURED = "measured"
+# What follows from a time alone: where a row has one, its change is that of the time.
+_FOLLOWS: frozenset[Unit] = frozenset({"images/s", "GFLOP/s", "GB/s", "limit"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,68 +43,27 @@ class Change:
     verdict: str
 
 
-def machine_changes(before: Report, after: Report) -> Iterator[str]:
-    """What of the machine, the method and the subjects differs, a line each: figures of other machines say little."""
-    pairs = {
-        "machine": (before.machine.processor, after.machine.processor),
-        "cores": (before.machine.cores, after.machine.cores),
-        "devices": tuple(", ".join(one["name"] for one in each.machine.devices) for each in (before, after)),
-        "system": (before.machine.system, after.machine.system),
-        "Python": (before.machine.python, after.machine.python),
-        "threads": (before.method.threads, after.method.threads),
-        "bundles": tuple(
-            ", ".join(f"{one.name} {one.digest[:12]}" for one in each.subjects) for each in (before, after)
-        ),
-    }
-    versions = {
-        name: (before.machine.versions.get(name, "none"), after.machine.versions.get(name, "none"))
-        for name in {**before.machine.versions, **after.machine.versions}
-    }
-    asked = {name: (before.request.get(name), after.request.get(name)) for name in {**before.request, **after.request}}
-    for name, (one, other) in {**pairs, **versions, **asked}.items():
-        if one != other:
-            yield f"{name}: {one} → {other}"
-
-
-def unmatched(before: Report, after: Report) -> Iterator[str]:
-    """What one of the two has measured and the other has not, a line for all rows of a section that changed alike."""
-    keys = dict.fromkeys(section.key for report in (before, after) for section in report.sections)
-    for key in keys:
-        found = [report.section(key) for report in (before, after)]
-        title = next(one.title for one in found if one is not None)
-        alike: dict[str, list[str]] = {}
-        for name in dict.fromkeys(row.name for one in found if one is not None for row in one.rows):
-            first, second = (_state(None if one is None else one.row(name)) for one in found)
-            if first != second and _MEASURED in (first, second):
-                alike.setdefault(f"{first} → {second}", []).append(name)
-        yield from (f"{title}, {', '.join(names)}: {change}" for change, names in alike.items())
-
-
-def _state(row: Row | None) -> str:
-    if row is not None and row.failed:
-        return f"not measured, {row.failed}"
-    return _MEASURED if row is not None and row.figures else "not there"
-
-
 def changes(before: Report, after: Report) -> Iterator[Change]:
     """Every figure that both have, in the order of the first.
 
     Where a section has a baseline, times of its other rows, and what follows from times, are compared by their ratios
-    to it, without what slows all alike, such as a lower clock. Shares of a whole are left out: the one grows when
+    to it, without what slows all alike, such as a lower clock; parts of other contenders by theirs to the baseline's
+    whole picture. What follows from a row's times alone is left out, and so are shares of a whole: the one grows when
     another part gets faster, whose own time is compared.
     """
     random = np.random.default_rng(0)
     for ends, rows in _matched(before, after):
         row, match = rows
+        timed = any(figure.unit in TIMES for figure in row.figures.values())
         for name, figure in row.figures.items():
-            if name in match.figures and figure.unit != "share":
-                ratios = _ratios(ends, rows, name)
+            if name in match.figures and figure.unit != "share" and not (timed and figure.unit in _FOLLOWS):
+                against, ratios = _ratios((before, after), ends, rows, name) or ("", None)
                 yield _change(
                     f"{ends[0].title}, {row.name}",
                     name,
                     figure.unit,
                     ratios or (figure, match.figures[name]),
-                    ends[0].baseline if ratios else "",
+                    against,
                     random,
                 )
 
@@ -120,18 +80,32 @@ def _matched(before: Report, after: Report) -> Iterator[tuple[tuple[Section, Sec
                 yield (section, other), (row, match)
 
 
-def _ratios(ends: tuple[Section, Section], rows: tuple[Row, Row], figure: str) -> tuple[Figure, Figure] | None:
-    """The rows' figures by their sections' baseline's; None where they stand alone."""
-    baseline = ends[0].baseline
-    if not baseline or baseline != ends[1].baseline or rows[0].name == baseline:
-        return None
+def _ratios(
+    reports: tuple[Report, Report], ends: tuple[Section, Section], rows: tuple[Row, Row], figure: str
+) -> tuple[str, tuple[Figure, Figure]] | None:
+    """What the rows' figures are compared with, and their ratios to it; None where they stand alone."""
     found = []
-    for section, row in zip(ends, rows, strict=True):
-        ratios = section.ratios(row, figure)
-        if ratios is None or row.figures[figure].unit not in TIMED:
+    for report, section, row in zip(reports, ends, rows, strict=True):
+        own, (against, base) = row.figures[figure], _base(report, section, row, figure)
+        if base is None or own.unit not in TIMED or len(own.samples) != len(base.samples):
             return None
-        found.append(ratios)
-    return found[0], found[1]
+        scale = 1e-3 if (own.unit, base.unit) == ("ms", "s") else 1.0
+        ratios = tuple((scale * own.values / base.values).tolist())
+        found.append((against, Figure(unit="times", samples=ratios)))
+    (against, before), (other, after) = found
+    return (against, (before, after)) if against == other else None
+
+
+def _base(report: Report, section: Section, row: Row, figure: str) -> tuple[str, Figure | None]:
+    """The row that a row is compared with, and its figure; of another contender's part the baseline's whole picture."""
+    if section.key == "parts":
+        whole = report.section("pictures")
+        base = None if whole is None else whole.row(whole.baseline)
+        own, figure = base is not None and row.name.startswith(f"{base.name}: "), "total"
+    else:
+        base = section.row(section.baseline)
+        own = row.name == section.baseline
+    return ("", None) if base is None or own else (base.name, base.figures.get(figure))
 
 
 def _change(

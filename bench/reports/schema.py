@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -37,7 +37,7 @@ class Figure(_Record, frozen=True, kw_only=True):
     """What was measured: a sample for each round that counts, in their order, or one where it is taken once."""
 
     unit: Unit
-    samples: tuple[float, ...]
+    samples: Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]
 
     @property
     def values(self) -> Samples:

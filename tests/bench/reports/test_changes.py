@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tandemrt.bench.reports.changes import changes, machine_changes, unmatched
+from tandemrt.bench.reports.changes import changes
 from tandemrt.bench.reports.schema import Figure, Report, Row, Unit
 
 from .sample import OURS, PEER, report, section
@@ -78,17 +78,6 @@ def test_a_share_of_a_whole_is_no_change_of_its_own() -> None:
     assert [one.verdict for one in worse] == ["worse"]
 
 
-def test_what_only_one_has_measured_is_told() -> None:
-    failed = section(EVEN, EVEN)
-    rows = (failed.rows[0], Row(name=PEER, failed="its process was ended"), Row(name="optimum", failed="another why"))
-    before, after = report(), msgspec.structs.replace(report(), sections=(msgspec.structs.replace(failed, rows=rows),))
-    assert list(unmatched(before, after)) == [f"Whole pictures, {PEER}: measured → not measured, its process was ended"]
-    assert list(unmatched(after, before)) == [f"Whole pictures, {PEER}: not measured, its process was ended → measured"]
-    less = msgspec.structs.replace(report(), sections=())
-    assert list(unmatched(before, less)) == [f"Whole pictures, {OURS}, {PEER}: measured → not there"]
-    assert list(unmatched(before, before)) == []
-
-
 def test_few_rounds_tell_nothing() -> None:
     found = list(changes(report(), report((2.0, 2.0), (2.0, 2.0))))
     assert {one.verdict for one in found} == {"unsure"}
@@ -99,8 +88,32 @@ def test_the_interval_holds_the_quotient() -> None:
         assert one.low <= one.times <= one.high
 
 
-def test_another_machine_is_told() -> None:
-    other = report()
-    machine = msgspec.structs.replace(other.machine, cores=4, versions={"tandemrt": "0.2.0"})
-    lines = list(machine_changes(report(), msgspec.structs.replace(other, machine=machine)))
-    assert lines == ["cores: 2 → 4", "tandemrt: 0.1.0 → 0.2.0"]
+def test_what_follows_from_a_time_is_no_change_of_its_own() -> None:
+    """A call that takes twice as long is one change, though images and operations a second are halved, too."""
+
+    def taking(seconds: float) -> Report:
+        units: dict[Unit, float] = {
+            "s": seconds,
+            "images/s": 1 / seconds,
+            "GFLOP/s": 8 / seconds,
+            "limit": 0.5 / seconds,
+        }
+        figures = {unit: Figure(unit=unit, samples=(value,) * 3) for unit, value in units.items()}
+        rows = (Row(name=OURS, figures=figures),)
+        return msgspec.structs.replace(report(), sections=(msgspec.structs.replace(section(EVEN, EVEN), rows=rows),))
+
+    assert [(one.figure, one.verdict) for one in changes(taking(1.0), taking(2.0))] == [("s", "worse")]
+
+
+def test_parts_of_a_peer_are_compared_by_tandemrts_whole_picture() -> None:
+    """All take twice as long, and the peer's part is to our picture as it was."""
+
+    def taking(times: float) -> Report:
+        whole = section(*(tuple(times * value for value in EVEN),) * 2)
+        part = Figure(unit="ms", samples=tuple(500 * times * value for value in EVEN))
+        rows = tuple(Row(name=f"{who}: unet", figures={"ms": part}) for who in (OURS, PEER))
+        parts = msgspec.structs.replace(whole, key="parts", title="Parts", baseline="", rows=rows)
+        return msgspec.structs.replace(report(), sections=(whole, parts))
+
+    found = [one for one in changes(taking(1.0), taking(2.0)) if one.where.startswith("Parts")]
+    assert [(one.against, one.before, one.verdict) for one in found] == [("", 500.0, "worse"), (OURS, 0.5, "same")]
