@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # What is said of `Work.bytes`, and of calls that take less than they are said to.
 BYTES_NOTE = "weights as they are computed with, without tables that rows are taken of, inputs and outputs"
 ABOVE_NOTE = (
-    "Above 100% are convolutions that the backend does in fewer operations, or weights that the processor's caches "
-    "keep from call to call."
+    "Above 100% are convolutions that the backend does in fewer operations, weights that the processor's caches keep "
+    "from call to call, or a limit that was measured too low, as on a machine that is not at rest."
 )
 _LARGEST_KEPT_BYTES = 4096
 # Of a number in a precision; in eight bits what is not quantized may be in 16.

@@ -20,8 +20,8 @@ from tandemrt.runtime.targets import parse_target
 from .components import component_entrant, file_figure, inputs_of, save_inputs
 from .entrants import own_entrant, own_name
 from .memory import in_fresh_process
-from .part_sections import LIMIT_NOTE
-from .picture_limits import PictureLimits, add_limits, limits_by_target, machine_options
+from .part_sections import LIMIT_NOTE, peaks_section
+from .picture_limits import PictureLimits, add_limits, limits_by_target, machine_options, rates_by_target
 from .published import opened, plan_facts, publish, summary
 from .reports.schema import Column, Figure, Plot, Row, Section, Unit
 from .rounds import Taken, in_rounds
@@ -97,7 +97,8 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
     _require_one_step(measured.bundle, compiled)
     work = measured.work(shared, compiled, plan.decoder)
     held, guided = shared.targets if plan.limits else (), any(compiled.guided)
-    limits, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
+    options = machine_options(shared.threads)
+    before, untold = rates_by_target(work, held, options, reporter.progress)
     with TemporaryDirectory() as folder:
         reporter.progress("paint what components are given", 0, 1)
         names = in_fresh_process(save_inputs, work, shared.targets[0], (shared.rounds.seed,), Path(folder))
@@ -110,13 +111,15 @@ def run(plan: OneStepPlan, reporter: Reporter) -> dict[str, Any]:
         }
         Path(folder, "pictures").mkdir()
         taken = in_rounds(entrants, shared.rounds, Path(folder, "pictures"), reporter.progress, measured.watch.probes)
+    limits, unsteady = limits_by_target(work, before, options, reporter.progress, guided=guided)
     whole = {target: taken[own_name(target)] for target in shared.targets}
     sections = [
         _section(measured.bundle, target, {name: taken[f"{name} on {target}"] for name in names}, one)
         for target, one in whole.items()
     ]
     sections = [_beside(section, limits.get(target)) for section, target in zip(sections, whole, strict=True)]
-    told = (*otherwise(taken), *untold)
+    sections += [peaks_section(limits)] if limits else []
+    told = (*otherwise(taken), *untold, *unsteady)
     return publish("one step", shared, measured, work.resolved(plan.facts), sections, told)
 
 

@@ -8,6 +8,7 @@ from .graph_work import ABOVE_NOTE, BYTES_NOTE
 from .picture_limits import SIDE, Least, PictureLimits
 from .rates import CHAIN
 from .reports.schema import Column, Figure, Row, Section
+from .reports.told import number
 from .rounds import Taken
 
 _PARTS = {"text_s": "text encoders", "decode_s": "decoder", "host_s": "the loop itself"}
@@ -46,21 +47,28 @@ LIMIT_NOTE = (
 
 
 def peaks_section(limits: Mapping[str, PictureLimits]) -> Section:
-    """What the machine does at best through each contender's backend."""
+    """What the machine does at best through each backend. limits: by contender or target."""
     rows = []
     for name, one in limits.items():
-        for precision, rate in one.rates.flops.items():
-            figure = Figure(unit="GFLOP/s", samples=(rate / 1e9,))
-            rows.append(Row(name=f"{name}: products, {precision}", figures={"gflops": figure}))
-        figure = Figure(unit="GB/s", samples=(one.rates.bytes / 1e9,))
-        rows.append(Row(name=f"{name}: copies", figures={"gbytes": figure}))
+        for of, rate in one.rates.every.items():
+            before, after = (number(each.every[of] / 1e9) for each in one.measured)
+            best = (rate / 1e9,)
+            figures = {"gflops": Figure(unit="GFLOP/s", samples=best)}
+            if of == "copies":
+                figures = {"gbytes": Figure(unit="GB/s", samples=best)}
+            rows.append(Row(name=f"{name}: {of}", words={"measured": f"{before}, {after}"}, figures=figures))
     return Section(
         key="peaks",
         title="What the machine does at best",
-        columns=(Column(of="gflops", title="GFLOP/s"), Column(of="gbytes", title="GB/s")),
+        columns=(
+            Column(of="gflops", title="GFLOP/s"),
+            Column(of="gbytes", title="GB/s"),
+            Column(of="measured", title="before the rounds, after", shown="words"),
+        ),
         rows=tuple(rows),
-        note=f"The best of some rounds before the contenders were opened: a chain of {CHAIN} products of matrices of "
-        f"{SIDE} x {SIDE}, and a copy of a large array, through the contender's backend on as many threads.",
+        note=f"A chain of {CHAIN} products of matrices of {SIDE} x {SIDE}, and a copy of a large array, through the "
+        "same backend on as many threads: the best of some rounds before the contenders were opened, and of as many "
+        "after they ended. The better of both is what shares of the limit are of.",
     )
 
 

@@ -48,6 +48,16 @@ class Rates:
     flops: Mapping[str, float]
     bytes: float
 
+    @property
+    def every(self) -> dict[str, float]:
+        """All of them by what they are of: products by precision, and copies."""
+        return {**{f"products, {precision}": rate for precision, rate in self.flops.items()}, "copies": self.bytes}
+
+    def best(self, other: Rates) -> Rates:
+        """The better of each of two measurements of the same."""
+        flops = {precision: max(rate, other.flops[precision]) for precision, rate in self.flops.items()}
+        return Rates(flops, max(self.bytes, other.bytes))
+
 
 @dataclass(frozen=True, slots=True)
 class Peaks:

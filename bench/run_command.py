@@ -11,7 +11,7 @@ from tandemrt.runtime.cli.reporter import Reporter
 
 from .entrants import every_entrant, own_name
 from .part_sections import parts_section, peaks_section
-from .picture_limits import add_limits, limits_by_target, machine_options
+from .picture_limits import add_limits, limits_by_target, machine_options, rates_by_target
 from .published import opened, plan_facts, publish, summary
 from .rounds import in_rounds
 from .run_arguments import RunPlan, plan_from_arguments
@@ -41,9 +41,11 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
     work = measured.work(shared, compiled, plan.decoder, plan.num_images_per_prompt)
     entrants = every_entrant(work, shared.targets, plan.peers)
     held, guided = shared.targets if plan.limits else (), any(compiled.guided)
-    by_target, untold = limits_by_target(work, held, machine_options(shared.threads), reporter.progress, guided=guided)
+    options = machine_options(shared.threads)
+    before, untold = rates_by_target(work, held, options, reporter.progress)
     with TemporaryDirectory() as pictures:
         taken = in_rounds(entrants, shared.rounds, Path(pictures), reporter.progress, measured.watch.probes)
+    by_target, unsteady = limits_by_target(work, before, options, reporter.progress, guided=guided)
     limits = {own_name(target): one for target, one in by_target.items()}
     sections = [
         pictures_section(taken, plan.num_images_per_prompt, limits),
@@ -53,5 +55,5 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
         contenders_section(taken),
         models_section(measured.bundle, taken),
     ]
-    told = (*otherwise(taken), *untold)
+    told = (*otherwise(taken), *untold, *unsteady)
     return publish("a benchmark", shared, measured, work.resolved(plan.facts), sections, told)

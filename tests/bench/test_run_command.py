@@ -288,7 +288,8 @@ def test_a_picture_of_one_step(bundle: Path, tmp_path: Path, monkeypatch: pytest
     asked = ["bench", "onestep", str(bundle), *ORT, "--steps", "unet_small:1", "--rounds", "2", *cache]
     assert main([*asked, "--out", str(tmp_path)]) == 0
     report = read_report(tmp_path / "report.json")
-    (section,) = report.sections
+    section, peaks = report.sections
+    assert [row.name for row in peaks.rows] == [f"{ORT[1]}: {of}" for of in ("products, fp32", "copies")]
     *models, whole = section.rows
     assert [row.name for row in models] == ["text_encoder", "unet_small", "vae_decoder"]
     assert report.request["steps"] == "unet_small:1"
