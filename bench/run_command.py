@@ -11,6 +11,7 @@ from tandemrt.runtime.cli.reporter import Reporter
 
 from .entrants import every_entrant, own_name
 from .part_sections import parts_section, peaks_section
+from .peer_pictures import other_pictures
 from .picture_limits import add_limits, limits_by_target, machine_options, rates_by_target
 from .published import opened, plan_facts, publish, summary
 from .rounds import in_rounds
@@ -55,5 +56,5 @@ def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:
         contenders_section(taken),
         models_section(measured.bundle, taken),
     ]
-    told = (*otherwise(taken), *untold, *unsteady)
+    told = (*other_pictures(taken), *otherwise(taken), *untold, *unsteady)
     return publish("a benchmark", shared, measured, work.resolved(plan.facts), sections, told)
