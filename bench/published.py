@@ -18,6 +18,7 @@ from .entrants import Work, peer_device
 from .left_nodes import left_told
 from .places import places_of, without_places
 from .preset_work import preset_bundle
+from .random_weights import has_random_weights
 from .reports.caveats import caveats
 from .reports.files import require_free, write_report_files
 from .reports.schema import Method, Report, Section
@@ -137,7 +138,9 @@ def publish(
         BenchmarkError: the folder cannot be written or is full.
     """
     machine, rounds = measured.watch.machine(), shared.rounds
-    subjects = (subject_of(measured.bundle, random_weights=shared.preset is not None),)
+    subjects = (
+        subject_of(measured.bundle, random_weights=shared.preset is not None or has_random_weights(measured.bundle)),
+    )
     report = Report(
         title=f"{subjects[0].name}: {title}",
         began=measured.watch.began,
