@@ -91,7 +91,7 @@ def add_runs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Declare what `add_where` does, for models that run here: with how many threads, after how many rounds."""
     where = add_where(parser, rounds=7)
     where.add_argument("--threads", type=int, metavar="N", help="how many CPU threads a model may use, of all")
-    where.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before the first that counts (1)")
+    where.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before the first that counts (2)")
     return where
 
 

@@ -112,6 +112,24 @@ def test_one_step_on_a_further_target_that_fails_is_told(
     assert ["share" in row.figures for row in (*first.rows, *further.rows)] == [True] * 3 + [False] * 5
 
 
+def test_a_peer_of_other_weights_is_told_first(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = ("text_encoder", "unet", "vae_decoder")
+    figures = {"total_s": 1.0, "host_s": 0.1, "peak_mib": 9.0, **{f"{name}_mb": 1.0 for name in models}}
+    took = Answer(figures, dict.fromkeys(models, "graph"))
+
+    def in_rounds(entrants: Iterable[str], *_: object) -> dict[str, Taken]:
+        words = {"precision": "float32"}
+        return {name: Taken(opened=Answer({}, words), rounds=[took], psnr_db=[9.5]) for name in entrants}
+
+    monkeypatch.setattr(run_command, "in_rounds", in_rounds)
+    asked = ["bench", str(bundle), *ORT, "--no-limits", "--peer", "diffusers", "--rounds", "1", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    told = read_report(tmp_path / "report.json").caveats[0]
+    assert told == "diffusers paints another picture than tandemrt onnxruntime:cpu:fp32 (9.5 dB): " + (
+        "are its weights the bundle's?"
+    )
+
+
 def test_the_load_is_that_before_a_preset_is_exported(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

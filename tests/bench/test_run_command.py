@@ -42,7 +42,7 @@ def test_a_report_of_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     ours = pictures.row(OURS)
     assert ours is not None
     assert len(ours.figures["total"].samples) == 4
-    assert (report.method.rounds, report.method.warm_up, report.method.threads) == (4, 1, 1)
+    assert (report.method.rounds, report.method.warm_up, report.method.threads) == (4, 2, 1)
     assert report.request["prompt"] == "'a red circle left of a blue square' and the seed"
     peer = pictures.row("diffusers")
     assert peer is not None and "reads a checkpoint, and none was named" in peer.failed
