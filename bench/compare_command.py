@@ -19,7 +19,7 @@ from .reports.told import number
 EPILOG = f"""\
 A figure is better or worse where the {CONFIDENCE:.0%} confidence interval of the quotient of medians (bootstrap over
 rounds) lies beyond what two runs of the same work may differ by: {LEAST_TIMED:.0%} of what is timed, or half of what
-the rounds of one of them span (10th to 90th percentile) where that is more; {LEAST:.0%} of all else. Times of peers,
+the rounds of one of them span, as reports tell it, where that is more; {LEAST:.0%} of all else. Times of peers,
 and energy, are compared by their ratios to TandemRT in the same round, their parts by those to its whole picture: that
 leaves out what slows all alike, such as a lower clock. Other work slows them unevenly, and moves ratios too: compare
 runs of quiet machines. What follows from a time alone, such as operations a second, is no change of its own. Fewer
