@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,25 @@ from .entrants import every_entrant
 from .probes import Probes
 from .published import opened, plan_facts, publish, summary
 from .rounds import Entrant, Progress, Rounds, Taken, failing, in_rounds, rotated
-from .run_arguments import RunPlan, add_arguments, plan_from_arguments
+from .run_arguments import RunPlan, plan_from_arguments
+from .run_arguments import add_arguments as add_picture_arguments
 from .sections import cold_section, contenders_section, models_section, otherwise
 
 __all__ = ["add_arguments", "plan_facts", "plan_from_arguments", "run", "summary"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tandemrt bench cold`."""
+    add_picture_arguments(parser)
+    parser.description = (
+        "Start TandemRT and its peers anew in each round, for one picture: measure the seconds until the library is "
+        "imported, the models are open and the picture is painted, and write a report."
+    )
+    parser.epilog = """\
+examples:
+  tandemrt bench cold bundle/ --target openvino:cpu --out cold/
+  tandemrt bench cold bundle/ --checkpoint sd15/ --peer diffusers --rounds 4 --out cold/
+"""
 
 
 def run(plan: RunPlan, reporter: Reporter) -> dict[str, Any]:

@@ -67,11 +67,11 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def named_peer(name: str) -> Peer:
-    """The peer of this name. ArgumentError where there is none."""
+def named_peer(name: str, asked_by: str = "--peer") -> Peer:
+    """The peer of this name. asked_by: the argument that names it. ArgumentError where there is none."""
     if name not in PEERS:
         expected = f"one of {', '.join(PEERS)}"
-        raise ArgumentError("--peer", "unknown peer", got=name, expected=expected, remedy=did_you_mean(name, PEERS))
+        raise ArgumentError(asked_by, "unknown peer", got=name, expected=expected, remedy=did_you_mean(name, PEERS))
     return PEERS[name]
 
 

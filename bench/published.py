@@ -12,6 +12,7 @@ from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import BenchmarkError
 from tandemrt.runtime.plan import Plan, Schedule, compile_plan
 from tandemrt.runtime.plan_steps import Steps, parse_steps
+from tandemrt.runtime.request import Request
 from tandemrt.runtime.targets import check_installed, check_runnable, parse_target
 
 from .entrants import Work, peer_device
@@ -56,9 +57,19 @@ class Measured:
         return (*names("text_encoder"), *dict.fromkeys(denoisers), decoder or names("vae_decoder")[0])
 
     def work(self, shared: Shared, plan: Plan, decoder: str | None = None, pictures: int = 1) -> Work:
-        """What every contender paints."""
-        manifest = self.bundle.manifest
+        """What every contender paints.
+
+        Raises:
+            RequestError: the bundle paints no pictures of this size.
+            TargetError: the first target asks for another precision than the bundle has.
+        """
+        manifest, first = self.bundle.manifest, parse_target(shared.targets[0])
         width, height = shared.size or (manifest.defaults.width, manifest.defaults.height)
+        asked = Request(prompt=shared.prompt, height=height, width=width, num_images_per_prompt=pictures)
+        asked.latent_shape(manifest, tuple(dict(plan.steps)))
+        first.check_quantized(self.bundle.path.name, manifest)
+        for name, component in manifest.components.items():
+            first.check_precision(name, component.precision)
         arguments: dict[str, Any] = {
             "steps": plan.steps,
             "guidance_scale": plan.guidance_scale,
@@ -80,7 +91,7 @@ class Measured:
             width=width,
             decoder=decoder,
             threads=shared.threads,
-            device=peer_device(parse_target(shared.targets[0])),
+            device=peer_device(first),
             cache=shared.cache,
             weights=weights_of(self.bundle, self.models(dict(plan.steps), decoder)),
         )
@@ -99,16 +110,20 @@ def opened(
     runs: whether anything is to run on the targets here, besides being built for them.
 
     Raises:
-        BenchmarkError: the report's folder is taken.
+        BenchmarkError: the report's folder is taken or cannot be written, or a checkpoint is no folder.
         TargetError: a target is not available here.
         BundleError, ExportError: the bundle is damaged, or the preset cannot be exported.
     """
     load = load_average()
-    require_free(shared.out, force=shared.force)
     for target in map(parse_target, shared.targets):
         check_installed(target)
         if runs:
             check_runnable(target)
+    for name, path in {"the bundle": checkpoint, **(sources or {})}.items():
+        if path is not None and not path.is_dir():
+            remedy = "Name one on this machine: none is downloaded."
+            raise BenchmarkError(f"the checkpoint of {name}", "is no folder", got=str(path), remedy=remedy)
+    require_free(shared.out, force=shared.force)
     shared.cache.mkdir(parents=True, exist_ok=True)
     if shared.bundle is not None:
         bundle, added = Bundle.open(shared.bundle), {name: path.resolve() for name, path in (sources or {}).items()}

@@ -12,7 +12,7 @@ from tandemrt.runtime.cli.values import parse_sources
 from tandemrt.runtime.plan import PLACEMENTS
 
 from .peer_table import PEERS, named_peer
-from .shared_arguments import BUNDLES, Shared, add_shared, require_least, shared_from
+from .shared_arguments import BUNDLES, Shared, add_shared, different, require_least, shared_from
 
 DESCRIPTION = (
     "Measure a bundle end to end and part by part, beside what would run the same model otherwise, in the same rounds, "
@@ -94,7 +94,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> RunPlan:
     parsed: dict[str, Any] = {
         "shared": shared_from(namespace),
         "sources": parse_sources(namespace.small, namespace.tiny_vae, namespace.add),
-        "peers": tuple(dict.fromkeys(namespace.peers)),
+        "peers": different("--peer", namespace.peers),
         "limits": getattr(namespace, "limits", False),
     }
     as_given = {name: getattr(namespace, name) for name in RunPlan.__slots__ if name not in parsed}

@@ -44,7 +44,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> SetupPlan:
         ArgumentError: a peer is unknown.
     """
     for name in namespace.names:
-        named_peer(name)
+        named_peer(name, "PEER")
     names = tuple(dict.fromkeys(namespace.names))
     return SetupPlan(names, cache_folder(namespace.cache), namespace.find_links, namespace.download)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandemrt.runtime.arguments import thread_count
+from tandemrt.runtime.arguments import did_you_mean, thread_count
 from tandemrt.runtime.cache import cache_folder
 from tandemrt.runtime.cli.values import parse_size
 from tandemrt.runtime.errors import ArgumentError
 from tandemrt.runtime.targets import parse_target
 
+from .command import COMMANDS
 from .rounds import Rounds
 
 # What is told of what was not asked for.
@@ -83,8 +84,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     preset.add_argument(
         "--preset", metavar="NAME", help="export a published architecture with random weights, and measure that"
     )
-    preset.add_argument("--scale", choices=("full", "tiny"), default="full", help="of the preset (default: full)")
-    preset.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of its weights (default: fp32)")
+    preset.add_argument("--scale", choices=("full", "tiny"), help="of the preset (default: full)")
+    preset.add_argument("--dtype", choices=("fp32", "fp16"), help="of its weights (default: fp32)")
 
 
 def add_runs(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -108,7 +109,7 @@ def add_where(parser: argparse.ArgumentParser, rounds: int) -> argparse._Argumen
     )
     where.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds that count ({rounds})")
     where.add_argument("--cache", type=Path, metavar="DIR", help="where engines, presets and peers are kept")
-    where.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the report")
+    where.add_argument("--out", type=Path, metavar="DIR", help="the folder for the report, which has to be given")
     where.add_argument("--force", action="store_true", help="replace a report that is there")
     return where
 
@@ -121,18 +122,44 @@ def shared_from(namespace: argparse.Namespace, least_warm_up: int = 1) -> Shared
     """
     if (namespace.bundle is None) == (namespace.preset is None):
         raise ArgumentError("BUNDLE, --preset", "what to measure", expected="one of the two")
+    for option in ("scale", "dtype"):
+        if namespace.preset is None and getattr(namespace, option) is not None:
+            raise ArgumentError(
+                f"--{option}", "is of a --preset", remedy="Leave it out: a bundle is as it was exported."
+            )
+    if namespace.out is None:
+        _require_known(namespace.bundle)
+        raise ArgumentError("--out", "not given", expected="the folder for the report")
     thread_count("--threads", namespace.threads)
     require_least("--warm-up", namespace.warm_up, least_warm_up)
     require_least("--rounds", namespace.rounds, 1)
     parsed = {
         "bundle": None if namespace.bundle is None else namespace.bundle.resolve(),
-        "targets": tuple(dict.fromkeys(str(parse_target(target)) for target in namespace.targets or ("auto",))),
+        "scale": namespace.scale or "full",
+        "dtype": namespace.dtype or "fp32",
+        "targets": different("--target", [str(parse_target(target)) for target in namespace.targets or ("auto",)]),
         "size": None if namespace.size is None else parse_size(namespace.size),
         "rounds": Rounds(namespace.warm_up, namespace.rounds, namespace.seed),
         "cache": cache_folder(namespace.cache).resolve(),
     }
     as_given = {name: getattr(namespace, name) for name in Shared.__slots__ if name not in parsed}
     return Shared(**as_given, **parsed)
+
+
+def _require_known(bundle: Path | None) -> None:
+    """Raise ArgumentError for a word that is neither a folder nor, as it reached a benchmark, a command."""
+    if bundle is not None and not bundle.is_dir():
+        expected = f"a folder that `tandemrt export` made, or one of {', '.join(COMMANDS)}"
+        remedy = did_you_mean(str(bundle), COMMANDS)
+        raise ArgumentError("BUNDLE", "no such folder or command", got=str(bundle), expected=expected, remedy=remedy)
+
+
+def different(option: str, given: Sequence[str]) -> tuple[str, ...]:
+    """What an option was given, several times. ArgumentError: the same twice."""
+    twice = next((one for one in given if given.count(one) > 1), None)
+    if twice is not None:
+        raise ArgumentError(option, "given twice", got=twice, remedy="Name it once; --rounds says how often it runs.")
+    return tuple(given)
 
 
 def require_least(option: str, number: int, least: int) -> None:

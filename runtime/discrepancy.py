@@ -56,7 +56,7 @@ class Taus:
                 f"the window's last step, of {steps} from 0 on",
                 got=self.tau_cap + self.k,
                 expected=f"at most {steps - 1}",
-                remedy="Take more steps, or lower tau_cap or k.",
+                remedy="Take more steps, or lower tau_cap or k in the request's placement_config.",
             )
 
 

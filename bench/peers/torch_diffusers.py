@@ -133,9 +133,16 @@ def loaded(kind: Any, folder: Path, dtype: Any) -> Any:
 
 
 def model_folder(source: str, part: str) -> Path:
-    """Where a model lies: in the folder that is named, or in its part of a pipeline's."""
+    """Where a model lies: in the folder that is named, or in its part of a pipeline's.
+
+    Raises:
+        FileNotFoundError: in neither; what is no folder would be taken for a name on a hub.
+    """
     folder = Path(source)
-    return folder if (folder / "config.json").is_file() else folder / part
+    for each in (folder, folder / part):
+        if (each / "config.json").is_file():
+            return each
+    raise FileNotFoundError(f"{folder} holds no model: neither it nor {part} in it has a config.json")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from tandemrt.runtime.errors import BenchmarkError
 
@@ -15,10 +17,10 @@ NAMES = ("report.json", "report.md", "report.html")
 
 
 def require_free(folder: Path, *, force: bool) -> None:
-    """Check, before anything is measured, that a report may be written to a folder.
+    """Check, before anything is measured, that a report can be written to a folder; nothing is left there.
 
     Raises:
-        BenchmarkError: it holds one and `force` is not given, or is no folder.
+        BenchmarkError: it cannot be made or written, holds a report and `force` is not given, or is no folder.
     """
     if folder.exists() and not folder.is_dir():
         raise BenchmarkError(str(folder), "is no folder", remedy="Give another --out.")
@@ -27,6 +29,17 @@ def require_free(folder: Path, *, force: bool) -> None:
         raise BenchmarkError(
             str(folder / taken[0]), "exists already", remedy="Give another --out, or --force to replace it."
         )
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
 
 
 def write_report_files(folder: Path, report: Report) -> tuple[Path, ...]:
@@ -43,7 +56,9 @@ def write_report_files(folder: Path, report: Report) -> tuple[Path, ...]:
         write_text(paths[1], markdown(report))
         write_text(paths[2], page(report))
     except OSError as error:
-        raise BenchmarkError(
-            str(folder), f"cannot be written ({error.strerror})", remedy="Give another --out."
-        ) from error
+        raise _cannot_be_written(folder, error) from error
     return paths
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> BenchmarkError:
+    return BenchmarkError(str(folder), f"cannot be written ({error.strerror})", remedy="Give another --out.")

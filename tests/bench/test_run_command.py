@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tandemrt.bench import picture_limits
+from tandemrt.bench import picture_limits, run_command
 from tandemrt.bench.graph_work import work_of
 from tandemrt.bench.peer_table import PEERS
 from tandemrt.bench.reports.schema import read_report
@@ -182,7 +182,28 @@ def test_two_reports_are_compared(bundle: Path, tmp_path: Path, capsys: pytest.C
         (["bench", "bundle", "--target", "tpu", "--out", "report"], 2, "target"),
         (["bench", "no-bundle", "--out", "report"], 1, "no-bundle"),
         (["bench", "limits", "bundle", "--prompt", "a", "--out", "report"], 2, "unrecognized arguments: --prompt"),
-        (["bench", "setup", "torch"], 2, "--peer: unknown peer, got 'torch'"),
+        (["bench", "setup", "torch"], 2, "PEER: unknown peer, got 'torch'"),
+        (["bench", "hybird"], 2, "BUNDLE: no such folder or command, got 'hybird', expected a folder"),
+        (["bench", "hybird"], 2, "Did you mean 'hybrid'?"),
+        (["bench", "."], 2, "--out: not given, expected the folder for the report"),
+        (["bench", "bundle", "--scale", "tiny", "--out", "report"], 2, "--scale: is of a --preset. Leave it out"),
+        (["bench", "bundle", *ORT, *ORT, "--out", "report"], 2, "--target: given twice, got 'onnxruntime:cpu:fp32'"),
+        (["bench", "bundle", *["--peer", "diffusers"] * 2, "--out", "r"], 2, "--peer: given twice, got 'diffusers'"),
+        (
+            ["bench", "bundle", *ORT, "--checkpoint", "no/sd15", "--out", "r"],
+            1,
+            "the checkpoint of the bundle: is no folder, got",
+        ),
+        (
+            ["bench", "bundle", *ORT, "--small", "no/small", "--out", "r"],
+            1,
+            "the checkpoint of unet_small: is no folder, got",
+        ),
+        (
+            ["bench", "bundle", *ORT, "--out", "/proc/report"],
+            1,
+            "/proc/report: cannot be written (No such file or directory)",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told_before_anything_runs(
@@ -212,6 +233,33 @@ def test_steps_that_the_bundle_cannot_run_are_told(
     assert "unknown denoiser, got 'unet_big'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ([*ORT, "--size", "65"], "height: not usable, got 65, expected a positive multiple of 16 pixels"),
+        (["--target", "onnxruntime:cpu:fp16"], "precision of the exported model, got 'fp32', expected fp16"),
+    ],
+)
+def test_what_the_bundle_cannot_do_is_told_before_the_machine_is_measured(
+    asked: list[str],
+    told: str,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run_command, "limits_by_target", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", str(bundle), *asked, "--out", str(tmp_path / "out")]) in (1, 2)
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_fresh_starts_have_a_help_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "cold", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "Start TandemRT and its peers anew" in told and "--out report/" not in told
+
+
 def test_the_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     assert {"run", "compare", "setup"} <= set(capsys.readouterr().out.split())
@@ -232,9 +280,9 @@ def test_plans_from_large_to_small(bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (["--steps", "2,1", "--peer", "diffusers", "--checkpoint", "c"], "reads a checkpoint of unet_small, and none"),
+        (["--steps", "2,1", "--peer", "diffusers", "--checkpoint", "."], "reads a checkpoint of unet_small, and none"),
         (
-            ["--decoder", "vae_decoder_tiny", "--peer", "diffusers", "--checkpoint", "c"],
+            ["--decoder", "vae_decoder_tiny", "--peer", "diffusers", "--checkpoint", "."],
             "checkpoint of vae_decoder_tiny",
         ),
         (["--steps", "2,1", "--peer", "optimum"], "runs one denoiser in a picture, this plan has several"),
