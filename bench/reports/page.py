@@ -12,11 +12,13 @@ from .precision import with_precisions
 from .schema import MORE_IS_BETTER, Plot, Report, Row, Section
 from .told import SPREAD, Table, failures, number, setting_lines, table_of, with_spread
 
+# Words of more letters are given room, to be read in a few lines.
+_LONG = 20
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5a5a66; --paper: #ffffff; --line: #d9d9e0;
-  --bar: #0072b2; --first: #d55e00; --warn: #fff3d6; --warn-line: #d9a400 }
+  --bar: #0072b2; --first: #d55e00; --warn: #fff3d6; --warn-line: #d9a400; --shade: #00000038 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ee; --soft: #a5a5b2; --paper: #16161a; --line: #35353f;
-  --bar: #56b4e9; --first: #e69f00; --warn: #33290d; --warn-line: #a88200 } }
+  --bar: #56b4e9; --first: #e69f00; --warn: #33290d; --warn-line: #a88200; --shade: #ffffff40 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif }
@@ -25,7 +27,10 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem }
 p { max-width: 46rem } .soft { color: var(--soft) }
 .first { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .6rem 1rem; margin: 1rem 0 }
 .first ul { margin: .3rem 0; padding-left: 1.2rem }
-.wide { overflow-x: auto }
+/* A shade at an edge where more can be scrolled to: what scrolls along covers it at the end. */
+.wide { overflow-x: auto; background: linear-gradient(to left, var(--paper) 30%, transparent) right / 2.5rem 100%,
+  linear-gradient(to left, var(--shade), transparent) right / .8rem 100%, var(--paper);
+  background-repeat: no-repeat; background-attachment: local, scroll, scroll }
 table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums;
   font-size: .9rem; line-height: 22px }
 th, td { padding: 6px 11px; border-bottom: 1px solid var(--line); text-align: right }
@@ -33,12 +38,12 @@ th { font-weight: 600; vertical-align: bottom }
 td:first-child, td small { white-space: nowrap } td small { font-size: inherit; color: var(--soft) }
 th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
   background: var(--paper) }
-.words { text-align: left } td.words { min-width: 10.5rem }
+.words { text-align: left } td.long { min-width: 10.5rem }
 .bars { font-size: .9rem; max-width: 54rem }
 .one { display: grid; grid-template: "name track value" / 15rem 1fr 12rem; gap: .8rem; padding: .18rem 0;
   align-items: center }
 .name { grid-area: name } .track { grid-area: track } .value { grid-area: value }
-.track { position: relative; height: 1.1rem }
+.track { position: relative; height: 1.1rem; margin: 0 3px }
 .bar { position: absolute; inset: .15rem auto .15rem 0; background: var(--bar); border-radius: 2px }
 .own .bar { background: var(--first) }
 .range { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--ink) }
@@ -49,7 +54,8 @@ svg { width: 100%; min-width: 34rem; max-width: 52rem; height: auto }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem }
 dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
-@media (max-width: 40rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 10.5rem }
+@media (max-width: 40rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8rem }
+  th, td { padding: 6px } table { font-size: .8rem } svg { min-width: 0 }
   dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem }
   .one { grid-template: "name value" "track track" / 1fr max-content; gap: 0 .8rem; padding: .3rem 0 } }
 """
@@ -96,13 +102,20 @@ def _section(section: Section) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     """A table that scrolls inside itself where it is wider than the page."""
-    kinds = [' class="words"' if at in table.words else "" for at in range(len(table.heads))]
+    kinds = [_kind(table, at) for at in range(len(table.heads))]
     heads = (f'<th scope="col"{kind}>{escape(head)}</th>' for kind, head in zip(kinds, table.heads, strict=True))
-    yield f'<div class="wide"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>'
+    yield f'<div class="wide" tabindex="0"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>'
     for cells in table.rows:
         told = "".join(f"<td{kind}>{_figure(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True))
         yield f"<tr>{told}</tr>"
     yield "</tbody></table></div>"
+
+
+def _kind(table: Table, at: int) -> str:
+    """The class of a column: whether it holds words, and any that are to have room."""
+    if at not in table.words:
+        return ""
+    return ' class="words long"' if any(len(row[at]) > _LONG for row in table.rows) else ' class="words"'
 
 
 def _figure(cell: str) -> str:

@@ -101,6 +101,10 @@ def test_words_are_where_their_column_is() -> None:
     text = page(msgspec.structs.replace(report(), sections=(section,)))
     assert '<th scope="col" class="words">on</th>' in text and '<td class="words">graph</td>' in text
     assert text.count('class="words"') == 2
+    long = msgspec.structs.replace(rows[0], words={"ran": "graph, as an engine of it is damaged"})
+    section = msgspec.structs.replace(section, rows=(*rows, long))
+    text = page(msgspec.structs.replace(report(), sections=(section,)))
+    assert text.count('class="words long"') == 3 and '<div class="wide" tabindex="0"><table>' in text
 
 
 def test_words_are_aligned_left_in_markdown() -> None:
