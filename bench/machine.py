@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tandemrt.runtime.cli import machine
 
+_GIT_TIMEOUT_S = 10.0
 _DISTRIBUTIONS = (
     "tandemrt",
     "numpy",
@@ -66,4 +68,18 @@ def described(facts: dict[str, Any]) -> str:
 
 def _versions() -> dict[str, str]:
     found = {name: next(iter(metadata.distributions(name=name)), None) for name in _DISTRIBUTIONS}
-    return {name: distribution.version for name, distribution in found.items() if distribution is not None}
+    versions = {name: distribution.version for name, distribution in found.items() if distribution is not None}
+    commit = commit_of(Path(__file__).resolve().parents[1])
+    return versions if commit is None else {**versions, "tandemrt's commit": commit}
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit that is checked out in a clone, `-dirty` where files differ from it; None of what is no clone."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.strip() or None
