@@ -78,7 +78,7 @@ def test_without_them_the_built_in_numbers_are_used(tmp_path: Path) -> None:
 
 
 def test_stored_numbers_that_do_not_fit_the_steps_are_refused(manifest: Manifest) -> None:
-    with pytest.raises(PlanError, match="tau_cap"):
+    with pytest.raises(PlanError, match="tau_cap or k in the request's placement_config"):
         compile_plan(manifest, Schedule(steps=8, placement="hybridiff"))
 
 
