@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..runtime.backends.base import Array, Binding, Session, Shape
+from ..runtime.backends.base import Array
 from ..runtime.bundle import Bundle
 from ..runtime.errors import ExecutionError
-from ..runtime.models import Models
 from ..runtime.pipeline import Pipeline
 from ..runtime.targets import Target
 from ..runtime.tensors import CONTROLNET_PREFIX, TAKEN, latent_names, spec_of
-from ..runtime.variant import PLAIN, Variant
 
 PROMPT = "a red circle left of a blue square on a white background"
 SEED = 0
@@ -37,20 +36,30 @@ def recorded_inputs(bundle: Bundle, name: str, size: tuple[int, int]) -> dict[st
     calls = 1
     if component.role in ("denoiser", "controlnet"):
         calls = min(_STEPS, bundle.manifest.defaults.num_inference_steps)
+    given: dict[str, Array] = {}
+    runs = count(1)
+
+    def record(running: str, inputs: Mapping[str, Array]) -> None:
+        if running == name:
+            given.update({key: array.copy() for key, array in inputs.items()})
+            if next(runs) == calls:
+                raise _RecordedError
+
     # In an empty cache: step engines would run in the component's place, and engines may be what is in doubt.
-    with tempfile.TemporaryDirectory(prefix="tandemrt-") as cache:
-        pipeline = _WatchedPipeline(bundle, name, calls, Path(cache))
-        with pipeline:
-            try:
-                pipeline(PROMPT, seed=SEED, width=size[0], height=size[1], **_request(bundle, name, size))
-            except _RecordedError:
-                pass
-            except ExecutionError:
-                if not pipeline.given:  # what failed is the component itself, as it may
-                    raise
-    if not pipeline.given:
+    with (
+        tempfile.TemporaryDirectory(prefix="tandemrt-") as cache,
+        Pipeline(bundle, _HERE, None, Path(cache), record) as pipeline,
+    ):
+        try:
+            pipeline(PROMPT, seed=SEED, width=size[0], height=size[1], **_request(bundle, name, size))
+        except _RecordedError:
+            pass
+        except ExecutionError:
+            if not given:  # what failed is the component itself, as it may
+                raise
+    if not given:
         raise ExecutionError(name, "a generation does not run it", remedy="Check the bundle with `tandemrt verify`.")
-    return pipeline.given
+    return given
 
 
 def _request(bundle: Bundle, name: str, size: tuple[int, int]) -> dict[str, Any]:
@@ -88,51 +97,3 @@ def _picture(size: tuple[int, int]) -> Array:
 
 class _RecordedError(Exception):
     """The call that was to be recorded is about to run: nothing after it is needed."""
-
-
-class _WatchedPipeline(Pipeline):
-    """A pipeline that ends with `_RecordedError` before a component's call of that number; `given` is what it got."""
-
-    def __init__(self, bundle: Bundle, name: str, calls: int, cache: Path) -> None:
-        super().__init__(bundle, _HERE, None, cache)
-        self._models = _WatchedModels(bundle, name, self, cache)
-        self.given: dict[str, Array] = {}
-        self._left = calls
-
-    def record(self, inputs: Mapping[str, Array]) -> None:
-        self.given.update({name: array.copy() for name, array in inputs.items()})
-        self._left -= 1
-        if self._left == 0:
-            raise _RecordedError
-
-
-class _WatchedModels(Models):
-    def __init__(self, bundle: Bundle, watched: str, pipeline: _WatchedPipeline, cache: Path) -> None:
-        super().__init__(bundle, _HERE, None, cache)
-        self._watched, self._pipeline = watched, pipeline
-
-    def session(self, name: str, variant: Variant = PLAIN, **more: Any) -> Session:
-        session = super().session(name, variant, **more)
-        return _WatchedSession(session, self._pipeline) if name == self._watched else session
-
-
-class _WatchedSession:
-    def __init__(self, session: Session, pipeline: _WatchedPipeline) -> None:
-        self.inputs, self.outputs = session.inputs, session.outputs
-        self._session, self._pipeline = session, pipeline
-
-    def bind(self, input_shapes: Mapping[str, Shape]) -> Binding:
-        return _WatchedBinding(self._session.bind(input_shapes), self._pipeline)
-
-    def close(self) -> None:
-        self._session.close()
-
-
-class _WatchedBinding:
-    def __init__(self, binding: Binding, pipeline: _WatchedPipeline) -> None:
-        self.inputs, self.outputs = binding.inputs, binding.outputs
-        self._binding, self._pipeline = binding, pipeline
-
-    def run(self) -> None:
-        self._pipeline.record(self.inputs)
-        self._binding.run()
