@@ -141,7 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default="onnxruntime:cpu", metavar="TARGET", help="default: onnxruntime:cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a model; the backend's choice by default")
     parser.add_argument("--size", type=int, default=512, metavar="N", help="a picture's side in pixels (default 512)")
-    parser.add_argument("--half", action="store_true", help="have states answered in float16")
     add_rounds(parser, 10, 200)
     given = parser.parse_args(arguments)
     facts: dict[str, Any] = {"machine": machine_facts(), "goals": GOALS, "target": given.target}
