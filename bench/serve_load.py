@@ -4,6 +4,9 @@ Users ask `tandemrt serve`, or its deployment on Ray, for hand-overs and picture
 who is refused tries again when the server says. Locust runs them (`pip install "tandemrt[load]"`), in a process of its
 own. More users than the server runs and lets wait show what it refuses. What is resident of the processes PID is looked
 at meanwhile: those that are to be watched, on this machine.
+
+Of a Ray cluster of three nodes on this machine: `python tests/serve/ray_cluster.py BUNDLE -- python -m
+tandemrt.bench.serve_load {url} --pid {pids} --json FILE`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from typing import Any
 import numpy as np
 
 from tandemrt.runtime.errors import ArgumentError, BenchmarkError
+from tandemrt.runtime.tokens import token_in_environment, token_in_file
+from tandemrt.serve.command import TOKEN
 
 from .arguments import add_report
 from .figures import markdown_table, write_report
@@ -160,16 +165,17 @@ def load_figures(given: argparse.Namespace) -> dict[str, Any]:
     """Load the server as the command line says; what was seen.
 
     Raises:
-        ArgumentError: the weights are none, or a process to watch is not there.
+        ArgumentError: the weights or the token are none, or a process to watch is not there.
         BenchmarkError: the server or Locust failed.
     """
     weights = given.weights.split(",")
     if len(weights) != 2 or not all(one.isdigit() for one in weights):
         raise ArgumentError("--weights", "not usable", got=given.weights, expected="two whole numbers, such as 3,1")
-    for pid in given.pid:
+    for _, pid in given.pid:
         if _resident_mib(pid) is None:
             raise ArgumentError("--pid", "there is no such process", got=pid)
-    token = None if given.token_file is None else given.token_file.read_text("utf-8").strip()
+    file = given.token_file
+    token = token_in_environment(TOKEN) if file is None else token_in_file(f"--token-file {file}", file)
     server = server_facts(given.url, token)
     asked = asked_of(server, given.steps, given.size)
     facts: dict[str, Any] = {
@@ -181,7 +187,7 @@ def load_figures(given: argparse.Namespace) -> dict[str, Any]:
         "asked": asked,
     }
     job = {name: facts[name] for name in ("users", "seconds", "weights", "asked")}
-    with watched(given.pid) as samples:
+    with watched([pid for _, pid in given.pid]) as samples:
         seen = seen_by_users({**job, "url": given.url, "token": token})
     kinds = {name: [one for one in seen if one[2] == path] for path, name in NAMES.items()}
     return {
@@ -189,7 +195,7 @@ def load_figures(given: argparse.Namespace) -> dict[str, Any]:
         "locust": metadata.version("locust"),
         "by_kind": {name: answers_figures(some, given.seconds) for name, some in {**kinds, "both": seen}.items()},
         "by_minute": parts_figures(seen, given.seconds),
-        "memory": [memory_figures(samples[pid]) for pid in given.pid],
+        "memory": [{"process": name, **memory_figures(samples[pid])} for name, pid in given.pid],
     }
 
 
@@ -202,7 +208,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
     names = ("begins_mib", "ends_mib", "peak_mib", "grows_mib_per_minute")
     memory = [
         [
-            f"{at + 1}",
+            one["process"] or f"{at + 1}",
             *(f"{one[name]:.1f}" if one[name] is not None else "" for name in names),
             f"{one['watched_s']:.0f}",
         ]
@@ -218,6 +224,12 @@ def markdown(facts: Mapping[str, Any]) -> str:
     )
     tables = (markdown_table(heads, rows, {7}), markdown_table(memory_heads, memory))
     return "\n".join(tables) + f"\n{told}{described(facts['machine'])}\n"
+
+
+def process(told: str) -> tuple[str, int]:
+    """A process to watch, and what it is called, if anything; ValueError where it is no number."""
+    name, _, pid = told.rpartition("=")
+    return name, int(pid)
 
 
 def _resident_mib(pid: int) -> float | None:
@@ -246,13 +258,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", metavar="URL", help="such as http://127.0.0.1:8080")
     add_report(parser)
-    parser.add_argument("--pid", type=int, action="append", default=[], help="a process to watch; several times")
+    parser.add_argument(
+        "--pid", type=process, nargs="+", action="extend", default=[], help="processes to watch, numbers or NAME=NUMBER"
+    )
     parser.add_argument("--users", type=int, default=24, metavar="N", help="default: 24")
     parser.add_argument("--seconds", type=float, default=600.0, metavar="S", help="default: 600")
     parser.add_argument("--weights", default="3,1", metavar="N,M", help="of hand-overs and of pictures (default 3,1)")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="of a picture (default 4)")
     parser.add_argument("--size", type=int, metavar="N", help="its side in pixels; the bundle's own by default")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="what the server wants to see")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help=f"what the server wants to see; or ${TOKEN}")
     given = parser.parse_args(arguments)
     facts = load_figures(given)
     write_report(given.json, facts, markdown(facts))

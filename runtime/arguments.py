@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import operator
 from collections.abc import Iterable
@@ -53,3 +54,11 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A question after the one of the `known` names that is nearest; empty where none is near."""
     alike = get_close_matches(str(name), list(known), n=1)
     return f"Did you mean {alike[0]!r}?" if alike else ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by its name or its address, is always this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

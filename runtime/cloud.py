@@ -5,17 +5,15 @@ What goes wrong on the way is one CloudError, whose `reason` says what: the netw
 
 from __future__ import annotations
 
+import hashlib
 import http.client
-import ipaddress
 import json
 import random
-import socket
 import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -24,9 +22,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .bounded_socket import BoundedSocket
+from .arguments import is_loopback
+from .bounded_socket import Bounds
+from .connections import MAX_ANSWER_BYTES, Answer, Connections, Question
 from .errors import ArgumentError, CancelledError, CloudError, RequestError
-from .handover import Handover, checked_digest
+from .handover import Handover, checked_digest, in_half
 from .manifest import Component
 from .messages import packed
 
@@ -36,12 +36,24 @@ JSON, MESSAGE = "application/json", "application/x-safetensors"
 RETRIES, TRIED_AGAIN = 2, frozenset({429, 502, 503, 504})
 # So many failures in a row, and nobody is kept waiting for so many seconds.
 BREAKING, BROKEN_S = 3, 30.0
-MAX_ANSWER_BYTES = 64 << 20
-_FIRST_PAUSE_S, _CHUNK = 0.1, 1 << 16
-Bounds = tuple[float, threading.Event]  # when an exchange is cut, of time.monotonic, and what cuts it before
-# Who answers so is there, and would answer so again.
-_ANSWERED = frozenset({"unauthorized", "conflict", "refused", "untrusted"})
+_FIRST_PAUSE_S = 0.1
+# Who answers so is there, and is no worse for it.
+_ANSWERED = frozenset({"unauthorized", "conflict", "refused", "untrusted", "busy", "unready"})
 _REASONS = {401: "unauthorized", 409: "conflict", 429: "busy", 503: "unready", 504: "deadline"}
+# What is told to others than the device: neither the server's address nor what it, or who stands before it, answered.
+_MEANINGS = {
+    "unreachable": "it could not be reached, or broke off",
+    "deadline": "it did not answer in time",
+    "broken": "it failed several times in a row, and is left alone for a while",
+    "busy": "as many wait there as may",
+    "unready": "it is not ready",
+    "unauthorized": "it does not take the token",
+    "untrusted": "its certificate is not trusted",
+    "conflict": "it has another model, bundle or plan",
+    "malformed": "its answer could not be used",
+    "refused": "it refused the request",
+    "failed": "it failed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +83,8 @@ class Described:
 class Cloud:
     """A server; safe to share between threads.
 
-    url: such as `https://host:8080`. token: what it wants to see. seconds: how long one hand-over may take, its tries
-    together. half: have states answered in float16, half the bytes.
+    url: such as `https://host:8080`. token: what it wants to see. seconds: how long a request may wait for it, all
+    hand-overs and tries together. half: have states travel in float16, half the bytes, where that holds them.
     Which certificates are trusted is the system's to say, or `$SSL_CERT_FILE` and `$SSL_CERT_DIR` as they are now.
 
     Raises:
@@ -80,17 +92,13 @@ class Cloud:
     """
 
     def __init__(self, url: str, token: str | None = None, *, seconds: float = 30.0, half: bool = False) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ArgumentError("cloud", "no address", got=url, expected="such as https://host:8080")
-        if token is not None and parts.scheme == "http" and not _is_loopback(parts.hostname):
+        https, host, port, self._path = _address(url)
+        if token is not None and not https and not is_loopback(host):
             raise ArgumentError("cloud", "the token would go over the network in plain text", remedy="Use https.")
         if not 0 < seconds < float("inf"):
             raise ArgumentError("seconds", "not usable", got=seconds, expected="a finite number above 0")
         self.url, self.seconds, self.half = url, seconds, half
-        self._https, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
-        self._path = parts.path.rstrip("/")
-        self._tls = ssl.create_default_context() if self._https else None
+        self._connections = Connections(host, port, ssl.create_default_context() if https else None)
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._lock = threading.Lock()
         self._failures, self._broken_until = 0, 0.0
@@ -98,69 +106,74 @@ class Cloud:
     def __repr__(self) -> str:
         return f"<Cloud {self.url}>"
 
+    def close(self) -> None:
+        """Hang up on the server, which may be asked again; what runs goes on."""
+        self._connections.close()
+
+    def bounds(self, cancelled: threading.Event | None = None, spent_s: float = 0.0) -> Bounds:
+        """Those of a request, of whose time so many seconds are over; cancelled: ends it, from any thread."""
+        return Bounds(time.monotonic() + self.seconds - spent_s, cancelled or threading.Event())
+
     def run(
         self,
         asked: Mapping[str, Any],
         tensors: Mapping[str, npt.NDArray[np.float32]],
         plan: str,
-        cancelled: threading.Event | None = None,
-        spent: float = 0.0,
+        bounds: Bounds | None = None,
     ) -> tuple[Handover, CloudTiming]:
         """The hand-over after a part of a plan.
 
-        asked: what `/v1/handoff` is told, `until` and `seed` among it, and `models` where it matters which they are.
+        asked: what `/v1/handoff` is told, in JSON's types; `steps` in pairs, `until` and `seed` among it, and `models`
+            where it matters which they are.
         tensors: the state to go on from, and texts that are encoded already. plan: the digest of the plan that the
             answer has to be of.
-        cancelled: ends it, from any thread. spent: how many of its seconds are over.
+        bounds: when it ends; all of the cloud's seconds by default.
 
         Raises:
             CloudError: there was none in time; `timing` says what that took.
             CancelledError: it was cancelled.
         """
-        facts = {**asked, "plan": plan, "dtype": "float16" if self.half else "float32"}
+        within = bounds or self.bounds()
+        left = max(round(within.left_s, 3), 0.001)  # the server works for nobody when it is over
+        facts = {**asked, "plan": plan, "dtype": "float16" if self.half else "float32", "timeout": left}
+        state = in_half(tensors["state"]) if self.half and "state" in tensors else None
+        sent: Mapping[str, npt.NDArray[Any]] = tensors if state is None else {**tensors, "state": state}
         # Also where there are no tensors: a turned bit in a prompt's JSON would paint another picture.
-        body = packed(tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)})
+        body = packed(sent, {"protocol": PROTOCOL, "request": json.dumps(facts)})
+        digest = hashlib.sha256(body).hexdigest()
         headers = {"Content-Type": MESSAGE, "Idempotency-Key": uuid.uuid4().hex}
-        cancelled = cancelled or threading.Event()
-        began, steps = time.monotonic(), facts["until"] - facts.get("start_step", 0)
-        ends, tries = began + self.seconds - spent, 0
+        began, steps, tries = time.monotonic(), facts["until"] - facts.get("start_step", 0), 0
 
         def handed() -> tuple[Handover, int]:
             nonlocal tries
             tries += 1
-            answer = self._exchanged("POST", "/v1/handoff", body, headers, (ends, cancelled))
-            return self._checked(answer, facts), len(answer)
+            answer = self._exchanged("POST", "/v1/handoff", body, headers, within)
+            return self._checked(answer, facts, digest), len(answer)
 
         try:
-            made, received = self._retried(handed, ends, cancelled)
+            made, received = self.retried(handed, within)
         except CloudError as error:
             error.timing = CloudTiming(steps, time.monotonic() - began, tries, len(body) if tries else 0, 0)
             raise
         return made, CloudTiming(steps, time.monotonic() - began, tries, len(body), received, made.models)
 
-    def described(self, cancelled: threading.Event, *, tries: int = 1 + RETRIES) -> Described:
-        """What the server's denoisers are, as it says itself; cancelled: ends it, from any thread.
+    def described(self, bounds: Bounds) -> Described:
+        """What the server's denoisers are, as it says itself when it is asked once.
 
         Raises:
             CloudError: it cannot be asked, or not in time.
+            CancelledError: it was cancelled.
         """
-        bounds = time.monotonic() + self.seconds, cancelled
+        try:
+            name = json.loads(self._exchanged("GET", "/v2", b"", {}, bounds))["model"]
+            facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, bounds))
+            components = msgspec.convert(facts["components"], dict[str, Component])
+            return Described(components, {one: checked_digest(facts["models"][one]) for one in components})
+        except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
+            what = f"does not say what it serves ({error})"
+            raise CloudError(self.url, "malformed", what, retryable=True) from error
 
-        def described() -> Described:
-            try:
-                name = json.loads(self._exchanged("GET", "/v2", b"", {}, bounds))["model"]
-                facts = json.loads(self._exchanged("GET", f"/v2/models/{quote(name)}", b"", {}, bounds))
-                components = msgspec.convert(facts["components"], dict[str, Component])
-                return Described(components, {one: checked_digest(facts["models"][one]) for one in components})
-            except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as error:
-                what = f"does not say what it serves ({error})"
-                raise CloudError(self.url, "malformed", what, retryable=True) from error
-
-        return self._retried(described, *bounds, most=tries)
-
-    def _retried(
-        self, exchange: Callable[[], T], ends: float, cancelled: threading.Event, *, most: int = 1 + RETRIES
-    ) -> T:
+    def retried(self, exchange: Callable[[], T], bounds: Bounds) -> T:
         """What an exchange gives, which is tried again where that may help and there is time."""
         self._require_whole()
         tries = 0
@@ -171,20 +184,32 @@ class Cloud:
             except CloudError as error:
                 whole = self._count(failed=error.reason not in _ANSWERED)
                 pause = max(error.pause, _FIRST_PAUSE_S * 2**tries * random.uniform(0.5, 1.5))
-                if not (error.retryable and whole) or tries >= most or time.monotonic() + pause >= ends:
+                if not (error.retryable and whole) or tries > RETRIES or pause >= bounds.left_s:
                     raise
-                if cancelled.wait(pause):
-                    raise _cancelled() from error
-                if time.monotonic() >= ends:  # it waited for longer than it meant to
+                if bounds.cancelled.wait(pause):
+                    raise self.ended(bounds) from error
+                if bounds.over:  # it waited for longer than it meant to
                     raise
                 continue
             self._count(failed=False)
             return made
 
+    def ended(self, bounds: Bounds) -> CloudError | CancelledError:
+        """What became of a wait that its bounds have ended."""
+        if bounds.cancelled.is_set():
+            return CancelledError("generation", "cancelled while the cloud ran a part of it")
+        return CloudError(self.url, "deadline", f"did not answer within {self.seconds:g} s")
+
     def _require_whole(self) -> None:
-        """Raise CloudError while the server is left alone, since it failed several times in a row."""
+        """Raise CloudError while the server is left alone, since it failed several times in a row.
+
+        Then one caller tries, and the others are sent away until that has ended; or for as long again, if it hangs.
+        """
         with self._lock:
-            left = self._broken_until - time.monotonic()
+            now = time.monotonic()
+            left = self._broken_until - now
+            if left <= 0 and self._failures >= BREAKING:
+                self._broken_until = now + BROKEN_S
         if left > 0:
             what = f"failed {BREAKING} times in a row, and is left alone for {left:.0f} s more"
             raise CloudError(self.url, "broken", what)
@@ -193,90 +218,83 @@ class Cloud:
         """Count an exchange; whether the server may be asked again."""
         with self._lock:
             self._failures = self._failures + 1 if failed else 0
-            if self._failures < BREAKING:
-                return True
-            self._broken_until = time.monotonic() + BROKEN_S
-            # One try then decides whether it is whole.
-            self._failures = BREAKING - 1
-            return False
+            whole = self._failures < BREAKING
+            self._broken_until = 0.0 if whole else time.monotonic() + BROKEN_S
+            return whole
 
     def _exchanged(self, method: str, path: str, body: bytes, headers: Mapping[str, str], bounds: Bounds) -> bytes:
-        """The body of a good answer, which has all come before the exchange is cut."""
-        ends, cancelled = bounds
-        with self._connection(ends, cancelled) as connection:
-            connection.request(method, self._path + path, body, {**self._authorization, **headers})
-            answer = connection.getresponse()
-            received = bytearray()
-            while chunk := answer.read(_CHUNK):
-                received += chunk
-                if len(received) > MAX_ANSWER_BYTES:
-                    raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
-            if answer.length:
-                raise http.client.IncompleteRead(bytes(received), answer.length)
-            if answer.status == 200:
-                return bytes(received)
-        raise _refused(self.url, answer, bytes(received))
-
-    @contextmanager
-    def _connection(self, ends: float, cancelled: threading.Event) -> Iterator[http.client.HTTPConnection]:
-        """A connection that is cut, however slowly its bytes come; what else goes wrong on it is a CloudError."""
-        left = ends - time.monotonic()
-        if left <= 0:
-            raise self._late()
-        if self._tls is not None:
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                self._host, self._port, timeout=left, context=self._tls
-            )
-        else:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=left)
-        sock: socket.socket | None = None
+        """The body of a good answer, which has all come within the bounds."""
+        question = Question(method, self._path + path, body, {**self._authorization, **headers})
         try:
-            connection.connect()
-            sock = connection.sock
-            connection.sock = BoundedSocket(sock, ends, cancelled)
-            yield connection
+            answer = self._connections.answered(question, bounds)
         except ssl.SSLCertVerificationError as error:
             what = f"has a certificate that is not trusted ({error.verify_message})"
             raise CloudError(self.url, "untrusted", what) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if cancelled.is_set():
-                raise _cancelled() from error
-            if time.monotonic() >= ends or isinstance(error, TimeoutError):
-                raise self._late() from error
+            if bounds.over:
+                raise self.ended(bounds) from error
             what = f"cannot be reached, or broke off ({type(error).__name__}: {error})"
             raise CloudError(self.url, "unreachable", what, retryable=True) from error
-        finally:
-            connection.close()
-            if sock is not None:
-                sock.close()
+        if len(answer.body) > MAX_ANSWER_BYTES:
+            raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
+        if answer.status != 200:
+            raise _refused(self.url, answer)
+        return answer.body
 
-    def _late(self) -> CloudError:
-        return CloudError(self.url, "deadline", f"did not answer within {self.seconds:g} s")
+    def _checked(self, answer: bytes, facts: Mapping[str, Any], digest: str) -> Handover:
+        """The hand-over in an answer; CloudError where it is none, or not the one that was asked for.
 
-    def _checked(self, answer: bytes, facts: Mapping[str, Any]) -> Handover:
-        """The hand-over in an answer; CloudError where it is none, or not the one that was asked for."""
+        digest: the sha256 of what was asked.
+        """
         try:
             handover = Handover.from_bytes(answer)
         except RequestError as error:
+            self.close()  # what is damaged on one way may come whole on another
             raise CloudError(
                 self.url, "malformed", f"answered what cannot be used ({error})", retryable=True
             ) from error
-        told = (handover.plan, handover.step, handover.seed)
         seed = facts["seed"]
-        wanted = (facts["plan"], facts["until"], tuple(seed) if isinstance(seed, list) else seed)
+        ran = {name for name, _ in facts["steps"]}
+        models = {name: one for name, one in facts.get("models", handover.models).items() if name in ran}
+        if dict(handover.models) != models:
+            raise CloudError(self.url, "conflict", f"ran other models, got {handover.models}, expected {models}")
+        told = (handover.plan, handover.step, handover.seed, handover.request)
+        wanted = (facts["plan"], facts["until"], tuple(seed) if isinstance(seed, list) else seed, digest)
         if told != wanted:
             raise CloudError(self.url, "malformed", f"answered for another request, {told} for {wanted}")
-        models = dict(handover.models)
-        if models != facts.get("models", models):
-            what = f"ran other models, got {models}, expected {facts['models']}"
-            raise CloudError(self.url, "conflict", what)
         return handover
 
 
-def _refused(url: str, answer: http.client.HTTPResponse, body: bytes) -> CloudError:
+def reason_alone(degraded: str) -> str:
+    """Why a server did not help, as `Output.degraded` begins, for others than those who asked it; empty where it did.
+
+    It has no address, and nothing of what was answered.
+    """
+    reason = degraded.partition(":")[0]
+    return f"{reason}: {_MEANINGS[reason]}" if degraded else ""
+
+
+def _address(url: str) -> tuple[bool, str, int, str]:
+    """Whether it is https, the host, the port and what paths begin with; ArgumentError where it is no address."""
+    if "@" in url.partition("//")[2].partition("/")[0]:  # which is not told: it may be a password
+        remedy = "Leave what is before the @ out, and give a token."
+        raise ArgumentError("cloud", "an address with a user's name", remedy=remedy)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        expected = "such as https://host:8080"
+        raise ArgumentError("cloud", f"no address ({error})", got=url, expected=expected) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ArgumentError("cloud", "no address", got=url, expected="such as https://host:8080")
+    https = parts.scheme == "https"
+    return https, parts.hostname, port or (443 if https else 80), parts.path.rstrip("/")
+
+
+def _refused(url: str, answer: Answer) -> CloudError:
     """What an answer other than 200 means."""
     try:
-        said = str(json.loads(body)["error"]["message"])[:500]
+        said = str(json.loads(answer.body)["error"]["message"])[:500]
     except (ValueError, KeyError, TypeError, RecursionError):
         said = answer.reason
     after = answer.headers.get("Retry-After", "")
@@ -285,14 +303,3 @@ def _refused(url: str, answer: http.client.HTTPResponse, body: bytes) -> CloudEr
     return CloudError(
         url, reason, f"answered {answer.status}: {said}", retryable=answer.status in TRIED_AGAIN, pause=pause
     )
-
-
-def _cancelled() -> CancelledError:
-    return CancelledError("generation", "cancelled while the cloud ran a part of it")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from .binding import Conditioning
+from .bundle import Bundle
 from .errors import RequestError
 from .manifest import Component, Manifest, TextConditioning
 from .pictures_in import Size
@@ -15,8 +18,8 @@ from .plan import Plan
 from .request import SIZES, Request
 from .request_checks import checked_array
 from .tensors import GUIDANCE_EMBEDDING, spec_of
-from .text import Embeddings
-from .tokenizer import DroppedText
+from .text import Embeddings, merged
+from .tokenizer import DroppedText, PromptTokenizer
 
 Float32 = npt.NDArray[np.float32]
 Encode = Callable[[Sequence[Sequence[str]]], tuple[Embeddings, tuple[DroppedText, ...]]]
@@ -95,6 +98,36 @@ def encoded(
         return embeddings, None, dropped
     negative, cut = _negative(request, text, embeddings, encode)
     return embeddings, negative, dropped + cut
+
+
+def dropped_text(bundle: Bundle, request: Request, *, guided: bool) -> tuple[DroppedText, ...]:
+    """What a bundle's text encoders have no room for, before any of them runs; guided: whether rows are.
+
+    Raises:
+        RequestError: the request is strict, and there is some.
+        BundleError: as `PromptTokenizer`.
+    """
+    dropped: list[tuple[str, DroppedText]] = []
+    read = (request.prompts, request.negative_prompts if guided else ())
+    for index, (name, facts) in enumerate(bundle.manifest.text.encoders.items()):
+        texts = [text for by_encoder in read if by_encoder for text in by_encoder[index]]
+        if texts:
+            tokenizer = _tokenizer(bundle.tokenizer_path(name), facts.max_length, bundle.digest)
+            dropped += [(name, cut) for cut in tokenizer.tokenize(texts, strict=request.strict_prompts).dropped]
+    return merged(dropped)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(path: Path, max_length: int, _bundle: str) -> PromptTokenizer:
+    """The tokenizer in a file of the bundle of this digest; it takes a while to load."""
+    return PromptTokenizer(path, max_length)
+
+
+def reads_text(request: Request, text: TextConditioning, *, guided: bool) -> bool:
+    """Whether text encoders run for a request: not where it brings embeddings for all that is read."""
+    if request.prompt_embeds is None:
+        return True
+    return guided and request.negative_prompt_embeds is None and not _zero_negative(request, text)
 
 
 def guidance_embedding(scale: float, width: int) -> Float32:

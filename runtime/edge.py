@@ -1,4 +1,4 @@
-"""Plans that run in two places: some steps on a server, the rest here; all of them here where that cannot help."""
+"""Plans that run in two places: some steps on a server, the rest here; all that is left here where it cannot help."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .cloud import RETRIES, Cloud, CloudTiming
+from .arguments import whole_number
+from .bundle import Bundle
+from .cloud import CloudTiming
+from .conditioning import dropped_text, reads_text
 from .errors import CloudError, RequestError
 from .handover import Handover, rows_between
-from .manifest import Component, Manifest
 from .output import Output, Timings
 from .plan import CLOUD, Plan, compile_plan
 from .plan_steps import Steps
-from .request import Request
+from .request import EMBEDS, TEXTS, Request
 from .stream import Events, Stage
+from .there import There
+from .tokenizer import DroppedText
 from .trace import span
 
 # What a hand-over's request tells: the rest of a request says how this side runs, or cannot be sent.
 _TOLD = (
-    "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "solver",
-    "solver_config", "timesteps", "eta", "guidance_interval", "num_images_per_prompt", "seed_device",
+    *TEXTS, "solver", "solver_config", "timesteps", "eta", "guidance_interval", "num_images_per_prompt", "seed",
+    "seed_device",
 )  # fmt: skip
-_TENSORS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _NOT_SENT = ("image", "mask_image", "control_image", "loras", "latents", "original_size", "target_size",
              "crops_coords_top_left", "negative_original_size", "negative_target_size",
              "negative_crops_coords_top_left")  # fmt: skip
@@ -42,46 +43,36 @@ def names_cloud(steps: Steps | None) -> bool:
     return any(name.startswith(CLOUD) for name in _named(steps))
 
 
-def with_cloud(manifest: Manifest, components: Mapping[str, Component]) -> Manifest:
-    """A manifest in which the server's denoisers are components too, under their names with `cloud:` before them."""
-    added = {f"{CLOUD}{name}": component for name, component in components.items()}
-    return msgspec.structs.replace(manifest, components={**manifest.components, **added})
+@dataclass(slots=True)
+class _Way:
+    """How far a request has come.
 
-
-class There:
-    """A server's denoisers beside those that are here; safe to share between threads.
-
-    manifest: with the server's, as it said once; with those that are here in their place until it has. models: which
-    model each one is to be: the one that is here under the name, else the one that it said. said: whether it has.
+    spent_s: for how long the server was waited for before its first part. start: where the request stands, None before
+    any step. exchanges: its hand-overs. here: what its parts took that ran here and count. dropped: what was cut from
+    its prompts.
     """
 
-    def __init__(self, cloud: Cloud, manifest: Manifest) -> None:
-        """Ask the server; one that cannot be asked is asked again by `ask`."""
-        own = {name: manifest.components[name] for name in manifest.names("denoiser")}
-        self.cloud, self.manifest = cloud, with_cloud(manifest, own)
-        self.models: Mapping[str, str] = {name: manifest.model_digest(name) for name in own}
-        self.said, self._lock = False, threading.Lock()
-        with suppress(CloudError):
-            self.ask(threading.Event(), tries=1)
+    spent_s: float
+    dropped: tuple[DroppedText, ...]
+    start: Handover | None = None
+    exchanges: list[CloudTiming] = field(default_factory=list)
+    here: list[Timings] = field(default_factory=list)
 
-    def ask(self, cancelled: threading.Event, *, tries: int = 1 + RETRIES) -> None:
-        """Have the server say what it serves, unless it has; CloudError where it does not."""
-        with self._lock:
-            if not self.said:
-                described = self.cloud.described(cancelled, tries=tries)
-                self.manifest = with_cloud(self.manifest, described.components)
-                self.models = {**described.models, **self.models}
-                self.said = True
+    @property
+    def waited_s(self) -> float:
+        """For how long the server was waited for."""
+        return self.spent_s + sum(one.seconds for one in self.exchanges)
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
     """What a plan in two places is run with.
 
-    paint: runs the part of a request that is to run here. cancelled: what ends it.
+    bundle: what runs here. paint: runs the part of a request that is to run here. cancelled: what ends it.
     """
 
     there: There
+    bundle: Bundle
     paint: Paint
     cancelled: threading.Event
 
@@ -98,26 +89,28 @@ class Edge:
                 raise RequestError(name, "cannot be sent to the cloud", remedy="Leave it out, or run all steps here.")
         if request.start is not None or request.until is not None:
             raise RequestError("start, until", "given beside steps in the cloud", remedy="Leave them out.")
-        unknown = [name for name in _named(request.steps) if name not in self.there.manifest.components]
-        if self.there.said or not unknown:
-            return self._begun(request, 0.0)
-        return self._asking(request)
+        known = self.there.manifest.names("denoiser")
+        unknown = [name for name in _named(request.steps) if name not in known]
+        if not self.there.said and unknown and all(name.startswith(CLOUD) for name in unknown):
+            return self._asking(request)
+        return self._begun(request, 0.0)
 
-    def _begun(self, request: Request, spent: float) -> Events:
-        """Check the request's plan now; spent: how many of the cloud's seconds are over."""
+    def _begun(self, request: Request, spent_s: float) -> Events:
+        """Check the request's plan now; spent_s: for how long the server was waited for."""
         manifest = self.there.manifest
         plan = compile_plan(manifest, request.schedule)
         rows_between(plan, None, 1)
         request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
         seed = secrets.randbits(32) if request.seed is None else request.seed
-        return self._run(replace(request, seed=seed), plan, spent)
+        dropped = dropped_text(self.bundle, request, guided=any(plan.guided))
+        return self._run(replace(request, seed=seed), plan, _Way(spent_s, dropped))
 
     def _asking(self, request: Request) -> Events:
         """Ask the server once more what it serves, which is not known here; all steps run here if it does not say."""
-        began = time.monotonic()
         yield Stage.CLOUD
+        began = time.monotonic()
         try:
-            self.there.ask(self.cancelled)
+            self.there.ask(self.there.cloud.bounds(self.cancelled))
         except CloudError as error:
             fallback = self._fallback(_named(request.steps))
             alone: Any = [(fallback, *pair[1:]) for pair in _pairs(request.steps)]  # of two each, or refused
@@ -125,71 +118,101 @@ class Edge:
             return replace(output, degraded=f"{error.reason}: {error}")
         return (yield from self._begun(request, time.monotonic() - began))
 
-    def _run(self, request: Request, plan: Plan, spent: float) -> Events:
+    def _run(self, request: Request, plan: Plan, way: _Way) -> Events:
         began = time.perf_counter()
-        exchanges: list[CloudTiming] = []
         try:
-            output = yield from self._in_parts(request, plan, exchanges, spent)
+            output = yield from self._in_parts(request, plan, way)
         except CloudError as error:
-            exchanges += [] if error.timing is None else [error.timing]
-            alone = {self._fallback([name for name, _ in plan.steps]): sum(count for _, count in plan.steps)}
-            output = yield from self.paint(replace(request, steps=alone))
+            way.exchanges += [] if error.timing is None else [error.timing]
+            output = yield from self._finished(*self._alone(request, plan, way), way)
             output = replace(output, degraded=f"{error.reason}: {error}")
         total_ms = (time.perf_counter() - began) * 1e3
-        return replace(output, cloud=tuple(exchanges), timings=replace(output.timings, total_ms=total_ms))
+        timings = replace(output.timings, total_ms=total_ms)
+        return replace(output, cloud=tuple(way.exchanges), dropped_text=way.dropped, timings=timings)
 
-    def _in_parts(self, request: Request, plan: Plan, exchanges: list[CloudTiming], spent: float) -> Events:
-        """One part after the other; the rest is here, and decodes. CloudError: the server did not help."""
-        start: Handover | None = None
-        before: list[Timings] = []
+    def _in_parts(self, request: Request, plan: Plan, way: _Way) -> Events:
+        """One part after the other. CloudError: the server did not help with the one that is next."""
         parts = _parts(plan)
         for there, until in parts if parts[-1][0] else parts[:-1]:
             if there:
-                told, tensors = self._told(request, plan, until, start), _tensors(request, start)
                 yield Stage.CLOUD
-                with span("cloud"):
-                    start, timing = self.there.cloud.run(told, tensors, plan.digest, self.cancelled, spent)
-                exchanges.append(timing)
-                self._require_shape(request, plan, start)
+                self._hand_over(request, plan, until, way)
             else:
-                output = yield from _rows_alone(self.paint(replace(request, start=start, until=until)))
-                start = output.handover
-                before.append(output.timings)
-        output = yield from self.paint(replace(request, start=start))
-        timings = _together([*before, output.timings])
+                output = yield from _rows_alone(self.paint(replace(request, start=way.start, until=until)))
+                way.start = output.handover
+                way.here.append(output.timings)
+        return (yield from self._finished(request, plan, way))
+
+    def _hand_over(self, request: Request, plan: Plan, until: int, way: _Way) -> None:
+        """Have the server run the steps before `until`; CloudError where it did not."""
+        told, tensors = self._told(request, plan, until, way.start), _tensors(request, way.start)
+        with span("cloud"):
+            bounds = self.there.cloud.bounds(self.cancelled, way.waited_s)
+            start, timing = self.there.cloud.run(told, tensors, plan.digest, bounds)
+        self._require_shape(request, plan, start, timing)
+        way.exchanges.append(timing)
+        way.start = start
+
+    def _finished(self, request: Request, plan: Plan, way: _Way) -> Events:
+        """The rest, which is here, and decodes."""
+        output = yield from self.paint(replace(request, start=way.start))
+        timings = Timings.together([*way.here, output.timings])
         return replace(output, timings=timings, plan=plan.having_run([row.guidance for row in timings.rows]))
 
-    def _require_shape(self, request: Request, plan: Plan, answered: Handover) -> None:
+    def _alone(self, request: Request, plan: Plan, way: _Way) -> tuple[Request, Plan]:
+        """The request whose steps that are left all run here, and its plan.
+
+        It goes on from where it stands; but begins anew where one denoiser for all steps brings a schedule of its own.
+        """
+        names = [name for name, count in plan.steps for _ in range(count)]
+        first = 0 if way.start is None else way.start.step
+        steps = [*((name, 1) for name in names[:first]), (self._fallback(names), len(names) - first)]
+        alone = replace(request, steps=steps)
+        compiled = compile_plan(self.there.manifest, alone.schedule)
+        if way.start is None:
+            return alone, compiled
+        if compiled.table.recipe != plan.table.recipe:
+            way.start = None
+            way.here.clear()
+            return self._alone(request, plan, way)
+        way.start = replace(way.start, plan=compiled.digest)
+        return alone, compiled
+
+    def _require_shape(self, request: Request, plan: Plan, answered: Handover, timing: CloudTiming) -> None:
         """Raise CloudError where a state that the server answered is of pictures of another size or number."""
         shape = request.latent_shape(self.there.manifest, tuple(dict.fromkeys(plan.denoisers)))
         wanted = (1 + plan.table.history, *shape)
         if answered.state.shape != wanted:
             what = f"answered a state of shape {answered.state.shape} for one of {wanted}"
-            raise CloudError(self.there.cloud.url, "malformed", what)
+            error = CloudError(self.there.cloud.url, "malformed", what)
+            error.timing = replace(timing, received_bytes=0, models={})
+            raise error
 
     def _told(self, request: Request, plan: Plan, until: int, start: Handover | None) -> dict[str, Any]:
-        """What the server is asked."""
-        defaults = self.there.manifest.defaults
-        told = {name: getattr(request, name) for name in _TOLD}
-        seed = request.seed
+        """What the server is asked, in JSON's types."""
+        manifest = self.there.manifest
+        read = manifest.text.encoders if reads_text(request, manifest.text, guided=any(plan.guided)) else ()
         facts = {
-            **told,
-            "steps": [[name.removeprefix(CLOUD), count] for name, count in plan.steps],
+            **{name: getattr(request, name) for name in _TOLD},
+            "steps": [(name.removeprefix(CLOUD), count) for name, count in plan.steps],
             "guidance_scale": plan.guidance_scale,
-            "height": request.height or defaults.height,
-            "width": request.width or defaults.width,
-            "seed": seed if isinstance(seed, int) or seed is None else list(seed),
+            "height": request.height or manifest.defaults.height,
+            "width": request.width or manifest.defaults.width,
             "until": until,
             "start_step": None if start is None else start.step,
-            "models": {name: self.there.models[name] for name in _running(plan, start, until)},
+            "models": {name: self.there.models[name] for name in (*_running(plan, start, until), *read)},
         }
-        return {name: value for name, value in facts.items() if value is not None}
+        return {name: _plain(value) for name, value in facts.items() if value is not None}
 
     def _fallback(self, names: Sequence[str]) -> str:
-        """The denoiser that runs all steps where the server cannot: the first of these here, else the bundle's last."""
-        here = [name for name in names if not name.startswith(CLOUD)]
+        """The denoiser that runs the steps where the server cannot: the smallest of these here, else of the bundle.
+
+        One that brings a scheduler of its own, as one-step models do, is the last to be chosen.
+        """
+        components = self.there.manifest.components
         own = [name for name in self.there.manifest.names("denoiser") if not name.startswith(CLOUD)]
-        return here[0] if here else own[-1]
+        here = [name for name in own if name in names]
+        return min(here or own, key=lambda name: (components[name].scheduler is not None, components[name].parameters))
 
 
 def _parts(plan: Plan) -> list[tuple[bool, int]]:
@@ -210,25 +233,21 @@ def _running(plan: Plan, start: Handover | None, until: int) -> tuple[str, ...]:
 
 def _tensors(request: Request, start: Handover | None) -> dict[str, npt.NDArray[np.float32]]:
     """What is sent besides text: the state, and texts that were encoded here."""
-    given = {name: getattr(request, name) for name in _TENSORS}
+    given = {name: getattr(request, name) for name in EMBEDS}
     state = {} if start is None else {"state": start.state}
     return {**state, **{name: array for name, array in given.items() if array is not None}}
 
 
-def _together(parts: Sequence[Timings]) -> Timings:
-    """What the parts that ran here took, as one."""
-    ran_on = {name: tuple(dict.fromkeys(one for part in parts for one in part.ran_on.get(name, ())))
-              for name in dict.fromkeys(name for part in parts for name in part.ran_on)}  # fmt: skip
-    return Timings(
-        text_ms=sum(part.text_ms for part in parts),
-        image_ms=sum(part.image_ms for part in parts),
-        rows=tuple(row for part in parts for row in part.rows),
-        decode_ms=parts[-1].decode_ms,
-        total_ms=sum(part.total_ms for part in parts),
-        step_engines=any(part.rows for part in parts) and all(part.step_engines for part in parts if part.rows),
-        ran_on=ran_on,
-        tried={name: ms for part in parts for name, ms in part.tried.items()},
-    )
+def _plain(value: Any) -> Any:
+    """An argument in JSON's types, of numpy's numbers and arrays too."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(one) for one in value]
+    number = None if isinstance(value, str | float) else whole_number(value)
+    return value if number is None else number
 
 
 def _rows_alone(events: Events) -> Events:

@@ -5,17 +5,20 @@ What goes over a wire or into a file is a message of one tensor, `state`, that s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from .arguments import whole_number
 from .errors import RequestError
+from .manifest import Manifest
 from .messages import packed, unpacked
 from .plan import Plan
 
@@ -35,6 +38,7 @@ class Handover:
     seed: as `Request.seed`, the one drawn where none was given.
     models: `Manifest.model_digest` of each denoiser that ran them, by its name. Who has another one under the same name
         refuses the hand-over; who has none goes on.
+    request: of a server's answer, the sha256 of the body that it answers; else empty.
     """
 
     state: Float32
@@ -43,6 +47,7 @@ class Handover:
     bundle: str
     seed: int | tuple[int, ...]
     models: Mapping[str, str] = field(default_factory=dict)
+    request: str = ""
 
     def __repr__(self) -> str:
         return f"<Handover after step {self.step} of plan {self.plan[:12]}, state {self.state.shape}>"
@@ -55,14 +60,14 @@ class Handover:
         """
         if dtype not in ("float32", "float16"):
             raise RequestError("dtype", "unknown", got=dtype, expected="float32 or float16")
-        with np.errstate(over="ignore"):
-            state = self.state.astype(dtype)
-        if not np.isfinite(state).all():
+        state: npt.NDArray[Any] | None = self.state if dtype == "float32" else in_half(self.state)
+        if state is None or not np.isfinite(state).all():
             remedy = "Hand it over in float32."
             raise RequestError("handover", f"the state has values that {dtype} does not hold", remedy=remedy)
         facts = {"plan": self.plan, "bundle": self.bundle, "step": str(self.step)}
         listed = {"seed": json.dumps(self.seed), "models": json.dumps(dict(self.models))}
-        return packed({"state": state}, {"protocol": PROTOCOL, **facts, **listed})
+        answered = {"request": self.request} if self.request else {}
+        return packed({"state": state}, {"protocol": PROTOCOL, **facts, **listed, **answered})
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Handover:
@@ -71,14 +76,36 @@ class Handover:
         Raises:
             RequestError: it is none, of another protocol, damaged, or holds NaN or Inf.
         """
-        tensors, facts = unpacked("handover", message, {"state": 5}, dict.fromkeys(_KEYS, True))
+        tensors, facts = unpacked("handover", message, {"state": 5}, {**dict.fromkeys(_KEYS, True), "request": False})
         if facts["protocol"] != PROTOCOL:
             remedy = "Use the same version of TandemRT on both sides."
             raise RequestError("handover", "protocol", got=facts["protocol"], expected=PROTOCOL, remedy=remedy)
         if "state" not in tensors:
             raise RequestError("handover", "has no state")
         step, seed, models = _step(facts["step"]), _seed(facts["seed"]), _models(facts["models"])
-        return cls(tensors["state"], step, facts["plan"], facts["bundle"], seed, models)
+        return cls(tensors["state"], step, facts["plan"], facts["bundle"], seed, models, facts.get("request", ""))
+
+
+def in_half(state: Float32) -> npt.NDArray[np.float16] | None:
+    """A state in float16, half the bytes, rounded to 11 bits; None where that does not hold a value."""
+    with np.errstate(over="ignore"):
+        half = state.astype(np.float16)
+    return half if np.isfinite(half).all() else None
+
+
+def models_of(manifest: Manifest) -> dict[str, str]:
+    """The digests that two sides of a hand-over compare, by component: of each denoiser its `model_digest`.
+
+    That of a text encoder also says of the tokenizers, and of how texts become what denoisers read.
+    """
+    encoders = manifest.text.encoders
+    folders = tuple(f"{encoding.tokenizer}/" for encoding in encoders.values())
+    tokenizers = sorted((path, one.sha256) for path, one in manifest.files.items() if path.startswith(folders))
+    own = {name: manifest.model_digest(name) for name in (*manifest.names("denoiser"), *encoders)}
+    for name in encoders:
+        facts = msgspec.json.encode([own[name], tokenizers, manifest.text], order="deterministic")
+        own[name] = hashlib.sha256(facts).hexdigest()
+    return own
 
 
 def handed_over(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +54,23 @@ class Timings:
     ran_on: Mapping[str, tuple[RanOn, ...]]
     tried: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def together(cls, parts: Sequence[Timings]) -> Timings:
+        """Those of a generation's parts as one's; the last part decodes."""
+        names = dict.fromkeys(name for part in parts for name in part.ran_on)
+        return cls(
+            text_ms=sum(part.text_ms for part in parts),
+            image_ms=sum(part.image_ms for part in parts),
+            rows=tuple(row for part in parts for row in part.rows),
+            decode_ms=parts[-1].decode_ms,
+            total_ms=sum(part.total_ms for part in parts),
+            step_engines=any(part.rows for part in parts) and all(part.step_engines for part in parts if part.rows),
+            ran_on={
+                name: tuple(dict.fromkeys(one for part in parts for one in part.ran_on.get(name, ()))) for name in names
+            },
+            tried={name: ms for part in parts for name, ms in part.tried.items()},
+        )
+
     @property
     def denoise_ms(self) -> float:
         return sum(row.total_ms for row in self.rows)
@@ -71,8 +88,8 @@ class Output:
     loras: the components that each of the request's LoRAs changed, by the LoRA's path.
     handover: where it stands, for another to go on from, where the request said `until`; there are no images then.
     cloud: what each hand-over with a server took, also the one that failed. degraded: why steps that were a server's
-        ran here, on a denoiser of this side, and `plan` is of these; empty where they did not. Where a server ran some,
-        `plan` has all steps, and of `plan.ran` and `timings.rows` those rows that ran here.
+        ran here, on a denoiser of this side; empty where they did not. `plan` has all steps as they ran, and `plan.ran`
+        and `timings.rows` those rows of it that ran here.
     """
 
     images: tuple[Image.Image, ...] | tuple[Float32, ...]

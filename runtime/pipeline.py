@@ -19,7 +19,7 @@ from .cloud import Cloud
 from .conditioning import check_conditioning, encoded
 from .control import Control, checked_controls
 from .devices import on_devices, require_devices
-from .edge import Edge, There, names_cloud
+from .edge import Edge, names_cloud
 from .editing import checked_editing
 from .elsewhere import Elsewhere, ElsewhereSession, run_alone
 from .errors import CancelledError, ExecutionError, RequestError, told_as
@@ -45,6 +45,7 @@ from .sampling import require_engines, step_variants
 from .step_engines import StepEngines
 from .stream import Events, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
+from .there import There
 from .turns import Turns
 
 
@@ -134,6 +135,11 @@ class Pipeline:
         """The bundle's manifest; where there is a cloud, with its denoisers too, as `cloud:` and their names."""
         return self.bundle.manifest if self._there is None else self._there.manifest
 
+    @property
+    def there(self) -> There | None:
+        """The cloud's denoisers, where there is a cloud."""
+        return self._there
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -148,6 +154,8 @@ class Pipeline:
         self._pool.close()  # first: what is bound keeps a model alive
         self._models.close()
         self._steps.close()
+        if self._there is not None:
+            self._there.cloud.close()
 
     @takes_request(Request)
     def __call__(self, request: Request) -> Output:
@@ -167,6 +175,10 @@ class Pipeline:
     def stream(self, request: Request) -> Stream:
         """Paint pictures row by row; the arguments are those of `Request`, the errors those of a call."""
         return Stream(functools.partial(self._generate, request))
+
+    def stream_planned(self, request: Request, plan: Plan) -> Stream:
+        """As `stream`, of a request whose plan, by `compile_plan` of its schedule for this bundle, is there already."""
+        return Stream(functools.partial(self._generate, request, plan=plan))
 
     def map(self, requests: Iterable[Request | Mapping[str, Any]]) -> Iterator[Output]:
         """Paint one request after the other, each a `Request` or its arguments; their parts overlap.
@@ -219,21 +231,23 @@ class Pipeline:
         with told_as(f"requests[{index}]"):
             return self._generate(request, cancelled, at_once=True)
 
-    def _generate(self, request: Request, cancelled: threading.Event, *, at_once: bool = False) -> Events:
+    def _generate(
+        self, request: Request, cancelled: threading.Event, *, at_once: bool = False, plan: Plan | None = None
+    ) -> Events:
         """Check the request now; what is returned runs it, one event a row.
 
-        at_once: whether nobody looks at it between its rows.
+        at_once: whether nobody looks at it between its rows. plan: the request's, where it is there already.
         """
         if self._there is not None and names_cloud(request.steps):
             paint = functools.partial(self._here, cancelled=cancelled, at_once=at_once)
-            return Edge(self._there, paint, cancelled).events(request)
-        return self._here(request, cancelled, at_once=at_once)
+            return Edge(self._there, self.bundle, paint, cancelled).events(request)
+        return self._here(request, cancelled, at_once=at_once, plan=plan)
 
-    def _here(self, request: Request, cancelled: threading.Event, *, at_once: bool) -> Events:
+    def _here(self, request: Request, cancelled: threading.Event, *, at_once: bool, plan: Plan | None = None) -> Events:
         """As `_generate`, of what runs here alone."""
         self._models.require_open()
         manifest = self.manifest
-        whole = compile_plan(manifest, request.schedule)
+        whole = plan or compile_plan(manifest, request.schedule)
         first, last = rows_between(whole, request.start, request.until)
         plan = whole.part(first, last)
         shape = request.latent_shape(manifest, tuple(dict.fromkeys(whole.denoisers)))

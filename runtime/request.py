@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,9 @@ SIZES = tuple(
     for branch in ("", "negative_")
     for name in ("original_size", "target_size", "crops_coords_top_left")
 )
+
+TEXTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 NEEDS = {
     "image": ("mask_image", "strength"),
@@ -226,6 +229,11 @@ class Request:
     def pictures(self) -> int:
         """How many pictures: prompts times `num_images_per_prompt`."""
         return self.batch * int(self.num_images_per_prompt)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a call that asks for the same."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def schedule(self) -> Schedule:

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .metrics import Metrics
-from .problems import Problem, conflict, malformed, problem_of
+from .problems import Problem, busy, conflict, malformed, overdue, problem_of
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
+Make = Callable[[float], Coroutine[Any, Any, Response]]
 _KEY_CHARACTERS, _KEPT, _KEPT_S, _KEPT_BYTES = 200, 64, 600.0, 64 << 20
 
 
-def answering(name: str, metrics: Metrics, endpoint: Endpoint) -> Endpoint:
-    """An endpoint whose errors are answers, and which is counted by its outcome."""
+def answering(endpoint: Endpoint) -> Endpoint:
+    """An endpoint whose errors are answers."""
 
     async def answered(request: Request) -> Response:
-        outcome = "ok"
         try:
             return await endpoint(request)
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
         except Exception as error:
-            problem = problem_of(error)
-            outcome = problem.reason
-            return problem.response()
-        finally:
-            metrics.requests.labels(name, outcome).inc()
+            return problem_of(error).response()
 
     return answered
 
@@ -53,9 +45,10 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
             raise Problem(499, "client_left", "The client left.")
         return task.result()
     finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.wait([task, gone])
+        gone.cancel()
+        task.cancel()
+        if not task.done():
+            await asyncio.wait([task])
 
 
 async def _disconnected(request: Request) -> None:
@@ -63,46 +56,76 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A caller's `Idempotency-Key`, and the path and the body's sha256 that came with it."""
+
+    name: str
+    made_of: tuple[str, str]
+
+
+def key_of(request: Request, digest: str) -> Key | None:
+    """A request's key, if it has one; Problem where that cannot be used.
+
+    digest: the sha256 of its body.
+    """
+    name = request.headers.get("idempotency-key")
+    if name is None:
+        return None
+    if not 0 < len(name) <= _KEY_CHARACTERS:
+        raise malformed(f"Idempotency-Key: expected 1 to {_KEY_CHARACTERS} characters.")
+    return Key(name, (request.url.path, digest))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An answer that is made, or was, since when, of time.monotonic."""
+
+    made_of: tuple[str, str]
+    since: float
+    answer: asyncio.Future[Response]
+
+
 class Idempotent:
-    """Answers by the caller's `Idempotency-Key`: the first request with a key makes it, the others wait for it."""
+    """Answers by key: the first request with a key makes it, and others wait for it, so many at most."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[str, float, asyncio.Future[Response]]] = OrderedDict()
+    def __init__(self, waiting: int) -> None:
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._free = waiting
 
-    async def answer(self, request: Request, body: bytes, make: Callable[[], Awaitable[Response]]) -> Response:
-        """The answer to a body, made once for each key.
+    def __contains__(self, name: str | None) -> bool:
+        """Whether an answer for a key of that name is there, or is being made."""
+        return name in self._kept
 
-        A failure is not kept: who asks again is to have another try.
+    async def answer(self, key: Key, seconds: float, make: Make) -> Response:
+        """The answer for a key, made once, within so many seconds.
+
+        make: makes it, within the seconds that it is given. What fails there fails for all who wait, and is not kept:
+            who asks again is to have another try. Where who makes it leaves, the first of those who wait does.
 
         Raises:
-            Problem: the key cannot be used, or came with another body.
+            Problem: the key came with another body; too many wait for answers of others; or it took too long.
         """
-        key = request.headers.get("idempotency-key")
-        if key is None:
-            return await make()
-        if not 0 < len(key) <= _KEY_CHARACTERS:
-            raise malformed(f"Idempotency-Key: expected 1 to {_KEY_CHARACTERS} characters.")
+        ends, left = monotonic() + seconds, seconds
         self._forget_old()
-        digest = hashlib.sha256(request.url.path.encode() + b"\0" + body).hexdigest()
-        while key in self._kept:
-            made_of, _, future = self._kept[key]
-            if made_of != digest:
+        while (kept := self._kept.get(key.name)) is not None:
+            if kept.made_of != key.made_of:
                 raise conflict("Idempotency-Key: came with another body before. Send a key of its own.")
-            try:
-                return await asyncio.shield(future)
-            except asyncio.CancelledError:
-                if not future.cancelled():
-                    raise
-                # Who made it left: the first of those who waited makes it.
+            await self._until_made(kept.answer, left)
+            if not kept.answer.done():
+                raise overdue(seconds)
+            if not kept.answer.cancelled():
+                return kept.answer.result()
+            left = max(0.0, ends - monotonic())
         future = asyncio.get_running_loop().create_future()
-        self._kept[key] = digest, time.monotonic(), future
+        self._kept[key.name] = _Kept(key.made_of, monotonic(), future)
         try:
-            response = await make()
+            response = await make(left)
         except BaseException as error:
-            self._kept.pop(key, None)
-            if isinstance(error, Exception) and not isinstance(error, Problem):
+            del self._kept[key.name]
+            if isinstance(error, Exception):
                 future.set_exception(error)
-                future.exception()
+                future.exception()  # which is nobody's where nobody waits
             else:
                 future.cancel()
             raise
@@ -110,12 +133,24 @@ class Idempotent:
         self._forget_old()
         return response
 
+    async def _until_made(self, answer: asyncio.Future[Response], seconds: float) -> None:
+        """Wait for what another makes, so many seconds at most."""
+        if answer.done():
+            return
+        if not self._free:
+            raise busy(1)
+        self._free -= 1
+        try:
+            await asyncio.wait([answer], timeout=seconds)
+        finally:
+            self._free += 1
+
     def _forget_old(self) -> None:
-        oldest = time.monotonic() - _KEPT_S
-        made = {key: one for key, one in self._kept.items() if one[2].done()}
-        size = sum(len(future.result().body) for _, _, future in made.values())
-        for key, (_, since, future) in made.items():
-            if since > oldest and len(self._kept) <= _KEPT and size <= _KEPT_BYTES:
+        oldest = monotonic() - _KEPT_S
+        made = {name: kept for name, kept in self._kept.items() if kept.answer.done()}
+        count, size = len(made), sum(len(kept.answer.result().body) for kept in made.values())
+        for name, kept in made.items():
+            if kept.since > oldest and count <= _KEPT and size <= _KEPT_BYTES:
                 return
-            size -= len(future.result().body)
-            del self._kept[key]
+            count, size = count - 1, size - len(kept.answer.result().body)
+            del self._kept[name]

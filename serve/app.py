@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -17,13 +16,13 @@ from starlette.routing import Route
 
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime import Request as Painting
-from tandemrt.runtime.cloud import PROTOCOL
 
 from .answers import Endpoint, Idempotent, answering
+from .counted import Counted
 from .guard import Guard
 from .limits import Limits
 from .metrics import Metrics
-from .problems import Problem, unready
+from .problems import Problem
 from .queue import Queue
 from .served import Served
 from .service import Service
@@ -31,35 +30,59 @@ from .tokens import TokenFile
 from .work import Painter
 
 # The page's style and script are within it, and its pictures are data; nothing comes from elsewhere.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
 _WARM_UP = Painting(prompt="", seed=0)
 
 
 def application(pipe: Pipeline, limits: Limits, token: str | TokenFile | None) -> Starlette:
     """A bundle's server, ready when it has painted its first picture; closing it lets what runs end.
 
-    token: what every request brings; None for none.
+    token: what every request brings; None for none, where it is asked by names of this machine's own alone.
     """
     metrics = Metrics()
-    return application_of(Queue(pipe, limits, metrics), Served.of(pipe), limits, token, metrics)
+    return application_of(Queue(pipe, limits, metrics), Served.of(pipe), limits, token, metrics, local=token is None)
 
 
 def application_of(
-    painter: Painter, served: Served, limits: Limits, token: str | TokenFile | None, metrics: Metrics
+    painter: Painter,
+    served: Served,
+    limits: Limits,
+    token: str | TokenFile | None,
+    metrics: Metrics,
+    *,
+    local: bool = False,
 ) -> Starlette:
-    """As `application`, with what a painter paints of what is served."""
-    shown = Path(__file__).with_name("page.html").read_text("utf-8")
-    service = Service(served, painter, limits, Idempotent())
+    """As `application`, with what a painter paints of what is served; local: see `Guard`."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        warming = asyncio.ensure_future(painter.warm_up(_WARM_UP))
+        warming, asking = asyncio.ensure_future(painter.warm_up(_WARM_UP)), asyncio.ensure_future(served.keep_asking())
         try:
             yield
         finally:
+            asking.cancel()
             painter.drain()
-            await asyncio.wait([warming])
+            await asyncio.wait([warming, asking])
             await painter.close()
+
+    routes = _routes(Service(served, painter, limits, Idempotent(limits.waiting)), metrics)
+    return Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(Counted, routes=routes, metrics=metrics),
+            Middleware(Guard, token=token, header_bytes=limits.header_bytes, local=local),
+        ],
+        exception_handlers={HTTPException: _refused},
+        lifespan=lifespan,
+    )
+
+
+def _routes(service: Service, metrics: Metrics) -> list[Route]:
+    """Which path is answered by what."""
+    shown = Path(__file__).with_name("page.html").read_text("utf-8")
 
     async def page(_: Request) -> Response:
         return HTMLResponse(shown, headers={"Content-Security-Policy": _POLICY})
@@ -67,49 +90,24 @@ def application_of(
     async def live(_: Request) -> Response:
         return JSONResponse({"live": True})
 
-    async def ready(_: Request) -> Response:
-        if painter.unready:
-            raise unready(painter.unready)
-        return JSONResponse({"ready": True})
-
-    async def server(_: Request) -> Response:
-        version = metadata.version("tandemrt")
-        return JSONResponse(
-            {"name": "tandemrt", "version": version, "extensions": [PROTOCOL], "model": service.served.name}
-        )
-
-    async def model(request: Request) -> Response:
-        service.served.require(request.path_params["name"])
-        bounds = {name: getattr(limits, name) for name in ("steps", "pictures", "pixels", "prompt_bytes")}
-        return JSONResponse({**service.served.facts, "limits": bounds})
-
-    async def model_ready(request: Request) -> Response:
-        service.served.require(request.path_params["name"])
-        return await ready(request)
-
     async def told(_: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     def route(path: str, method: str, endpoint: Endpoint) -> Route:
-        return Route(path, answering(path, metrics, endpoint), methods=[method])
+        return Route(path, answering(endpoint), methods=[method])
 
-    return Starlette(
-        routes=[
-            route("/", "GET", page),
-            route("/v1/handoff", "POST", service.handoff),
-            route("/v1/images/generations", "POST", service.generations),
-            route("/v1/images/stream", "GET", service.stream),
-            route("/v2", "GET", server),
-            route("/v2/health/live", "GET", live),
-            route("/v2/health/ready", "GET", ready),
-            route("/v2/models/{name}", "GET", model),
-            route("/v2/models/{name}/ready", "GET", model_ready),
-            route("/metrics", "GET", told),
-        ],
-        middleware=[Middleware(Guard, token=token, header_bytes=limits.header_bytes)],
-        exception_handlers={HTTPException: _refused},
-        lifespan=lifespan,
-    )
+    return [
+        route("/", "GET", page),
+        route("/v1/handoff", "POST", service.handoff),
+        route("/v1/images/generations", "POST", service.generations),
+        route("/v1/images/stream", "GET", service.stream),
+        route("/v2", "GET", service.server),
+        route("/v2/health/live", "GET", live),
+        route("/v2/health/ready", "GET", service.ready),
+        route("/v2/models/{name}", "GET", service.model),
+        route("/v2/models/{name}/ready", "GET", service.model_ready),
+        route("/metrics", "GET", told),
+    ]
 
 
 async def _refused(_: Request, error: Exception) -> Response:

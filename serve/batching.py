@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from tandemrt.runtime import Handover, Output, Request, StepEvent
+from tandemrt.runtime.request import EMBEDS, TEXTS
 
 from .work import Work
 
-_TEXTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-_OF_A_PICTURE = frozenset({*_TEXTS, *_EMBEDS, "seed", "num_images_per_prompt", "start"})
+_OF_A_PICTURE = frozenset({*TEXTS, *EMBEDS, "seed", "num_images_per_prompt", "start"})
 # What a plan and the latents' shape say already.
 _COMPILED = frozenset(
     {"steps", "num_inference_steps", "solver", "solver_config", "timesteps", "eta", "guidance_scale",
@@ -29,12 +28,14 @@ Seed = int | tuple[int, ...]
 def in_common(work: Work) -> Hashable | None:
     """What is the same of all requests that may run as one with this; None where none may."""
     request = work.request
+    if work.assumed:
+        return None
     if any(getattr(request, one.name) is not one.default for one in _DEFAULT):
         return None
     if request.pictures > 1 and not isinstance(_given_seed(request), Sequence):
         return None  # one generator draws the noise of all its pictures
-    texts = tuple(_text(request, name) is None for name in _TEXTS)
-    embeds = tuple(None if (one := getattr(request, name)) is None else one.shape[1:] for name in _EMBEDS)
+    texts = tuple(_text(request, name) is None for name in TEXTS)
+    embeds = tuple(None if (one := getattr(request, name)) is None else one.shape[1:] for name in EMBEDS)
     start = None if request.start is None else (request.start.step, request.start.plan)
     same = tuple(getattr(request, name) for name in _THE_SAME)
     return work.plan.digest, work.plan.denoisers, work.shape[1:], texts, embeds, start, same
@@ -65,8 +66,8 @@ class Batch:
         first = self.requests[0]
         pairs = zip(self.requests, self.seeds, strict=True)
         seeds = tuple(seed for request, own in pairs for seed in (own if isinstance(own, tuple) else (own,)))
-        given: dict[str, Any] = {name: self._texts(name) for name in _TEXTS}
-        given |= {name: self._embeds(name) for name in _EMBEDS}
+        given: dict[str, Any] = {name: self._texts(name) for name in TEXTS}
+        given |= {name: self._embeds(name) for name in EMBEDS}
         if first.start is not None:
             state = np.concatenate([one.start.state for one in self.requests if one.start is not None], axis=1)
             given["start"], seeds_given = replace(first.start, state=state, seed=seeds), None
@@ -86,7 +87,7 @@ class Batch:
 
     def _output(self, output: Output, index: int) -> Output:
         own, handover = self._own(index), output.handover
-        texts = {text for name in _TEXTS for text in _listed(self.requests[index], name) or ()}
+        texts = {text for name in TEXTS for text in _listed(self.requests[index], name) or ()}
         if handover is not None:
             handover = _part(handover, own, self.seeds[index])
         return replace(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import math
 import signal
 import socket
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandemrt.runtime import Cloud, Pipeline
-from tandemrt.runtime.arguments import thread_count
-from tandemrt.runtime.cli.cloud_options import add_cloud, cloud_from, token_in_environment
+from tandemrt.runtime.arguments import is_loopback, thread_count
+from tandemrt.runtime.cli.cloud_options import add_cloud, cloud_from
 from tandemrt.runtime.cli.reporter import Reporter
 from tandemrt.runtime.errors import ArgumentError
+from tandemrt.runtime.tokens import token_in_environment
 
-from .limits import Limits
+from .limits import BODY_S, Limits
+from .patience import PATIENCE_S, Patience
 from .tokens import TokenFile
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 TOKEN = "TANDEMRT_TOKEN"
-_GOODBYE_S = 0.5
+# Connections beside those whose requests run and wait: of pages, of metrics, and of clients that keep them.
+_OTHERS = 256
 _BOUNDED = ("running", "waiting", "batch", "steps", "pictures", "pixels")
 
 
@@ -105,7 +107,7 @@ def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
     token, cloud = token_in_environment(TOKEN) if file is None else None, cloud_from(namespace)
     if file is not None:
         TokenFile(file)
-    if file is None and token is None and not _is_loopback(namespace.host):
+    if file is None and token is None and not is_loopback(namespace.host):
         remedy = f"Put a token into ${TOKEN} or a file for --token-file, or leave --host out."
         raise ArgumentError("--host", "others could ask, without a token", got=namespace.host, remedy=remedy)
     if (namespace.tls_certificate is None) != (namespace.tls_key is None):
@@ -154,38 +156,28 @@ def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
         scheme = "http" if plan.certificate is None else "https"
         reporter.note(f"serving {pipe.bundle.path.name} at {scheme}://{host}:{listener.getsockname()[1]}")
         with _told_to_end():
-            _server(config).run(sockets=[listener])
+            server_of(config, plan.limits).run(sockets=[listener])
     return {"served": str(plan.bundle)}
 
 
-def _server(config: uvicorn.Config) -> uvicorn.Server:
-    """A server that, when it ends, hangs up on clients that ask for nothing.
-
-    Over TLS it would wait half a minute for each to say goodbye, which clients that keep a connection do not.
-    """
+def server_of(config: uvicorn.Config, limits: Limits) -> uvicorn.Server:
+    """A server that hangs up on clients who leave things half done, and, when it ends, on who asks for nothing."""
     import uvicorn  # noqa: PLC0415
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            self.patience = Patience(self.server_state.connections, BODY_S + limits.seconds + PATIENCE_S)
+            self.watching = asyncio.ensure_future(self.patience.keep())
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            hanging_up = asyncio.ensure_future(self._hang_up())
+            self.patience.ending = True
             try:
                 await super().shutdown(sockets)
             finally:
-                hanging_up.cancel()
-
-        async def _hang_up(self) -> None:
-            while True:
-                idle = [one for one in self.server_state.connections if _is_idle(one)]
-                await asyncio.sleep(_GOODBYE_S)
-                for one in self.server_state.connections.intersection(idle):
-                    one.transport.abort()
+                self.watching.cancel()
 
     return Server(config)
-
-
-def _is_idle(connection: Any) -> bool:
-    answered: bool = connection.cycle is None or connection.cycle.response_complete
-    return answered and not connection.transport.get_write_buffer_size()
 
 
 def _listening(plan: ServePlan) -> socket.socket:
@@ -226,23 +218,17 @@ def server_config(app: Starlette, limits: Limits, *, host: str, port: int) -> uv
         host=host,
         port=port,
         http="h11",
+        ws="none",
+        limit_concurrency=limits.running + limits.waiting + _OTHERS,
         h11_max_incomplete_event_size=limits.header_bytes,
         access_log=False,  # it would hold prompts
         server_header=False,
         log_level="warning",
-        timeout_graceful_shutdown=math.ceil(limits.seconds),
+        timeout_keep_alive=math.ceil(PATIENCE_S),
+        timeout_graceful_shutdown=math.ceil(BODY_S + limits.seconds + PATIENCE_S),
     )
 
 
 def summary(result: Mapping[str, Any]) -> Iterator[str]:
     """The result as lines."""
     yield f"served {result['served']}"
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

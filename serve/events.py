@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Scope
 
 from tandemrt.runtime import Output, StepEvent
 from tandemrt.runtime.stream import Stage
 
 from .answers import while_connected
-from .pictures import encoded, milliseconds, places
-from .problems import problem_of
+from .pictures import dropped, encoded, milliseconds, places
+from .problems import OUTCOME, problem_of
 from .work import Seen
 
 Paint = Callable[[Seen], Coroutine[Any, Any, Output]]
@@ -34,16 +37,40 @@ async def event_stream(request: Request, paint: Paint, pictures: Callable[[Outpu
     Raises:
         Problem, TandemError: it failed before the first row, which is an answer of its own.
     """
-    events = _events(paint, pictures)
+    events = _events(request.scope, paint, pictures)
     first = await while_connected(request, anext(events))
     return StreamingResponse(_behind(first, events), media_type="text/event-stream", headers=_FRESH)
 
 
-async def _events(paint: Paint, pictures: Callable[[Output], list[str]]) -> AsyncGenerator[bytes, None]:
-    told: asyncio.Queue[StepEvent | Stage | None] = asyncio.Queue()
-    task = asyncio.ensure_future(paint(told.put_nowait))
-    task.add_done_callback(lambda _: told.put_nowait(None))
+class _Told:
+    """What is to be told yet. Where the reader is behind, the newest previews are kept and no older ones."""
+
+    def __init__(self) -> None:
+        self._events: deque[StepEvent | Stage | None] = deque()
+        self._some = asyncio.Event()
+
+    def put(self, event: StepEvent | Stage | None) -> None:
+        if isinstance(event, StepEvent) and event.preview:
+            self._events = deque(
+                replace(one, preview=()) if isinstance(one, StepEvent) else one for one in self._events
+            )
+        self._events.append(event)
+        self._some.set()
+
+    async def get(self) -> StepEvent | Stage | None:
+        while not self._events:
+            self._some.clear()
+            await self._some.wait()
+        return self._events.popleft()
+
+
+async def _events(scope: Scope, paint: Paint, pictures: Callable[[Output], list[str]]) -> AsyncGenerator[bytes, None]:
+    """What is told of a picture, and becomes of it: in the end that is the outcome of the request of this scope."""
+    told = _Told()
+    task = asyncio.ensure_future(paint(told.put))
+    task.add_done_callback(lambda _: told.put(None))
     begun = False
+    scope[OUTCOME] = "client_left"  # unless it goes on to the end
     try:
         while (event := await told.get()) is not None:
             if event is Stage.ENCODED:
@@ -52,22 +79,22 @@ async def _events(paint: Paint, pictures: Callable[[Output], list[str]]) -> Asyn
             if isinstance(event, Stage):
                 yield _event("stage", {"stage": event.value})
             else:
-                yield _event("step", await asyncio.to_thread(_step_facts, event))
-        output = task.result()
-        files = await asyncio.to_thread(pictures, output)
-        facts = {"b64_json": files, "seeds": output.seeds, "steps": output.plan.steps}
-        yield _event("picture", {**facts, **milliseconds(output), **places(output)})
+                yield await asyncio.to_thread(_step, event)
+        yield await asyncio.to_thread(_picture, task.result(), pictures)
+        scope[OUTCOME] = "ok"
     except Exception as error:
         if not begun:
             raise
-        yield _event("error", problem_of(error).facts)
+        problem = problem_of(error)
+        yield _event("error", problem.facts)
+        scope[OUTCOME] = problem.reason
     finally:
         task.cancel()
         await asyncio.wait([task])
 
 
-def _step_facts(event: StepEvent) -> dict[str, Any]:
-    return {
+def _step(event: StepEvent) -> bytes:
+    facts = {
         "row": event.row,
         "rows": event.rows,
         "step": event.step,
@@ -76,6 +103,12 @@ def _step_facts(event: StepEvent) -> dict[str, Any]:
         "guided": event.timing.guidance.guided,
         "previews": [encoded(image, "jpeg") for image in event.preview],
     }
+    return _event("step", facts)
+
+
+def _picture(output: Output, pictures: Callable[[Output], list[str]]) -> bytes:
+    facts = {"b64_json": pictures(output), "seeds": output.seeds, "steps": output.plan.steps}
+    return _event("picture", {**facts, **dropped(output), **milliseconds(output), **places(output)})
 
 
 def _event(name: str, facts: Any) -> bytes:

@@ -17,6 +17,7 @@ class Generation(msgspec.Struct, frozen=True):
     """What is asked for; other keys are passed over.
 
     size: `512x768` is width by height, `auto` the bundle's. steps: also `10,15` or `unet:10,unet_small:15`.
+    strict_prompts: refuse prompts that are too long instead of cutting and telling them.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class Generation(msgspec.Struct, frozen=True):
     seed: int | None = None
     steps: int | str | dict[str, int] | None = None
     guidance_scale: float | None = None
+    strict_prompts: bool = False
 
 
 def generation_of(body: bytes) -> Generation:
@@ -70,5 +72,6 @@ def asked_for(wanted: Generation, denoisers: Sequence[str]) -> Asked:
         seed=wanted.seed,
         steps=list(parse_steps(wanted.steps, denoisers)) if isinstance(wanted.steps, str) else wanted.steps,
         guidance_scale=wanted.guidance_scale,
+        strict_prompts=wanted.strict_prompts,
         model=wanted.model,
     )

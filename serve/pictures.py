@@ -11,6 +11,7 @@ from PIL import Image
 
 from tandemrt.runtime import Output, Request
 from tandemrt.runtime.cli.pictures import maker_facts, png_facts
+from tandemrt.runtime.cloud import reason_alone
 from tandemrt.runtime.images import png_bytes
 
 from .served import Served
@@ -37,7 +38,7 @@ def pictures_of(output: Output, form: str, request: Request, served: Served) -> 
     }
     if output.degraded:
         again["steps"] = output.plan.steps
-        facts["degraded"] = output.degraded
+        facts["degraded"] = reason_alone(output.degraded)
     files = [png_bytes(image, png_facts(again, seed, facts)) for seed, image in zip(output.seeds, images, strict=True)]
     return [base64.b64encode(file).decode() for file in files]
 
@@ -45,7 +46,7 @@ def pictures_of(output: Output, form: str, request: Request, served: Served) -> 
 def _given(request: Request) -> dict[str, Any]:
     """The arguments that decide a request's pictures; they are JSON's types, as they came."""
     given = {one.name: value for one in fields(Request) if (value := getattr(request, one.name)) is not one.default}
-    return {name: value for name, value in given.items() if name not in ("previews", "output_type")}
+    return {name: value for name, value in given.items() if name not in ("previews", "output_type", "strict_prompts")}
 
 
 def milliseconds(output: Output) -> dict[str, float]:
@@ -58,10 +59,15 @@ def milliseconds(output: Output) -> dict[str, float]:
 
 
 def places(output: Output) -> dict[str, Any]:
-    """Of a plan in two places what each hand-over took, and why all of it ran here, if it did; else nothing."""
-    if not output.cloud:
+    """Of a plan in two places what each hand-over took, and why steps of the cloud's ran here, if they did."""
+    if not output.cloud and not output.degraded:
         return {}
-    return {"cloud": [asdict(one) for one in output.cloud], "degraded": output.degraded}
+    return {"cloud": [asdict(one) for one in output.cloud], "degraded": reason_alone(output.degraded)}
+
+
+def dropped(output: Output) -> dict[str, Any]:
+    """What was cut from prompts that were too long."""
+    return {"dropped": [asdict(one) for one in output.dropped_text]}
 
 
 def server_timing(output: Output) -> dict[str, str]:

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from tandemrt.runtime.errors import ArgumentError, NonFiniteError
 
 LOG = logging.getLogger("tandemrt.serve")
 _MOST_CHARACTERS = 2000
+# Where a request's scope says what became of it, for who counts them.
+OUTCOME = "tandemrt.outcome"
 
 
 class Problem(Exception):  # noqa: N818
@@ -26,13 +29,29 @@ class Problem(Exception):  # noqa: N818
         super().__init__(message.encode("utf-8", "backslashreplace").decode()[:_MOST_CHARACTERS])
         self.status, self.reason, self.headers = status, reason, dict(headers or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to other processes whole."""
+        return type(self), (self.status, self.reason, str(self), self.headers)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What is told of it, in JSON's types."""
         return {"error": {"message": str(self), "type": self.reason, "param": None, "code": self.status}}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.facts, self.status, self.headers)
+        return _Answer(self)
+
+
+class _Answer(JSONResponse):
+    """A problem's answer, which is its request's outcome."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.facts, problem.status, problem.headers)
+        self._reason = problem.reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[OUTCOME] = self._reason
+        await super().__call__(scope, receive, send)
 
 
 def malformed(message: str) -> Problem:
@@ -42,6 +61,11 @@ def malformed(message: str) -> Problem:
 def unauthorized() -> Problem:
     message = "The token is missing or wrong. Send it as `Authorization: Bearer TOKEN`."
     return Problem(401, "unauthorized", message, {"WWW-Authenticate": "Bearer"})
+
+
+def foreign(what: str) -> Problem:
+    """Another site's page asks a server that wants no token, through a browser of this machine."""
+    return Problem(403, "foreign", f"{what}. A server without a token is for this machine alone: set one for others.")
 
 
 def unknown_model(name: str, own: str) -> Problem:

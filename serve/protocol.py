@@ -15,6 +15,7 @@ from tandemrt.runtime import Handover, Request
 from tandemrt.runtime.cloud import MESSAGE, PROTOCOL
 from tandemrt.runtime.errors import MessageError
 from tandemrt.runtime.messages import unpacked
+from tandemrt.runtime.request import TEXTS
 
 from .limits import Limits
 from .problems import conflict, malformed, unusable
@@ -26,7 +27,6 @@ TENSORS = {
     "pooled_prompt_embeds": 2,
     "negative_pooled_prompt_embeds": 2,
 }
-_TEXTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 Text = str | list[str]
 
 
@@ -34,8 +34,8 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """What is painted; names and meanings are those of `tandemrt.runtime.Request`.
 
     until: see there; a hand-over is what it stops for. start_step, plan, seed: of the `state` in a message.
-    dtype: of the state that is answered. timeout: in seconds, of all of it.
-    bundle: the digest of the bundle that is to be used, where the client cares; models: of its denoisers, by name.
+    dtype: of the state that is answered, if it holds it. timeout: in seconds, of all of it.
+    bundle: the digest of the bundle that is to be used, where the client cares; models: `models_of` it, of some.
     """
 
     prompt: Text | None = None
@@ -56,6 +56,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     num_images_per_prompt: int = 1
     seed: int | list[int] | None = None
     seed_device: Literal["cpu", "cuda"] = "cpu"
+    strict_prompts: bool = False
     until: int | None = None
     start_step: int | None = None
     plan: str | None = None
@@ -112,7 +113,7 @@ def request_of(asked: Asked, tensors: dict[str, Any], digest: str, limits: Limit
     if (steps := _steps(asked)) > limits.steps:  # before a plan of them is compiled
         raise unusable(f"steps: got {steps}, expected at most {limits.steps}.")
     given = asked.arguments
-    size = sum(len(text.encode("utf-8", "replace")) for name in _TEXTS for text in _texts(given.get(name)))
+    size = sum(len(text.encode("utf-8", "replace")) for name in TEXTS for text in _texts(given.get(name)))
     if size > limits.prompt_bytes:
         raise unusable(f"prompt: got {size} bytes, expected at most {limits.prompt_bytes} of all texts together.")
     state = tensors.pop("state", None)

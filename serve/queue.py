@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from tandemrt.runtime import Output, Pipeline, Request, StepEvent, Stream
 from tandemrt.runtime.stream import Stage
@@ -52,7 +52,7 @@ class _Call:
 
     def run(self, pipe: Pipeline, told: Callable[[StepEvent | Stage], object]) -> Output:
         """Walk it, on a thread of its own."""
-        self._stream = stream = _stream(pipe, self.batch.request)
+        self._stream = stream = pipe.stream_planned(self.batch.request, self.callers[0].work.plan)
         if self._gone:  # before there was a stream to cancel
             stream.cancel()
         for event in stream.with_stages():
@@ -103,13 +103,17 @@ class Queue:
             await asyncio.wait(self._calls)
         await asyncio.to_thread(self._threads.shutdown)
 
-    async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
-        """As `Painter.painted`."""
+    def require_room(self) -> None:
+        """As `Painter.require_room`."""
         if self.unready:
             raise unready(self.unready)
         if not self._free and len(self._waiting) >= self._limits.waiting:
             calls = len(self._waiting) + self._limits.running
             raise busy(max(1, math.ceil(self._typical_s * calls / self._limits.running)))
+
+    async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
+        """As `Painter.painted`."""
+        self.require_room()
         common = in_common(work) if self._limits.batch > 1 else None
         caller = _Caller(work, seen, common, asyncio.get_running_loop().create_future(), time.perf_counter())
         self._waiting.append(caller)
@@ -196,9 +200,5 @@ class Queue:
                 await self._call([caller])
 
 
-def _stream(pipe: Pipeline, request: Request) -> Stream:
-    return pipe.stream(**{field.name: getattr(request, field.name) for field in fields(Request)})
-
-
 def _painted(pipe: Pipeline, request: Request) -> Output:
-    return _stream(pipe, request).result()
+    return pipe.stream(**request.arguments).result()

@@ -7,12 +7,11 @@ same HTTP application as of `tandemrt serve`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
@@ -20,45 +19,22 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from tandemrt.runtime.bundle import Bundle
-from tandemrt.runtime.cli.cloud_options import token_in_environment
-from tandemrt.runtime.errors import ArgumentError
 from tandemrt.runtime.targets import ENGINES_ONLY, Target, parse_target
 
 from .app import application_of
-from .command import TOKEN
-from .limits import Limits
 from .metrics import Metrics
 from .ray_calls import Branch, Handles, threads_here
+from .ray_options import NONE, Options, apart_of, options_of, token_of
 from .ray_replica import DECODER, TEXT, Place, Replica
 from .ray_spread import Spread
 from .served import Served
 from .tokens import TokenFile
 
-HTTP, UNCONDITIONAL, NONE = "http", "-unconditional", "none"
+HTTP, UNCONDITIONAL = "http", "-unconditional"
 # One runs, and one is there when that has ended; others wait where they come from.
 _ONGOING = 2
 # Requests beside those that paint: of health, of metrics, of the page.
 _OTHERS = 64
-_RUNNING = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What `build` is told, in a Serve config's `args` or on the command line.
-
-    bundle: its folder, at the same path on every machine. target, cache: as of `tandemrt serve`.
-    token_file: the file of what requests have to bring, where `http` runs; `none` lets everybody ask who reaches it.
-        $TANDEMRT_TOKEN otherwise, where the application is built.
-    branches: the denoisers, with commas between, whose branches of guidance run on two replicas at once.
-    limits: of the server; `running` is how many requests are under way in all parts together.
-    """
-
-    bundle: str
-    target: str = "auto"
-    cache: str | None = None
-    token_file: str | None = None
-    branches: str = ""
-    limits: Limits = field(default_factory=lambda: Limits(running=_RUNNING))
 
 
 class Part(Replica):
@@ -93,73 +69,52 @@ def build(args: dict[str, Any]) -> Application:
         BundleError: as `Pipeline.open`.
     """
     options = options_of(args)
-    token = _token(options)
+    token = token_of(options)
     bundle = Bundle.open(options.bundle)
     denoisers = bundle.manifest.names("denoiser")
-    apart = tuple(name.strip() for name in options.branches.split(",") if name.strip())
-    for name in apart:
-        if name not in denoisers:
-            raise ArgumentError("branches", "unknown denoiser", got=name, expected=f"of {', '.join(denoisers)}")
-    place = Place(options.bundle, bundle.digest, options.target, options.cache)
-    target = parse_target(options.target)
-
-    def part(name: str, of: str, branch: Application | None = None) -> Application:
-        gpus = {} if not _on_gpu(target) else {"num_gpus": 1 if of in denoisers else 0.5}
-        deployment = serve.deployment(Part).options(
-            name=name,
-            ray_actor_options={"num_cpus": 1, **gpus},
-            max_ongoing_requests=_ONGOING,
-            max_queued_requests=max(1, options.limits.waiting),
-            backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-            graceful_shutdown_timeout_s=min(options.limits.seconds, 60),
-        )
-        return deployment.bind(place, of, branch)
-
-    handles = {name: part(name, name) for name in (TEXT, DECODER)}
+    apart = apart_of(options, denoisers)
+    parts = _Parts(options, Place(options.bundle, bundle.digest, options.target, options.cache), denoisers)
+    handles = {name: parts.bound(name, name) for name in (TEXT, DECODER)}
     for name in denoisers:
-        branch = part(f"{name}{UNCONDITIONAL}", name) if name in apart else None
-        handles[name] = part(name, name, branch)
-    requests = options.limits.running + options.limits.waiting
+        branch = parts.bound(f"{name}{UNCONDITIONAL}", name) if name in apart else None
+        handles[name] = parts.bound(name, name, branch)
+    limits = options.limits
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
         name=HTTP,
         ray_actor_options={"num_cpus": 1},
-        max_ongoing_requests=requests + _OTHERS,
-        max_queued_requests=max(1, options.limits.waiting),
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        graceful_shutdown_timeout_s=options.limits.seconds,
+        max_ongoing_requests=limits.running + limits.waiting + _OTHERS,
+        graceful_shutdown_timeout_s=limits.seconds,
+        **_queued(options),
     )
     return ingress.bind(options, token, handles, apart)
 
 
-def options_of(args: Mapping[str, Any]) -> Options:
-    """What `build` was told.
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The deployments of a bundle's parts."""
 
-    Raises:
-        ArgumentError: an option is unknown, missing, or of another type.
-    """
-    limits = args.get("limits", {})
-    for where, given, kind in (("args", args, Options), ("limits", limits, Limits)):
-        known = [one.name for one in fields(kind) if one.name != "batch"]  # parts run requests one by one
-        if not isinstance(given, Mapping) or not set(known).issuperset(given):
-            raise ArgumentError(where, "unknown options", got=given, expected=f"of {', '.join(known)}")
-    try:
-        return msgspec.convert({**args, "limits": {"running": _RUNNING, **limits}}, Options, strict=False)
-    except msgspec.ValidationError as error:
-        raise ArgumentError("args", str(error)) from error
+    options: Options
+    place: Place
+    denoisers: Sequence[str]
+
+    def bound(self, name: str, of: str, branch: Application | None = None) -> Application:
+        """A deployment for a part, `text`, `decoder` or a denoiser; branch: for guidance's other branch, if apart."""
+        on_gpu = _on_gpu(parse_target(self.options.target))
+        gpus = {"num_gpus": 1 if of in self.denoisers else 0.5} if on_gpu else {}
+        deployment = serve.deployment(Part).options(
+            name=name,
+            ray_actor_options={"num_cpus": 1, **gpus},
+            max_ongoing_requests=_ONGOING,
+            graceful_shutdown_timeout_s=min(self.options.limits.seconds, 60),
+            **_queued(self.options),
+        )
+        return deployment.bind(self.place, of, branch)
 
 
-def _token(options: Options) -> str | None:
-    """What requests have to bring by the environment, where no file says it.
-
-    Who is to let everybody ask has to say so: the machines stand in a network.
-    """
-    if options.token_file is not None:
-        return None
-    token = token_in_environment(TOKEN)
-    if token is None:
-        remedy = f"Put one into ${TOKEN} or a file for token_file; token_file=none lets everybody ask."
-        raise ArgumentError("token_file", "there is no token", remedy=remedy)
-    return token
+def _queued(options: Options) -> dict[str, Any]:
+    """How many requests wait for a deployment, and what the others are told."""
+    answer = BackpressureConfig(status_code=429, retry_after_s=1)
+    return {"max_queued_requests": max(1, options.limits.waiting), "backpressure_config": answer}
 
 
 def _on_gpu(target: Target) -> bool:

@@ -12,14 +12,15 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from tandemrt.runtime import Output, Request, StepEvent
+from tandemrt.runtime import CancelledError, Output, Request, StepEvent
 from tandemrt.runtime.backends.base import Array
+from tandemrt.runtime.bounded_socket import Bounds
 
 from .problems import busy, unready
-from .ray_replica import TEXT, Float32, LostError
+from .ray_replica import TEXT, Encoded, LostError
 
-# One call of one model, a queue before it included.
-_CALL_S = 60.0
+# How often who waits for a branch looks whether the request has ended meanwhile.
+_LOOKS_S = 0.05
 
 
 class Handles:
@@ -28,13 +29,13 @@ class Handles:
     def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
         self._handles = handles
 
-    async def encode(self, request: Request, seconds: float) -> Mapping[str, Float32]:
+    async def encode(self, request: Request, seconds: float) -> Encoded:
         """See `Calls`."""
         response = self._handles[TEXT].encode.remote(request, seconds)
         try:
             with told_apart(TEXT):
-                embeds: Mapping[str, Float32] = await response
-                return embeds
+                encoded: Encoded = await response
+                return encoded
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -52,28 +53,44 @@ class Handles:
 
 
 class Branch:
-    """What runs a branch of guidance on a replica of its own; see `tandemrt.runtime.elsewhere.Elsewhere`."""
+    """What runs a branch of guidance on a replica of its own; see `tandemrt.serve.ray_replica.Remote`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    def __call__(self, name: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run a component there.
+    def __call__(self, name: str, inputs: Mapping[str, Array], bounds: Bounds) -> Mapping[str, Array]:
+        """Run a component there; what runs on there when the bounds are passed is cancelled.
 
         Raises:
+            CancelledError: the bounds are passed.
+            Problem: too many wait for it, or it could not be deployed.
             LostError: two replicas that were asked are gone.
             TandemError: as `Pipeline.run_component`.
         """
         try:
-            return self._made(name, inputs)
+            return self._made(name, inputs, bounds)
         except LostError:
-            return self._made(name, inputs)
+            return self._made(name, inputs, bounds)
 
-    def _made(self, name: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def _made(self, name: str, inputs: Mapping[str, Array], bounds: Bounds) -> Mapping[str, Array]:
         with told_apart(name):
-            response = self._handle.run_component.remote(name, dict(inputs), _CALL_S)
-            made: Mapping[str, Array] = response.result(timeout_s=_CALL_S)
-            return made
+            response = self._handle.run_component.remote(name, dict(inputs), bounds.left_s)
+            while not bounds.over:
+                if (made := _made_by_now(response)) is not None:
+                    return made
+            response.cancel()
+        raise CancelledError(name, "its branch on another replica took longer than it may, or was cancelled")
+
+
+def _made_by_now(response: Any) -> Mapping[str, Array] | None:
+    """What a branch made; None where it has not yet."""
+    try:
+        made: Mapping[str, Array] = response.result(timeout_s=_LOOKS_S)
+    except RayTaskError:  # which may be a TimeoutError too, one that was raised there
+        raise
+    except TimeoutError:
+        return None
+    return made
 
 
 @contextmanager
@@ -94,7 +111,7 @@ def told_apart(part: str) -> Iterator[None]:
         if isinstance(failed.cause, RayError) or not isinstance(failed.cause, Exception):
             raise LostError(part, "what its replica was given, or made, is gone") from failed
         raise failed.cause from None
-    except (RayError, ReplicaUnavailableError, TimeoutError) as gone:
+    except (RayError, ReplicaUnavailableError) as gone:
         raise LostError(part, f"its replica is gone ({type(gone).__name__})") from gone
 
 

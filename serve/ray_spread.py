@@ -11,26 +11,25 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from tandemrt.runtime import Output, Request, RequestError, Timings
+from tandemrt.runtime import CancelledError, Output, Request, RequestError, Timings
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.output import StepEvent
 from tandemrt.runtime.plan import Plan, compile_plan
-from tandemrt.runtime.ran_on import RanOn
+from tandemrt.runtime.request import TEXTS
 from tandemrt.runtime.stream import Stage
 
 from .limits import Limits
 from .metrics import Metrics
 from .problems import Problem, busy, overdue, unready
-from .ray_replica import DECODER, TEXT, Float32, LostError
+from .ray_replica import DECODER, TEXT, Encoded, LostError
 from .work import Seen, Work
 
 LOG = logging.getLogger("tandemrt.serve")
 T = TypeVar("T")
-_TEXTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 # Of a request: what only the first of several parts would need, and no caller over HTTP can send.
 _NOT_SENT = ("image", "mask_image", "control_image", "loras", "latents")
 
@@ -46,7 +45,7 @@ class Calls(Protocol):
         TandemError: as the part itself.
     """
 
-    async def encode(self, request: Request, seconds: float) -> Mapping[str, Float32]:
+    async def encode(self, request: Request, seconds: float) -> Encoded:
         """See `Replica.encode`."""
 
     def paint(self, part: str, request: Request, seconds: float) -> AsyncIterator[StepEvent | Output]:
@@ -100,16 +99,24 @@ class Spread:
     async def close(self) -> None:
         """Nothing runs here, and Ray waits for who has asked."""
 
-    async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
+    def require_room(self) -> None:
         """See `Painter`."""
         if self.unready:
             raise unready(self.unready)
         if self._within >= self._limits.running + self._limits.waiting:
             raise busy(max(1, math.ceil(self._typical_s * self._within / self._limits.running)))
+
+    async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
+        """See `Painter`."""
+        self.require_room()
         self._within += 1
         ends = time.monotonic() + seconds
         try:
             return await self._apart_from_ray(self._in_turn(work, seen, ends), seconds)
+        except CancelledError as late:  # by the part that ran, just before it was cancelled from here
+            if time.monotonic() < ends:
+                raise
+            raise overdue(seconds) from late
         finally:
             self._within -= 1
 
@@ -159,7 +166,9 @@ class Spread:
         if request.seed is None and request.start is None:
             request = replace(request, seed=secrets.randbits(32))
         job = _Job(self._calls, self._metrics, ends, seen)
-        request = await job.encoded(request)
+        texts = await job.encoded(request)
+        instead: dict[str, Any] = {**dict.fromkeys(TEXTS), **texts.embeds}
+        request = replace(request, **instead)
         encoded, outputs, start = time.monotonic(), list[Output](), request.start
         for name, until in parts_of(plan, request):
             placement = "parallel" if name in self._apart else "batched"
@@ -170,7 +179,8 @@ class Spread:
             seen(Stage.SAMPLED)
         if request.until is None or not outputs:
             outputs.append(await job.painted(DECODER, replace(request, start=start)))
-        return _joined(outputs, plan, (encoded - began) * 1e3, (time.monotonic() - began) * 1e3)
+        output = _joined(outputs, plan, (encoded - began) * 1e3, (time.monotonic() - began) * 1e3)
+        return replace(output, dropped_text=texts.dropped)
 
 
 @dataclass(slots=True)
@@ -186,11 +196,9 @@ class _Job:
     seen: Seen | None
     row: int = -1
 
-    async def encoded(self, request: Request) -> Request:
-        """The request with embeddings in place of its texts."""
-        embeds = await self._twice(TEXT, lambda: self.calls.encode(request, self._left_s()))
-        instead: dict[str, Any] = {**dict.fromkeys(_TEXTS), **embeds}
-        return replace(request, **instead)
+    async def encoded(self, request: Request) -> Encoded:
+        """What a request's texts come to."""
+        return await self._twice(TEXT, lambda: self.calls.encode(request, self._left_s()))
 
     async def painted(self, part: str, request: Request) -> Output:
         """What a part makes of a request; its rows are told of as they run."""
@@ -252,12 +260,6 @@ def _replica_lost(part: str) -> Problem:
 
 
 def _joined(outputs: list[Output], plan: Plan, text_ms: float, total_ms: float) -> Output:
-    """What the parts made, as of one pipeline."""
-    timings = [output.timings for output in outputs]
-    rows = tuple(row for one in timings for row in one.rows)
-    ran_on: dict[str, tuple[RanOn, ...]] = {}
-    for one in timings:
-        ran_on |= {name: tuple(dict.fromkeys((*ran_on.get(name, ()), *ran))) for name, ran in one.ran_on.items()}
-    engines = bool(rows) and all(one.step_engines for one in timings if one.rows)
-    spent = Timings(text_ms, 0.0, rows, timings[-1].decode_ms, total_ms, engines, ran_on)
-    return replace(outputs[-1], timings=spent, plan=plan.having_run([row.guidance for row in rows]))
+    """What the parts made, as of one pipeline; text_ms, total_ms: as it took here, the way to the parts included."""
+    timings = replace(Timings.together([output.timings for output in outputs]), text_ms=text_ms, total_ms=total_ms)
+    return replace(outputs[-1], timings=timings, plan=plan.having_run([row.guidance for row in timings.rows]))

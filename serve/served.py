@@ -1,8 +1,11 @@
-"""What is served: a bundle under a name, on a target."""
+"""What is served: a bundle under a name, on a target, and what a cloud adds to it."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,37 +13,77 @@ import msgspec
 
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.errors import CancelledError, CloudError
+from tandemrt.runtime.handover import models_of
 from tandemrt.runtime.manifest import Manifest
+from tandemrt.runtime.plan import CLOUD
+from tandemrt.runtime.plan_steps import Steps
 from tandemrt.runtime.targets import Target
+from tandemrt.runtime.there import There
 
 from .problems import conflict, unknown_model
+from .protocol import TENSORS
+
+# How long a cloud that does not say what it serves is left alone, in seconds.
+_ASKS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """A bundle that is served.
 
-    digest: its own. platform: the target that it runs on. models: `Manifest.model_digest` by denoiser of the bundle's.
-    manifest: `Pipeline.manifest`, where a cloud's denoisers are too.
+    digest: its own. platform: the target that it runs on. models: `models_of` the bundle.
+    own: its manifest. there: a cloud's denoisers beside them, where there is a cloud.
     """
 
     name: str
     digest: str
     platform: str
-    manifest: Manifest
+    own: Manifest
     models: Mapping[str, str]
+    there: There | None = None
 
     @classmethod
     def of(cls, pipe: Pipeline) -> Served:
         """A pipeline's bundle, named as its folder."""
-        return cls.on(pipe.bundle, pipe.target, pipe.manifest)
+        return cls.on(pipe.bundle, pipe.target, pipe.there)
 
     @classmethod
-    def on(cls, bundle: Bundle, target: Target, manifest: Manifest | None = None) -> Served:
-        """A bundle on a target, named as its folder; manifest: see above, the bundle's own by default."""
+    def on(cls, bundle: Bundle, target: Target, there: There | None = None) -> Served:
+        """A bundle on a target, named as its folder; there: see above."""
         own = bundle.manifest
-        models = {name: own.model_digest(name) for name in own.names("denoiser")}
-        return cls(bundle.path.name, bundle.digest, target.told(own), manifest or own, models)
+        return cls(bundle.path.name, bundle.digest, target.told(own), own, models_of(own), there)
+
+    @property
+    def manifest(self) -> Manifest:
+        """With the cloud's denoisers, as far as it has told of them by now."""
+        return self.own if self.there is None else self.there.manifest
+
+    async def keep_asking(self) -> None:
+        """Ask a cloud that has not said what it serves, until it has, or this is cancelled."""
+        cancelled = threading.Event()
+        try:
+            while self.there is not None and not self.there.said:
+                with suppress(CloudError, CancelledError):
+                    await asyncio.to_thread(self.there.ask, self.there.cloud.bounds(cancelled))
+                await asyncio.sleep(_ASKS_S)
+        finally:
+            cancelled.set()
+
+    def known(self, steps: Steps | None) -> Steps | None:
+        """Steps in which one of the bundle's denoisers stands for those that the cloud may yet tell of.
+
+        It is the first that is named. What the steps come to is checked with it; a pipeline asks the cloud once more,
+        and runs all of them here if it must.
+        """
+        if self.there is None or self.there.said or steps is None or isinstance(steps, int):
+            return steps
+        pairs, have = list(steps.items() if isinstance(steps, Mapping) else steps), self.there.manifest.components
+        if all(name in have or not name.startswith(CLOUD) for name, _ in pairs):
+            return steps
+        here = self.own.names("denoiser")
+        instead = next((name for name, _ in pairs if name in here), here[-1])
+        return [(instead if name.startswith(CLOUD) and name not in have else name, count) for name, count in pairs]
 
     def require(self, name: str | None) -> None:
         """Raise Problem where a model of another name is wanted; None is any."""
@@ -58,16 +101,22 @@ class Served:
     def facts(self) -> dict[str, Any]:
         """What the bundle is, as the Open Inference Protocol tells of a model.
 
-        denoisers: what `steps` may name, a cloud's with `cloud:` before them; components: those of the bundle itself.
+        inputs, outputs: the tensors of `/v1/handoff`. denoisers: what `steps` may name, a cloud's with `cloud:` before
+        them; components: the bundle's own of them.
         """
-        manifest = self.manifest
+        manifest, state = self.manifest, {"state": [-1, -1, self.own.latent.channels, -1, -1]}
+        denoisers = self.own.names("denoiser")
+        inputs = {**{name: [-1] * axes for name, axes in TENSORS.items()}, **state}
         return {
             "name": self.name,
+            "versions": [self.digest],
             "platform": self.platform,
+            "inputs": [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in inputs.items()],
+            "outputs": [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in state.items()],
             "bundle": self.digest,
             "models": dict(self.models),
             "denoisers": manifest.names("denoiser"),
-            "components": {name: msgspec.to_builtins(manifest.components[name]) for name in self.models},
+            "components": {name: msgspec.to_builtins(self.own.components[name]) for name in denoisers},
             "latent": {"channels": manifest.latent.channels, "downsampling": manifest.latent.downsampling},
             "defaults": msgspec.to_builtins(manifest.defaults),
         }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
+import time
 from pathlib import Path
 
-from tandemrt.runtime.cli.cloud_options import token_in_file
 from tandemrt.runtime.errors import ArgumentError
+from tandemrt.runtime.tokens import token_in_file
 
 LOG = logging.getLogger("tandemrt.serve")
+# How often the file is looked at, at most, in seconds: a new token counts so soon.
+_EVERY_S = 0.5
 
 
 class TokenFile:
@@ -19,11 +22,16 @@ class TokenFile:
         """Read it; ArgumentError if it cannot be read, or holds no token."""
         self._path = path
         self._seen = self._stamp()
-        self._token = self._read()
+        self._token, self._looked = self._read(), time.monotonic()
 
-    @property
-    def token(self) -> str:
-        """What requests have to bring now."""
+    async def current(self) -> str:
+        """What requests have to bring now; the file is looked at beside the event loop, which no disk may hold up."""
+        if time.monotonic() - self._looked >= _EVERY_S:
+            self._looked = time.monotonic()
+            await asyncio.to_thread(self._look)
+        return self._token
+
+    def _look(self) -> None:
         try:
             stamp = self._stamp()
             if stamp != self._seen:
@@ -32,7 +40,6 @@ class TokenFile:
                 LOG.warning("%s: a new token counts from now on", self._where)
         except ArgumentError as error:
             LOG.error("%s The last token counts.", error)
-        return self._token
 
     @property
     def _where(self) -> str:
@@ -41,7 +48,7 @@ class TokenFile:
     def _stamp(self) -> tuple[int, int, int] | None:
         """What changes with the file; None where there is none."""
         try:
-            status = os.stat(self._path)  # noqa: PTH116 (before every request)
+            status = self._path.stat()
         except OSError:
             return None
         return status.st_mtime_ns, status.st_size, status.st_ino

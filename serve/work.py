@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -22,11 +22,16 @@ Seen = Callable[[StepEvent | Stage], None]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A request within the limits, and what it comes to. shape: of its latents, (pictures, C, h, w)."""
+    """A request within the limits, and what it comes to.
+
+    shape: of its latents, (pictures, C, h, w). assumed: whether the plan is of `Served.known` steps, in place of some
+        that nobody knows of yet.
+    """
 
     request: Request
     plan: Plan
     shape: tuple[int, int, int, int]
+    assumed: bool = False
 
 
 class Painter(Protocol):
@@ -44,6 +49,9 @@ class Painter(Protocol):
 
     async def close(self) -> None:
         """Wait until what was taken has ended."""
+
+    def require_room(self) -> None:
+        """Raise Problem where no request would be taken now: before its body is read."""
 
     async def painted(self, work: Work, seconds: float, seen: Seen | None = None) -> Output:
         """What a request makes, when it is its turn; the caller's own cancellation ends its work.
@@ -65,14 +73,15 @@ def work_of(asked: Asked, tensors: dict[str, Any], served: Served, limits: Limit
     """
     served.require(asked.model)
     served.require_models(asked.models or {})
-    manifest = served.manifest
     request = request_of(asked, tensors, served.digest, limits)
-    plan = _compiled(_Wanted(id(manifest), repr(request.schedule), manifest, request.schedule))
+    steps = served.known(request.steps)
+    schedule, manifest = replace(request.schedule, steps=steps), served.manifest
+    plan = _compiled(_Wanted(id(manifest), repr(schedule), manifest, schedule))
     if asked.plan not in (None, plan.digest):
         raise conflict(f"plan: got {str(asked.plan)[:16]!r}, expected {plan.digest[:16]!r}, which the request makes.")
     shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
     require_within(plan.table.rows, shape, manifest.latent.downsampling, limits)
-    return Work(request, plan, shape)
+    return Work(request, plan, shape, steps is not request.steps)
 
 
 @dataclass(frozen=True, slots=True)

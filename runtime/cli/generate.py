@@ -13,6 +13,8 @@ from PIL import Image
 
 from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
+from ..cloud import reason_alone
+from ..conditioning import dropped_text
 from ..errors import TandemError
 from ..files import file_sha256
 from ..lora_files import read_lora
@@ -22,8 +24,7 @@ from ..pipeline import Pipeline
 from ..plan import Plan, compile_plan
 from ..request import Request
 from ..targets import Target
-from ..text import DroppedText, merged
-from ..tokenizer import PromptTokenizer
+from ..tokenizer import DroppedText
 from ..trace import Trace
 from .generate_arguments import GeneratePlan, add_arguments, plan_from_arguments
 from .generate_stored import own_interval, own_steps, stored_facts
@@ -192,7 +193,7 @@ class _Job:
         for line in cloud_lines(output):
             self.reporter.note(line)
         if output.degraded:
-            self.reporter.warn(f"all steps ran here, the cloud did not help: {output.degraded}")
+            self.reporter.warn(f"steps of the cloud's ran here, it did not help: {output.degraded}")
 
     def _once(self, told: str, tell: Callable[[str], None]) -> None:
         if told not in self.told:
@@ -207,7 +208,7 @@ class _Job:
         facts = {**self.facts, "plan": output.plan.facts()}
         if output.degraded:
             request = {**request, "steps": [list(run) for run in output.plan.steps]}
-            facts["degraded"] = output.degraded
+            facts["degraded"] = reason_alone(output.degraded)
         for seed, image in zip(output.seeds, images, strict=True):
             path = names.picture(seed)
             texts = png_facts(request, seed, facts)
@@ -328,13 +329,9 @@ def _dropped_text(
     plan: GeneratePlan, bundle: Bundle, compiled: Plan, requests: Sequence[Request]
 ) -> tuple[DroppedText, ...]:
     """What a text encoder has no room for in any prompt: known, or refused, before the first one is painted."""
-    dropped: list[tuple[str, DroppedText]] = []
-    for index, (name, facts) in enumerate(bundle.manifest.text.encoders.items()):
-        prompts = [prompt for request in requests for prompt in request.prompts[index]]
-        prompts += requests[0].negative_prompts[index] if any(compiled.guided) else ()
-        tokenizer = PromptTokenizer(bundle.tokenizer_path(name), facts.max_length)
-        dropped += [(name, cut) for cut in tokenizer.tokenize(prompts, strict=plan.strict_prompts).dropped]
-    return merged(dropped)
+    asked = [replace(request, strict_prompts=plan.strict_prompts) for request in requests]
+    every = [dropped_text(bundle, request, guided=any(compiled.guided)) for request in asked]
+    return tuple(dict.fromkeys(dropped for each in every for dropped in each))
 
 
 def _files(plan: GeneratePlan, named: list[tuple[dict[str, Any], Names]], compiled: Plan) -> Iterator[Path]:

@@ -59,7 +59,8 @@ def test_what_is_asked_for_is_answered(
 ) -> None:
     monkeypatch.setattr(serve_load, "seen_by_users", asked_in_turn)
     monkeypatch.setattr(serve_load.metadata, "version", lambda _: "2")
-    main([*arguments, "--pid", str(os.getpid()), "--users", "1", "--seconds", "2"])
+    own = str(os.getpid())
+    main([*arguments, "--pid", f"first:unet={own}", own, "--users", "1", "--seconds", "2"])
     facts = json.loads((tmp_path / "load.json").read_text())
     assert facts["by_kind"]["hand-over"]["outcomes"] == {"ok": 3}
     assert facts["by_kind"]["picture"]["outcomes"] == {"ok": 1}
@@ -68,12 +69,29 @@ def test_what_is_asked_for_is_answered(
     assert facts["asked"][HANDOFF] | {"prompt": ""} == {
         "prompt": "", "steps": [["unet", 4]], "until": 2, "width": 64, "height": 64
     }  # fmt: skip
+    assert [one["process"] for one in facts["memory"]] == ["first:unet", ""]
     assert facts["memory"][0]["begins_mib"] > 1
     assert TOKEN not in (tmp_path / "load.json").read_text()
     table = capsys.readouterr().out
     assert table.strip() == (tmp_path / "load.md").read_text().strip()
     assert "| hand-over | 3 | 1.50 |" in table
+    assert "| first:unet | " in table
+    assert "| 2 | " in table
     assert "1 users for 2 s, without pauses but where they were told to wait; bundle on onnxruntime:cpu" in table
+
+
+def test_the_token_may_be_in_the_environment(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _, _, *others = arguments
+    monkeypatch.setattr(serve_load, "seen_by_users", asked_in_turn)
+    monkeypatch.setattr(serve_load.metadata, "version", lambda _: "2")
+    monkeypatch.delenv("TANDEMRT_TOKEN", raising=False)
+    with pytest.raises(BenchmarkError, match="HTTP Error 401"):
+        main([url, *others, "--seconds", "2"])
+    monkeypatch.setenv("TANDEMRT_TOKEN", TOKEN)
+    main([url, *others, "--seconds", "2"])
+    assert json.loads((tmp_path / "load.json").read_text())["by_kind"]["both"]["outcomes"] == {"ok": 4}
 
 
 # Not imported here, as it would exchange this process's sockets and threads for its own.

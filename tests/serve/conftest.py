@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,16 +14,18 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from tandemrt.runtime import Pipeline
 from tandemrt.serve.app import application
-from tandemrt.serve.command import server_config
+from tandemrt.serve.command import server_config, server_of
 from tandemrt.serve.limits import Limits
 from tandemrt.serve.tokens import TokenFile
 
 from ..runtime.tiny_families import write_tiny_control
+from .asking import Pace
 
+# Whether programs that a machine may lack, a browser and curl, have to be there: tests that need them fail otherwise.
+COMPLETE = "TANDEMRT_COMPLETE" in os.environ
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
@@ -51,7 +54,7 @@ def serving(
     """A client of a server; port: 0 for any. ready: wait until that is."""
     limits = limits or Limits()
     config = server_config(application(pipe, limits, token), limits, host="127.0.0.1", port=port or 0)
-    server = uvicorn.Server(config)
+    server = server_of(config, limits)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -77,3 +80,67 @@ def run_apart(work: Coroutine[Any, Any, None]) -> None:
 def client(pipe: Pipeline) -> Iterator[httpx.Client]:
     with serving(pipe) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def device(bundle: Path, client: httpx.Client) -> Iterator[httpx.Client]:
+    """A client of a server that is a device of `client`'s."""
+    with Pipeline.open(bundle, threads=1, cloud=str(client.base_url)) as edge, serving(edge) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def paced(bundle: Path) -> Iterator[tuple[Pipeline, Pace]]:
+    pace = Pace()
+    with Pipeline.open(bundle, threads=1, observe=pace) as pipe:
+        yield pipe, pace
+
+
+@pytest.fixture
+def pace(paced: tuple[Pipeline, Pace]) -> Iterator[Pace]:
+    yield paced[1]
+    paced[1].seconds = 0.0
+
+
+@pytest.fixture
+def slow(paced: tuple[Pipeline, Pace]) -> Pipeline:
+    return paced[0]
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")  # its event loop would be in the way of others
+def browser() -> Iterator[Any]:
+    from .browsing import CHROMIUM, sync_api  # noqa: PLC0415 (which skips where there is no Playwright)
+
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """The page of a server, in a window of its own; no script may fail in it, and nothing break its policy."""
+    from .browsing import RECORDED  # noqa: PLC0415
+
+    contexts, failures = [], []
+
+    def opening(client: httpx.Client, width: int = 1200, height: int = 900, **how: Any) -> Any:
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **how))
+        tab = contexts[-1].new_page()
+        tab.set_default_timeout(10_000)
+        tab.on("pageerror", lambda error: failures.append(str(error)))
+        tab.on("console", lambda said: failures.append(said.text) if "Security Policy" in said.text else None)
+        tab.goto(str(client.base_url))
+        tab.evaluate(RECORDED)
+        return tab
+
+    yield opening
+    for context in contexts:
+        context.close()
+    assert failures == []

@@ -43,6 +43,7 @@ class Proxy:
         self.begun, self.connections = False, 0
         self.sent = bytearray()
         self.port = 0
+        self._open: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
@@ -50,11 +51,19 @@ class Proxy:
         return f"http://127.0.0.1:{self.port}"
 
     def begin(self) -> None:
-        """Let faults befall what comes from now on."""
+        """Let faults befall what comes from now on; who keeps a connection has to make another."""
+        asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result()
+
+    async def _begin(self) -> None:
+        for one in self._open:
+            one.transport.abort()
+        while self._open:
+            await asyncio.sleep(0.001)
         self.begun, self.connections = True, 0
         self.sent.clear()
 
     async def serve(self, ready: threading.Event, ended: asyncio.Event) -> None:
+        self._loop = asyncio.get_running_loop()
         server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         ready.set()
@@ -74,16 +83,19 @@ class Proxy:
         )
         sides = [await asyncio.open_connection("127.0.0.1", self.server_port) for _ in range(1 + up.replayed)]
         backs = [back for _, back in sides]
+        self._open.add(writer)
         try:
             ways = [_carried(reader, backs, up, self.sent), _carried(sides[0][0], [writer], down, bytearray())]
             tasks = [asyncio.ensure_future(way) for way in ways]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(asyncio.CancelledError):  # at the proxy's end
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
         finally:
             for one in (writer, *backs):
                 one.transport.abort()
+            self._open.discard(writer)
 
 
 async def _carried(

@@ -79,7 +79,7 @@ def stream_case(random: Random) -> bytes:
     """What a connection carries that is no request, or lies about its body."""
     body = _written(random, random.choice(JOBS))
     size = len(body)
-    head = "POST /v1/handoff HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/handoff HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     lies = ("-1", "0", str(size - 3), str(size + 50), "9" * 40, "1e3", "0x10", f"{size}, {size}", "", " ", "\u0661")
     chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (size, body)
     makers: Sequence[Callable[[], bytes]] = (
@@ -94,7 +94,7 @@ def stream_case(random: Random) -> bytes:
         lambda: _head(head + f"X: {'y' * random.choice((1000, 70_000))}\r\nContent-Length: {size}\r\n\r\n") + body,
         lambda: _head(head + "X: y\r\n" * 3000 + f"Content-Length: {size}\r\n\r\n") + body,
         lambda: 2 * (_head(head + f"Content-Length: {size}\r\n\r\n") + body),
-        lambda: _head(head.replace("Host: x\r\n", "") + f"Content-Length: {size}\r\n\r\n") + body,
+        lambda: _head(head.replace("Host: 127.0.0.1\r\n", "") + f"Content-Length: {size}\r\n\r\n") + body,
         lambda: (
             _head(head.replace("1.1", random.choice(("1.0", "2.0", "9"))) + f"Content-Length: {size}\r\n\r\n") + body
         ),

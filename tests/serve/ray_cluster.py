@@ -1,7 +1,8 @@
 """A Ray cluster of three nodes on this machine, in a network namespace with loopback only, that serves a bundle.
 
-As a program it runs a command beside the cluster, which finds the server in $TANDEMRT_URL and its token in
-$TANDEMRT_TOKEN: `sudo unshare --net python tests/serve/ray_cluster.py BUNDLE -- COMMAND…`.
+As a program, for root, it runs a command beside the cluster: `python tests/serve/ray_cluster.py BUNDLE -- COMMAND…`.
+In it `{url}` is the server, whose token is in $TANDEMRT_TOKEN, and `{pids}` are the numbers of the processes of all
+parts' replicas, each with its node and part before it: `first:unet=4711`. Every part is on two nodes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tandemrt.runtime.bundle import Bundle
 
 _NEW_NET, _GET_FLAGS, _SET_FLAGS, _UP = 0x40000000, 0x8913, 0x8914, 0x1
 PORT = 8000
@@ -98,16 +101,15 @@ class Cluster:
         counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
         return counts
 
-    def parts(self, name: str) -> list[str]:
-        """The deployments that have a replica on a node."""
-        titles = [
-            Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] for pid in descendants(self.nodes[name].pid)
-        ]
-        return sorted(
-            title.decode().rpartition(":")[2].partition(".")[0]
-            for title in titles
-            if title.startswith(b"ray::ServeReplica:")
-        )
+    def parts(self, name: str) -> list[tuple[str, int]]:
+        """The deployments that have a replica on a node, and the numbers of the replicas' processes."""
+        found = []
+        for pid in descendants(self.nodes[name].pid):
+            with suppress(OSError):
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+                if title.startswith("ray::ServeReplica:"):
+                    found.append((title.rpartition(":")[2].partition(".")[0], pid))
+        return sorted(found)
 
     def kill(self, name: str) -> None:
         """Kill a node with all that runs on it, at once."""
@@ -166,6 +168,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def on_two_nodes(*names: str) -> list[dict[str, Any]]:
+    """Deployments of these names, each with replicas on two nodes; the server is where its clients are."""
+    http = {"name": "http", "ray_actor_options": {"num_cpus": 1, "resources": {"head": 1}}}
+    return [http, *({"name": name, "num_replicas": 2, "max_replicas_per_node": 1} for name in names)]
+
+
 def config_of(bundle: Path, deployments: Sequence[Mapping[str, Any]] = (), **arguments: Any) -> dict[str, Any]:
     """A Serve config of a bundle."""
     application = {
@@ -203,11 +211,16 @@ def _program(name: str) -> str:
 
 def main() -> int:
     """See the module."""
-    bundle, _, *command = sys.argv[1:]
+    if len(sys.argv) < 4 or sys.argv[2] != "--":
+        sys.exit(__doc__)
+    bundle, command = Path(sys.argv[1]).resolve(), sys.argv[3:]
+    parts = ("text", *Bundle.open(bundle).manifest.names("denoiser"), "decoder")
     with loopback_alone(), cluster() as up:
-        up.deploy(config_of(Path(bundle).resolve()))
-        environment = {**up.environment, "TANDEMRT_URL": up.url}
-        return subprocess.run(command, env=environment, check=False).returncode
+        up.deploy(config_of(bundle, on_two_nodes(*parts)))
+        pids = [f"{node}:{part}={pid}" for node in up.nodes for part, pid in up.parts(node)]
+        told = {"{url}": [up.url], "{pids}": pids}
+        words = [word for one in command for word in told.get(one, [one])]
+        return subprocess.run(words, env=up.environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from starlette.testclient import TestClient
 from tandemrt.runtime import Handover, Pipeline, Request
 from tandemrt.runtime.cloud import JSON, MESSAGE, PROTOCOL
 from tandemrt.runtime.messages import packed
+from tandemrt.serve import tokens
 from tandemrt.serve.app import application
 from tandemrt.serve.limits import Limits
 from tandemrt.serve.metrics import Metrics
@@ -32,90 +29,12 @@ from tandemrt.serve.served import Served
 from tandemrt.serve.tokens import TokenFile
 from tandemrt.serve.work import work_of
 
+from .asking import Pace, asked, connection, measured, status_of, until
 from .conftest import run_apart, serving
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
 LONG: dict[str, Any] = {**JOB, "steps": {"unet": 100}, "until": 100}
 TOKEN, NEXT = "a-token-of-some-length", "another-token-of-some-length"
-
-
-class Pace:
-    """Makes each run of a denoiser take a while, and counts them."""
-
-    def __init__(self) -> None:
-        self.runs, self.seconds = 0, 0.0
-        self.open = threading.Event()
-        self.open.set()
-
-    def __call__(self, component: str, _: Mapping[str, Any]) -> None:
-        if component.startswith("unet"):
-            self.runs += 1
-            self.open.wait(60)
-            time.sleep(self.seconds)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let none run on."""
-        self.open.clear()
-        try:
-            yield
-        finally:
-            self.open.set()
-
-
-@pytest.fixture(scope="module")
-def paced(bundle: Path) -> Iterator[tuple[Pipeline, Pace]]:
-    pace = Pace()
-    with Pipeline.open(bundle, threads=1, observe=pace) as pipe:
-        yield pipe, pace
-
-
-@pytest.fixture
-def pace(paced: tuple[Pipeline, Pace]) -> Iterator[Pace]:
-    yield paced[1]
-    paced[1].seconds = 0.0
-
-
-@pytest.fixture
-def slow(paced: tuple[Pipeline, Pace]) -> Pipeline:
-    return paced[0]
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
-
-
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-
-
-def measured(client: httpx.Client, name: str) -> float:
-    """A metric's value, over all its labels."""
-    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    return sum(map(float, found))
-
-
-def connection(client: httpx.Client, head: str, body: bytes = b"") -> socket.socket:
-    """A connection on which a request was sent."""
-    url = client.base_url
-    opened = socket.create_connection((url.host, url.port or 0), timeout=10)
-    opened.sendall(f"{head}\r\nHost: here\r\n".encode() + b"\r\n" + body)
-    return opened
-
-
-def asked(client: httpx.Client, job: Mapping[str, Any], path: str = "/v1/handoff") -> socket.socket:
-    body = json.dumps(job).encode()
-    return connection(client, f"POST {path} HTTP/1.1\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}", body)
-
-
-def status_of(opened: socket.socket) -> int:
-    with opened:
-        return int(opened.makefile("rb").readline().split()[1])
 
 
 def require_ended(client: httpx.Client, pace: Pace) -> None:
@@ -326,7 +245,7 @@ def test_a_header_beyond_the_limit(pipe: Pipeline) -> None:
         assert status_of(opened) in (400, 431)
         assert client.get("/").status_code == 200
     # Where all of it comes at once, the parser does not mind.
-    own = TestClient(application(pipe, limits, None))
+    own = TestClient(application(pipe, limits, None), "http://127.0.0.1")
     answer = own.get("/v2/health/live", headers={"X-Long": "x" * limits.header_bytes})
     assert (answer.status_code, answer.json()["error"]["type"]) == (431, "header_too_large")
     assert own.get("/v2/health/live", headers={"X-Long": "x" * (limits.header_bytes - 1000)}).status_code == 200
@@ -334,7 +253,8 @@ def test_a_header_beyond_the_limit(pipe: Pipeline) -> None:
     assert own.get("/v2/health/live", params={"x": half}, headers={"X-Long": half}).status_code == 431
 
 
-def test_a_token_that_changes(tmp_path: Path, pipe: Pipeline) -> None:
+def test_a_token_that_changes(tmp_path: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_EVERY_S", 0.0)
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n", "utf-8")
 

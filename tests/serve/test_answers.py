@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -11,28 +11,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tandemrt.serve import answers
-from tandemrt.serve.answers import Idempotent
-from tandemrt.serve.problems import Problem, unusable
+from tandemrt.serve.answers import Idempotent, Key, key_of
+from tandemrt.serve.problems import Problem, overdue, unusable
 
 from .conftest import run_apart
 
-Make = Callable[[], Awaitable[Response]]
-
-
-def request(key: str) -> Request:
-    headers = [(b"idempotency-key", key.encode()), (b"host", b"here")]
-    return Request({"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers})
+WAITING = 5
 
 
 class Maker:
-    """Makes answers when it is let, and counts them."""
+    """Makes answers when it is let, and counts them; or fails. given_s: the seconds that each try had."""
 
-    def __init__(self, size: int = 1) -> None:
-        self.made, self.size = 0, size
+    def __init__(self, size: int = 1, failure: Exception | None = None) -> None:
+        self.made, self.size, self.failure = 0, size, failure
+        self.given_s: list[float] = []
         self.open = asyncio.Event()
 
-    async def __call__(self) -> Response:
+    async def __call__(self, seconds: float) -> Response:
+        self.given_s.append(seconds)
         await self.open.wait()
+        if self.failure is not None:
+            raise self.failure
         self.made += 1
         return Response(b"x" * self.size)
 
@@ -44,24 +43,43 @@ async def begun(*work: Awaitable[Any]) -> list[asyncio.Future[Any]]:
     return tasks
 
 
+def asked(kept: Idempotent, make: Maker, name: str = "a", made_of: str = "body", seconds: float = 10) -> Any:
+    return kept.answer(Key(name, ("/", made_of)), seconds, make)
+
+
+def test_a_key_is_of_what_came_with_it() -> None:
+    def key(name: str | None, path: str, digest: str) -> Key | None:
+        headers = [(b"host", b"here")] + ([] if name is None else [(b"idempotency-key", name.encode())])
+        return key_of(Request({"type": "http", "path": path, "query_string": b"", "headers": headers}), digest)
+
+    assert key(None, "/", "") is None
+    assert key("a", "/", "digest") == key("a", "/", "digest")
+    assert len({key("a", "/", "digest"), key("b", "/", "digest"), key("a", "/x", "digest"), key("a", "/", "")}) == 4
+    for name in ("", "x" * 201):
+        with pytest.raises(Problem, match="expected 1 to 200 characters"):
+            key(name, "/", "")
+
+
 def test_those_who_come_meanwhile_wait_for_the_first() -> None:
     async def run() -> None:
-        kept, make = Idempotent(), Maker()
-        tasks = await begun(*(kept.answer(request("a"), b"body", make) for _ in range(3)))
+        kept, make = Idempotent(WAITING), Maker()
+        tasks = await begun(*(asked(kept, make) for _ in range(3)))
+        assert "a" in kept and "b" not in kept
         make.open.set()
         first, second, third = await asyncio.gather(*tasks)
         assert first is second is third
         assert make.made == 1
         with pytest.raises(Problem, match="came with another body"):
-            await kept.answer(request("a"), b"another", make)
+            await asked(kept, make, made_of="another")
 
     run_apart(run())
 
 
-def test_when_the_first_leaves_one_of_those_who_wait_makes_it() -> None:
+def test_when_the_first_leaves_one_of_those_who_wait_makes_it_in_what_is_left_of_his_time() -> None:
     async def run() -> None:
-        kept, make = Idempotent(), Maker()
-        tasks = await begun(*(kept.answer(request("a"), b"body", make) for _ in range(4)))
+        kept, make = Idempotent(WAITING), Maker()
+        tasks = await begun(*(asked(kept, make) for _ in range(4)))
+        await asyncio.sleep(0.05)
         tasks[0].cancel()
         tasks[2].cancel()
         await asyncio.wait(tasks[:1])
@@ -69,21 +87,43 @@ def test_when_the_first_leaves_one_of_those_who_wait_makes_it() -> None:
         one, other = await asyncio.gather(tasks[1], tasks[3])
         assert one is other
         assert make.made == 1
+        first, second = make.given_s
+        assert (first, 9 < second <= 9.96) == (10, True)
 
     run_apart(run())
 
 
-def test_a_failure_is_not_kept() -> None:
+@pytest.mark.parametrize("failure", [unusable("no"), overdue(10), RuntimeError("broken")])
+def test_a_failure_is_that_of_all_who_wait_and_is_not_kept(failure: Exception) -> None:
     async def run() -> None:
-        kept, make = Idempotent(), Maker()
-
-        async def fail() -> Response:
-            raise unusable("no")
-
-        with pytest.raises(Problem, match="no"):
-            await kept.answer(request("a"), b"body", fail)
+        kept, make = Idempotent(WAITING), Maker(failure=failure)
+        tasks = await begun(*(asked(kept, make) for _ in range(3)))
         make.open.set()
-        assert (await kept.answer(request("a"), b"body", make)).body == b"x"
+        await asyncio.wait(tasks)
+        assert [one.exception() for one in tasks] == [failure] * 3
+        assert len(make.given_s) == 1
+        make.failure = None
+        assert (await asked(kept, make)).body == b"x"
+
+    run_apart(run())
+
+
+def test_who_waits_has_a_deadline_of_his_own_and_so_many_may() -> None:
+    async def run() -> None:
+        kept, make = Idempotent(2), Maker()
+        tasks = await begun(asked(kept, make), asked(kept, make, seconds=0.1), asked(kept, make))
+        with pytest.raises(Problem, match="As many requests wait as may") as full:
+            await asked(kept, make)
+        assert full.value.status == 429
+        with pytest.raises(Problem, match=r"longer than 0\.1 s") as late:
+            await tasks[1]
+        assert late.value.status == 504
+        again = await begun(asked(kept, make))  # in the place that is free
+        make.open.set()
+        first, *others = await asyncio.gather(tasks[0], tasks[2], *again)
+        assert all(one is first for one in others)
+        assert make.made == 1
+        assert await asked(kept, make) is first
 
     run_apart(run())
 
@@ -91,15 +131,43 @@ def test_a_failure_is_not_kept() -> None:
 @pytest.mark.parametrize(("size", "left"), [(1, 64), (answers._KEPT_BYTES // 4, 4)])
 def test_so_many_are_kept_and_so_many_bytes(size: int, left: int) -> None:
     async def run() -> None:
-        kept, make = Idempotent(), Maker(size)
+        kept, make = Idempotent(WAITING), Maker(size)
         make.open.set()
         for index in range(left + 3):
-            await kept.answer(request(str(index)), b"", make)
+            await asked(kept, make, str(index))
         made = make.made
-        await kept.answer(request(str(left + 2)), b"", make)
-        await kept.answer(request("3"), b"", make)
+        await asked(kept, make, str(left + 2))
+        await asked(kept, make, "3")
         assert make.made == made
-        await kept.answer(request("1"), b"", make)
+        await asked(kept, make, "1")
         assert make.made == made + 1
+
+    run_apart(run())
+
+
+def test_those_that_are_being_made_do_not_drive_out_those_that_are() -> None:
+    async def run() -> None:
+        kept, make, making = Idempotent(WAITING), Maker(), Maker()
+        make.open.set()
+        first = await asked(kept, make)
+        tasks = await begun(*(asked(kept, making, str(index)) for index in range(answers._KEPT + 1)))
+        assert await asked(kept, make) is first
+        making.open.set()
+        await asyncio.gather(*tasks)
+        assert "a" not in kept and "0" not in kept and "1" in kept
+
+    run_apart(run())
+
+
+def test_they_are_kept_for_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        kept, make, now = Idempotent(WAITING), Maker(), [1000.0]
+        monkeypatch.setattr(answers, "monotonic", lambda: now[0])
+        make.open.set()
+        first = await asked(kept, make)
+        now[0] += 599
+        assert await asked(kept, make) is first
+        now[0] += 2
+        assert await asked(kept, make) is not first
 
     run_apart(run())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tandemrt.runtime import CancelledError, Cloud, Output, Pipeline, StepEvent, TandemError
+from tandemrt.runtime.errors import ArgumentError
 from tandemrt.runtime.stream import Stage
 from tandemrt.serve.limits import Limits
 
@@ -79,6 +80,11 @@ def test_two_places_are_one_process_bit_for_bit(steps: Any, bundle: Path, server
         ({"solver": "euler_a", "num_images_per_prompt": 2, "seed": [3, 4]}, {}),
         ({"height": 96, "guidance_interval": (0.0, 0.5), "negative_prompt": "blue"}, {}),
         ({"prompt": ["red", "blue"], "guidance_scale": 1.0}, {}),
+        ({"seed": np.int64(7), "height": np.int64(64), "width": np.int32(96)}, {}),
+        ({"seed": [np.int64(3), np.int64(4)], "num_images_per_prompt": np.int32(2)}, {}),
+        ({"timesteps": np.array([900, 700, 500, 300, 100])}, {}),
+        ({"guidance_scale": np.float32(3.5), "guidance_interval": (np.float32(0), np.float64(0.5))}, {}),
+        ({"solver": "ddim", "eta": np.float64(0.5)}, {}),
     ],
 )
 def test_what_is_asked_for_is_sent(
@@ -93,6 +99,36 @@ def test_half_the_bytes_come_back(bundle: Path, server: httpx.Client, pipe: Pipe
     whole, half = (painted(bundle, str(server.base_url), half=half) for half in (False, True))
     assert half.cloud[0].received_bytes < 0.7 * whole.cloud[0].received_bytes
     np.testing.assert_allclose(half.latents, pipe(**HERE).latents, rtol=0.02, atol=0.02)
+
+
+def test_half_the_bytes_go_up(bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+    steps = [("unet_free", 1), ("cloud:unet", 2), ("unet_free", 2)]
+    job = {**TANDEM, "steps": steps}
+    whole, half = (painted(bundle, str(server.base_url), job, half=half) for half in (False, True))
+    assert whole.cloud[0].sent_bytes - half.cloud[0].sent_bytes == pytest.approx(2 * 2 * half.latents.size, abs=20)
+    assert half.degraded == ""
+    here = pipe(**{**TANDEM, "steps": [(name.removeprefix("cloud:"), count) for name, count in steps]})
+    np.testing.assert_allclose(half.latents, here.latents, rtol=0.02, atol=0.02)
+
+
+def test_what_had_arrived_is_gone_on_from(bundle: Path, server: httpx.Client, pipe: Pipeline) -> None:
+    steps = [("cloud:unet", 1), ("unet_free", 1), ("cloud:unet", 2), ("unet", 1)]
+    with (
+        between(port_of(server), down=Faults(cut_after=10)) as proxy,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=2)) as edge,
+    ):
+        stream = edge.stream(**{**TANDEM, "steps": steps})
+        assert next(stream).row == 1
+        proxy.begin()
+        assert [event.row for event in stream] == [2, 3, 4]
+        output = stream.result()
+    assert output.degraded.startswith("unreachable: ")
+    assert output.plan.steps == (("cloud:unet", 1), ("unet_free", 4))
+    assert [(one.steps, one.received_bytes > 0) for one in output.cloud] == [(1, True), (2, False)]
+    assert [row.denoiser for row in output.timings.rows] == ["unet_free"] * 4
+    wanted = pipe(**{**TANDEM, "steps": {"unet": 1, "unet_free": 4}})
+    np.testing.assert_array_equal(output.latents, wanted.latents)
+    assert output.images == wanted.images
 
 
 # What befalls the bytes: whether the picture is yet that of both places, and else why it is not.
@@ -156,28 +192,16 @@ def test_a_size_that_cannot_be_painted_is_not_sent(bundle: Path, server: httpx.C
         between(port_of(server)) as proxy,
         Pipeline.open(bundle, threads=1, cloud=f"http://127.0.0.1:{proxy.port}") as edge,
     ):
-        asked = proxy.connections
+        proxy.begin()
         with pytest.raises(TandemError, match="height: "):
             edge(**TANDEM, height=65)
-        assert proxy.connections == asked
+        assert (proxy.connections, proxy.sent) == (0, b"")
 
 
 def test_nobody_there(bundle: Path, pipe: Pipeline) -> None:
     output = painted(bundle, "http://127.0.0.1:9")
     assert output.degraded.startswith("unreachable: http://127.0.0.1:9: cannot be reached")
     np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
-
-
-def test_a_server_that_fails_is_left_alone_for_a_while(bundle: Path, server: httpx.Client) -> None:
-    with (
-        between(port_of(server), down=Faults(cut_after=10)) as proxy,
-        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=2)) as edge,
-    ):
-        proxy.begin()
-        assert edge(**TANDEM).degraded.startswith("unreachable")
-        asked = proxy.connections
-        assert edge(**TANDEM).degraded.startswith("broken")
-        assert proxy.connections == asked
 
 
 def test_a_token(bundle: Path, pipe: Pipeline) -> None:
@@ -189,6 +213,24 @@ def test_a_token(bundle: Path, pipe: Pipeline) -> None:
     assert "The token is missing or wrong" in refused.degraded
     with pytest.raises(TandemError, match="the token would go over the network in plain text"):
         Cloud("http://example.org", TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("told", "url"),
+    [
+        ("no address, got", "example.org"),
+        ("no address, got", "ftp://example.org"),
+        ("no address .*[Pp]ort.*, got", "http://example.org:abc"),
+        ("no address .*[Pp]ort.*, got", "http://example.org:99999"),
+        ("no address .*IPv6.*, got", "http://[::1"),
+        (r"an address with a user's name\. Leave", "https://user:secret@example.org"),
+        (r"an address with a user's name\. Leave", "https://secret@example.org:abc"),
+    ],
+)
+def test_addresses_that_are_none(told: str, url: str) -> None:
+    with pytest.raises(ArgumentError, match=f"cloud: {told}") as refused:
+        Cloud(url)
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -125,8 +127,8 @@ class Slow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
 
-    def stream(self, **asked: Any) -> SlowStream:
-        return SlowStream(self, self._pipe.stream(**asked), self._row_s)
+    def stream_planned(self, *asked: Any) -> SlowStream:
+        return SlowStream(self, self._pipe.stream_planned(*asked), self._row_s)
 
 
 class SlowStream:
@@ -168,9 +170,10 @@ def test_a_token_that_expires(bundle: Path, pipe: Pipeline, allowed: tuple[Any, 
         Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, TOKEN, seconds=2)) as edge,
     ):
         assert require_allowed(edge(**TANDEM), allowed) == ""
-        proxy.server_port, asked = port_of(second), proxy.connections
+        proxy.server_port = port_of(second)
+        proxy.begin()
         assert require_allowed(edge(**TANDEM), allowed) == "unauthorized"
-        assert proxy.connections == asked + 1  # asking again would not help
+        assert proxy.sent.count(b"POST /v1/handoff") == 1  # asking again would not help
 
 
 def test_clocks_that_go_wrong(
@@ -233,10 +236,10 @@ class Full:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
 
-    def stream(self, **asked: Any) -> Stream:
+    def stream_planned(self, *asked: Any) -> Stream:
         if self.full:
             raise OSError(*NO_SPACE, "/a/place/of/the/server")
-        return self._pipe.stream(**asked)
+        return self._pipe.stream_planned(*asked)
 
 
 def test_what_is_not_the_callers_fault_is_told_by_a_number(
@@ -303,7 +306,7 @@ def test_a_server_that_answers_nan(values: float, bundle: Path, pipe: Pipeline, 
     assert handover is not None
     facts = {key: text for key, text in described("", handover.to_bytes()).metadata.items() if key != "sha256"}
     handover.state.flat[5] = values
-    with answering(packed({"state": handover.state}, facts)) as port:
+    with answering(lambda _: packed({"state": handover.state}, facts)) as port:
         output = painted(bundle, f"http://127.0.0.1:{port}")
     assert require_allowed(output, allowed) == "malformed"
     assert "NaN or Inf" in output.degraded
@@ -312,19 +315,31 @@ def test_a_server_that_answers_nan(values: float, bundle: Path, pipe: Pipeline, 
 def test_a_server_that_answers_with_other_pictures(bundle: Path, pipe: Pipeline, allowed: tuple[Any, Any]) -> None:
     handover = pipe(**HERE, until=2, height=96).handover
     assert handover is not None
-    with answering(handover.to_bytes()) as port:
+    with answering(lambda asked: replace(handover, request=sha256(asked).hexdigest()).to_bytes()) as port:
         output = painted(bundle, f"http://127.0.0.1:{port}")
     assert require_allowed(output, allowed) == "malformed"
+    assert output.cloud[0].received_bytes == 0
     assert "answered a state of shape (2, 1, 4, 12, 8) for one of (2, 1, 4, 8, 8)" in output.degraded
 
 
+def test_an_answer_to_another_request_is_not_taken(bundle: Path, pipe: Pipeline, allowed: tuple[Any, Any]) -> None:
+    """As of a proxy that mixes two users up, who want the same plan from the same seed."""
+    handover = pipe(**{**HERE, "prompt": "blue"}, until=2).handover
+    assert handover is not None
+    for request in ("", sha256(b"another").hexdigest()):
+        with answering(lambda _, told=request: replace(handover, request=told).to_bytes()) as port:  # type: ignore[misc]
+            output = painted(bundle, f"http://127.0.0.1:{port}")
+        assert require_allowed(output, allowed) == "malformed"
+        assert "answered for another request" in output.degraded
+
+
 @contextmanager
-def answering(body: bytes) -> Iterator[int]:
-    """A server that has one answer for everything; its port."""
+def answering(answer: Callable[[bytes], bytes]) -> Iterator[int]:
+    """A server that says nothing of itself, and gives an answer to whatever is posted; its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
+            body = answer(self.rfile.read(int(self.headers["content-length"])))
             self.send_response(200)
             self.send_header("Content-Type", MESSAGE)
             self.send_header("Content-Length", str(len(body)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import socket
@@ -12,15 +14,21 @@ from typing import Any
 import httpx
 import msgspec
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
+from PIL import Image
 
 from tandemrt.runtime import Cloud, Handover, Pipeline, PlanError, RequestError, cloud
 from tandemrt.runtime.cloud import JSON
+from tandemrt.runtime.handover import models_of
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.messages import unpacked
+from tandemrt.serve import served
 from tandemrt.serve.protocol import TENSORS
 
 from ..runtime.tiny_bundle import resign
+from . import asking
 from .conftest import serving
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
@@ -67,7 +75,8 @@ def other_pipe(other: Path) -> Iterator[Pipeline]:
 
 def test_a_hand_over_says_which_models_ran_its_steps(client: httpx.Client, pipe: Pipeline) -> None:
     manifest = pipe.bundle.manifest
-    digests = {name: manifest.model_digest(name) for name in manifest.names("denoiser")}
+    digests = models_of(manifest)
+    assert list(digests) == [*manifest.names("denoiser"), "text_encoder"]
     assert client.get("/v2/models/bundle").json()["models"] == digests
     assert len(set(digests.values())) == len(digests)
     for until, names in ((1, ["unet"]), (2, ["unet"]), (4, ["unet", "unet_free"])):
@@ -112,6 +121,38 @@ def test_a_model_that_is_known_is_the_one_that_runs(
             assert output.degraded.startswith("conflict: "), output.degraded
             assert "409: models: unet: got" in output.degraded
     np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
+
+
+def other_text_encoder(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.onnx"
+    model = onnx.load(path)
+    weight = next(one for one in model.graph.initializer if len(one.dims) == 2)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.5), weight.name))
+    onnx.save(model, path)
+
+
+def other_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text(f"{path.read_text('utf-8')}\n", "utf-8")
+
+
+@pytest.mark.parametrize("change", [other_text_encoder, other_tokenizer])
+def test_another_text_encoder_is_told_of(
+    change: Callable[[Path], None], client: httpx.Client, bundle: Path, tmp_path: Path, pipe: Pipeline
+) -> None:
+    """The same denoisers, but prompts mean something else there than here."""
+    with Pipeline.open(copied(bundle, tmp_path / "bundle", change), threads=1, cloud=str(client.base_url)) as edge:
+        output = edge(**TANDEM)
+        assert output.degraded.startswith("conflict: "), output.degraded
+        assert "409: models: text_encoder: got" in output.degraded
+        np.testing.assert_array_equal(output.latents, edge(**ALONE).latents)
+        # What is encoded here needs no text encoder there.
+        embeds = edge.encode_prompt(**TANDEM)
+        embedded = edge(**{**TANDEM, "prompt": None}, **embeds)
+        assert embedded.degraded == ""
+        np.testing.assert_array_equal(embedded.latents, pipe(**{**JOB, "prompt": None}, **embeds).latents)
+        half = {name: values for name, values in embeds.items() if not name.startswith("negative")}
+        assert edge(**{**TANDEM, "prompt": None}, **half).degraded.startswith("conflict: ")
 
 
 def test_a_model_that_the_device_lacks_is_the_one_that_was_there_when_it_asked(
@@ -166,3 +207,38 @@ def test_a_server_that_comes_later_is_asked_again(small: Path, pipe: Pipeline, m
             together = edge(**TANDEM)
     assert together.degraded == ""
     np.testing.assert_array_equal(together.latents, pipe(**JOB).latents)
+
+
+def test_a_server_learns_later_what_its_cloud_serves(
+    small: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud, "BROKEN_S", 0.0)
+    monkeypatch.setattr(served, "_ASKS_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Pipeline.open(small, threads=1, cloud=f"http://127.0.0.1:{port}") as edge, serving(edge) as device:
+
+        def painted(steps: Any) -> httpx.Response:
+            return device.post("/v1/images/generations", json={**TANDEM, "steps": steps, "strict_prompts": True})
+
+        def denoisers() -> Any:
+            return device.get("/v2/models/bundle").json()["denoisers"]
+
+        assert "cloud:unet" not in denoisers()
+        alone = painted(TANDEM["steps"])
+        assert alone.status_code == 200, alone.text
+        assert alone.json()["degraded"].startswith("unreachable: ")
+        assert pixels(alone) == pipe(**ALONE).images[0].tobytes()
+        assert painted({"unet_nowhere": 2}).status_code == 422
+        assert painted({"cloud:unet": 200}).status_code == 422
+        with serving(pipe, port=port):
+            asking.until(lambda: "cloud:unet" in denoisers())
+            together = painted(TANDEM["steps"])
+            assert painted({"cloud:unet_nowhere": 2}).status_code == 422
+    assert together.json()["degraded"] == ""
+    assert pixels(together) == pipe(**JOB).images[0].tobytes()
+
+
+def pixels(answer: httpx.Response) -> bytes:
+    with Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))) as image:
+        return image.tobytes()

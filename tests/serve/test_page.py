@@ -1,12 +1,11 @@
-"""The page at `/`, in a browser: by keyboard alone, on a phone, in two places, and when something goes wrong."""
+"""The page at `/`, in a browser: by keyboard alone, in two places, and when something goes wrong."""
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +18,14 @@ from tandemrt.runtime import Cloud, Pipeline
 from tandemrt.runtime.stream import Stream
 from tandemrt.serve.limits import Limits
 
+from .browsing import Open, described, expect, needs_browser, painted
 from .conftest import serving
 from .faults import Faults, between
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright")
-expect = sync_api.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the PATH")
+pytestmark = needs_browser
 TOKEN = "a-token-of-some-length"
 ORDER = ("prompt", "negative_prompt", "first", "steps", "second", "rest", "split", "guidance_scale", "seed", "previews",
          "paint")  # fmt: skip
-# What the page said and showed on the way, which is gone before a test can look.
-RECORDED = """() => {
-  window.told = [];
-  const seen = {state: "textContent", live: "textContent", picture: "alt"};
-  for (const [id, what] of Object.entries(seen)) {
-    const one = document.getElementById(id);
-    new MutationObserver(() => window.told.push(`${id}: ${one[what]}`))
-      .observe(one, {childList: true, characterData: true, subtree: true, attributeFilter: ["alt"]});
-  }
-}"""
-Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")  # its event loop would be in the way of others
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def opened(browser: Any) -> Iterator[Open]:
-    """The page of a server, in a window of its own; no script may fail in it, and nothing break its policy."""
-    contexts, failures = [], []
-
-    def opening(client: httpx.Client, width: int = 1200, height: int = 900, **how: Any) -> Any:
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **how))
-        tab = contexts[-1].new_page()
-        tab.set_default_timeout(10_000)
-        tab.on("pageerror", lambda error: failures.append(str(error)))
-        tab.on("console", lambda said: failures.append(said.text) if "Security Policy" in said.text else None)
-        tab.goto(str(client.base_url))
-        tab.evaluate(RECORDED)
-        return tab
-
-    yield opening
-    for context in contexts:
-        context.close()
-    assert failures == []
-
-
-@pytest.fixture(scope="module")
-def device(bundle: Path, client: httpx.Client) -> Iterator[httpx.Client]:
-    with Pipeline.open(bundle, threads=1, cloud=str(client.base_url)) as edge, serving(edge) as served:
-        yield served
-
-
-def described(tab: Any) -> Any:
-    expect(tab.locator("#model")).to_have_text("bundle on onnxruntime:cpu")
-    return tab
-
-
-def painted(tab: Any) -> Any:
-    """Paint, and wait until it is done."""
-    tab.get_by_role("button", name="Paint").click()
-    expect(tab.get_by_role("status")).to_contain_text("Painted in ")
-    return tab
 
 
 def set_steps(tab: Any, first: str, steps: int, second: str, rest: int) -> None:
@@ -139,36 +78,12 @@ def test_a_picture_by_keyboard_alone(opened: Open, client: httpx.Client, pipe: P
     assert name == "seed7.png"
     wanted = pixels(pipe, [("unet", 28), ("unet_free", 12)])
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), wanted)
-    assert "picture: Preview after step 1 of 40" in told(tab)
+    assert any("picture: Preview after step " in said for said in told(tab))
     aloud = [said for said in told(tab) if said.startswith("live: Step")]
     assert aloud == [f"live: Step {step} of 40, here on {'unet' if step < 29 else 'unet_free'}" for step in
                      (10, 20, 30, 40)]  # fmt: skip
     assert row_heads(tab) == ["Here", "text", "unet", "unet_free", "decoding", "loading, previews", "All"]
     assert json.loads(downloaded(tab, "Download data")[1])["steps"] == [["unet", 28], ["unet_free", 12]]
-
-
-def test_every_control_has_a_role_and_a_name(opened: Open, client: httpx.Client) -> None:
-    tab = painted(described(opened(client)))
-    named = {
-        "textbox": ["Prompt", "Negative prompt may be empty"],
-        "combobox": ["First on", "Then on", "Preview every"],
-        "spinbutton": ["Steps of the first", "Steps of the second", "Guidance", "Seed"],
-        "button": ["Paint", "Keep this seed"],
-        "link": ["Download picture", "Download data"],
-        "progressbar": ["Steps painted"],
-        "table": ["Where the time went"],
-        "group": ["Steps"],
-        "form": ["What to paint"],
-        "region": ["Picture"],
-    }
-    for role, names in named.items():
-        for name in names:
-            expect(tab.get_by_role(role, name=name, exact=True)).to_be_visible()
-    assert tab.locator("input, select, textarea").evaluate_all("all => all.filter(one => !one.labels.length)") == []
-    tab.get_by_role("button", name="Keep this seed").click()
-    assert tab.get_by_label("Seed").input_value() in tab.get_by_role("status").text_content()
-    tab.get_by_text("How it was painted").click()
-    expect(tab.get_by_role("definition").filter(has_text="a red circle left of a blue square")).to_be_visible()
 
 
 def test_both_places_are_shown(opened: Open, device: httpx.Client, pipe: Pipeline) -> None:
@@ -180,7 +95,7 @@ def test_both_places_are_shown(opened: Open, device: httpx.Client, pipe: Pipelin
     tab.get_by_label("Seed").fill("7")
     painted(tab)
     assert "live: Steps 1 to 4 of 12 run in the cloud, on unet" in told(tab)
-    assert "picture: Preview after step 6 of 12" in told(tab)
+    assert any("picture: Preview after step " in said for said in told(tab))
     heads = row_heads(tab)
     assert heads[0] == "In the cloud" and heads[1].startswith("unet1 try, ") and heads[1].endswith(" kB down")
     assert heads[2:] == ["Here", "text", "unet_free", "decoding", "loading, previews", "All"]
@@ -202,7 +117,7 @@ def test_a_cloud_that_does_not_help_is_told(opened: Open, bundle: Path, client: 
         tab = described(opened(served))
         set_steps(tab, "cloud:unet", 4, "unet_free", 8)
         painted(tab)
-        words = f"The cloud did not help: all steps ran here. deadline: {proxy.url}: did not answer"
+        words = "The cloud did not help: its steps ran here. deadline: it did not answer in time"
         expect(tab.get_by_role("alert").filter(has_text=words)).to_be_visible()
         assert "live: Steps 1 to 4 of 12 run in the cloud, on unet" in told(tab)
         assert row_heads(tab)[1].startswith("no help1 try, ") and row_heads(tab)[4] == "unet_free"
@@ -276,6 +191,19 @@ def test_a_limit_is_told_at_its_control(opened: Open, client: httpx.Client) -> N
     assert tab.locator("#prompt-problem").text_content() == ""
 
 
+def test_what_a_prompt_had_no_room_for_is_told(opened: Open, client: httpx.Client) -> None:
+    tab = described(opened(client))
+    prompt = tab.get_by_label("Prompt", exact=True)
+    prompt.fill("red " * 30 + "blue")
+    painted(tab)
+    told = tab.get_by_role("alert").filter(has_text="this was not painted: red")
+    expect(told).to_be_visible()
+    assert told.text_content().startswith("Too long by ") and told.text_content().endswith("blue")
+    prompt.fill("red")
+    painted(tab)
+    expect(tab.locator("#dropped")).to_be_hidden()
+
+
 def test_more_runs_than_two_are_the_bundles_own(opened: Open, client: httpx.Client) -> None:
     facts = client.get("/v2/models/bundle").json()
     facts["defaults"]["steps"] = [["unet", 1], ["unet_free", 2], ["unet", 1]]
@@ -320,46 +248,3 @@ def test_what_goes_wrong_is_told_at_the_button(opened: Open, client: httpx.Clien
     tab.unroute("**/v1/images/stream*")
     painted(tab)
     assert tab.locator("#run-problem").text_content() == ""
-
-
-def fits(tab: Any) -> bool:
-    return bool(tab.evaluate("document.documentElement.scrollWidth <= innerWidth"))
-
-
-def test_a_phone_and_enlarged_text(opened: Open, device: httpx.Client) -> None:
-    tab = described(opened(device, 390, 844, reduced_motion="reduce"))
-    assert fits(tab)
-    expect(tab.locator("#frame")).not_to_be_in_viewport(ratio=0.9)
-    painted(tab)
-    assert fits(tab)
-    expect(tab.locator("#frame")).to_be_in_viewport(ratio=0.9)
-    tab.get_by_text("How it was painted").click()
-    for width in (320, 600):  # 1280 px at 400%, 1200 px at 200%
-        tab.set_viewport_size({"width": width, "height": 450})
-        assert fits(tab)
-    tab.add_style_tag(content="html { font-size: 200% }")
-    tab.set_viewport_size({"width": 1200, "height": 900})
-    assert fits(tab)
-    tab.evaluate("document.getElementById('state').className = 'away'")
-    assert tab.locator("#state").evaluate("one => getComputedStyle(one, '::before').animationName") == "none"
-
-
-def luminance(colour: str) -> float:
-    """WCAG 2's relative luminance, of `#rgb` or `#rrggbb`."""
-    digits = colour.strip().removeprefix("#")
-    digits = digits if len(digits) == 6 else "".join(digit * 2 for digit in digits)
-    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_is_enough(opened: Open, client: httpx.Client, scheme: str) -> None:
-    tab = opened(client, color_scheme=scheme)
-    read = "name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`)"
-    texts = ["ink paper", "ink card", "soft paper", "soft card", "accent card", "on-accent accent", "bad card",
-             "warn warned"]  # fmt: skip
-    for least, pairs in ((4.5, texts), (3.0, ["edge card", "first card", "second card", "accent line"])):
-        for pair in pairs:
-            dark, light = sorted(luminance(tab.evaluate(read, name)) for name in pair.split())
-            assert (light + 0.05) / (dark + 0.05) >= least, pair

@@ -7,10 +7,12 @@ namespace of their own.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,9 @@ import numpy as np
 import pytest
 
 from tandemrt.runtime import Cloud, Handover, Pipeline
-from tandemrt.runtime.errors import ArgumentError
-from tandemrt.serve.limits import Limits
 
 from ..runtime.tiny_bundle import write_tiny_bundle
-from .ray_cluster import Cluster, cluster, config_of, loopback_alone
+from .ray_cluster import Cluster, cluster, config_of, loopback_alone, on_two_nodes
 from .test_ray import picture
 
 pytestmark = [pytest.mark.deep, pytest.mark.slow]
@@ -34,12 +34,8 @@ JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_small": 3}, "
 TANDEM: dict[str, Any] = {**JOB, "steps": {"cloud:unet": 2, "unet_small": 3}}
 ALONE: dict[str, Any] = {**JOB, "steps": {"unet_small": 5}}
 SECONDS = 10.0
-TWO_NODES = {"num_replicas": 2, "max_replicas_per_node": 1}
-# The server is where its clients are; a part is on two nodes, and comes back on the third.
-DEPLOYMENTS: list[dict[str, Any]] = [
-    {"name": "http", "ray_actor_options": {"num_cpus": 1, "resources": {"head": 1}}},
-    *({"name": name, **TWO_NODES} for name in ("text", "unet", "unet-unconditional", "unet_small", "decoder")),
-]
+# A part is on two nodes, and comes back on the third.
+DEPLOYMENTS = on_two_nodes("text", "unet", "unet-unconditional", "unet_small", "decoder")
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +130,32 @@ def test_who_leaves_and_who_is_late_leave_nothing_behind(client: httpx.Client) -
     assert time.monotonic() - began < 5
 
 
+def test_a_branch_that_hangs_ends_with_its_request(up: Cluster, client: httpx.Client) -> None:
+    on_nodes = [one for name in up.nodes for one in up.parts(name)]
+    branches = [pid for part, pid in on_nodes if part == "unet-unconditional"]
+    assert len(branches) == 2
+    for pid in branches:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        answer = client.post("/v1/handoff", json={**JOB, "until": 2, "timeout": 2})
+        took = time.monotonic() - began
+    finally:
+        for pid in branches:
+            os.kill(pid, signal.SIGCONT)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (504, "deadline")
+    assert took < 3
+    assert client.post("/v1/handoff", json={**JOB, "until": 5}).status_code == 200
+    assert [one for name in up.nodes for one in up.parts(name)] == on_nodes
+
+
 def test_a_node_is_killed_under_load(up: Cluster, client: httpx.Client, bundle: Path, pipe: Pipeline) -> None:
     long = {"steps": {"unet": 25, "unet_small": 5}}
     wanted, alone = in_one_process(pipe, **long), pipe(**ALONE)
     tandem = in_one_process(pipe)
     # Of the two replicas that requests are with most of the time, and wait for, one at least is not on the head.
-    node, parts = next((name, parts) for name in ("first", "second") if "unet" in (parts := up.parts(name)))
+    on_nodes = {name: [part for part, _ in up.parts(name)] for name in ("first", "second")}
+    node, parts = next((name, parts) for name, parts in on_nodes.items() if "unet" in parts)
     seen: list[tuple[str, float]] = []
     ended = threading.Event()
 
@@ -208,22 +224,3 @@ def test_a_part_that_many_wait_for_gets_replicas(up: Cluster, client: httpx.Clie
         finally:
             ended.set()
     assert replicas >= 2
-
-
-def test_what_cannot_be_built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandemrt.serve.ray_app import build, options_of  # noqa: PLC0415 (Ray takes its time)
-
-    assert options_of({"bundle": "x", "limits": {"steps": "50"}}).limits == Limits(running=16, steps=50)
-    monkeypatch.delenv("TANDEMRT_TOKEN", raising=False)
-    told: list[tuple[Mapping[str, Any], str]] = [
-        ({}, "missing required field `bundle`"),
-        ({"bundle": str(bundle), "replicas": 2}, "args: unknown options, got .*'replicas'"),
-        ({"bundle": str(bundle), "limits": {"request": 2}}, "limits: unknown options"),
-        ({"bundle": str(bundle)}, "token_file: there is no token. Put one into"),
-        ({"bundle": str(bundle), "limits": {"batch": 2}}, "limits: unknown options"),
-        ({"bundle": str(bundle), "token_file": "none", "branches": "unet,vae"}, "unknown denoiser, got 'vae'"),
-    ]
-    for arguments, message in told:
-        with pytest.raises(ArgumentError, match=message):
-            build(dict(arguments))
-    build({"bundle": str(bundle), "token_file": "none", "branches": "unet"})

@@ -1,0 +1,193 @@
+"""Clients who leave things half done, and more of them than there is room for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from tandemrt.runtime import Pipeline
+from tandemrt.runtime.cloud import JSON
+from tandemrt.serve import command, patience
+from tandemrt.serve.limits import Limits
+from tandemrt.serve.patience import Patience
+
+from .asking import Pace, asked, connection, counted, measured, status_of, until
+from .conftest import run_apart, serving
+
+JOB: dict[str, Any] = {"prompt": "red", "steps": 1, "seed": 7, "until": 1}
+HEAD = f"POST /v1/handoff HTTP/1.1\r\nContent-Type: {JSON}\r\nContent-Length: 100000"
+
+
+@dataclass
+class Asking:
+    """A request on a connection, whose answer has come to an end."""
+
+    response_complete: bool = False
+
+
+@dataclass(eq=False)
+class Connected:
+    """A connection of uvicorn's; left: how many bytes are to be read, each time somebody looks."""
+
+    cycle: Asking | None = None
+    left: Iterator[int] = field(default_factory=lambda: iter(lambda: 0, 1))
+    aborted: bool = False
+
+    @property
+    def transport(self) -> Connected:
+        return self
+
+    def get_write_buffer_size(self) -> int:
+        return next(self.left)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def always(count: int) -> Iterator[int]:
+    return iter(lambda: count, -1)
+
+
+def given_up(connections: dict[str, Connected], longest_s: float, *, ending: bool = False) -> set[str]:
+    """Who is hung up on within a second, with a patience of 0.4 s."""
+
+    async def run() -> None:
+        keeping = Patience(connections.values(), longest_s)
+        keeping.ending = ending
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(keeping.keep(), 1.0)
+
+    run_apart(run())
+    return {name for name, one in connections.items() if one.aborted}
+
+
+def test_who_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connections() -> dict[str, Connected]:
+        return {
+            "says nothing": Connected(),
+            "has been answered": Connected(Asking(response_complete=True)),
+            "is painted for": Connected(Asking()),
+            "reads": Connected(Asking(), iter(range(10**9, 0, -1))),
+            "does not read": Connected(Asking(), always(1000)),
+            "does not read the end": Connected(Asking(response_complete=True), always(1000)),
+        }
+
+    idle, stuck = {"says nothing", "has been answered"}, {"does not read", "does not read the end"}
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.4)
+    assert given_up(connections(), 60) == idle | stuck
+    assert given_up(connections(), 0.2) == connections().keys()
+    monkeypatch.setattr(patience, "PATIENCE_S", 60)
+    assert given_up(connections(), 60) == set()
+    monkeypatch.setattr(patience, "GOODBYE_S", 0.2)
+    assert given_up(connections(), 60, ending=True) == idle
+
+
+def test_a_header_that_does_not_come_is_not_waited_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.4)
+    with serving(pipe) as client:
+        address = client.base_url.host, client.base_url.port or 0
+        with socket.create_connection(address, timeout=10) as first, socket.create_connection(address, 10) as second:
+            first.sendall(b"GET /v2 HTTP/1.1\r\nX-Half")
+            second.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET / HTTP/1.1\r\nX-Ha")
+            assert first.recv(100) == b""
+            received = bytearray()
+            with suppress(ConnectionResetError):
+                while chunk := second.recv(1 << 16):
+                    received += chunk
+        assert received.startswith(b"HTTP/1.1 200 OK")
+        assert client.get("/v2/health/live").status_code == 200
+
+
+def test_a_stream_that_is_not_read_ends(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    asked_for = "prompt=red&steps=unet:20&size=1024x1024&previews=1"
+    with serving(pipe) as client, socket.socket() as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect((client.base_url.host, client.base_url.port or 0))
+        unread.sendall(f"GET /v1/images/stream?{asked_for} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        until(lambda: counted(client, "/v1/images/stream", "client_left") == 1, 60)
+        until(lambda: measured(client, "tandemrt_running") == 0)
+
+
+def test_where_there_is_no_room_no_body_is_read(slow: Pipeline, pace: Pace) -> None:
+    with pace.held(), serving(slow, Limits(waiting=0), ready=False) as client:
+        assert status_of(connection(client, HEAD)) == 503
+        pace.open.set()
+        until(lambda: client.get("/v2/health/ready").status_code == 200)
+        with pace.held():
+            running = asked(client, JOB)
+            until(lambda: measured(client, "tandemrt_running") == 1)
+            assert status_of(connection(client, HEAD)) == 429
+            pace.open.set()
+            assert status_of(running) == 200
+
+
+def test_so_many_bodies_are_read_at_once(pipe: Pipeline) -> None:
+    def status() -> int:
+        return client.post("/v1/handoff", json=JOB).status_code
+
+    with serving(pipe, Limits(waiting=1)) as client:
+        others = [connection(client, HEAD, b"{") for _ in range(3)]
+        (answered,), *_ = select.select(others, [], [], 20)
+        assert status_of(answered) == 429
+        first, second = (other for other in others if other is not answered)
+        assert status() == 429
+        first.close()
+        until(lambda: status() == 200)
+        second.close()
+
+
+def test_an_answer_that_is_there_is_given_where_there_is_no_room(slow: Pipeline, pace: Pace) -> None:
+    key = {"Idempotency-Key": "one"}
+    with serving(slow, Limits(waiting=0)) as client:
+        made = client.post("/v1/handoff", json=JOB, headers=key).content
+        with pace.held():
+            running = asked(client, JOB)
+            until(lambda: measured(client, "tandemrt_running") == 1)
+            assert client.post("/v1/handoff", json=JOB).status_code == 429
+            assert client.post("/v1/handoff", json=JOB, headers=key).content == made
+            pace.open.set()
+            assert status_of(running) == 200
+
+
+def test_who_waits_for_what_another_has_asked_for_may_leave(slow: Pipeline, pace: Pace) -> None:
+    body = json.dumps(JOB).encode()
+    headers = {"Content-Type": JSON, "Idempotency-Key": "one"}
+    lines = "".join(f"\r\n{name}: {value}" for name, value in headers.items())
+    head = f"POST /v1/handoff HTTP/1.1{lines}\r\nContent-Length: {len(body)}"
+
+    with serving(slow, Limits(waiting=1)) as client:
+
+        def refused() -> bool:
+            try:
+                return client.post("/v1/handoff", content=body, headers=headers, timeout=0.3).status_code == 429
+            except httpx.TimeoutException:
+                return False
+
+        with pace.held():
+            first = connection(client, head, body)
+            until(lambda: measured(client, "tandemrt_running") == 1)
+            others = [connection(client, head, body) for _ in range(2)]
+            (answered,), *_ = select.select(others, [], [], 20)
+            assert status_of(answered) == 429
+            next(other for other in others if other is not answered).close()
+            until(lambda: not refused())
+            pace.open.set()
+            assert status_of(first) == 200
+        assert measured(client, "tandemrt_call_requests_count") == 1
+
+
+def test_so_many_connections_are_answered(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_OTHERS", 1)
+    with serving(pipe, Limits(waiting=0)) as client:  # the first
+        assert status_of(connection(client, "GET /v2/health/live HTTP/1.1")) == 503
+        until(lambda: client.get("/v2/health/live").status_code == 200)
