@@ -43,15 +43,18 @@ class OpenVinoSession:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         compile_again: Callable[[], Any] | None = None,
+        read_from: object = None,
     ) -> None:
         """Raises TargetError where a tensor is of a type that numpy has not.
 
-        compile_again: makes a second model of a second batch; without it there is one.
+        compile_again: makes a second model of a second batch; without it there is one. read_from: memory that the
+        model goes on reading; it stays until the session and its bindings are gone.
         """
         self._name, self._ov = name, imported("openvino")
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self._compiled: Any = compiled
         self._compile_again, self._second = compile_again, None
+        self._read_from = read_from
         self._batch: Shape = ()
         self._lock = threading.Lock()
         require_numpy_types(name, (*self.inputs, *self.outputs))
@@ -106,12 +109,15 @@ class OpenVinoSession:
         path = found.folder / file
 
         def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
-            blob = imported("openvino").Tensor(np.fromfile(path, np.uint8))
+            nonlocal mapped
+            mapped = np.memmap(path, np.uint8, "c")  # reading it would take longer than all the rest
+            blob = imported("openvino").Tensor(mapped, shared_memory=True)
             return core.import_model(blob, target.device.upper(), configuration)
 
+        mapped: Any = None
         name = found.engine.component
         compiled = _granted(path, target, _threading(target.device, threads, streams), import_blob, engine_of=name)
-        return cls(name, compiled, found.engine.inputs, found.engine.outputs)
+        return cls(name, compiled, found.engine.inputs, found.engine.outputs, read_from=mapped)
 
     def bind(self, input_shapes: Mapping[str, Shape]) -> OpenVinoBinding:
         """Allocate buffers for these input shapes; see `Session.bind`."""
