@@ -38,9 +38,12 @@ WRITERS = {
     "adaptive": "adaptive:table",
     "demo": "demo:markdown",
     "export": "export_memory:markdown",
+    "handoff": "handoff:markdown",
     "host": "host:markdown",
+    "links": "links:markdown",
     "precisions": "precisions:markdown",
     "score": "shapes.score:markdown",
+    "serve_load": "serve_load:markdown",
 }
 _END = "<!-- end -->"
 _BEGIN = re.compile(r"<!-- (\S+\.json) \| ([^\n]+?) -->")
