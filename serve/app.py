@@ -20,7 +20,7 @@ from tandemrt.runtime import Request as Painting
 from .answers import Endpoint, Idempotent, answering
 from .counted import Counted
 from .guard import Guard
-from .limits import Limits
+from .limits import HANGS_S, Limits
 from .metrics import Metrics
 from .problems import Problem
 from .queue import Queue
@@ -65,7 +65,7 @@ def application_of(
         finally:
             asking.cancel()
             painter.drain()
-            await asyncio.wait([warming, asking])
+            await asyncio.wait([warming, asking], timeout=HANGS_S)
             await painter.close()
 
     routes = _routes(Service(served, painter, limits, Idempotent(limits.waiting)), metrics)
@@ -96,11 +96,14 @@ def _routes(service: Service, metrics: Metrics) -> list[Route]:
     def route(path: str, method: str, endpoint: Endpoint) -> Route:
         return Route(path, answering(endpoint), methods=[method])
 
+    stream = route("/v1/images/stream", "GET", service.stream)
+    stream.methods = {"GET"}  # HEAD, which Starlette adds, would paint what nobody is shown
+
     return [
         route("/", "GET", page),
         route("/v1/handoff", "POST", service.handoff),
         route("/v1/images/generations", "POST", service.generations),
-        route("/v1/images/stream", "GET", service.stream),
+        stream,
         route("/v2", "GET", service.server),
         route("/v2/health/live", "GET", live),
         route("/v2/health/ready", "GET", service.ready),

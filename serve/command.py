@@ -115,13 +115,14 @@ def plan_from_arguments(namespace: argparse.Namespace) -> ServePlan:
     if not 0 <= namespace.port <= 65_535:
         raise ArgumentError("--port", "not usable", got=namespace.port, expected="a whole number in 0..65535")
     bounds = {name: getattr(namespace, f"max_{name}") for name in (*_BOUNDED, "seconds")}
-    for name, value in bounds.items():
-        least = 0 if name == "waiting" else 1
-        if not least <= value < 1e9:
-            raise ArgumentError(f"--max-{name}", "not usable", got=value, expected=f"{least} or more")
+    try:
+        limits = Limits(**bounds)
+    except ArgumentError as error:
+        where = f"--max-{error.where}"
+        raise ArgumentError(where, error.what, got=bounds[error.where], expected=error.expected) from error
     shared = {name: getattr(namespace, name) for name in ("bundle", "target", "threads", "cache", "host", "port")}
     tls = {"certificate": namespace.tls_certificate, "key": namespace.tls_key}
-    return ServePlan(**shared, **tls, token=token, token_file=file, cloud=cloud, limits=Limits(**bounds))
+    return ServePlan(**shared, **tls, token=token, token_file=file, cloud=cloud, limits=limits)
 
 
 def plan_facts(plan: ServePlan) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
     """
 
     from .app import application  # noqa: PLC0415
+    from .served import name_of  # noqa: PLC0415
 
     with (
         _listening(plan) as listener,
@@ -154,7 +156,7 @@ def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
         _load(config)
         host = f"[{plan.host}]" if ":" in plan.host else plan.host
         scheme = "http" if plan.certificate is None else "https"
-        reporter.note(f"serving {pipe.bundle.path.name} at {scheme}://{host}:{listener.getsockname()[1]}")
+        reporter.note(f"serving {name_of(pipe.bundle.path)} at {scheme}://{host}:{listener.getsockname()[1]}")
         with _told_to_end():
             server_of(config, plan.limits).run(sockets=[listener])
     return {"served": str(plan.bundle)}
@@ -219,7 +221,7 @@ def server_config(app: Starlette, limits: Limits, *, host: str, port: int) -> uv
         port=port,
         http="h11",
         ws="none",
-        limit_concurrency=limits.running + limits.waiting + _OTHERS,
+        limit_concurrency=limits.running + limits.waiting + _OTHERS + 1,  # which it does not let be reached
         h11_max_incomplete_event_size=limits.header_bytes,
         access_log=False,  # it would hold prompts
         server_header=False,

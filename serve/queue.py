@@ -7,19 +7,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from tandemrt.runtime import Output, Pipeline, Request, StepEvent, Stream
 from tandemrt.runtime.stream import Stage
 
 from .batching import Batch, in_common
-from .limits import Limits
+from .limits import HANGS_S, Limits
 from .metrics import Metrics
 from .problems import busy, overdue, unready
+from .threads import Threads
 from .work import Seen, Work
 
 LOG = logging.getLogger("tandemrt.serve")
+# How often who waits for the last calls looks whether they hang.
+_LOOKS_S = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -35,25 +38,33 @@ class _Caller:
 
 
 class _Call:
-    """A call of a pipeline for one caller, or for several at once; it ends when all of them are gone."""
+    """A call of a pipeline for one caller, or for several at once; it ends when all of them are gone.
+
+    gone_at: when the last of them went, of time.monotonic.
+    """
 
     def __init__(self, callers: Sequence[_Caller]) -> None:
         self.callers = callers
         self.batch = Batch.of([caller.work for caller in callers])
-        self._gone = False
+        self.gone_at = math.inf
         self._stream: Stream | None = None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it should have ended long ago, if it runs."""
+        return time.monotonic() - self.gone_at > HANGS_S
 
     def look(self) -> None:
         """End it if nobody waits for what it makes."""
         if all(caller.made.done() for caller in self.callers):
-            self._gone = True
+            self.gone_at = min(self.gone_at, time.monotonic())
             if self._stream is not None:
                 self._stream.cancel()
 
     def run(self, pipe: Pipeline, told: Callable[[StepEvent | Stage], object]) -> Output:
         """Walk it, on a thread of its own."""
         self._stream = stream = pipe.stream_planned(self.batch.request, self.callers[0].work.plan)
-        if self._gone:  # before there was a stream to cancel
+        if self.gone_at < math.inf:  # before there was a stream to cancel
             stream.cancel()
         for event in stream.with_stages():
             told(event)
@@ -71,37 +82,59 @@ class Queue:
 
     def __init__(self, pipe: Pipeline, limits: Limits, metrics: Metrics) -> None:
         self._pipe, self._limits, self._metrics = pipe, limits, metrics
-        self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="tandemrt-serve")
+        self._threads = Threads(limits.running)
         self._free, self._typical_s = limits.running, 1.0
         self._waiting: list[_Caller] = []
         self._calls: set[asyncio.Task[None]] = set()
+        self._running: set[_Call] = set()
+        self._first: Stream | None = None
         self._unready, self._draining = "it has not painted its first picture yet", False
 
     @property
     def unready(self) -> str:
         """Why no request is taken; empty where one is."""
-        return "it is shutting down" if self._draining else self._unready
+        if self._draining:
+            return "it is shutting down"
+        return "a call of a model does not end" if self._hanging else self._unready
+
+    @property
+    def _hanging(self) -> int:
+        """How many calls hang."""
+        return sum(call.hangs for call in self._running)
 
     async def warm_up(self, request: Request) -> None:
-        """Paint a picture, and be ready; where that fails, be never, and log why."""
+        """Paint a picture, and be ready; where that fails, stay unready, and log why, unless `drain` has ended it."""
         began = time.perf_counter()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, _painted, self._pipe, request)
+            await self._threads.run(partial(self._paint_first, request))
         except Exception as error:
-            self._unready = "its first picture failed; its log says why"
-            LOG.error("the first picture failed: %s", error, exc_info=error)
+            if not self._draining:
+                self._unready = "its first picture failed; its log says why"
+                LOG.error("the first picture failed: %s", error, exc_info=error)
         else:
             self._typical_s, self._unready = time.perf_counter() - began, ""
 
+    def _paint_first(self, request: Request) -> None:
+        """Paint the first picture, on a thread of its own."""
+        self._first = self._pipe.stream(**request.arguments)
+        if self._draining:  # before there was a stream to cancel
+            self._first.cancel()
+        self._first.result()
+        self._first = None
+
     def drain(self) -> None:
-        """Take no further request; those that were taken are painted yet."""
+        """Take no further request, and end the first picture; requests that were taken are painted yet."""
         self._draining = True
+        if (first := self._first) is not None:
+            first.cancel()
 
     async def close(self) -> None:
-        """Wait until what was taken has ended, and end the threads."""
-        while self._calls:
-            await asyncio.wait(self._calls)
-        await asyncio.to_thread(self._threads.shutdown)
+        """Wait until what was taken has ended, but for calls that hang, and end the threads."""
+        while len(self._calls) > self._hanging:
+            await asyncio.wait(self._calls, timeout=_LOOKS_S)
+        if self._calls:
+            LOG.error("calls of models do not end, and are given up: %d", len(self._calls))
+        self._threads.close()
 
     def require_room(self) -> None:
         """As `Painter.require_room`."""
@@ -168,6 +201,7 @@ class Queue:
     async def _call(self, callers: Sequence[_Caller]) -> None:
         """Give each what his request makes, of all run as one; where that fails, of each run by itself."""
         call, loop, began = _Call(callers), asyncio.get_running_loop(), time.perf_counter()
+        self._running.add(call)
         for caller in callers:
             caller.call = call
         wanted = any(caller.seen is not None for caller in callers)
@@ -178,11 +212,13 @@ class Queue:
 
         call.look()
         try:
-            output = await loop.run_in_executor(self._threads, call.run, self._pipe, told)
+            output = await self._threads.run(partial(call.run, self._pipe, told))
             outputs = call.batch.outputs(output)
         except Exception as error:
             await self._fail(callers, error)
             return
+        finally:
+            self._running.discard(call)
         self._typical_s = 0.8 * self._typical_s + 0.2 * (time.perf_counter() - began)
         self._metrics.painted(output, len(callers))
         for caller, own in zip(callers, outputs, strict=True):
@@ -198,7 +234,3 @@ class Queue:
         for caller in left:
             if not caller.made.done():  # by now
                 await self._call([caller])
-
-
-def _painted(pipe: Pipeline, request: Request) -> Output:
-    return pipe.stream(**request.arguments).result()

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tandemrt.runtime.errors import ArgumentError
+from tandemrt.runtime.errors import ArgumentError, told_as
 from tandemrt.runtime.tokens import token_in_environment
 
 from .command import TOKEN
@@ -41,7 +41,7 @@ def options_of(args: Mapping[str, Any]) -> Options:
     """What `build` was told.
 
     Raises:
-        ArgumentError: an option is unknown, missing, or of another type.
+        ArgumentError: an option is unknown, missing, or of another type; or a limit is out of range.
     """
     limits = args.get("limits", {})
     for where, given, kind in (("args", args, Options), ("limits", limits, Limits)):
@@ -49,7 +49,8 @@ def options_of(args: Mapping[str, Any]) -> Options:
         if not isinstance(given, Mapping) or not set(known).issuperset(given):
             raise ArgumentError(where, "unknown options", got=given, expected=f"of {', '.join(known)}")
     try:
-        return msgspec.convert({**args, "limits": {"running": _RUNNING, **limits}}, Options, strict=False)
+        with told_as("limits"):
+            return msgspec.convert({**args, "limits": {"running": _RUNNING, **limits}}, Options, strict=False)
     except msgspec.ValidationError as error:
         raise ArgumentError("args", str(error)) from error
 

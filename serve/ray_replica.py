@@ -25,13 +25,12 @@ from tandemrt.runtime.errors import ArgumentError, TandemError
 from tandemrt.runtime.plan import compile_plan
 from tandemrt.runtime.tokenizer import DroppedText
 
+from .limits import HANGS_S
 from .problems import Problem
 
 T = TypeVar("T")
 Float32 = npt.NDArray[np.float32]
 TEXT, DECODER = "text", "decoder"
-# A call of a model cannot be stopped: a replica is given up when one ends so much later than it may.
-HANGS_S = 60.0
 
 
 class LostError(TandemError):

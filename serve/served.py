@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -52,7 +53,7 @@ class Served:
     def on(cls, bundle: Bundle, target: Target, there: There | None = None) -> Served:
         """A bundle on a target, named as its folder; there: see above."""
         own = bundle.manifest
-        return cls(bundle.path.name, bundle.digest, target.told(own), own, models_of(own), there)
+        return cls(name_of(bundle.path), bundle.digest, target.told(own), own, models_of(own), there)
 
     @property
     def manifest(self) -> Manifest:
@@ -120,3 +121,8 @@ class Served:
             "latent": {"channels": manifest.latent.channels, "downsampling": manifest.latent.downsampling},
             "defaults": msgspec.to_builtins(manifest.defaults),
         }
+
+
+def name_of(bundle: Path) -> str:
+    """A bundle's name: that of its folder, also where it is given as `.` or `..`."""
+    return (bundle.resolve() if bundle.name in ("", "..") else bundle).name

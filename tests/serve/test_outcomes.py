@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,8 +17,9 @@ from tandemrt.runtime.plan import RowGuidance
 from tandemrt.serve import events, service
 from tandemrt.serve.limits import Limits
 from tandemrt.serve.problems import OUTCOME, overdue
+from tandemrt.serve.served import Served
 
-from .asking import Pace, connection, counted, until
+from .asking import Pace, connection, counted, measured, until
 from .conftest import run_apart, serving
 
 TOKEN = "a-token-of-some-length"
@@ -103,3 +105,20 @@ def test_what_is_served_is_told_as_the_open_inference_protocol_does(client: http
     assert facts["versions"] == [pipe.bundle.digest]
     assert {"name": "state", "datatype": "FP32", "shape": [-1, -1, 4, -1, -1]} in facts["inputs"]
     assert [one["name"] for one in facts["outputs"]] == ["state"]
+
+
+@pytest.mark.parametrize("path", [".", "unet/.."])
+def test_a_bundle_that_is_served_from_within_has_its_folders_name(
+    path: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle)
+    with Pipeline.open(path, threads=1) as pipe:
+        assert Served.of(pipe).name == bundle.name
+
+
+def test_who_asks_for_a_streams_header_has_nothing_painted(client: httpx.Client) -> None:
+    calls = measured(client, "tandemrt_call_requests_count")
+    answer = client.head(STREAM, params=ASKED)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+    assert client.head("/").status_code == 200
+    assert measured(client, "tandemrt_call_requests_count") == calls

@@ -6,9 +6,11 @@ import asyncio
 import json
 import select
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -48,6 +50,12 @@ class Connected:
 
     def get_write_buffer_size(self) -> int:
         return next(self.left)
+
+    def get_extra_info(self, _: str) -> Connected:
+        return self
+
+    def fileno(self) -> int:  # of no socket
+        return -1
 
     def abort(self) -> None:
         self.aborted = True
@@ -89,6 +97,82 @@ def test_who_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given_up(connections(), 60) == set()
     monkeypatch.setattr(patience, "GOODBYE_S", 0.2)
     assert given_up(connections(), 60, ending=True) == idle
+
+
+def test_one_that_cannot_be_looked_at_does_not_end_the_looking(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost() -> int:
+        raise AttributeError("it has no transport any more")
+
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.4)
+    assert given_up({"odd": Connected(Asking(), iter(lost, -1)), "says nothing": Connected()}, 60) == {"says nothing"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "a connection cannot be looked at, and is not hung up on"
+    ]
+
+
+class Written(asyncio.Protocol):
+    """A connection of a server that has written an answer, of more than the kernel takes."""
+
+    cycle = Asking(response_complete=True)
+
+    def __init__(self, connections: list[Written]) -> None:
+        self.connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(bytes(32 << 20))
+        self.connections.append(self)
+
+
+async def until_later(true: Any) -> None:
+    ends = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < ends
+        await asyncio.sleep(0.01)
+
+
+def test_who_reads_slowly_and_steadily_is_not_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes more of an answer only when much of what it has is gone."""
+    now = [0.0]
+
+    async def run() -> None:
+        monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        connections: list[Written] = []
+        server = await asyncio.get_running_loop().create_server(lambda: Written(connections), "127.0.0.1", 0)
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(server.sockets[0].getsockname())
+            reader.setblocking(False)
+            await until_later(lambda: connections)
+            keeping, (one,) = Patience(connections, 600), connections
+            taken: list[bytes] = []
+
+            def changes() -> bool:
+                """Whether a look after some bytes have been read finds the connection as it was not before."""
+                with suppress(BlockingIOError):
+                    taken.append(reader.recv(4096))
+                assert len(taken) < 60  # so little that the kernel takes no more
+                keeping.look()
+                return keeping._seen[one].since == now[0]
+
+            for _ in range(15):
+                now[0] += 20
+                await until_later(changes)
+                assert not one.transport.is_closing()
+
+            assert one.transport.get_write_buffer_size() > 0
+            for _ in range(10):  # what is on its way yet may change it once more
+                now[0] += 31
+                await asyncio.sleep(0.05)
+                keeping.look()
+            assert one.transport.is_closing()
+        server.close()
+        await server.wait_closed()
+
+    run_apart(run())
 
 
 def test_a_header_that_does_not_come_is_not_waited_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,5 +273,7 @@ def test_who_waits_for_what_another_has_asked_for_may_leave(slow: Pipeline, pace
 def test_so_many_connections_are_answered(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_OTHERS", 1)
     with serving(pipe, Limits(waiting=0)) as client:  # the first
-        assert status_of(connection(client, "GET /v2/health/live HTTP/1.1")) == 503
+        with socket.create_connection((client.base_url.host, client.base_url.port or 0)):
+            assert client.get("/v2/health/live").status_code == 200
+            assert status_of(connection(client, "GET /v2/health/live HTTP/1.1")) == 503
         until(lambda: client.get("/v2/health/live").status_code == 200)

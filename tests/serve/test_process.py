@@ -142,7 +142,7 @@ def test_who_is_here_needs_no_token(host: str, monkeypatch: pytest.MonkeyPatch) 
         (r"--port: not usable, got 65536", ["--port", "65536"]),
         (r"--max-waiting: not usable, got -1, expected 0 or more", ["--max-waiting", "-1"]),
         (r"--max-batch: not usable, got 0, expected 1 or more", ["--max-batch", "0"]),
-        (r"--max-seconds: not usable, got nan, expected 1 or more", ["--max-seconds", "nan"]),
+        (r"--max-seconds: not usable, got nan, expected 0\.001 or more", ["--max-seconds", "nan"]),
     ],
 )
 def test_arguments_that_cannot_be_used(told: str, arguments: list[str]) -> None:

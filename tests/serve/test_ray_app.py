@@ -41,6 +41,10 @@ def test_what_is_told() -> None:
         ({"bundle": "x", "limits": {"batch": 2}}, "limits: unknown options"),
         ({"bundle": "x", "limits": 3}, "limits: unknown options"),
         ({"bundle": "x", "limits": {"steps": "many"}}, "args: Expected `int`"),
+        ({"bundle": "x", "limits": {"running": 0}}, "limits: running: not usable, got 0, expected 1 or more"),
+        ({"bundle": "x", "limits": {"waiting": -1}}, "limits: waiting: not usable, got -1, expected 0 or more"),
+        ({"bundle": "x", "limits": {"seconds": 0}}, r"limits: seconds: not usable, got 0.*, expected 0\.001 or more"),
+        ({"bundle": "x", "limits": {"steps": 10**9}}, "limits: steps: not usable, got 1000000000, expected 1 or more"),
     ],
 )
 def test_what_cannot_be_used_is_told(told: Mapping[str, Any], message: str) -> None:
