@@ -170,8 +170,8 @@ def _require_of_plan(start: Handover, plan: Plan, steps: int) -> None:
     if start.plan != plan.digest:
         remedy = "Ask for the same steps, solver, guidance and strength as where it was made, of a bundle of the same."
         raise RequestError("start", "of another plan", got=start.plan[:16], expected=plan.digest[:16], remedy=remedy)
-    if start.step > steps:
-        raise RequestError("start", "step", got=start.step, expected=f"at most {steps}, the plan's steps")
+    if not 0 <= start.step <= steps:
+        raise RequestError("start", "step", got=start.step, expected=f"0..{steps}, of the plan's steps")
 
 
 def _step(text: str) -> int:

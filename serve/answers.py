@@ -79,11 +79,11 @@ def key_of(request: Request, digest: str) -> Key | None:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An answer that is made, or was, since when, of time.monotonic."""
+    """An answer that is being made, or was. made_at: when, of time.monotonic; 0 until then."""
 
     made_of: tuple[str, str]
-    since: float
     answer: asyncio.Future[Response]
+    made_at: float = 0.0
 
 
 class Idempotent:
@@ -118,9 +118,9 @@ class Idempotent:
                 return kept.answer.result()
             left = max(0.0, ends - monotonic())
         future = asyncio.get_running_loop().create_future()
-        self._kept[key.name] = _Kept(key.made_of, monotonic(), future)
+        self._kept[key.name] = _Kept(key.made_of, future)
         try:
-            response = await make(left)
+            response = await _made(make, left, seconds)
         except BaseException as error:
             del self._kept[key.name]
             if isinstance(error, Exception):
@@ -129,6 +129,8 @@ class Idempotent:
             else:
                 future.cancel()
             raise
+        del self._kept[key.name]  # and put it behind those that were made before it
+        self._kept[key.name] = _Kept(key.made_of, future, monotonic())
         future.set_result(response)
         self._forget_old()
         return response
@@ -150,7 +152,17 @@ class Idempotent:
         made = {name: kept for name, kept in self._kept.items() if kept.answer.done()}
         count, size = len(made), sum(len(kept.answer.result().body) for kept in made.values())
         for name, kept in made.items():
-            if kept.since > oldest and count <= _KEPT and size <= _KEPT_BYTES:
+            if kept.made_at > oldest and count <= _KEPT and size <= _KEPT_BYTES:
                 return
             count, size = count - 1, size - len(kept.answer.result().body)
             del self._kept[name]
+
+
+async def _made(make: Make, left: float, seconds: float) -> Response:
+    """What `make` makes within what is left of a request's seconds, of all of which it is told where that is over."""
+    try:
+        return await make(left)
+    except Problem as problem:
+        if problem.reason != "deadline" or left == seconds:
+            raise
+        raise overdue(seconds) from problem

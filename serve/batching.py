@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tandemrt.runtime import Handover, Output, Request, StepEvent
+from tandemrt.runtime.edge import names_cloud
 from tandemrt.runtime.request import EMBEDS, TEXTS
 
 from .work import Work
@@ -28,8 +29,8 @@ Seed = int | tuple[int, ...]
 def in_common(work: Work) -> Hashable | None:
     """What is the same of all requests that may run as one with this; None where none may."""
     request = work.request
-    if work.assumed:
-        return None
+    if names_cloud(request.steps):
+        return None  # what one may send there, all together may not
     if any(getattr(request, one.name) is not one.default for one in _DEFAULT):
         return None
     if request.pictures > 1 and not isinstance(_given_seed(request), Sequence):

@@ -6,6 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from tandemrt.runtime import Output
 
+from .pictures import stages_of
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -44,15 +46,11 @@ class Metrics:
     def painted(self, output: Output, requests: int) -> None:
         """Count what a call for so many requests took."""
         self.together.observe(requests)
-        timings = output.timings
-        stages = {"text": timings.text_ms, "denoise": timings.denoise_ms, "decode": timings.decode_ms}
-        if output.cloud:
-            stages["cloud"] = 1e3 * sum(one.seconds for one in output.cloud)
-        for stage, milliseconds in {**stages, "total": timings.total_ms}.items():
+        for stage, milliseconds in stages_of(output).items():
             self.seconds.labels(stage).observe(milliseconds / 1e3)
-        for row in timings.rows:
+        for row in output.timings.rows:
             self.steps.labels(row.denoiser).inc()
-        for component, ran in timings.ran_on.items():
+        for component, ran in output.timings.ran_on.items():
             self.fallbacks.labels(component).inc(sum(bool(one.refused) for one in ran))
         self.fallbacks.labels("cloud").inc(bool(output.degraded))
 

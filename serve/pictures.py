@@ -49,13 +49,18 @@ def _given(request: Request) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("previews", "output_type", "strict_prompts")}
 
 
-def milliseconds(output: Output) -> dict[str, float]:
-    """What the stages took; `cloud_ms` is other servers' part, with the way there and all tries."""
+def stages_of(output: Output) -> dict[str, float]:
+    """The milliseconds of each stage; `cloud` is other servers' part, with the way there and all tries."""
     timings = output.timings
-    stages = {"text_ms": timings.text_ms, "denoise_ms": timings.denoise_ms, "decode_ms": timings.decode_ms}
+    stages = {"text": timings.text_ms, "denoise": timings.denoise_ms, "decode": timings.decode_ms}
     if output.cloud:
-        stages["cloud_ms"] = 1e3 * sum(one.seconds for one in output.cloud)
-    return {name: round(value, 3) for name, value in {**stages, "total_ms": timings.total_ms}.items()}
+        stages["cloud"] = 1e3 * sum(one.seconds for one in output.cloud)
+    return {**stages, "total": timings.total_ms}
+
+
+def milliseconds(output: Output) -> dict[str, float]:
+    """What the stages took, as `text_ms` and so on."""
+    return {f"{name}_ms": round(value, 3) for name, value in stages_of(output).items()}
 
 
 def places(output: Output) -> dict[str, Any]:
@@ -72,5 +77,5 @@ def dropped(output: Output) -> dict[str, Any]:
 
 def server_timing(output: Output) -> dict[str, str]:
     """The stages' times as a header that browsers show; W3C's `Server-Timing`."""
-    stages = ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in milliseconds(output).items())
+    stages = ", ".join(f"{name};dur={round(value, 3)}" for name, value in stages_of(output).items())
     return {"Server-Timing": stages}

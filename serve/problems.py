@@ -65,7 +65,8 @@ def unauthorized() -> Problem:
 
 def foreign(what: str) -> Problem:
     """Another site's page asks a server that wants no token, through a browser of this machine."""
-    return Problem(403, "foreign", f"{what}. A server without a token is for this machine alone: set one for others.")
+    remedy = "Set a token so that others may ask."
+    return Problem(403, "foreign", f"{what}. A server without a token is for this machine alone. {remedy}")
 
 
 def unknown_model(name: str, own: str) -> Problem:

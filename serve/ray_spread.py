@@ -81,7 +81,7 @@ class Spread:
             self._warming = asyncio.ensure_future(self._spread(request, plan, None, began + self._limits.seconds))
             await asyncio.wait([self._warming])
             error = None if self._warming.cancelled() else self._warming.exception()
-            if error is not None and not isinstance(error, Problem):
+            if error is not None and not isinstance(error, Problem | CancelledError):  # which is of parts that are late
                 self._unready = "its first picture failed; its log says why"
                 LOG.error("the first picture failed: %s", error, exc_info=error)
                 return
@@ -166,7 +166,7 @@ class Spread:
         if request.seed is None and request.start is None:
             request = replace(request, seed=secrets.randbits(32))
         job = _Job(self._calls, self._metrics, ends, seen)
-        texts = await job.encoded(request)
+        texts = await job.encoded(replace(request, start=None))  # whose state they do not need
         instead: dict[str, Any] = {**dict.fromkeys(TEXTS), **texts.embeds}
         request = replace(request, **instead)
         encoded, outputs, start = time.monotonic(), list[Output](), request.start

@@ -27,10 +27,10 @@ from .pictures import dropped, pictures_of, places, server_timing
 from .problems import busy, unready, unusable
 from .protocol import Asked, asked_of
 from .served import Served
-from .work import Painter, Work, work_of
+from .work import Painter, UncompiledError, Work, work_of
 
 T = TypeVar("T")
-# So much is read or packed sooner than a thread takes its turn.
+# So much is read, for a plan that is compiled, or packed sooner than a thread takes its turn.
 _AT_ONCE_BYTES = 256 << 10
 
 
@@ -52,15 +52,18 @@ class Service:
         kind = media_type(request, (JSON, MESSAGE))
         body = await self._body(request)
 
-        def read() -> tuple[Asked, Work, Key | None, str]:
+        def read(*, compiling: bool) -> tuple[Asked, Work, Key | None, str]:
             asked, tensors = asked_of(body, kind)
             if asked.until is None:
                 raise unusable("until: missing, expected the step to stop before.")
-            work = work_of(asked, tensors, self.served, self.limits)
+            work = work_of(asked, tensors, self.served, self.limits, compiling=compiling)
             digest = hashlib.sha256(body).hexdigest()
             return asked, work, key_of(request, digest), digest
 
-        asked, work, key, digest = await _soon(read, len(body))
+        try:
+            asked, work, key, digest = await _soon(partial(read, compiling=False), len(body))
+        except UncompiledError:
+            asked, work, key, digest = await asyncio.to_thread(read, compiling=True)
 
         async def made(seconds: float) -> Response:
             output = await self.painter.painted(work, seconds)

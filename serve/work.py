@@ -24,14 +24,16 @@ Seen = Callable[[StepEvent | Stage], None]
 class Work:
     """A request within the limits, and what it comes to.
 
-    shape: of its latents, (pictures, C, h, w). assumed: whether the plan is of `Served.known` steps, in place of some
-        that nobody knows of yet.
+    plan: of `Served.known` steps. shape: of its latents, (pictures, C, h, w).
     """
 
     request: Request
     plan: Plan
     shape: tuple[int, int, int, int]
-    assumed: bool = False
+
+
+class UncompiledError(Exception):
+    """A plan is wanted that has yet to be compiled."""
 
 
 class Painter(Protocol):
@@ -64,24 +66,26 @@ class Painter(Protocol):
         """
 
 
-def work_of(asked: Asked, tensors: dict[str, Any], served: Served, limits: Limits) -> Work:
+def work_of(asked: Asked, tensors: dict[str, Any], served: Served, limits: Limits, *, compiling: bool = True) -> Work:
     """What is asked for, checked.
 
+    compiling: whether its plan is compiled where it has not been, which may take longer than an event loop has time.
+
     Raises:
+        UncompiledError: the plan has not been, and is not to be now.
         Problem: a limit is passed, or another model, bundle or plan is wanted.
         RequestError, PlanError: an argument cannot be used.
     """
     served.require(asked.model)
     served.require_models(asked.models or {})
     request = request_of(asked, tensors, served.digest, limits)
-    steps = served.known(request.steps)
-    schedule, manifest = replace(request.schedule, steps=steps), served.manifest
-    plan = _compiled(_Wanted(id(manifest), repr(schedule), manifest, schedule))
+    schedule, manifest = replace(request.schedule, steps=served.known(request.steps)), served.manifest
+    plan = _compiled(_Wanted(id(manifest), repr(schedule), manifest, schedule), compiling=compiling)
     if asked.plan not in (None, plan.digest):
         raise conflict(f"plan: got {str(asked.plan)[:16]!r}, expected {plan.digest[:16]!r}, which the request makes.")
     shape = request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
     require_within(plan.table.rows, shape, manifest.latent.downsampling, limits)
-    return Work(request, plan, shape, steps is not request.steps)
+    return Work(request, plan, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,16 @@ class _Wanted:
 
 
 @lru_cache(maxsize=64)
-def _compiled(wanted: _Wanted) -> Plan:
-    """As `compile_plan`; most callers ask for the same."""
-    return compile_plan(wanted.manifest, wanted.schedule)
+def _kept(_: _Wanted) -> list[Plan]:
+    """Where a plan is kept once it is compiled: most callers ask for the same."""
+    return []
+
+
+def _compiled(wanted: _Wanted, *, compiling: bool) -> Plan:
+    """As `compile_plan`, unless it is kept; UncompiledError where it is neither kept nor to be compiled."""
+    kept = _kept(wanted)
+    if not kept:
+        if not compiling:
+            raise UncompiledError
+        kept.append(compile_plan(wanted.manifest, wanted.schedule))
+    return kept[0]

@@ -40,6 +40,7 @@ class Near:
 
     async def encode(self, request: Request, seconds: float) -> Any:
         self.asked.append(TEXT)
+        assert request.start is None  # whose state texts do not need
         embeds = await self.replicas[TEXT].encode(sent(request), seconds)
         self._lose(TEXT)
         return sent(embeds)

@@ -159,12 +159,30 @@ def test_those_that_are_being_made_do_not_drive_out_those_that_are() -> None:
     run_apart(run())
 
 
-def test_they_are_kept_for_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_makes_it_in_second_place_is_told_of_all_of_his_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def late(seconds: float) -> Response:
+        raise overdue(seconds)
+
+    async def run() -> None:
+        kept, now = Idempotent(WAITING), [1000.0]
+        monkeypatch.setattr(answers, "monotonic", lambda: now[0])
+        first, second = await begun(asked(kept, Maker()), kept.answer(Key("a", ("/", "body")), 10, late))
+        now[0] += 4
+        first.cancel()
+        with pytest.raises(Problem, match=r"longer than 10 s"):
+            await second
+
+    run_apart(run())
+
+
+def test_they_are_kept_for_ten_minutes_from_when_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         kept, make, now = Idempotent(WAITING), Maker(), [1000.0]
         monkeypatch.setattr(answers, "monotonic", lambda: now[0])
+        (making,) = await begun(asked(kept, make))
+        now[0] += 600
         make.open.set()
-        first = await asked(kept, make)
+        first = await making
         now[0] += 599
         assert await asked(kept, make) is first
         now[0] += 2

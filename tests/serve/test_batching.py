@@ -146,9 +146,3 @@ def test_what_no_server_is_asked_for_runs_alone(pipe: Pipeline) -> None:
     latents = np.zeros(one.shape, np.float32)
     for asked in ({"latents": latents}, {"guidance": "adaptive"}, {"placement": "sequential"}):
         assert in_common(replace(one, request=replace(one.request, **asked))) is None
-
-
-def test_what_is_yet_to_be_told_of_runs_alone(pipe: Pipeline) -> None:
-    known = work(pipe, JOB)
-    assert not known.assumed and in_common(known) is not None
-    assert in_common(replace(known, assumed=True)) is None

@@ -173,14 +173,15 @@ def test_a_picture_without_the_cloud_says_so(bundle: Path, pipe: Pipeline) -> No
     assert 'tandemrt_fallbacks_total{component="cloud"} 1.0' in counted
 
 
-def test_requests_of_two_places_run_apart_from_those_of_one(bundle: Path, client: httpx.Client) -> None:
+def test_requests_of_two_places_run_alone(bundle: Path, client: httpx.Client) -> None:
+    """What the cloud takes of one, it may refuse of all of them together."""
     with Pipeline.open(bundle, threads=1, cloud=str(client.base_url)) as edge:
         served = Served.of(edge)
         there, here = (
             in_common(work_of(Asked(prompt="red", steps={name: 2, "unet_free": 3}), {}, served, Limits()))
             for name in ("cloud:unet", "unet")
         )
-    assert there is not None and here is not None and there != here
+    assert there is None and here is not None
 
 
 def test_whole_pictures_of_a_device(device: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -66,16 +67,27 @@ def test_a_state_is_gone_on_with(client: httpx.Client, pipe: Pipeline) -> None:
     np.testing.assert_array_equal(Handover.from_bytes(answer.content).state[0], pipe(**JOB).latents)
 
 
+def runs_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 def test_a_plan_that_many_ask_for_is_compiled_once(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
+    on_a_loop: list[bool] = []
 
     def compiling(manifest: Manifest, schedule: Schedule) -> Plan:
         compiled.append(schedule.steps)
+        on_a_loop.append(runs_on_a_loop())
         return compile_plan(manifest, schedule)
 
     monkeypatch.setattr(work, "compile_plan", compiling)
     plans = [handed(client, steps={"unet": steps}, seed=seed, until=1).plan for seed, steps in enumerate((6, 6, 7, 6))]
     assert compiled == [{"unet": 6}, {"unet": 7}]
+    assert on_a_loop == [False, False]  # where others would wait meanwhile
     assert plans[0] == plans[1] == plans[3] != plans[2]
 
 
@@ -189,6 +201,8 @@ def test_states_that_do_not_fit(client: httpx.Client, pipe: Pipeline) -> None:
     assert (code, "plan: got" in told) == (409, True)
     code, told = posted(client, message(handover, until=5, start_step=None), MESSAGE)
     assert (code, "state: given without start_step" in told) == (422, True)
+    code, told = posted(client, message(handover, until=5, start_step=-3), MESSAGE)
+    assert (code, "start: step, got -3, expected 0..5, of the plan's steps" in told) == (422, True), told
     code, told = posted(client, message(handover, until=5, height=96), MESSAGE)
     assert (code, "start: shape" in told) == (422, True)
     spoilt = Handover(handover.state * np.float32(np.nan), handover.step, handover.plan, "", 7)

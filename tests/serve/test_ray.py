@@ -9,17 +9,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from tandemrt.runtime import Handover, Pipeline
+from tandemrt.runtime import CancelledError, Handover, Pipeline, Request
 from tandemrt.serve.limits import Limits
+from tandemrt.serve.metrics import Metrics
 from tandemrt.serve.ray_replica import DECODER, TEXT, Place, Replica
+from tandemrt.serve.ray_spread import Spread
 
-from .near import Near, replicas_at, spread
+from .conftest import run_apart
+from .near import Near, replicas_at, sent, spread
 from .test_handoff import JOB, message
 
 
@@ -106,6 +110,29 @@ def test_who_loses_two_replicas_is_told(part: str, pipe: Pipeline, near: Near) -
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "replica_lost")
         assert int(answer.headers["retry-after"]) >= 1
         assert picture(client.post("/v1/images/generations", json=JOB)) == pipe(**JOB).images[0].tobytes()
+
+
+class LateAtFirst(Near):
+    """Whose machines come up later than a picture may take."""
+
+    tries = 0
+
+    async def encode(self, request: Request, seconds: float) -> Any:
+        self.tries += 1
+        if self.tries == 1:
+            raise sent(CancelledError(TEXT, "waited for longer than it may take"))
+        return await super().encode(request, seconds)
+
+
+def test_parts_that_come_late_are_waited_for(pipe: Pipeline, replicas: dict[str, Replica]) -> None:
+    near = LateAtFirst(replicas)
+
+    async def run() -> None:
+        painter = Spread(pipe.manifest, near, Limits(running=4), Metrics())
+        await painter.warm_up(Request(prompt="", seed=0))
+        assert (painter.unready, near.tries) == ("", 2)
+
+    run_apart(run())
 
 
 def test_parts_that_are_full_and_parts_that_are_late(pipe: Pipeline, near: Near) -> None:
