@@ -108,13 +108,14 @@ class OpenVinoSession:
         (file,) = found.engine.files
         path = found.folder / file
 
+        mapped: Any = None
+
         def import_blob(core: Any, configuration: Mapping[str, str]) -> Any:
             nonlocal mapped
             mapped = np.memmap(path, np.uint8, "c")  # reading it would take longer than all the rest
             blob = imported("openvino").Tensor(mapped, shared_memory=True)
             return core.import_model(blob, target.device.upper(), configuration)
 
-        mapped: Any = None
         name = found.engine.component
         compiled = _granted(path, target, _threading(target.device, threads, streams), import_blob, engine_of=name)
         return cls(name, compiled, found.engine.inputs, found.engine.outputs, read_from=mapped)
