@@ -10,6 +10,7 @@ import pytest
 from tandemrt.engines.plan import BuildPlan, Request, requests_of
 from tandemrt.engines.profiles import parse_profile
 from tandemrt.runtime.bundle import Bundle
+from tandemrt.runtime.cli import main
 from tandemrt.runtime.targets import parse_target
 from tandemrt.runtime.variant import UPDATE
 
@@ -49,6 +50,18 @@ def requests(tiny: Bundle) -> Requests:
         return tuple(one for one in requests_of(plan, bundle) if one.ingredients.variant != UPDATE)
 
     return requests
+
+
+@pytest.fixture
+def to_triton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Path]:
+    """Export a bundle for Triton; the repository."""
+
+    def to_triton(bundle: Path, *options: str) -> Path:
+        out = tmp_path / "models"
+        assert main(["export-triton", str(bundle), str(out), *options]) == 0, capsys.readouterr().err
+        return out
+
+    return to_triton
 
 
 @pytest.fixture(scope="session")
