@@ -25,18 +25,26 @@ _TIMEOUT_S, _PAUSE_S = 900.0, 1.0
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def outcome_of(path: str, status: int, body: bytes) -> str:
-    """`ok`; `damaged` where the answer is none; else the status and the reason that the server gives."""
+def outcome_of(path: str, asked: Mapping[str, Any], status: int, body: bytes) -> str:
+    """What became of a request: `ok`, or else why not.
+
+    `damaged` where the answer is none, `another` where it is to something else than was asked; else the status and the
+    reason that the server gives.
+    """
     try:
         if status != 200:
             return f"{status} {json.loads(body)['error']['type']}"
         if path == HANDOFF:
-            Handover.from_bytes(body)
-        elif not all(base64.b64decode(one["b64_json"]).startswith(PNG) for one in json.loads(body)["data"]):
-            return "damaged"
+            made = Handover.from_bytes(body)
+            same = (made.seed, made.step, made.plan) == (asked["seed"], asked["until"], asked["plan"])
+        else:
+            answer = json.loads(body)
+            if not all(base64.b64decode(one["b64_json"]).startswith(PNG) for one in answer["data"]):
+                return "damaged"
+            same = answer["seeds"] == [asked["seed"]]
     except (ValueError, KeyError, TypeError, TandemError):
         return "damaged" if status == 200 else str(status)
-    return "ok"
+    return "ok" if same else "another"
 
 
 def seen_by_users(job: Mapping[str, Any]) -> list[tuple[float, float, str, str, int]]:
@@ -53,7 +61,7 @@ def seen_by_users(job: Mapping[str, Any]) -> list[tuple[float, float, str, str, 
         body, asked = {**job["asked"][path], "seed": next(seeds)}, perf_counter()
         with user.client.post(path, json=body, headers=headers, catch_response=True) as answer:
             content, answered = answer.content or b"", perf_counter()
-            outcome = outcome_of(path, answer.status_code, content) if answer.status_code else "no answer"
+            outcome = outcome_of(path, body, answer.status_code, content) if answer.status_code else "no answer"
             if outcome == "ok":
                 answer.success()
             else:

@@ -1,9 +1,10 @@
 """A server under load: `python -m tandemrt.bench.serve_load URL --pid PID --users 24 --seconds 600 --json FILE`.
 
 Users ask `tandemrt serve`, or its deployment on Ray, for hand-overs and pictures, check the answers, and ask again;
-who is refused tries again when the server says. Locust runs them (`pip install "tandemrt[load]"`), in a process of its
-own. More users than the server runs and lets wait show what it refuses. What is resident of the processes PID is looked
-at meanwhile: those that are to be watched, on this machine.
+who is refused tries again when the server says. Of hand-overs seed, step and plan have to be those asked for (a first
+one, asked for beforehand, tells the plan), of pictures the seed. Locust runs the users (`pip install
+"tandemrt[load]"`), in a process of its own. More users than the server runs and lets wait show what it refuses. What is
+resident of the processes PID is looked at meanwhile: those that are to be watched, on this machine.
 
 Of a Ray cluster of three nodes on this machine: `python tests/serve/ray_cluster.py BUNDLE -- python -m
 tandemrt.bench.serve_load {url} --pid {pids} --json FILE`.
@@ -28,7 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from tandemrt.runtime.errors import ArgumentError, BenchmarkError
+from tandemrt.runtime import Handover
+from tandemrt.runtime.cloud import JSON
+from tandemrt.runtime.errors import ArgumentError, BenchmarkError, RequestError
 from tandemrt.runtime.tokens import token_in_environment, token_in_file
 from tandemrt.serve.command import TOKEN
 
@@ -66,6 +69,22 @@ def server_facts(url: str, token: str | None) -> dict[str, Any]:
         return {**server, **told(f"/v2/models/{server['model']}")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(url, f"does not say what it serves ({error})", remedy="Start `tandemrt serve`.") from error
+
+
+def plan_of(url: str, token: str | None, asked: Mapping[str, Any]) -> str:
+    """The digest of the plan of hand-overs that are asked for so, by a first one.
+
+    Raises:
+        BenchmarkError: the server does not make it.
+    """
+    request = urllib.request.Request(url.rstrip("/") + HANDOFF, json.dumps(asked).encode(), {"Content-Type": JSON})
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=_ENDING_S) as answer:
+            return Handover.from_bytes(answer.read()).plan
+    except (OSError, RequestError) as error:
+        raise BenchmarkError(url, f"does not hand over what users will ask for ({error})") from error
 
 
 def asked_of(server: Mapping[str, Any], steps: int, size: int | None) -> dict[str, dict[str, Any]]:
@@ -178,6 +197,7 @@ def load_figures(given: argparse.Namespace) -> dict[str, Any]:
     token = token_in_environment(TOKEN) if file is None else token_in_file(f"--token-file {file}", file)
     server = server_facts(given.url, token)
     asked = asked_of(server, given.steps, given.size)
+    asked[HANDOFF]["plan"] = plan_of(given.url, token, asked[HANDOFF])
     facts: dict[str, Any] = {
         "machine": machine_facts(),
         "server": {name: server[name] for name in ("model", "version", "platform")},
@@ -188,7 +208,8 @@ def load_figures(given: argparse.Namespace) -> dict[str, Any]:
     }
     job = {name: facts[name] for name in ("users", "seconds", "weights", "asked")}
     with watched([pid for _, pid in given.pid]) as samples:
-        seen = seen_by_users({**job, "url": given.url, "token": token})
+        answers = seen_by_users({**job, "url": given.url, "token": token})
+    seen = [one for one in answers if one[0] < given.seconds]  # what comes after it counts nowhere
     kinds = {name: [one for one in seen if one[2] == path] for path, name in NAMES.items()}
     return {
         **facts,

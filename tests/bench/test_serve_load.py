@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,23 @@ import numpy as np
 import pytest
 
 from tandemrt.bench import serve_load
-from tandemrt.bench.locust_users import GENERATIONS, HANDOFF, outcome_of
-from tandemrt.bench.serve_load import answers_figures, main, memory_figures, parts_figures, server_facts, watched
+from tandemrt.bench.locust_users import GENERATIONS, HANDOFF, PNG, outcome_of
+from tandemrt.bench.serve_load import (
+    answers_figures,
+    main,
+    memory_figures,
+    parts_figures,
+    plan_of,
+    server_facts,
+    watched,
+)
 from tandemrt.runtime import Handover, Pipeline
 from tandemrt.runtime.errors import ArgumentError, BenchmarkError
 
+from ..lacking import lacking
 from ..runtime.tiny_bundle import write_tiny_bundle
+from ..serve.asking import TOKEN
 from ..serve.conftest import serving
-
-TOKEN = "a-token-of-some-length"
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +54,13 @@ def arguments(server: httpx.Client, tmp_path: Path) -> list[str]:
 
 
 def asked_in_turn(job: Mapping[str, Any]) -> list[tuple[float, float, str, str, int]]:
-    """As `seen_by_users`, by one user who asks four times."""
-    seen = []
+    """As `seen_by_users`, by one user who asks four times, and by one whose answer comes after the end."""
+    seen = [(job["seconds"] + 0.1, 1.0, HANDOFF, "ok", 5)]
     with httpx.Client(base_url=job["url"], headers={"authorization": f"Bearer {job['token']}"}) as client:
         for number, path in enumerate([HANDOFF, HANDOFF, GENERATIONS, HANDOFF]):
-            answer = client.post(path, json={**job["asked"][path], "seed": number}, timeout=30)
-            outcome = outcome_of(path, answer.status_code, answer.content)
+            asked = {**job["asked"][path], "seed": number}
+            answer = client.post(path, json=asked, timeout=30)
+            outcome = outcome_of(path, asked, answer.status_code, answer.content)
             seen.append((number * 0.5, answer.elapsed.total_seconds() * 1e3, path, outcome, len(answer.content)))
     return seen
 
@@ -65,9 +76,11 @@ def test_what_is_asked_for_is_answered(
     assert facts["by_kind"]["hand-over"]["outcomes"] == {"ok": 3}
     assert facts["by_kind"]["picture"]["outcomes"] == {"ok": 1}
     assert facts["by_kind"]["both"]["good_per_s"] == 2
+    assert [part["outcomes"] for part in facts["by_minute"]] == [{"ok": 4}]
     assert facts["server"]["model"] == "bundle"
-    assert facts["asked"][HANDOFF] | {"prompt": ""} == {
-        "prompt": "", "steps": [["unet", 4]], "until": 2, "width": 64, "height": 64
+    assert len(facts["asked"][HANDOFF]["plan"]) == 64
+    assert facts["asked"][HANDOFF] | {"prompt": "", "plan": ""} == {
+        "prompt": "", "steps": [["unet", 4]], "until": 2, "width": 64, "height": 64, "plan": ""
     }  # fmt: skip
     assert [one["process"] for one in facts["memory"]] == ["first:unet", ""]
     assert facts["memory"][0]["begins_mib"] > 1
@@ -95,8 +108,9 @@ def test_the_token_may_be_in_the_environment(
 
 
 # Not imported here, as it would exchange this process's sockets and threads for its own.
-@pytest.mark.skipif(find_spec("locust") is None, reason="Locust is not installed")
 def test_users_of_locust(arguments: list[str], tmp_path: Path) -> None:
+    if find_spec("locust") is None:
+        lacking('Locust: pip install "tandemrt[load]"')
     main([*arguments, "--users", "40", "--seconds", "3"])
     facts = json.loads((tmp_path / "load.json").read_text())
     for kind in ("hand-over", "picture"):
@@ -129,24 +143,43 @@ def test_who_is_no_server_is_told(server: httpx.Client) -> None:
         server_facts("http://127.0.0.1:9", None)
 
 
-STATE = Handover(np.zeros((1, 1, 4, 8, 8), np.float32), 2, "a", "b", 0).to_bytes()
+def test_a_server_that_hands_nothing_over_is_told(server: httpx.Client) -> None:
+    url = str(server.base_url)
+    with pytest.raises(BenchmarkError, match=r"does not hand over what users will ask for \(HTTP Error 422"):
+        plan_of(url, TOKEN, {"prompt": "red", "steps": {"unet": 0}})
+
+
+ASKED = {HANDOFF: {"seed": 7, "until": 2, "plan": "a"}, GENERATIONS: {"seed": 7}}
+STATE = Handover(np.zeros((1, 1, 4, 8, 8), np.float32), 2, "a", "b", 7)
+
+
+def handed(**others: Any) -> bytes:
+    return replace(STATE, **others).to_bytes()
+
+
+def painted(start: bytes, *seeds: int) -> bytes:
+    return json.dumps({"data": [{"b64_json": base64.b64encode(start).decode()}], "seeds": seeds}).encode()
 
 
 @pytest.mark.parametrize(
     ("path", "status", "body", "outcome"),
     [
-        (HANDOFF, 200, STATE, "ok"),
-        (HANDOFF, 200, STATE[:-4] + b"\0\0\0\1", "damaged"),
+        (HANDOFF, 200, handed(), "ok"),
+        (HANDOFF, 200, handed(seed=8), "another"),
+        (HANDOFF, 200, handed(step=3), "another"),
+        (HANDOFF, 200, handed(plan="b"), "another"),
+        (HANDOFF, 200, handed()[:-4] + b"\0\0\0\1", "damaged"),
         (HANDOFF, 200, b"", "damaged"),
-        (GENERATIONS, 200, b'{"data": [{"b64_json": "iVBORw0KGgo="}]}', "ok"),
-        (GENERATIONS, 200, b'{"data": [{"b64_json": "R0lGODlh"}]}', "damaged"),
+        (GENERATIONS, 200, painted(PNG, 7), "ok"),
+        (GENERATIONS, 200, painted(PNG, 8), "another"),
+        (GENERATIONS, 200, painted(b"GIF89a", 7), "damaged"),
         (GENERATIONS, 200, b'{"data": 3}', "damaged"),
         (GENERATIONS, 429, b'{"error": {"type": "busy"}}', "429 busy"),
         (HANDOFF, 502, b"<html>", "502"),
     ],
 )
 def test_outcomes(path: str, status: int, body: bytes, outcome: str) -> None:
-    assert outcome_of(path, status, body) == outcome
+    assert outcome_of(path, ASKED[path], status, body) == outcome
 
 
 def test_figures_of_answers() -> None:

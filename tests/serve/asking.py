@@ -1,7 +1,9 @@
-"""How tests ask a server: by hand on a connection of their own, and how they wait for what it does."""
+"""How tests ask a server, read its answers, and wait for what it does."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import socket
@@ -12,8 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from PIL import Image
 
 from tandemrt.runtime.cloud import JSON
+
+TOKEN = "a-token-of-some-length"
 
 
 class Pace:
@@ -51,6 +56,26 @@ def measured(client: httpx.Client, name: str) -> float:
     """A metric's value, over all its labels."""
     found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
     return sum(map(float, found))
+
+
+def decoded(encoded: str) -> Any:
+    """A picture of an answer, from its base64."""
+    made = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    made.load()
+    return made
+
+
+def pictures_of(answer: httpx.Response) -> list[Any]:
+    """The pictures of `/v1/images/generations`."""
+    assert answer.status_code == 200, answer.text
+    return [decoded(one["b64_json"]) for one in answer.json()["data"]]
+
+
+def events_of(answer: httpx.Response) -> list[tuple[str, Any]]:
+    """What `/v1/images/stream` told, by name."""
+    assert answer.status_code == 200, answer.text
+    parts = [part.split("\n") for part in answer.text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
 
 
 def connection(client: httpx.Client, head: str, body: bytes = b"") -> socket.socket:
