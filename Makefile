@@ -11,7 +11,7 @@ VENV ?= .venv
 OUT ?= out
 
 # What constraints.txt pins; tests/test_packaging.py holds the two to each other.
-EXTRAS := cpu,openvino,export,engines,bench,serve,dev
+EXTRAS := cpu,openvino,export,engines,bench,serve,ray,load,dev
 FOLDERS := export engines runtime calibrate serve bench
 
 export VENV

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
-import pytest
+from ..lacking import lacking
 
-from .conftest import COMPLETE
+if find_spec("playwright") is None:
+    lacking("Playwright")
+from playwright import sync_api
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with Playwright")
 expect = sync_api.expect
+# None for Playwright's own.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Where all has to be there Playwright takes its own browser, or fails.
-needs_browser = pytest.mark.skipif(CHROMIUM is None and not COMPLETE, reason="no Chromium is on the PATH")
 # What the page said and showed on the way, which is gone before a test can look.
 RECORDED = """() => {
   window.told = [];

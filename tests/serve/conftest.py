@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -21,11 +20,11 @@ from tandemrt.serve.command import server_config, server_of
 from tandemrt.serve.limits import Limits
 from tandemrt.serve.tokens import TokenFile
 
+from ..lacking import lacking
 from ..runtime.tiny_families import write_tiny_control
 from .asking import Pace
+from .edge import ALONE, HERE
 
-# Whether programs that a machine may lack, a browser and curl, have to be there: tests that need them fail otherwise.
-COMPLETE = "TANDEMRT_COMPLETE" in os.environ
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
@@ -54,6 +53,7 @@ def serving(
     """A client of a server; port: 0 for any. ready: wait until that is."""
     limits = limits or Limits()
     config = server_config(application(pipe, limits, token), limits, host="127.0.0.1", port=port or 0)
+    config.loop = "asyncio"  # also where uvloop is there, which the extra does not bring; test_process runs what is
     server = server_of(config, limits)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -80,6 +80,19 @@ def run_apart(work: Coroutine[Any, Any, None]) -> None:
 def client(pipe: Pipeline) -> Iterator[httpx.Client]:
     with serving(pipe) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def server(pipe: Pipeline) -> Iterator[httpx.Client]:
+    """A client of a server that gives up on requests soon."""
+    with serving(pipe, Limits(seconds=5)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def allowed(pipe: Pipeline) -> tuple[Any, Any]:
+    """The latents of both places, and of the device alone."""
+    return pipe(**HERE).latents, pipe(**ALONE).latents
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +128,11 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture(scope="module")  # its event loop would be in the way of others
 def browser() -> Iterator[Any]:
-    from .browsing import CHROMIUM, sync_api  # noqa: PLC0415 (which skips where there is no Playwright)
+    from .browsing import CHROMIUM, sync_api  # noqa: PLC0415 (which needs Playwright)
 
     with sync_api.sync_playwright() as playwright:
+        if CHROMIUM is None and not Path(playwright.chromium.executable_path).exists():
+            lacking("Chromium, on the PATH or of Playwright's own")
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()

@@ -29,12 +29,12 @@ from tandemrt.serve.served import Served
 from tandemrt.serve.tokens import TokenFile
 from tandemrt.serve.work import work_of
 
-from .asking import Pace, asked, connection, measured, status_of, until
+from .asking import TOKEN, Pace, asked, connection, measured, status_of, until
 from .conftest import run_apart, serving
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
 LONG: dict[str, Any] = {**JOB, "steps": {"unet": 100}, "until": 100}
-TOKEN, NEXT = "a-token-of-some-length", "another-token-of-some-length"
+NEXT = "another-token-of-some-length"
 
 
 def require_ended(client: httpx.Client, pace: Pace) -> None:

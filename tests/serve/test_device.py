@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,12 +22,11 @@ from tandemrt.serve.protocol import Asked
 from tandemrt.serve.served import Served
 from tandemrt.serve.work import work_of
 
+from .asking import TOKEN, decoded, events_of, pictures_of
 from .conftest import serving
+from .edge import ALONE, HERE
 
-TOKEN = "a-token-of-some-length"
 STEPS = "cloud:unet:2,unet_free:3"
-HERE: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
-ALONE: dict[str, Any] = {**HERE, "steps": {"unet_free": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +122,6 @@ def test_serve_takes_the_options_of_a_cloud(token_file: Path) -> None:
     assert TOKEN not in f"{plan_facts(plan)} {plan.cloud}"
 
 
-def events(answer: httpx.Response) -> list[tuple[str, Any]]:
-    parts = [part.split("\n") for part in answer.text.strip().split("\n\n")]
-    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in parts]
-
-
 def test_a_device_names_both_places_denoisers(device: httpx.Client) -> None:
     name = device.get("/v2").json()["model"]
     facts = device.get(f"/v2/models/{name}").json()
@@ -141,7 +133,7 @@ def test_a_device_names_both_places_denoisers(device: httpx.Client) -> None:
 
 def test_a_device_tells_of_both_places(device: httpx.Client, pipe: Pipeline) -> None:
     asked = {"prompt": "red", "seed": "7", "steps": STEPS, "previews": "1"}
-    told = events(device.get("/v1/images/stream", params=asked))
+    told = events_of(device.get("/v1/images/stream", params=asked))
     assert [name for name, _ in told] == ["stage", "step", "step", "step", "stage", "picture"]
     assert [facts["stage"] for name, facts in told if name == "stage"] == ["cloud", "sampled"]
     assert [(facts["row"], facts["denoiser"]) for name, facts in told if name == "step"] == [
@@ -153,8 +145,7 @@ def test_a_device_tells_of_both_places(device: httpx.Client, pipe: Pipeline) -> 
     assert (exchange["steps"], exchange["tries"], facts["degraded"]) == (2, 1, "")
     assert facts["cloud_ms"] == pytest.approx(1e3 * exchange["seconds"], abs=0.01)
     assert facts["total_ms"] > facts["cloud_ms"] + facts["denoise_ms"]
-    with Image.open(io.BytesIO(base64.b64decode(facts["b64_json"][0]))) as image:
-        np.testing.assert_array_equal(np.asarray(image), pixels(pipe, HERE))
+    np.testing.assert_array_equal(np.asarray(decoded(facts["b64_json"][0])), pixels(pipe, HERE))
 
 
 def test_a_picture_without_the_cloud_says_so(bundle: Path, pipe: Pipeline) -> None:
@@ -162,13 +153,14 @@ def test_a_picture_without_the_cloud_says_so(bundle: Path, pipe: Pipeline) -> No
         Pipeline.open(bundle, threads=1, cloud=Cloud("http://127.0.0.1:9", seconds=5)) as edge,
         serving(edge) as served,
     ):
-        answer = served.post("/v1/images/generations", json={"prompt": "red", "seed": 7, "steps": STEPS}).json()
+        told = served.post("/v1/images/generations", json={"prompt": "red", "seed": 7, "steps": STEPS})
         counted = served.get("/metrics").text
-    assert answer["degraded"] == "unreachable: it could not be reached, or broke off"  # and not where it was
-    with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as image:
-        texts = dict(image.text)  # type: ignore[attr-defined]
-        np.testing.assert_array_equal(np.asarray(image), pixels(pipe, json.loads(texts["request"])))
-    assert texts["degraded"] == answer["degraded"]
+    degraded = told.json()["degraded"]
+    assert degraded == "unreachable: it could not be reached, or broke off"  # and not where it was
+    (picture,) = pictures_of(told)
+    texts = picture.text
+    np.testing.assert_array_equal(np.asarray(picture), pixels(pipe, json.loads(texts["request"])))
+    assert texts["degraded"] == degraded
     assert json.loads(texts["plan"])["steps"] == [["unet_free", 5]]
     assert 'tandemrt_fallbacks_total{component="cloud"} 1.0' in counted
 

@@ -12,7 +12,7 @@ import pytest
 
 from tandemrt.runtime import Handover
 
-from .conftest import COMPLETE
+from ..lacking import lacking
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serve.md").read_text("utf-8")
 SERVER = TEXT.partition("\n## The server\n")[2].partition("\n## ")[0]
@@ -27,9 +27,10 @@ def test_every_endpoint_has_a_line() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.skipif(shutil.which("curl") is None and not COMPLETE, reason="there is no curl")
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_its_lines_work(index: int, client: httpx.Client, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        lacking("curl")
     block = BLOCKS[index].replace("http://127.0.0.1:8080", str(client.base_url).rstrip("/"))
     block = block.replace("curl -sS", "curl -f -sS").replace("unet_small", "unet_free")
     done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,12 @@ import pytest
 
 from tandemrt.runtime import Cloud, Pipeline, RequestError
 
+from .asking import events_of
 from .conftest import serving
 
 LONG = "red " * 30 + "blue"
 STEPS = {"unet": 1, "unet_free": 1}
 THERE: Any = [{"cloud:unet": 2}, {"cloud:unet": 1, "unet_free": 1}]
-
-
-def streamed(client: httpx.Client, **asked: Any) -> Any:
-    """What the last event tells."""
-    answer = client.get("/v1/images/stream", params=asked)
-    assert answer.status_code == 200, answer.text
-    name, _, data = answer.text.strip().split("\n\n")[-1].partition("\ndata: ")
-    assert name == "event: picture"
-    return json.loads(data)
 
 
 def test_what_was_cut_is_told(client: httpx.Client, pipe: Pipeline) -> None:
@@ -36,7 +27,8 @@ def test_what_was_cut_is_told(client: httpx.Client, pipe: Pipeline) -> None:
     assert told == [wanted]
     assert cut.text.endswith("blue")
     assert client.post("/v1/images/generations", json={**asked, "prompt": "red"}).json()["dropped"] == []
-    assert streamed(client, prompt=LONG, steps="unet:1")["dropped"] == [wanted]
+    name, facts = events_of(client.get("/v1/images/stream", params={"prompt": LONG, "steps": "unet:1"}))[-1]
+    assert (name, facts["dropped"]) == ("picture", [wanted])
     headers = [client.post("/v1/handoff", json={**asked, "prompt": prompt, "until": 1}).headers for prompt in
                (LONG, "red")]  # fmt: skip
     assert [one.get("dropped-tokens") for one in headers] == [str(cut.tokens), None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,14 @@ import httpx
 import numpy as np
 import pytest
 
-from tandemrt.runtime import CancelledError, Cloud, Output, Pipeline, StepEvent, TandemError
+from tandemrt.runtime import CancelledError, Cloud, Pipeline, StepEvent, TandemError
 from tandemrt.runtime.errors import ArgumentError
 from tandemrt.runtime.stream import Stage
-from tandemrt.serve.limits import Limits
 
+from .asking import TOKEN
 from .conftest import serving
-from .faults import Faults, Proxy, between
-
-TANDEM: dict[str, Any] = {"prompt": "red", "steps": {"cloud:unet": 2, "unet_free": 3}, "seed": 7}
-HERE: dict[str, Any] = {**TANDEM, "steps": {"unet": 2, "unet_free": 3}}
-ALONE: dict[str, Any] = {**TANDEM, "steps": {"unet_free": 5}}
-TOKEN = "a-token-of-some-length"
-SECONDS = 1.0
-
-
-@pytest.fixture(scope="module")
-def server(pipe: Pipeline) -> Iterator[httpx.Client]:
-    with serving(pipe, Limits(seconds=5)) as client:
-        yield client
-
-
-def port_of(client: httpx.Client) -> int:
-    assert client.base_url.port is not None
-    return client.base_url.port
-
-
-def painted(bundle: Path, where: str | Proxy, job: Mapping[str, Any] = TANDEM, **options: Any) -> Output:
-    """What a device paints with a server, or with one behind a proxy, whose faults begin once the device is open."""
-    cloud = Cloud(where if isinstance(where, str) else where.url, **{"seconds": SECONDS, **options})
-    with Pipeline.open(bundle, threads=1, cloud=cloud) as edge:
-        if isinstance(where, Proxy):
-            where.begin()
-        began = time.monotonic()
-        output = edge(**job)
-        assert time.monotonic() - began < cloud.seconds + 1
-    return output
+from .edge import ALONE, HERE, SECONDS, TANDEM, painted, port_of
+from .faults import Faults, between
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from tandemrt.runtime.solvers import SOLVERS
 from tandemrt.serve import work
 from tandemrt.serve.limits import MOST_HISTORY, Limits
 
+from .asking import TOKEN
 from .conftest import serving
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
-TOKEN = "a-token-of-some-length"
 
 
 def handed(client: httpx.Client, **asked: Any) -> Handover:

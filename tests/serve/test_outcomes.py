@@ -11,18 +11,20 @@ import httpx
 import pytest
 from PIL import Image
 
-from tandemrt.runtime import Pipeline, StepEvent
+from tandemrt.runtime import Pipeline, Request, StepEvent
 from tandemrt.runtime.output import RowTiming
 from tandemrt.runtime.plan import RowGuidance
 from tandemrt.serve import events, service
+from tandemrt.serve.app import application_of
 from tandemrt.serve.limits import Limits
+from tandemrt.serve.metrics import Metrics
 from tandemrt.serve.problems import OUTCOME, overdue
+from tandemrt.serve.queue import Queue
 from tandemrt.serve.served import Served
 
-from .asking import Pace, connection, counted, measured, until
+from .asking import TOKEN, Pace, connection, counted, measured, until
 from .conftest import run_apart, serving
 
-TOKEN = "a-token-of-some-length"
 STREAM = "/v1/images/stream"
 ASKED = {"prompt": "red", "steps": "unet:2,unet_free:3", "seed": "7"}
 
@@ -65,6 +67,30 @@ def test_a_stream_is_what_it_comes_to(
         until(lambda: counted(client, STREAM, "failed") == 1)
         assert counted(client, STREAM, "ok") == 1
     assert "no picture" in caplog.text
+
+
+def test_what_the_server_gives_up_is_counted(slow: Pipeline, pace: Pace) -> None:
+    """As a request for which it does not wait any longer when it ends."""
+
+    async def run() -> None:
+        metrics, limits = Metrics(), Limits()
+        queue = Queue(slow, limits, metrics)
+        await queue.warm_up(Request(prompt="", seed=0))
+        app = application_of(queue, Served.of(slow), limits, None, metrics, local=True)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            with pace.held():
+                answer = asyncio.ensure_future(client.get(STREAM, params=ASKED))
+                while value(metrics, "tandemrt_running") == 0:
+                    await asyncio.sleep(0.01)
+                answer.cancel()
+                await asyncio.wait([answer])
+        await queue.close()
+        assert value(metrics, "tandemrt_requests_total", endpoint=STREAM, outcome="cancelled") == 1
+
+    def value(metrics: Metrics, name: str, **labels: str) -> float:
+        return metrics.registry.get_sample_value(name, labels) or 0.0
+
+    run_apart(run())
 
 
 def row(number: int) -> StepEvent:

@@ -9,10 +9,9 @@ import pytest
 
 from tandemrt.runtime import Pipeline
 
-from .asking import connection, counted, measured, status_of
+from .asking import TOKEN, connection, counted, measured, status_of
 from .conftest import serving
 
-TOKEN = "a-token-of-some-length"
 STREAM = "/v1/images/stream?prompt=red&steps=1"
 
 

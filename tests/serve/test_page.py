@@ -18,12 +18,11 @@ from tandemrt.runtime import Cloud, Pipeline
 from tandemrt.runtime.stream import Stream
 from tandemrt.serve.limits import Limits
 
-from .browsing import Open, described, expect, needs_browser, painted
+from .asking import TOKEN
+from .browsing import Open, described, expect, painted
 from .conftest import serving
 from .faults import Faults, between
 
-pytestmark = needs_browser
-TOKEN = "a-token-of-some-length"
 ORDER = ("prompt", "negative_prompt", "first", "steps", "second", "rest", "split", "guidance_scale", "seed", "previews",
          "paint")  # fmt: skip
 

@@ -7,9 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .browsing import Open, described, expect, needs_browser, painted
-
-pytestmark = needs_browser
+from .browsing import Open, described, expect, painted
 
 
 def test_every_control_has_a_role_and_a_name(opened: Open, client: httpx.Client) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,19 @@ from PIL import Image
 from tandemrt.runtime import Pipeline
 from tandemrt.runtime.cli.program import main
 
+from .asking import decoded, events_of, pictures_of
+
 STEPS = "unet:2,unet_free:3"
 
 
-def opened(base64_png: str) -> Any:
-    image = Image.open(io.BytesIO(base64.b64decode(base64_png)))
-    image.load()
-    return image
-
-
 def painted(client: httpx.Client, **asked: Any) -> list[Any]:
-    answer = client.post("/v1/images/generations", json={"prompt": "red", "steps": STEPS, **asked})
-    assert answer.status_code == 200, answer.text
-    return [opened(one["b64_json"]) for one in answer.json()["data"]]
+    return pictures_of(client.post("/v1/images/generations", json={"prompt": "red", "steps": STEPS, **asked}))
 
 
 def streamed(client: httpx.Client, **asked: Any) -> list[Any]:
-    answer = client.get("/v1/images/stream", params={"prompt": "red", "steps": STEPS, **asked})
-    last = answer.text.strip().split("\n\n")[-1]
-    name, data = (line.partition(": ")[2] for line in last.split("\n"))
+    name, facts = events_of(client.get("/v1/images/stream", params={"prompt": "red", "steps": STEPS, **asked}))[-1]
     assert name == "picture"
-    return [opened(one) for one in json.loads(data)["b64_json"]]
+    return [decoded(one) for one in facts["b64_json"]]
 
 
 @pytest.mark.parametrize("paint", [painted, streamed])
@@ -76,6 +67,6 @@ def test_other_files_say_nothing(client: httpx.Client) -> None:
         asked = {"prompt": prompt, "steps": STEPS, "output_format": form}
         (one,) = client.post("/v1/images/generations", json=asked).json()["data"]
         assert prompt.encode() not in base64.b64decode(one["b64_json"])
-        picture = opened(one["b64_json"])
+        picture = decoded(one["b64_json"])
         assert picture.format == form.upper()
         assert not {"prompt", "comment", "exif"} & set(picture.info)

@@ -20,12 +20,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from starlette.applications import Starlette
 
 from tandemrt.runtime import ArgumentError, Cloud, Handover, Pipeline
 from tandemrt.runtime.cli.program import main
+from tandemrt.runtime.connections import KEPT_S
 from tandemrt.serve import command
+from tandemrt.serve.limits import Limits
+from tandemrt.serve.patience import PATIENCE_S
 
-TOKEN = "a-token-of-some-length"
+from ..lacking import lacking
+from .asking import TOKEN
+
 TANDEM: dict[str, Any] = {"prompt": "red", "steps": {"cloud:unet": 2, "unet_free": 3}, "seed": 7}
 # Some seconds of work, of which nothing is decoded.
 STEPS = 250
@@ -39,7 +45,7 @@ SLOW: dict[str, Any] = {
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate that signs itself, for this machine's own address; and its key."""
     if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate with")
+        lacking("openssl, which makes a certificate")
     folder = tmp_path_factory.mktemp("tls")
     file, key = folder / "certificate.pem", folder / "key.pem"
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
@@ -148,6 +154,11 @@ def test_who_is_here_needs_no_token(host: str, monkeypatch: pytest.MonkeyPatch) 
 def test_arguments_that_cannot_be_used(told: str, arguments: list[str]) -> None:
     with pytest.raises(ArgumentError, match=told):
         plan_of(*arguments)
+
+
+def test_a_device_hangs_up_on_kept_connections_before_the_server_does() -> None:
+    config = command.server_config(Starlette(), Limits(), host="127.0.0.1", port=0)
+    assert min(config.timeout_keep_alive, PATIENCE_S) > KEPT_S
 
 
 def test_tokens_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
 from tandemrt.runtime import CancelledError, Handover, Pipeline, Request
 from tandemrt.serve.limits import Limits
@@ -22,6 +19,7 @@ from tandemrt.serve.metrics import Metrics
 from tandemrt.serve.ray_replica import DECODER, TEXT, Place, Replica
 from tandemrt.serve.ray_spread import Spread
 
+from .asking import decoded, events_of, pictures_of
 from .conftest import run_apart
 from .near import Near, replicas_at, sent, spread
 from .test_handoff import JOB, message
@@ -43,13 +41,8 @@ def near(replicas: dict[str, Replica]) -> Near:
     return Near(replicas)
 
 
-def shown(encoded: str) -> bytes:
-    return Image.open(io.BytesIO(base64.b64decode(encoded))).tobytes()
-
-
 def picture(answer: httpx.Response) -> bytes:
-    assert answer.status_code == 200, answer.text
-    return shown(answer.json()["data"][0]["b64_json"])
+    return bytes(pictures_of(answer)[0].tobytes())
 
 
 @pytest.mark.parametrize("lost", [{}, {TEXT: 1, "unet": 1, "unet_free": 1, DECODER: 1}])
@@ -93,13 +86,12 @@ def test_each_row_is_told_once(pipe: Pipeline, near: Near) -> None:
     asked = {"prompt": "red", "steps": "unet:2,unet_free:3", "seed": 7, "previews": 2}
     with spread(pipe, near) as client:
         near.lost = {"unet": 1, "unet_free": 1}
-        lines = client.get("/v1/images/stream", params=asked).text.splitlines()
-    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        events = [facts for _, facts in events_of(client.get("/v1/images/stream", params=asked))]
     assert events.pop(-2) == {"stage": "sampled"}
     assert [event["row"] for event in events[:-1]] == [0, 1, 2, 3, 4]
     shown_after = {event["row"] for event in events[:-1] if event["previews"]}
     assert 3 in shown_after <= {1, 3}  # who reads late is given the last alone
-    assert shown(events[-1]["b64_json"][0]) == pipe(**JOB).images[0].tobytes()
+    assert decoded(events[-1]["b64_json"][0]).tobytes() == pipe(**JOB).images[0].tobytes()
 
 
 @pytest.mark.parametrize("part", [TEXT, "unet", DECODER])

@@ -20,8 +20,17 @@ from tandemrt.serve.problems import Problem, busy
 from tandemrt.serve.ray_options import Options, apart_of, options_of, token_of
 from tandemrt.serve.ray_replica import LostError, bounds_within
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='needs pip install "tandemrt[ray]"')
+from ..lacking import lacking
+from .asking import TOKEN
+
+needs_ray = pytest.mark.usefixtures("ray")
 MADE = {"sample": np.zeros((1, 4, 8, 8), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def ray() -> None:
+    if find_spec("ray") is None:
+        lacking('Ray: pip install "tandemrt[ray]"')
 
 
 def test_what_is_told() -> None:
@@ -62,8 +71,8 @@ def test_who_may_ask_has_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match=r"token_file: there is no token\. Put one into"):
         token_of(Options("x"))
     assert token_of(Options("x", token_file="none")) is None
-    monkeypatch.setenv("TANDEMRT_TOKEN", "a-token-of-some-length")
-    assert token_of(Options("x")) == "a-token-of-some-length"
+    monkeypatch.setenv("TANDEMRT_TOKEN", TOKEN)
+    assert token_of(Options("x")) == TOKEN
     # The file's own is read where requests come in.
     assert token_of(Options("x", token_file="file")) is None
 

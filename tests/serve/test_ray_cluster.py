@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ import pytest
 
 from tandemrt.runtime import Cloud, Handover, Pipeline
 
+from ..lacking import lacking
 from ..runtime.tiny_bundle import write_tiny_bundle
 from .ray_cluster import Cluster, cluster, config_of, loopback_alone, on_two_nodes
 from .test_ray import picture
 
 pytestmark = [pytest.mark.deep, pytest.mark.slow]
-pytest.importorskip("ray.serve")
+if find_spec("ray") is None:
+    lacking('Ray: pip install "tandemrt[ray]"')
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_small": 3}, "seed": 7}
 TANDEM: dict[str, Any] = {**JOB, "steps": {"cloud:unet": 2, "unet_small": 3}}
