@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import sys
-import termios
 import time
 import weakref
 from collections.abc import Collection
@@ -96,7 +94,10 @@ def _kernel_bytes(transport: Any) -> int:
     """
     count = bytearray(4)
     try:
+        import fcntl  # noqa: PLC0415 (Windows has none)
+        import termios  # noqa: PLC0415
+
         fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, count)
-    except (OSError, ValueError):
+    except (ImportError, OSError, ValueError):
         return 0
     return int.from_bytes(count, sys.byteorder)
