@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,10 +30,14 @@ _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", sel
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """When waiting ends: at `ends`, of time.monotonic, or when it is cancelled, from any thread."""
+    """When waiting ends: at `ends`, of time.monotonic, or from any thread, when it is cancelled.
+
+    closed: set when what waits is closed with all that it does, which ends waiting as well.
+    """
 
     ends: float
     cancelled: threading.Event
+    closed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def left_s(self) -> float:
@@ -41,22 +45,33 @@ class Bounds:
         return self.ends - time.monotonic()
 
     @property
+    def stopped(self) -> bool:
+        """Whether it was cancelled, by itself or with all the rest."""
+        return self.cancelled.is_set() or self.closed.is_set()
+
+    @property
     def over(self) -> bool:
         """Whether it has ended, one way or the other."""
-        return self.cancelled.is_set() or self.left_s <= 0
+        return self.stopped or self.left_s <= 0
 
     def look_s(self) -> float:
         """How many seconds to wait before the next look; TimeoutError where waiting has ended."""
         left = self.left_s
-        if left <= 0 or self.cancelled.is_set():
-            raise TimeoutError("cancelled" if left > 0 else "its time is over")
+        if left <= 0 or self.stopped:
+            raise TimeoutError("cancelled" if self.stopped else "its time is over")
         return min(left, LOOK_S)
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until it has ended."""
+        until = time.monotonic() + seconds
+        while not self.over and (left := until - time.monotonic()) > 0:
+            self.cancelled.wait(min(left, LOOK_S))
 
 
 class BoundedSocket(io.RawIOBase):
     """A connected socket for `http.client`, that is read and written within bounds.
 
-    What it is used for behind them raises TimeoutError. Closing it leaves the socket open.
+    Any use of it after they have ended raises TimeoutError. Closing it leaves the socket open.
     """
 
     def __init__(self, sock: socket.socket, bounds: Bounds) -> None:
@@ -92,7 +107,7 @@ def connected(host: str, port: int, bounds: Bounds) -> socket.socket:
     """
     places = _looked_up(host, port, bounds)
     for left in range(len(places), 0, -1):
-        share = Bounds(time.monotonic() + bounds.left_s / left, bounds.cancelled)
+        share = replace(bounds, ends=time.monotonic() + bounds.left_s / left)
         try:
             return _connected(places[-left], share)
         except OSError:

@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from .arguments import is_loopback
 from .bounded_socket import Bounds
-from .connections import MAX_ANSWER_BYTES, Answer, Connections, Question
+from .cloud_reasons import ANSWERED, refused
+from .connections import MAX_ANSWER_BYTES, Connections, Question
 from .errors import ArgumentError, CancelledError, CloudError, RequestError
 from .handover import Handover, checked_digest, in_half
 from .manifest import Component
@@ -33,27 +34,12 @@ from .messages import packed
 T = TypeVar("T")
 PROTOCOL = "tandemrt.handoff/1"
 JSON, MESSAGE = "application/json", "application/x-safetensors"
-RETRIES, TRIED_AGAIN = 2, frozenset({429, 502, 503, 504})
+# For how long a request may wait, where nobody says.
+SECONDS = 30.0
+RETRIES = 2
 # So many failures in a row, and nobody is kept waiting for so many seconds.
 BREAKING, BROKEN_S = 3, 30.0
 _FIRST_PAUSE_S = 0.1
-# Who answers so is there, and is no worse for it.
-_ANSWERED = frozenset({"unauthorized", "conflict", "refused", "untrusted", "busy", "unready"})
-_REASONS = {401: "unauthorized", 409: "conflict", 429: "busy", 503: "unready", 504: "deadline"}
-# What is told to others than the device: neither the server's address nor what it, or who stands before it, answered.
-_MEANINGS = {
-    "unreachable": "it could not be reached, or broke off",
-    "deadline": "it did not answer in time",
-    "broken": "it failed several times in a row, and is left alone for a while",
-    "busy": "as many wait there as may",
-    "unready": "it is not ready",
-    "unauthorized": "it does not take the token",
-    "untrusted": "its certificate is not trusted",
-    "conflict": "it has another model, bundle or plan",
-    "malformed": "its answer could not be used",
-    "refused": "it refused the request",
-    "failed": "it failed",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +77,7 @@ class Cloud:
         ArgumentError: the address is none, or a token would go over the network in plain text.
     """
 
-    def __init__(self, url: str, token: str | None = None, *, seconds: float = 30.0, half: bool = False) -> None:
+    def __init__(self, url: str, token: str | None = None, *, seconds: float = SECONDS, half: bool = False) -> None:
         https, host, port, self._path = _address(url)
         if token is not None and not https and not is_loopback(host):
             raise ArgumentError("cloud", "the token would go over the network in plain text", remedy="Use https.")
@@ -134,12 +120,8 @@ class Cloud:
             CancelledError: it was cancelled.
         """
         within = bounds or self.bounds()
-        left = max(round(within.left_s, 3), 0.001)  # the server works for nobody when it is over
-        facts = {**asked, "plan": plan, "dtype": "float16" if self.half else "float32", "timeout": left}
-        state = in_half(tensors["state"]) if self.half and "state" in tensors else None
-        sent: Mapping[str, npt.NDArray[Any]] = tensors if state is None else {**tensors, "state": state}
-        # Also where there are no tensors: a turned bit in a prompt's JSON would paint another picture.
-        body = packed(sent, {"protocol": PROTOCOL, "request": json.dumps(facts)})
+        facts = {**asked, "plan": plan}
+        body = message(facts, tensors, half=self.half)
         digest = hashlib.sha256(body).hexdigest()
         headers = {"Content-Type": MESSAGE, "Idempotency-Key": uuid.uuid4().hex}
         began, steps, tries = time.monotonic(), facts["until"] - facts.get("start_step", 0), 0
@@ -174,45 +156,68 @@ class Cloud:
             raise CloudError(self.url, "malformed", what, retryable=True) from error
 
     def retried(self, exchange: Callable[[], T], bounds: Bounds) -> T:
-        """What an exchange gives, which is tried again where that may help and there is time."""
-        self._require_whole()
+        """What an exchange gives, which is tried again where that may help and there is time.
+
+        One that is cancelled, or that has no time from the first, says nothing of the server, and counts as nothing.
+        """
+        if bounds.over:
+            raise self.ended(bounds)
+        turn = self._turn()
         tries = 0
         while True:
             tries += 1
             try:
                 made = exchange()
             except CloudError as error:
-                whole = self._count(failed=error.reason not in _ANSWERED)
+                whole = self._count(failed=error.reason not in ANSWERED)
                 pause = max(error.pause, _FIRST_PAUSE_S * 2**tries * random.uniform(0.5, 1.5))
                 if not (error.retryable and whole) or tries > RETRIES or pause >= bounds.left_s:
                     raise
-                if bounds.cancelled.wait(pause):
+                bounds.wait(pause)
+                if bounds.stopped:
                     raise self.ended(bounds) from error
                 if bounds.over:  # it waited for longer than it meant to
                     raise
                 continue
+            except BaseException:
+                self._give_back(turn)
+                raise
             self._count(failed=False)
             return made
 
     def ended(self, bounds: Bounds) -> CloudError | CancelledError:
         """What became of a wait that its bounds have ended."""
-        if bounds.cancelled.is_set():
-            return CancelledError("generation", "cancelled while the cloud ran a part of it")
+        if bounds.stopped:
+            what = "the pipeline was closed" if bounds.closed.is_set() else "cancelled"
+            return CancelledError("generation", f"{what} while the cloud ran a part of it")
         return CloudError(self.url, "deadline", f"did not answer within {self.seconds:g} s")
 
-    def _require_whole(self) -> None:
-        """Raise CloudError while the server is left alone, since it failed several times in a row.
+    def whole(self) -> None:
+        """The server is known to help: forget how it failed, and let all ask it."""
+        self._count(failed=False)
 
-        Then one caller tries, and the others are sent away until that has ended; or for as long again, if it hangs.
+    def _turn(self) -> float:
+        """Until when others are sent away, of time.monotonic, where this caller alone tries; 0 where all may ask.
+
+        Raises:
+            CloudError: the server is left alone, since it failed several times in a row. Then one caller tries, and the
+                others are sent away until that has ended; or for as long again, if it hangs.
         """
         with self._lock:
             now = time.monotonic()
-            left = self._broken_until - now
-            if left <= 0 and self._failures >= BREAKING:
+            if now < self._broken_until:
+                left = self._broken_until - now
+                what = f"failed {BREAKING} times in a row, and is left alone for {left:.0f} s more"
+                raise CloudError(self.url, "broken", what)
+            if self._failures >= BREAKING:
                 self._broken_until = now + BROKEN_S
-        if left > 0:
-            what = f"failed {BREAKING} times in a row, and is left alone for {left:.0f} s more"
-            raise CloudError(self.url, "broken", what)
+            return self._broken_until
+
+    def _give_back(self, turn: float) -> None:
+        """Let another try, if the turn is yet this caller's, who learned nothing of the server."""
+        with self._lock:
+            if turn == self._broken_until:
+                self._broken_until = 0.0
 
     def _count(self, *, failed: bool) -> bool:
         """Count an exchange; whether the server may be asked again."""
@@ -238,7 +243,7 @@ class Cloud:
         if len(answer.body) > MAX_ANSWER_BYTES:
             raise CloudError(self.url, "malformed", f"answered more than {MAX_ANSWER_BYTES} bytes")
         if answer.status != 200:
-            raise _refused(self.url, answer)
+            raise refused(self.url, answer)
         return answer.body
 
     def _checked(self, answer: bytes, facts: Mapping[str, Any], digest: str) -> Handover:
@@ -265,13 +270,15 @@ class Cloud:
         return handover
 
 
-def reason_alone(degraded: str) -> str:
-    """Why a server did not help, as `Output.degraded` begins, for others than those who asked it; empty where it did.
+def message(asked: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[np.float32]], *, half: bool) -> bytes:
+    """What `/v1/handoff` is sent; asked: as of `Cloud.run`, with the plan's digest.
 
-    It has no address, and nothing of what was answered.
+    Also where there are no tensors: a turned bit in a prompt's JSON would paint another picture.
     """
-    reason = degraded.partition(":")[0]
-    return f"{reason}: {_MEANINGS[reason]}" if degraded else ""
+    state = in_half(tensors["state"]) if half and "state" in tensors else None
+    sent: Mapping[str, npt.NDArray[Any]] = tensors if state is None else {**tensors, "state": state}
+    facts = {**asked, "dtype": "float16" if half else "float32"}
+    return packed(sent, {"protocol": PROTOCOL, "request": json.dumps(facts)})
 
 
 def _address(url: str) -> tuple[bool, str, int, str]:
@@ -289,17 +296,3 @@ def _address(url: str) -> tuple[bool, str, int, str]:
         raise ArgumentError("cloud", "no address", got=url, expected="such as https://host:8080")
     https = parts.scheme == "https"
     return https, parts.hostname, port or (443 if https else 80), parts.path.rstrip("/")
-
-
-def _refused(url: str, answer: Answer) -> CloudError:
-    """What an answer other than 200 means."""
-    try:
-        said = str(json.loads(answer.body)["error"]["message"])[:500]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        said = answer.reason
-    after = answer.headers.get("Retry-After", "")
-    pause = float(after) if after.isascii() and after.isdigit() and len(after) < 6 else 0.0
-    reason = _REASONS.get(answer.status, "refused" if answer.status < 500 else "failed")
-    return CloudError(
-        url, reason, f"answered {answer.status}: {said}", retryable=answer.status in TRIED_AGAIN, pause=pause
-    )

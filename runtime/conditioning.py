@@ -123,11 +123,12 @@ def _tokenizer(path: Path, max_length: int, _bundle: str) -> PromptTokenizer:
     return PromptTokenizer(path, max_length)
 
 
-def reads_text(request: Request, text: TextConditioning, *, guided: bool) -> bool:
-    """Whether text encoders run for a request: not where it brings embeddings for all that is read."""
-    if request.prompt_embeds is None:
-        return True
-    return guided and request.negative_prompt_embeds is None and not _zero_negative(request, text)
+def brings_text(request: Request, *, guided: bool) -> bool:
+    """Whether a request brings embeddings for all that is read; with any other, one bundle may encode what another not.
+
+    guided: whether rows are. Where a bundle's `zero_negative` is on, it reads zeros in place of a text.
+    """
+    return request.prompt_embeds is not None and (not guided or request.negative_prompt_embeds is not None)
 
 
 def guidance_embedding(scale: float, width: int) -> Float32:

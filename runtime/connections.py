@@ -16,6 +16,8 @@ from .bounded_socket import BoundedSocket, Bounds, connected, has_come, over_tls
 MAX_ANSWER_BYTES = 64 << 20
 # How many are kept, and for how many seconds: fewer than the server keeps those that nobody uses.
 KEPT, KEPT_S = 4, 12.0
+# The header that tells a server for how many seconds it is waited for, from then on: the rest of the bounds.
+TIMEOUT_HEADER = "Request-Timeout"
 _CHUNK = 1 << 16
 
 
@@ -130,7 +132,8 @@ class _Connection(http.client.HTTPConnection):
     def answered(self, question: Question, bounds: Bounds) -> Answer:
         self.sock = BoundedSocket(self.own, bounds)
         try:
-            self.request(question.method, question.path, question.body, dict(question.headers))
+            told = {**question.headers, TIMEOUT_HEADER: f"{max(bounds.left_s, 0.001):.3f}"}
+            self.request(question.method, question.path, question.body, told)
             answer = self.getresponse()
         except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
             if self.reusable:

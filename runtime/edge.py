@@ -15,9 +15,10 @@ import numpy.typing as npt
 from .arguments import whole_number
 from .bundle import Bundle
 from .cloud import CloudTiming
-from .conditioning import dropped_text, reads_text
+from .conditioning import brings_text, dropped_text
+from .editing import reads_mask
 from .errors import CloudError, RequestError
-from .handover import Handover, rows_between
+from .handover import TEXT, Handover, rows_between
 from .output import Output, Timings
 from .plan import CLOUD, Plan, compile_plan
 from .plan_steps import Steps
@@ -110,8 +111,10 @@ class Edge:
         yield Stage.CLOUD
         began = time.monotonic()
         try:
-            self.there.ask(self.there.cloud.bounds(self.cancelled))
+            self.there.ask(self.there.bounds(self.cancelled))
         except CloudError as error:
+            if not self._able:
+                raise
             fallback = self._fallback(_named(request.steps))
             alone: Any = [(fallback, *pair[1:]) for pair in _pairs(request.steps)]  # of two each, or refused
             output = yield from self.paint(replace(request, steps=alone))
@@ -123,6 +126,8 @@ class Edge:
         try:
             output = yield from self._in_parts(request, plan, way)
         except CloudError as error:
+            if not self._able:
+                raise
             way.exchanges += [] if error.timing is None else [error.timing]
             output = yield from self._finished(*self._alone(request, plan, way), way)
             output = replace(output, degraded=f"{error.reason}: {error}")
@@ -147,7 +152,7 @@ class Edge:
         """Have the server run the steps before `until`; CloudError where it did not."""
         told, tensors = self._told(request, plan, until, way.start), _tensors(request, way.start)
         with span("cloud"):
-            bounds = self.there.cloud.bounds(self.cancelled, way.waited_s)
+            bounds = self.there.bounds(self.cancelled, way.waited_s)
             start, timing = self.there.cloud.run(told, tensors, plan.digest, bounds)
         self._require_shape(request, plan, start, timing)
         way.exchanges.append(timing)
@@ -191,7 +196,7 @@ class Edge:
     def _told(self, request: Request, plan: Plan, until: int, start: Handover | None) -> dict[str, Any]:
         """What the server is asked, in JSON's types."""
         manifest = self.there.manifest
-        read = manifest.text.encoders if reads_text(request, manifest.text, guided=any(plan.guided)) else ()
+        read = () if brings_text(request, guided=any(plan.guided)) else (TEXT,)
         facts = {
             **{name: getattr(request, name) for name in _TOLD},
             "steps": [(name.removeprefix(CLOUD), count) for name, count in plan.steps],
@@ -204,15 +209,21 @@ class Edge:
         }
         return {name: _plain(value) for name, value in facts.items() if value is not None}
 
+    @property
+    def _able(self) -> list[str]:
+        """The bundle's denoisers that could run the server's steps: none that inpaints, for which there is no mask."""
+        own = self.bundle.manifest
+        return [name for name in own.names("denoiser") if not reads_mask(own.components[name], own.latent)]
+
     def _fallback(self, names: Sequence[str]) -> str:
-        """The denoiser that runs the steps where the server cannot: the smallest of these here, else of the bundle.
+        """The denoiser that runs the steps where the server cannot: the smallest of these here, else of all that could.
 
         One that brings a scheduler of its own, as one-step models do, is the last to be chosen.
         """
-        components = self.there.manifest.components
-        own = [name for name in self.there.manifest.names("denoiser") if not name.startswith(CLOUD)]
-        here = [name for name in own if name in names]
-        return min(here or own, key=lambda name: (components[name].scheduler is not None, components[name].parameters))
+        components = self.bundle.manifest.components
+        here = [name for name in self._able if name in names]
+        key = {name: (one.scheduler is not None, one.parameters) for name, one in components.items()}
+        return min(here or self._able, key=key.__getitem__)
 
 
 def _parts(plan: Plan) -> list[tuple[bool, int]]:

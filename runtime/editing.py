@@ -85,7 +85,7 @@ def checked_editing(request: Request, manifest: Manifest, plan: Plan, size: Size
             one; an image or mask that cannot be used, or not as many as prompts.
     """
     denoisers = dict.fromkeys(plan.denoisers)
-    concatenated = frozenset(name for name in denoisers if _reads_mask(manifest.components[name], manifest.latent))
+    concatenated = frozenset(name for name in denoisers if reads_mask(manifest.components[name], manifest.latent))
     if request.mask_image is None and concatenated:
         remedy = "Give image= and mask_image=, or steps= on another denoiser."
         raise RequestError("mask_image", f"denoiser {min(concatenated)!r} inpaints and needs one", remedy=remedy)
@@ -186,7 +186,7 @@ def _each_picture(values: Float32, noise: Noise) -> Float32:
     return repeated
 
 
-def _reads_mask(component: Component, space: LatentSpace) -> bool:
+def reads_mask(component: Component, space: LatentSpace) -> bool:
     """Whether a denoiser reads a mask and a masked image behind the latent, as inpainting UNets do."""
     spec = spec_of(component.inputs, latent_names(component.inputs).sample)
     return spec is not None and spec.shape[1:2] == (2 * space.channels + 1,)

@@ -24,6 +24,8 @@ from .plan import Plan
 
 Float32 = npt.NDArray[np.float32]
 PROTOCOL = "tandemrt.handover/1"
+# What stands for all text encoders together in `models_of`; no component may be called so.
+TEXT = "text-encoders"
 _KEYS = ("protocol", "plan", "bundle", "step", "seed", "models")
 _MAX_MODELS, _DIGEST = 64, re.compile("[0-9a-f]{64}")
 
@@ -94,18 +96,17 @@ def in_half(state: Float32) -> npt.NDArray[np.float16] | None:
 
 
 def models_of(manifest: Manifest) -> dict[str, str]:
-    """The digests that two sides of a hand-over compare, by component: of each denoiser its `model_digest`.
+    """The digests that two sides of a hand-over compare: `model_digest` by denoiser, and one of all that reads texts.
 
-    That of a text encoder also says of the tokenizers, and of how texts become what denoisers read.
+    That, TEXT, is of the text encoders and tokenizers, and of how texts become what denoisers read: whatever they are
+    called, there is one entry on either side.
     """
     encoders = manifest.text.encoders
     folders = tuple(f"{encoding.tokenizer}/" for encoding in encoders.values())
     tokenizers = sorted((path, one.sha256) for path, one in manifest.files.items() if path.startswith(folders))
-    own = {name: manifest.model_digest(name) for name in (*manifest.names("denoiser"), *encoders)}
-    for name in encoders:
-        facts = msgspec.json.encode([own[name], tokenizers, manifest.text], order="deterministic")
-        own[name] = hashlib.sha256(facts).hexdigest()
-    return own
+    read = [[manifest.model_digest(name) for name in encoders], tokenizers, manifest.text]
+    text = hashlib.sha256(msgspec.json.encode(read, order="deterministic")).hexdigest()
+    return {**{name: manifest.model_digest(name) for name in manifest.names("denoiser")}, TEXT: text}
 
 
 def handed_over(

@@ -6,42 +6,35 @@ import functools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .arguments import did_you_mean, thread_count
+from .arguments import thread_count
 from .auto_placement import AutoPlacement
 from .backends.base import Array
 from .bundle import Bundle
 from .cache import cache_folder, require_folder
 from .cloud import Cloud
 from .conditioning import check_conditioning, encoded
-from .control import Control, checked_controls
 from .devices import on_devices, require_devices
 from .edge import Edge, names_cloud
-from .editing import checked_editing
 from .elsewhere import Elsewhere, ElsewhereSession, run_alone
 from .errors import CancelledError, ExecutionError, RequestError, told_as
-from .handover import require_models_of, rows_between
 from .images import Float32
+from .jobs import Jobs
 from .lora_engines import LoraEngines
 from .loras import Fitted, Loras
 from .manifest import Manifest
 from .models import Models
-from .noise import Noise
 from .observed import Observe
 from .output import Output
 from .overlap import overlapped
 from .painting import Job, Painter
-from .placement import refusal
 from .plan import Plan, compile_plan
 from .pool import Pool
 from .ran_on import Ran
 from .request import Request
 from .request_calls import numbered, takes_request
-from .request_checks import checked_array, checked_loras
-from .sampling import require_engines, step_variants
 from .step_engines import StepEngines
 from .stream import Events, Stream
 from .targets import Target, check_installed, check_runnable, parse_target
@@ -62,11 +55,12 @@ class Pipeline:
         cloud: Cloud | None = None,
     ) -> None:
         self.bundle, self.target = bundle, target
-        self._there = None if cloud is None else There(cloud, bundle.manifest)
+        # The cloud's denoisers, where there is a cloud.
+        self.there = None if cloud is None else There(cloud, bundle.manifest)
         self._models = Models(bundle, target, threads, cache, observe)
         self._steps = StepEngines(bundle, target, threads, cache, self._models.refits)
-        self._lora_engines = LoraEngines(bundle, target, cache)
-        self._loras, self._pool, self._turns = Loras(bundle), Pool(), Turns(self._models.refits.hold)
+        self._jobs = Jobs(bundle, target, self._models, Loras(bundle), LoraEngines(bundle, target, cache))
+        self._pool, self._turns = Pool(), Turns(self._models.refits.hold)
         auto = AutoPlacement(bundle, target, threads, cache, self._turns.alone)
         self._painter = Painter(bundle, self._models, self._steps, auto)
 
@@ -133,12 +127,7 @@ class Pipeline:
     @property
     def manifest(self) -> Manifest:
         """The bundle's manifest; where there is a cloud, with its denoisers too, as `cloud:` and their names."""
-        return self.bundle.manifest if self._there is None else self._there.manifest
-
-    @property
-    def there(self) -> There | None:
-        """The cloud's denoisers, where there is a cloud."""
-        return self._there
+        return self.bundle.manifest if self.there is None else self.there.manifest
 
     def __enter__(self) -> Pipeline:
         return self
@@ -149,13 +138,14 @@ class Pipeline:
     def close(self) -> None:
         """Free the models; a second call does nothing, a generation after it is refused.
 
-        Generations that are running end with CancelledError after the call of a model that each is at.
+        Generations that are running end with CancelledError after the call of a model that each is at, or at once where
+        they wait for the cloud.
         """
+        if self.there is not None:
+            self.there.close()
         self._pool.close()  # first: what is bound keeps a model alive
         self._models.close()
         self._steps.close()
-        if self._there is not None:
-            self._there.cloud.close()
 
     @takes_request(Request)
     def __call__(self, request: Request) -> Output:
@@ -238,70 +228,19 @@ class Pipeline:
 
         at_once: whether nobody looks at it between its rows. plan: the request's, where it is there already.
         """
-        if self._there is not None and names_cloud(request.steps):
+        self._models.require_open()
+        if self.there is not None and names_cloud(request.steps):
             paint = functools.partial(self._here, cancelled=cancelled, at_once=at_once)
-            return Edge(self._there, self.bundle, paint, cancelled).events(request)
+            return self._until_closed(Edge(self.there, self.bundle, paint, cancelled).events(request))
         return self._here(request, cancelled, at_once=at_once, plan=plan)
 
     def _here(self, request: Request, cancelled: threading.Event, *, at_once: bool, plan: Plan | None = None) -> Events:
         """As `_generate`, of what runs here alone."""
-        self._models.require_open()
-        manifest = self.manifest
-        whole = plan or compile_plan(manifest, request.schedule)
-        first, last = rows_between(whole, request.start, request.until)
-        plan = whole.part(first, last)
-        shape = request.latent_shape(manifest, tuple(dict.fromkeys(whole.denoisers)))
-        check_conditioning(request, manifest, plan)
-        if request.start is not None:
-            own = self.bundle.manifest
-            require_models_of(request.start, {name: own.model_digest(name) for name in own.names("denoiser")})
-            checked_array("start", request.start.state, (1 + whole.table.history, *shape))
-        if request.latents is not None:
-            checked_array("latents", request.latents, shape)
-        size = (shape[2] * manifest.latent.downsampling, shape[3] * manifest.latent.downsampling)
-        editing = checked_editing(request, manifest, whole, size)
-        controls = checked_controls(request, manifest, whole, size)
-        controls = tuple(replace(one, rows=one.rows[first:last]) for one in controls if any(one.rows[first:last]))
-        loras = self._fitted(request, plan, shape)
-        self._require_placeable(plan, controls, loras, shape)
-        decoders = self._decoder(request.decoder), self._decoder(None, tiny=True)
-        at_once = at_once and not request.previews
-        job = Job(
-            request, whole, first, plan, size, Noise(request, shape), editing, controls, loras, *decoders, at_once
-        )
-        return self._run(job, cancelled)
-
-    def _require_placeable(
-        self, plan: Plan, controls: tuple[Control, ...], loras: Fitted, shape: tuple[int, ...]
-    ) -> None:
-        """Refuse a placement that the target, or the engines that are there, cannot do."""
-        elsewhere = self._models.elsewhere is not None
-        if elsewhere and plan.placement != "batched" and (plan.window is not None or loras.adapters):
-            what = "LoRAs, or placement hybridiff, with a branch elsewhere"
-            raise RequestError("placement", what, remedy="Ask for placement batched.")
-        refused = refusal(plan.placement, self.target, self._models.threads)
-        if refused is not None and not elsewhere:
-            raise refused
-        if plan.placement in ("sequential", "parallel", "hybridiff"):
-            require_engines(plan, controls, loras, shape, self._models)
-        if plan.window is None:
-            return
-        if controls or loras.adapters:
-            what = "hybridiff with ControlNets or LoRAs, which its stages do not take"
-            raise RequestError("placement", what, remedy="Ask for another placement.")
-        devices = plan.window.pipelining.devices(self._models.devices)
-        self._models.require_stages(plan.denoisers[0], devices, shape)
-
-    def _fitted(self, request: Request, plan: Plan, shape: tuple[int, ...]) -> Fitted:
-        """The request's LoRAs by component, each of which has engines that take them."""
-        if not request.loras:
-            return Fitted()
-        encodes = bool(request.prompts) or (any(plan.guided) and bool(request.negative_prompts))
-        fitted = self._loras.fitted(checked_loras(request.loras), plan.denoisers, encodes=encodes)
-        return self._lora_engines.chosen(fitted, shape, step_variants(plan))
+        job = self._jobs.job(request, self.manifest, plan, at_once=at_once)
+        return self._until_closed(self._run(job, cancelled))
 
     def _run(self, job: Job, cancelled: threading.Event) -> Events:
-        """Run a job when it is its turn; closing the pipeline cancels it, wherever it is."""
+        """Run a job when it is its turn."""
 
         def stop() -> None:
             self._models.require_open()
@@ -309,21 +248,15 @@ class Pipeline:
                 raise CancelledError("generation", "cancelled while it waited for those with other LoRAs")
 
         asked = time.perf_counter()
+        with self._pool.lease() as lease:
+            painted = self._painter.painted(job, cancelled, lease, asked)
+            return (yield from self._turns.in_turn(job.loras.weights, painted, stop))
+
+    def _until_closed(self, events: Events) -> Events:
+        """The same events; what fails since the pipeline was closed meanwhile is cancelled."""
         try:
-            with self._pool.lease() as lease:
-                painted = self._painter.painted(job, cancelled, lease, asked)
-                return (yield from self._turns.in_turn(job.loras.weights, painted, stop))
+            return (yield from events)
         except ExecutionError as error:
             if isinstance(error, CancelledError) or not self._models.closed:
                 raise
             raise CancelledError("generation", "the pipeline was closed while it ran") from error
-
-    def _decoder(self, name: str | None, *, tiny: bool = False) -> str:
-        """The decoder asked for; without a name the bundle's first, or its tiny one."""
-        decoders = self.bundle.manifest.names("vae_decoder")
-        if name is None:
-            return "vae_decoder_tiny" if tiny and "vae_decoder_tiny" in decoders else decoders[0]
-        if name not in decoders:
-            expected, remedy = f"one of {', '.join(decoders)}", did_you_mean(name, decoders)
-            raise RequestError("decoder", "unknown", got=name, expected=expected, remedy=remedy)
-        return name

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import msgspec
 
 from .bounded_socket import Bounds
-from .cloud import Cloud, Described
+from .cloud import Cloud
 from .errors import CloudError
 from .handover import models_of
 from .manifest import Component, Manifest
 from .plan import CLOUD
 
-# How long opening a pipeline waits for a server that does not say what it serves; it is asked again later.
+# How long opening a pipeline, and each later look, waits for a server that does not say what it serves.
 OPENING_S = 3.0
 
 
@@ -28,20 +29,28 @@ def with_cloud(manifest: Manifest, components: Mapping[str, Component]) -> Manif
 class There:
     """A server's denoisers beside those that are here; safe to share between threads.
 
-    manifest: with the server's, as it said once; with those that are here in their place until it has. models: which
-    model each one is to be, see `models_of`: the one that is here under the name, else the one that it said.
+    manifest: with the server's, as it said once; with those that are here in their place until it has. models: what the
+    two sides compare, see `models_of`: of a denoiser the one that is here under the name, else the one that it said.
     said: whether it has.
     """
 
     def __init__(self, cloud: Cloud, manifest: Manifest) -> None:
-        """Ask the server; one that cannot be asked is asked again by `ask`, and thought no worse of."""
+        """Look what the server has; where it does not say, `ask` and `look` do so again."""
         own = {name: manifest.components[name] for name in manifest.names("denoiser")}
         self.cloud, self.manifest = cloud, with_cloud(manifest, own)
         self.models: Mapping[str, str] = models_of(manifest)
-        self.said, self._lock = False, threading.Lock()
+        self.said, self._lock, self._closed = False, threading.Lock(), threading.Event()
         with suppress(CloudError):
-            spent_s = max(0.0, cloud.seconds - OPENING_S)
-            self._learn(cloud.described(cloud.bounds(spent_s=spent_s)))
+            self.look()
+
+    def close(self) -> None:
+        """End all waits within `bounds`, for good, and hang up on the server."""
+        self._closed.set()
+        self.cloud.close()
+
+    def bounds(self, cancelled: threading.Event | None = None, spent_s: float = 0.0) -> Bounds:
+        """As of the cloud; closing this ends them too."""
+        return replace(self.cloud.bounds(cancelled, spent_s), closed=self._closed)
 
     def ask(self, bounds: Bounds) -> None:
         """Have the server say what it serves, unless it has; one caller asks, and others wait within their bounds.
@@ -50,22 +59,35 @@ class There:
             CloudError: it does not, or not in time.
             CancelledError: it was cancelled.
         """
-        if not self.said:
-            self.cloud.retried(lambda: self._ask(bounds), bounds)
+        with self._turn(bounds):
+            if not self.said:
+                self.cloud.retried(lambda: self._learn(bounds), bounds)
 
-    def _ask(self, bounds: Bounds) -> None:
+    def look(self, cancelled: threading.Event | None = None) -> None:
+        """As `ask`, once, within OPENING_S: a failure is not counted, a server that is left alone is asked too.
+
+        One that says what it serves is not left alone any more.
+        """
+        bounds = self.bounds(cancelled, max(0.0, self.cloud.seconds - OPENING_S))
+        with self._turn(bounds):
+            if not self.said:
+                self._learn(bounds)
+                self.cloud.whole()
+
+    @contextmanager
+    def _turn(self, bounds: Bounds) -> Iterator[None]:
         try:
             while not self._lock.acquire(timeout=bounds.look_s()):
                 pass
         except TimeoutError as error:
             raise self.cloud.ended(bounds) from error
         try:
-            if not self.said:
-                self._learn(self.cloud.described(bounds))
+            yield
         finally:
             self._lock.release()
 
-    def _learn(self, described: Described) -> None:
+    def _learn(self, bounds: Bounds) -> None:
+        described = self.cloud.described(bounds)
         # In this order: who sees a denoiser in the manifest finds its model.
         self.models = {**described.models, **self.models}
         self.manifest = with_cloud(self.manifest, described.components)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tandemrt.runtime import Output, Request
 from tandemrt.runtime.cli.pictures import maker_facts, png_facts
-from tandemrt.runtime.cloud import reason_alone
+from tandemrt.runtime.cloud_reasons import reason_alone
 from tandemrt.runtime.images import png_bytes
 
 from .served import Served

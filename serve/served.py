@@ -66,7 +66,7 @@ class Served:
         try:
             while self.there is not None and not self.there.said:
                 with suppress(CloudError, CancelledError):
-                    await asyncio.to_thread(self.there.ask, self.there.cloud.bounds(cancelled))
+                    await asyncio.to_thread(self.there.look, cancelled)
                 await asyncio.sleep(_ASKS_S)
         finally:
             cancelled.set()
@@ -92,11 +92,13 @@ class Served:
             raise unknown_model(str(name), self.name)
 
     def require_models(self, models: Mapping[str, str]) -> None:
-        """Raise Problem where a caller expects another model than the one of the same name that is served."""
+        """Raise Problem where a caller expects another model than the one of the name that is served, or none is."""
         for name, digest in models.items():
-            if self.models.get(name, digest) != digest:
-                own = self.models[name][:16]
-                raise conflict(f"models: {name}: got {digest[:16]!r}, expected {own!r}, which is served.")
+            own = self.models.get(name)
+            if own is None:
+                raise conflict(f"models: {name[:100]!r}: none is served, expected one of {', '.join(self.models)}.")
+            if own != digest:
+                raise conflict(f"models: {name}: got {digest[:16]!r}, expected {own[:16]!r}, which is served.")
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from tandemrt.runtime import Output
 from tandemrt.runtime.cloud import JSON, MESSAGE, PROTOCOL
+from tandemrt.runtime.connections import TIMEOUT_HEADER
 from tandemrt.runtime.errors import RequestError
 
 from .answers import Idempotent, Key, Make, key_of, while_connected
@@ -24,7 +26,7 @@ from .generation import Generation, asked_for, generation_of, generation_of_quer
 from .guard import body_of, media_type
 from .limits import BODY_S, Limits
 from .pictures import dropped, pictures_of, places, server_timing
-from .problems import busy, unready, unusable
+from .problems import busy, malformed, unready, unusable
 from .protocol import Asked, asked_of
 from .served import Served
 from .work import Painter, UncompiledError, Work, work_of
@@ -49,6 +51,7 @@ class Service:
 
     async def handoff(self, request: Request) -> Response:
         """Steps of a picture, from noise or from a state, to the state after them."""
+        ends = _ends(request)
         kind = media_type(request, (JSON, MESSAGE))
         body = await self._body(request)
 
@@ -69,7 +72,8 @@ class Service:
             output = await self.painter.painted(work, seconds)
             return await _soon(partial(_handed_over, output, asked, digest), output.latents.nbytes)
 
-        return await self._answered(request, key, self._seconds(asked.timeout), made)
+        seconds = min(self._seconds(asked.timeout), max(0.0, ends - time.monotonic()))
+        return await self._answered(request, key, seconds, made)
 
     async def generations(self, request: Request) -> Response:
         """Whole pictures, as OpenAI's endpoint of the same path answers them."""
@@ -159,6 +163,21 @@ class Service:
         if asked is not None and not asked > 0:
             raise unusable(f"timeout: got {asked:g}, expected a number above 0.")
         return self.limits.seconds if asked is None else min(asked, self.limits.seconds)
+
+
+def _ends(request: Request) -> float:
+    """When the client no longer waits, of time.monotonic, as he says where he does; Problem where it is no time.
+
+    It is counted from here on, where the head has come: so the body's way is within it.
+    """
+    told = request.headers.get(TIMEOUT_HEADER, "inf")
+    try:
+        seconds = float(told)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise malformed(f"{TIMEOUT_HEADER}: got {told[:20]!r}, expected seconds, a number above 0.")
+    return time.monotonic() + seconds
 
 
 async def _soon(work: Callable[[], T], size: int) -> T:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..cloud import Cloud
+from ..cloud import SECONDS, Cloud
 from ..errors import ArgumentError
 from ..tokens import token_in_environment, token_in_file
 
 CLOUD_TOKEN = "TANDEMRT_CLOUD_TOKEN"
-DEFAULT_SECONDS = 30.0
 
 
 def add_cloud(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,7 @@ def add_cloud(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cloud-token-file", type=Path, metavar="FILE", help=f"what it wants to see; or ${CLOUD_TOKEN}")
     group.add_argument(
-        "--cloud-seconds", type=float, metavar="S", help=f"how long a picture may wait for it ({DEFAULT_SECONDS:g})"
+        "--cloud-seconds", type=float, metavar="S", help=f"how long a picture may wait for it ({SECONDS:g})"
     )
     group.add_argument(
         "--cloud-half",
@@ -45,7 +44,7 @@ def cloud_from(namespace: argparse.Namespace) -> Cloud | None:
             if getattr(namespace, name) is not None:
                 raise ArgumentError(f"--{name.replace('_', '-')}", "given without --cloud", remedy="Give both.")
         return None
-    seconds = DEFAULT_SECONDS if namespace.cloud_seconds is None else namespace.cloud_seconds
+    seconds = SECONDS if namespace.cloud_seconds is None else namespace.cloud_seconds
     file = namespace.cloud_token_file
     token = token_in_environment(CLOUD_TOKEN) if file is None else token_in_file(f"--cloud-token-file {file}", file)
     return Cloud(namespace.cloud, token, seconds=seconds, half=bool(namespace.cloud_half))

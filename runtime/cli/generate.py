@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..backends import copies_directly, gpu_names
 from ..bundle import Bundle
-from ..cloud import reason_alone
+from ..cloud_reasons import reason_alone
 from ..conditioning import dropped_text
 from ..errors import TandemError
 from ..files import file_sha256

@@ -15,6 +15,8 @@ import pytest
 from tandemrt.runtime.bounded_socket import BoundedSocket, Bounds, connected, over_tls
 
 Pair = tuple[socket.socket, socket.socket]
+# More than any of these waits takes beside others, and less than those that are without their bounds.
+LATE_S = 60.0
 
 
 @pytest.fixture
@@ -63,22 +65,33 @@ def test_drops_do_not_prolong_a_wait(pair: Pair) -> None:
     finally:
         dropping.set()
         thread.join()
-    assert 0.2 <= time.monotonic() - began < 1
+    assert 0.2 <= time.monotonic() - began < LATE_S
 
 
 def test_nobody_who_reads_is_not_waited_for(pair: Pair) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="its time is over"):
         bounded(pair[0], 0.2).sendall(bytes(64 << 20))
-    assert 0.2 <= time.monotonic() - began < 1
+    assert 0.2 <= time.monotonic() - began < LATE_S
 
 
-def test_a_wait_is_cancelled(pair: Pair) -> None:
-    cancelled, began = threading.Event(), time.monotonic()
-    threading.Timer(0.05, cancelled.set).start()
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_wait_is_cancelled(closes: bool, pair: Pair) -> None:
+    bounds, began = within(600), time.monotonic()
+    threading.Timer(0.05, (bounds.closed if closes else bounds.cancelled).set).start()
     with pytest.raises(TimeoutError, match="cancelled"):
-        bounded(pair[0], 30, cancelled).makefile().read(1)
-    assert time.monotonic() - began < 1
+        BoundedSocket(pair[0], bounds).makefile().read(1)
+    assert time.monotonic() - began < LATE_S
+
+
+def test_a_pause_ends_with_its_bounds() -> None:
+    bounds, began = within(0.2), time.monotonic()
+    bounds.wait(0.05)
+    assert time.monotonic() - began >= 0.05
+    assert not bounds.stopped
+    bounds.wait(600)
+    assert bounds.over
+    assert 0.2 <= time.monotonic() - began < LATE_S
 
 
 @pytest.fixture
@@ -94,7 +107,7 @@ def silent_port() -> Iterator[int]:
         port: int = server.getsockname()[1]
         with pytest.raises(TimeoutError):
             for _ in range(8):
-                waiting.enter_context(connected("127.0.0.1", port, within(0.1)))
+                waiting.enter_context(connected("127.0.0.1", port, within(1)))
         yield port
 
 
@@ -109,10 +122,10 @@ def test_the_address_that_takes_a_connection_is_taken(
 ) -> None:
     addressed(monkeypatch, 9, silent_port, open_port)
     began = time.monotonic()
-    with connected("two.example", 80, within(0.6)) as sock:
+    with connected("two.example", 80, within(4)) as sock:
         assert sock.getpeername()[1] == open_port
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-    assert 0.2 <= time.monotonic() - began < 0.6  # half of it was the silent one's
+    assert time.monotonic() - began >= 1.9  # half of what the one that refused had left was the silent one's
 
 
 def test_addresses_that_do_not_answer_are_not_waited_for(silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,12 +133,12 @@ def test_addresses_that_do_not_answer_are_not_waited_for(silent_port: int, monke
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         connected("two.example", 80, within(0.3))
-    assert 0.3 <= time.monotonic() - began < 0.6
+    assert 0.3 <= time.monotonic() - began < LATE_S
     cancelled, began = threading.Event(), time.monotonic()
     threading.Timer(0.05, cancelled.set).start()
     with pytest.raises(TimeoutError, match="cancelled"):
-        connected("two.example", 80, within(30, cancelled))
-    assert time.monotonic() - began < 1
+        connected("two.example", 80, within(600, cancelled))
+    assert time.monotonic() - began < LATE_S
 
 
 def test_who_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +151,7 @@ def test_a_name_that_is_not_found_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     found = threading.Event()
 
     def look_up(*_: Any, **__: Any) -> Any:
-        found.wait(10)
+        found.wait(600)
         raise socket.gaierror(socket.EAI_NONAME, "not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
@@ -149,7 +162,7 @@ def test_a_name_that_is_not_found_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     cancelled.set()
     with pytest.raises(TimeoutError, match="cancelled"):
         connected("slow.example", 80, within(30, cancelled))
-    assert 0.2 <= time.monotonic() - began < 1
+    assert 0.2 <= time.monotonic() - began < LATE_S
     found.set()
     with pytest.raises(socket.gaierror, match="not known"):
         connected("slow.example", 80, within(10))
@@ -159,4 +172,4 @@ def test_a_handshake_that_is_not_answered(pair: Pair) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         over_tls(pair[0], ssl.create_default_context(), "127.0.0.1", within(0.2))
-    assert 0.2 <= time.monotonic() - began < 1
+    assert 0.2 <= time.monotonic() - began < LATE_S

@@ -6,20 +6,35 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPMessage
 
 import numpy as np
 import pytest
 
 from tandemrt.runtime import Cloud, cloud
-from tandemrt.runtime.cloud import reason_alone
-from tandemrt.runtime.errors import CloudError
+from tandemrt.runtime.bounded_socket import Bounds
+from tandemrt.runtime.cloud_reasons import reason_alone, refused
+from tandemrt.runtime.connections import Answer
+from tandemrt.runtime.errors import CancelledError, CloudError
 from tandemrt.runtime.handover import in_half
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Cloud:
-    monkeypatch.setattr(cloud, "BROKEN_S", 0.2)
+def server() -> Cloud:
     return Cloud("http://127.0.0.1:9", seconds=5)
+
+
+@pytest.fixture
+def forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Has the time pass for which a server is left alone."""
+    clock, ahead = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead)
+
+    def pass_by() -> None:
+        nonlocal ahead
+        ahead += cloud.BROKEN_S
+
+    return pass_by
 
 
 def failing(reason: str) -> Callable[[], str]:
@@ -48,12 +63,12 @@ def test_who_answers_is_not_left_alone(reason: str, server: Cloud) -> None:
 
 
 @pytest.mark.parametrize("reason", ["unreachable", "deadline", "malformed", "failed"])
-def test_who_fails_is_left_alone_for_a_while(reason: str, server: Cloud) -> None:
+def test_who_fails_is_left_alone_for_a_while(reason: str, server: Cloud, forward: Callable[[], None]) -> None:
     assert reasons(server, failing(reason), 5) == [reason] * 3 + ["broken"] * 2
-    time.sleep(0.25)
+    forward()
     # One failure more, and it is left alone again; one success, and it is whole.
     assert reasons(server, failing(reason), 2) == [reason, "broken"]
-    time.sleep(0.25)
+    forward()
     assert reasons(server, lambda: "made", 2) == ["made"] * 2
     assert reasons(server, failing(reason), 4) == [reason] * 3 + ["broken"]
 
@@ -63,10 +78,9 @@ def test_a_busy_answer_between_makes_it_whole(server: Cloud) -> None:
         assert reasons(server, failing(reason), 1) == [reason]
 
 
-def test_one_tries_whether_it_is_whole_again(server: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tries_whether_it_is_whole_again(server: Cloud, forward: Callable[[], None]) -> None:
     reasons(server, failing("failed"), 3)
-    time.sleep(0.25)
-    monkeypatch.setattr(cloud, "BROKEN_S", 10.0)
+    forward()
     begun, goes_on = threading.Event(), threading.Event()
 
     def slow() -> str:
@@ -81,6 +95,87 @@ def test_one_tries_whether_it_is_whole_again(server: Cloud, monkeypatch: pytest.
         goes_on.set()
         assert trying.result() == "made"
     assert reasons(server, lambda: "made", 1) == ["made"]
+
+
+@pytest.mark.parametrize("error", [CancelledError("generation", "cancelled"), KeyboardInterrupt()])
+def test_who_tries_and_is_cancelled_gives_his_turn_back(
+    error: BaseException, server: Cloud, forward: Callable[[], None]
+) -> None:
+    reasons(server, failing("failed"), 3)
+    forward()
+
+    def stopped() -> str:
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            server.retried(stopped, server.bounds())
+    assert reasons(server, failing("failed"), 2) == ["failed", "broken"]  # it has yet to show that it helps
+
+
+def test_who_is_cancelled_lets_nobody_pass(server: Cloud) -> None:
+    """One who asked while it was whole, and is cancelled when it is no more."""
+
+    def stopped() -> str:
+        reasons(server, failing("failed"), 3)
+        raise CancelledError("generation", "cancelled")
+
+    with pytest.raises(CancelledError):
+        server.retried(stopped, server.bounds())
+    assert ended(server, lambda: "made") == "broken"
+
+
+def test_who_has_no_time_from_the_first_says_nothing_of_the_server(server: Cloud) -> None:
+    asked: list[str] = []
+    for _ in range(4):
+        with pytest.raises(CloudError, match="did not answer within 5 s") as late:
+            server.retried(lambda: asked.append("asked"), server.bounds(spent_s=6))
+        assert late.value.reason == "deadline"
+    assert asked == []
+    assert reasons(server, failing("failed"), 3) == ["failed"] * 3
+
+
+def test_who_is_known_to_help_is_asked_again(server: Cloud) -> None:
+    assert reasons(server, failing("failed"), 4) == ["failed"] * 3 + ["broken"]
+    server.whole()
+    assert reasons(server, failing("failed"), 4) == ["failed"] * 3 + ["broken"]
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_pause_before_the_next_try_ends_when_it_is_cancelled(closes: bool, server: Cloud) -> None:
+    bounds = Bounds(time.monotonic() + 60, threading.Event())
+
+    def busy() -> str:
+        (bounds.closed if closes else bounds.cancelled).set()
+        raise CloudError("there", "busy", "did not help", retryable=True, pause=50)
+
+    began = time.monotonic()
+    with pytest.raises(CancelledError, match="the pipeline was closed while" if closes else "cancelled while"):
+        server.retried(busy, bounds)
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "again"),
+    [
+        (400, "refused", False),
+        (401, "unauthorized", False),
+        (408, "deadline", True),
+        (409, "conflict", False),
+        (429, "busy", True),
+        (500, "failed", False),
+        (502, "failed", True),
+        (503, "unready", True),
+        (504, "deadline", True),
+    ],
+)
+def test_what_an_answer_means(status: int, reason: str, again: bool) -> None:
+    headers = HTTPMessage()
+    headers["Retry-After"] = "7"
+    error = refused("there", Answer(status, "Why", headers, b'{"error": {"message": "so it is"}}'))
+    assert (error.reason, error.retryable, error.pause) == (reason, again, 7.0)
+    assert f"answered {status}: so it is" in str(error)
+    assert "so it is" not in reason_alone(f"{reason}: {error}")
 
 
 def test_a_state_in_half_the_bytes() -> None:

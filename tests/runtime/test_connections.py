@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
     """Answers with what it was asked; what befalls the next answers is in `faults`, one for each.
 
     made: how many connections there were. open: who answers on those that are. together: whoever waits for whom.
+    goes_on: what silence waits for. told: for how long each was waited for, as it said.
     """
 
     daemon_threads = True
@@ -33,6 +34,8 @@ class Server(ThreadingHTTPServer):
         self.made = 0
         self.open: list[_Handler] = []
         self.together = threading.Barrier(1)
+        self.goes_on = threading.Event()
+        self.told: list[str | None] = []
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.made += 1
@@ -55,12 +58,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         fault = self.server.faults.pop(0) if self.server.faults else ""
         asked = self.rfile.read(int(self.headers["content-length"]))
+        self.server.told.append(self.headers[module.TIMEOUT_HEADER])
         self.server.together.wait(10)
         if fault == "no answer":
             self.close_connection = True
             return
         if fault == "silence":
-            time.sleep(0.5)
+            self.server.goes_on.wait(60)
         self.send_response(200, "Fine")
         self.send_header("Content-Length", str(len(asked) + (fault == "cut")))
         self.end_headers()
@@ -142,9 +146,21 @@ def test_a_kept_one_has_its_bounds(server: Server, connections: Connections) -> 
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         connections.answered(QUESTION, within(0.2))
-    assert 0.2 <= time.monotonic() - began < 0.45
+    assert 0.2 <= time.monotonic() - began < 50
+    server.goes_on.set()
     require_answer(connections)  # and what comes late is not the next question's
     assert server.made == 2
+
+
+def test_what_is_left_is_told(server: Server, connections: Connections) -> None:
+    bounds = within(100)
+    connections.answered(QUESTION, bounds)
+    server.faults = ["no answer"]  # a kept one, which is replaced
+    left = bounds.left_s
+    connections.answered(QUESTION, bounds)
+    first, second, again = (float(one or "nan") for one in server.told)
+    assert left - 0.001 <= first <= 100
+    assert bounds.left_s - 0.001 <= again <= second <= left + 0.001
 
 
 def test_a_few_are_kept_of_many(server: Server, connections: Connections) -> None:

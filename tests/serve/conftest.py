@@ -47,12 +47,11 @@ def serving(
     limits: Limits | None = None,
     token: str | TokenFile | None = None,
     *,
-    port: int | None = 0,
     ready: bool = True,
 ) -> Iterator[httpx.Client]:
-    """A client of a server; port: 0 for any. ready: wait until that is."""
+    """A client of a server on any port that is free; ready: wait until the server is."""
     limits = limits or Limits()
-    config = server_config(application(pipe, limits, token), limits, host="127.0.0.1", port=port or 0)
+    config = server_config(application(pipe, limits, token), limits, host="127.0.0.1", port=0)
     config.loop = "asyncio"  # also where uvloop is there, which the extra does not bring; test_process runs what is
     server = server_of(config, limits)
     thread = threading.Thread(target=server.run)

@@ -34,8 +34,8 @@ class Faults:
 class Proxy:
     """Listens on a port of this machine; up: of what goes to the server, down: of what it answers.
 
-    server_port: of the server that further connections lead to. begun: whether faults befall them, from the first one
-    that is made then. sent: what the server was sent since, by all of them.
+    server_port: of the server that further connections lead to; 0 leads nowhere, and they end. begun: whether faults
+    befall them, from the first one that is made then. sent: what the server was sent since, by all of them.
     """
 
     def __init__(self, port: int, up: Faults, down: Faults) -> None:
@@ -81,6 +81,9 @@ class Proxy:
         up, down = (
             one if is_befallen else Faults() for one, is_befallen in zip((self._up, self._down), befallen, strict=True)
         )
+        if not self.server_port:
+            writer.transport.abort()
+            return
         sides = [await asyncio.open_connection("127.0.0.1", self.server_port) for _ in range(1 + up.replayed)]
         backs = [back for _, back in sides]
         self._open.add(writer)
@@ -135,7 +138,7 @@ async def _chunks(reader: asyncio.StreamReader, bytes_per_s: int | None) -> Asyn
 
 @contextmanager
 def between(port: int, up: Faults | None = None, down: Faults | None = None) -> Iterator[Proxy]:
-    """A proxy before a server's port."""
+    """A proxy before a server's port, or before none, 0, until there is one."""
     proxy, ready = Proxy(port, up or Faults(), down or Faults()), threading.Event()
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(proxy.serve(ready, ended),))

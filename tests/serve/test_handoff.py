@@ -118,7 +118,7 @@ def test_half_the_bytes(client: httpx.Client, pipe: Pipeline) -> None:
         (404, "model: unknown, got 'other', expected 'bundle'", {"model": "other", "until": 1}),
         (409, "bundle: got 'abc', expected", {"bundle": "abc", "until": 1}),
         (409, "plan: got 'abc', expected", {"plan": "abc", "until": 1}),
-        (504, r"longer than 1e-05 s; its work was cancelled", {"timeout": 1e-5, "until": 1}),
+        (504, r"longer than 1e-05 s; its work was cancelled", {"timeout": 1e-5, "steps": {"unet": 100}, "until": 100}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_told(status: int, told: str, asked: Mapping[str, Any], client: httpx.Client) -> None:

@@ -6,8 +6,8 @@ import base64
 import io
 import json
 import shutil
-import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 from tandemrt.runtime import Cloud, Handover, Pipeline, PlanError, RequestError, cloud
 from tandemrt.runtime.cloud import JSON
-from tandemrt.runtime.handover import models_of
+from tandemrt.runtime.handover import TEXT, models_of
 from tandemrt.runtime.manifest import Manifest
 from tandemrt.runtime.messages import unpacked
 from tandemrt.serve import served
@@ -30,6 +30,8 @@ from tandemrt.serve.protocol import TENSORS
 from ..runtime.tiny_bundle import resign
 from . import asking
 from .conftest import serving
+from .edge import port_of
+from .faults import between
 
 JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
 TANDEM: dict[str, Any] = {**JOB, "steps": {"cloud:unet": 2, "unet_free": 3}}
@@ -76,7 +78,7 @@ def other_pipe(other: Path) -> Iterator[Pipeline]:
 def test_a_hand_over_says_which_models_ran_its_steps(client: httpx.Client, pipe: Pipeline) -> None:
     manifest = pipe.bundle.manifest
     digests = models_of(manifest)
-    assert list(digests) == [*manifest.names("denoiser"), "text_encoder"]
+    assert list(digests) == [*manifest.names("denoiser"), TEXT]
     assert client.get("/v2/models/bundle").json()["models"] == digests
     assert len(set(digests.values())) == len(digests)
     for until, names in ((1, ["unet"]), (2, ["unet"]), (4, ["unet", "unet_free"])):
@@ -99,7 +101,9 @@ def test_another_model_of_the_name_is_refused(client: httpx.Client, pipe: Pipeli
     refused = answered({"unet": known})
     told = f"models: unet: got '{known[:16]}', expected '{served[:16]}', which is served."
     assert (refused.status_code, refused.json()["error"]["message"]) == (409, told)
-    assert answered({"unet": served, "unet_of_mine": known}).status_code == 200
+    assert answered({"unet": served, TEXT: models_of(pipe.bundle.manifest)[TEXT]}).status_code == 200
+    lacking = answered({"unet": served, "unet_of_mine": known})
+    assert (lacking.status_code, "models: 'unet_of_mine': none is served, expected" in lacking.text) == (409, True)
     assert answered({"unet": 3}).status_code == 422
 
     made = Handover.from_bytes(answered(None).content)
@@ -123,8 +127,8 @@ def test_a_model_that_is_known_is_the_one_that_runs(
     np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
 
 
-def other_text_encoder(folder: Path) -> None:
-    path = folder / "text_encoder" / "model.onnx"
+def other_text_encoder(folder: Path, name: str = "text_encoder") -> None:
+    path = folder / name / "model.onnx"
     model = onnx.load(path)
     weight = next(one for one in model.graph.initializer if len(one.dims) == 2)
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.5), weight.name))
@@ -136,7 +140,22 @@ def other_tokenizer(folder: Path) -> None:
     path.write_text(f"{path.read_text('utf-8')}\n", "utf-8")
 
 
-@pytest.mark.parametrize("change", [other_text_encoder, other_tokenizer])
+def other_name(folder: Path) -> None:
+    """The text encoder's component is called otherwise, and it is another one."""
+    (folder / "text_encoder").rename(folder / "text_encoder_one")
+    other_text_encoder(folder, "text_encoder_one")
+
+    def renamed(manifest: Manifest) -> Manifest:
+        encoder = msgspec.structs.replace(manifest.components["text_encoder"], model="text_encoder_one/model.onnx")
+        others = {name: one for name, one in manifest.components.items() if name != "text_encoder"}
+        encoders = {"text_encoder_one": manifest.text.encoders["text_encoder"]}
+        text = msgspec.structs.replace(manifest.text, encoders=encoders)
+        return msgspec.structs.replace(manifest, components={"text_encoder_one": encoder, **others}, text=text)
+
+    resign(folder, renamed)
+
+
+@pytest.mark.parametrize("change", [other_text_encoder, other_tokenizer, other_name])
 def test_another_text_encoder_is_told_of(
     change: Callable[[Path], None], client: httpx.Client, bundle: Path, tmp_path: Path, pipe: Pipeline
 ) -> None:
@@ -144,7 +163,7 @@ def test_another_text_encoder_is_told_of(
     with Pipeline.open(copied(bundle, tmp_path / "bundle", change), threads=1, cloud=str(client.base_url)) as edge:
         output = edge(**TANDEM)
         assert output.degraded.startswith("conflict: "), output.degraded
-        assert "409: models: text_encoder: got" in output.degraded
+        assert "409: models: text-encoders: got" in output.degraded
         np.testing.assert_array_equal(output.latents, edge(**ALONE).latents)
         # What is encoded here needs no text encoder there.
         embeds = edge.encode_prompt(**TANDEM)
@@ -155,17 +174,43 @@ def test_another_text_encoder_is_told_of(
         assert edge(**{**TANDEM, "prompt": None}, **half).degraded.startswith("conflict: ")
 
 
-def test_a_model_that_the_device_lacks_is_the_one_that_was_there_when_it_asked(
-    small: Path, pipe: Pipeline, other_pipe: Pipeline
+@pytest.mark.parametrize("zero_there", [False, True])
+def test_a_text_that_one_side_alone_encodes_is_compared(
+    zero_there: bool, client: httpx.Client, bundle: Path, tmp_path: Path, pipe: Pipeline
 ) -> None:
-    with serving(pipe) as client:
-        port = client.base_url.port
-        edge = Pipeline.open(small, threads=1, cloud=Cloud(str(client.base_url)))
+    """Without a negative prompt one reads zeros, and the other an empty text: whichever of them is the server."""
+
+    def zero(manifest: Manifest) -> Any:
+        return msgspec.structs.replace(manifest.text, zero_negative=True)
+
+    turned = copied(bundle, tmp_path / "bundle", lambda _: None, text=zero)
+    with ExitStack() as opened:
+        if zero_there:
+            there = opened.enter_context(Pipeline.open(turned, threads=1))
+            client = opened.enter_context(serving(there))
+        here = bundle if zero_there else turned
+        edge = opened.enter_context(Pipeline.open(here, threads=1, cloud=str(client.base_url)))
+        embeds = edge.encode_prompt(**TANDEM)
+        assert edge(**{**TANDEM, "prompt": None}, **embeds).degraded == ""
+        half = {name: values for name, values in embeds.items() if not name.startswith("negative")}
+        assert edge(**{**TANDEM, "prompt": None}, **half).degraded.startswith("conflict: ")
+        assert edge(**{**TANDEM, "prompt": None}, **half, guidance_scale=1.0).degraded == ""
+
+
+def test_a_model_that_the_device_lacks_is_the_one_that_was_there_when_it_asked(
+    small: Path, client: httpx.Client, pipe: Pipeline, other_pipe: Pipeline
+) -> None:
+    with (
+        serving(other_pipe) as other,
+        between(port_of(client)) as proxy,
+        Pipeline.open(small, threads=1, cloud=proxy.url) as edge,
+    ):
         output = edge(**TANDEM)
         assert output.degraded == ""
         assert output.cloud[0].models == {"unet": pipe.bundle.manifest.model_digest("unet")}
         np.testing.assert_array_equal(output.latents, pipe(**JOB).latents)
-    with edge, serving(other_pipe, port=port):
+        proxy.server_port = port_of(other)
+        proxy.begin()
         output = edge(**TANDEM)
         assert output.degraded.startswith("conflict: "), output.degraded
         np.testing.assert_array_equal(output.latents, pipe(**ALONE).latents)
@@ -192,31 +237,34 @@ def test_an_answer_of_another_model_is_not_gone_on_with(
     assert f"expected {{'unet': '{manifest.model_digest('unet')}'}}" in output.degraded
 
 
-def test_a_server_that_comes_later_is_asked_again(small: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_comes_later_is_asked_again(
+    small: Path, client: httpx.Client, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cloud, "BROKEN_S", 0.0)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Pipeline.open(small, threads=1, cloud=f"http://127.0.0.1:{port}") as edge:
+    with between(0) as proxy, Pipeline.open(small, threads=1, cloud=proxy.url) as edge:
         alone = edge(**TANDEM)
         assert alone.degraded.startswith("unreachable: "), alone.degraded
         np.testing.assert_array_equal(alone.latents, pipe(**ALONE).latents)
         for steps in ({"cloud:unet": -1, "unet_free": 3}, [("cloud:unet",)], {"cloud:unet": 0}):
             with pytest.raises(PlanError, match="steps"):
                 edge(**{**TANDEM, "steps": steps})
-        with serving(pipe, port=port):
-            together = edge(**TANDEM)
+        proxy.server_port = port_of(client)
+        together = edge(**TANDEM)
     assert together.degraded == ""
     np.testing.assert_array_equal(together.latents, pipe(**JOB).latents)
 
 
 def test_a_server_learns_later_what_its_cloud_serves(
-    small: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+    small: Path, client: httpx.Client, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cloud, "BROKEN_S", 0.0)
+    """However often it looks, that is no failure, and it finds a cloud which is left alone since requests failed."""
     monkeypatch.setattr(served, "_ASKS_S", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Pipeline.open(small, threads=1, cloud=f"http://127.0.0.1:{port}") as edge, serving(edge) as device:
+    with (
+        between(0) as proxy,
+        Pipeline.open(small, threads=1, cloud=proxy.url) as edge,
+        serving(edge) as device,
+    ):
+        asking.until(lambda: proxy.connections > cloud.BREAKING + 2)
 
         def painted(steps: Any) -> httpx.Response:
             return device.post("/v1/images/generations", json={**TANDEM, "steps": steps, "strict_prompts": True})
@@ -229,12 +277,13 @@ def test_a_server_learns_later_what_its_cloud_serves(
         assert alone.status_code == 200, alone.text
         assert alone.json()["degraded"].startswith("unreachable: ")
         assert pixels(alone) == pipe(**ALONE).images[0].tobytes()
+        assert painted(TANDEM["steps"]).json()["degraded"].startswith("broken: ")
         assert painted({"unet_nowhere": 2}).status_code == 422
         assert painted({"cloud:unet": 200}).status_code == 422
-        with serving(pipe, port=port):
-            asking.until(lambda: "cloud:unet" in denoisers())
-            together = painted(TANDEM["steps"])
-            assert painted({"cloud:unet_nowhere": 2}).status_code == 422
+        proxy.server_port = port_of(client)
+        asking.until(lambda: "cloud:unet" in denoisers())
+        together = painted(TANDEM["steps"])
+        assert painted({"cloud:unet_nowhere": 2}).status_code == 422
     assert together.json()["degraded"] == ""
     assert pixels(together) == pipe(**JOB).images[0].tobytes()
 
