@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import re
 import socket
 import time
@@ -16,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tandemrt.runtime import Handover, Pipeline
-from tandemrt.runtime.cloud import MESSAGE, PROTOCOL
+from tandemrt.runtime.cloud import MESSAGE, message
 from tandemrt.runtime.errors import BenchmarkError
-from tandemrt.runtime.messages import packed
 from tandemrt.runtime.plan import compile_plan
 
 from .servers import HOST
@@ -47,9 +45,8 @@ class Exchange:
 
     @property
     def message(self) -> bytes:
-        """The body, of the media type MESSAGE."""
-        facts = {**self.asked, "plan": self.plan, "dtype": "float32"}
-        return packed(self.tensors, {"protocol": PROTOCOL, "request": json.dumps(facts)})
+        """The body, of the media type MESSAGE, as `Cloud` sends it."""
+        return message({**self.asked, "plan": self.plan}, self.tensors, half=False)
 
 
 def exchanged(port: int, exchange: Exchange) -> tuple[dict[str, float], dict[str, int]]:

@@ -12,10 +12,10 @@ import pytest
 
 from tandemrt.bench import handoff
 from tandemrt.bench.handoff_half import latent_psnr_db
-from tandemrt.bench.handoff_parts import PARTS, server_times
+from tandemrt.bench.handoff_parts import PARTS, Exchange, server_times
 from tandemrt.bench.servers import served
-from tandemrt.runtime import Handover
-from tandemrt.runtime.errors import ArgumentError, BenchmarkError
+from tandemrt.runtime import Cloud, Handover
+from tandemrt.runtime.errors import ArgumentError, BenchmarkError, CloudError
 
 from ..runtime.tiny_bundle import write_tiny_bundle
 
@@ -54,6 +54,21 @@ def test_figures_of_both_hand_overs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert abs(saved - 2 * tensor / 2) < 16  # with an earlier prediction; headers are of other words
     assert "2 pictures of unet 10, unet_small 15 steps, handed over after 10:" in table
     assert "bundle's unet_small on onnxruntime:cpu, 1 threads in each process, 3 rounds in turns;" in table
+
+
+def test_an_exchange_is_what_a_cloud_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    def exchanged(_: Cloud, method: str, path: str, body: bytes, *more: Any) -> bytes:
+        sent.append(body)
+        raise CloudError("there", "refused", "did not help")
+
+    monkeypatch.setattr(Cloud, "_exchanged", exchanged)
+    asked = {"prompt": "red", "steps": [["unet", 2]], "seed": 7, "until": 2, "start_step": 1}
+    exchange = Exchange(asked, {"state": np.ones((1, 1, 4, 8, 8), np.float32)}, "ab" * 32)
+    with pytest.raises(CloudError):
+        Cloud("http://127.0.0.1:9").run(asked, exchange.tensors, exchange.plan)
+    assert sent == [exchange.message]
 
 
 def test_another_state_is_no_figure() -> None:
