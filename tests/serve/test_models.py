@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +15,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from PIL import Image
 
 from tandemrt.runtime import Cloud, Handover, Pipeline, PlanError, RequestError, cloud
 from tandemrt.runtime.cloud import JSON
@@ -30,12 +27,8 @@ from tandemrt.serve.protocol import TENSORS
 from ..runtime.tiny_bundle import resign
 from . import asking
 from .conftest import serving
-from .edge import port_of
+from .edge import ALONE, HERE, TANDEM, port_of
 from .faults import between
-
-JOB: dict[str, Any] = {"prompt": "red", "steps": {"unet": 2, "unet_free": 3}, "seed": 7}
-TANDEM: dict[str, Any] = {**JOB, "steps": {"cloud:unet": 2, "unet_free": 3}}
-ALONE: dict[str, Any] = {**JOB, "steps": {"unet_free": 5}}
 
 
 def copied(bundle: Path, folder: Path, change: Callable[[Path], None], **edits: Any) -> Path:
@@ -82,10 +75,10 @@ def test_a_hand_over_says_which_models_ran_its_steps(client: httpx.Client, pipe:
     assert client.get("/v2/models/bundle").json()["models"] == digests
     assert len(set(digests.values())) == len(digests)
     for until, names in ((1, ["unet"]), (2, ["unet"]), (4, ["unet", "unet_free"])):
-        answer = client.post("/v1/handoff", json={**JOB, "until": until})
+        answer = client.post("/v1/handoff", json={**HERE, "until": until})
         made = Handover.from_bytes(answer.content)
         assert made.models == {name: digests[name] for name in names}
-        rest = pipe(**JOB, start=made, until=5).handover
+        rest = pipe(**HERE, start=made, until=5).handover
         assert rest is not None
         assert rest.models == {name: digests[name] for name in ("unet", "unet_free")}
 
@@ -96,7 +89,7 @@ def test_another_model_of_the_name_is_refused(client: httpx.Client, pipe: Pipeli
     assert pipe.bundle.manifest.model_digest("unet_free") == other_pipe.bundle.manifest.model_digest("unet_free")
 
     def answered(models: Any) -> httpx.Response:
-        return client.post("/v1/handoff", json={**JOB, "until": 2, "models": models})
+        return client.post("/v1/handoff", json={**HERE, "until": 2, "models": models})
 
     refused = answered({"unet": known})
     told = f"models: unet: got '{known[:16]}', expected '{served[:16]}', which is served."
@@ -108,7 +101,7 @@ def test_another_model_of_the_name_is_refused(client: httpx.Client, pipe: Pipeli
 
     made = Handover.from_bytes(answered(None).content)
     with pytest.raises(RequestError, match=rf"start: its 'unet' is another model, got '{served[:16]}', expected"):
-        other_pipe(**JOB, start=made)
+        other_pipe(**HERE, start=made)
 
 
 def test_a_model_that_is_known_is_the_one_that_runs(
@@ -169,7 +162,7 @@ def test_another_text_encoder_is_told_of(
         embeds = edge.encode_prompt(**TANDEM)
         embedded = edge(**{**TANDEM, "prompt": None}, **embeds)
         assert embedded.degraded == ""
-        np.testing.assert_array_equal(embedded.latents, pipe(**{**JOB, "prompt": None}, **embeds).latents)
+        np.testing.assert_array_equal(embedded.latents, pipe(**{**HERE, "prompt": None}, **embeds).latents)
         half = {name: values for name, values in embeds.items() if not name.startswith("negative")}
         assert edge(**{**TANDEM, "prompt": None}, **half).degraded.startswith("conflict: ")
 
@@ -208,7 +201,7 @@ def test_a_model_that_the_device_lacks_is_the_one_that_was_there_when_it_asked(
         output = edge(**TANDEM)
         assert output.degraded == ""
         assert output.cloud[0].models == {"unet": pipe.bundle.manifest.model_digest("unet")}
-        np.testing.assert_array_equal(output.latents, pipe(**JOB).latents)
+        np.testing.assert_array_equal(output.latents, pipe(**HERE).latents)
         proxy.server_port = port_of(other)
         proxy.begin()
         output = edge(**TANDEM)
@@ -251,7 +244,7 @@ def test_a_server_that_comes_later_is_asked_again(
         proxy.server_port = port_of(client)
         together = edge(**TANDEM)
     assert together.degraded == ""
-    np.testing.assert_array_equal(together.latents, pipe(**JOB).latents)
+    np.testing.assert_array_equal(together.latents, pipe(**HERE).latents)
 
 
 def test_a_server_learns_later_what_its_cloud_serves(
@@ -276,7 +269,7 @@ def test_a_server_learns_later_what_its_cloud_serves(
         alone = painted(TANDEM["steps"])
         assert alone.status_code == 200, alone.text
         assert alone.json()["degraded"].startswith("unreachable: ")
-        assert pixels(alone) == pipe(**ALONE).images[0].tobytes()
+        assert asking.pictures_of(alone)[0].tobytes() == pipe(**ALONE).images[0].tobytes()
         assert painted(TANDEM["steps"]).json()["degraded"].startswith("broken: ")
         assert painted({"unet_nowhere": 2}).status_code == 422
         assert painted({"cloud:unet": 200}).status_code == 422
@@ -285,9 +278,4 @@ def test_a_server_learns_later_what_its_cloud_serves(
         together = painted(TANDEM["steps"])
         assert painted({"cloud:unet_nowhere": 2}).status_code == 422
     assert together.json()["degraded"] == ""
-    assert pixels(together) == pipe(**JOB).images[0].tobytes()
-
-
-def pixels(answer: httpx.Response) -> bytes:
-    with Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))) as image:
-        return image.tobytes()
+    assert asking.pictures_of(together)[0].tobytes() == pipe(**HERE).images[0].tobytes()
