@@ -107,7 +107,7 @@ def test_disks_that_are_full(
     ):
         monkeypatch.setattr(module, name, stand_in)
     with pytest.raises(OSError, match="No space left"):
-        (bundle / "x").write_text("x")
+        open(bundle / "x", "w")  # noqa: PTH123, SIM115 (Python 3.10's pathlib keeps the one it was imported with)
     assert refused == [bundle / "x"]
     with serving(pipe) as client:
         assert require_allowed(painted(bundle, str(client.base_url)), allowed) == ""
