@@ -19,7 +19,7 @@ from .conditioning import check_conditioning, encoded
 from .devices import on_devices, require_devices
 from .edge import Edge, names_cloud
 from .elsewhere import Elsewhere, ElsewhereSession, run_alone
-from .errors import CancelledError, ExecutionError, RequestError, told_as
+from .errors import ArgumentError, CancelledError, ExecutionError, RequestError, told_as
 from .images import Float32
 from .jobs import Jobs
 from .lora_engines import LoraEngines
@@ -75,6 +75,7 @@ class Pipeline:
         devices: Sequence[int] | None = None,
         observe: Observe | None = None,
         cloud: str | Cloud | None = None,
+        token: str | None = None,
         elsewhere: Elsewhere | None = None,
     ) -> Pipeline:
         """Check a bundle's files and make it ready to run.
@@ -90,15 +91,16 @@ class Pipeline:
         observe: called before every run of a component, by the thread that runs it, with its name and its inputs by
             name, which the next run overwrites. Not of engines that are more than the component: with LoRAs in slots,
             of its stages, or step engines, of which placement sequential runs none. Update engines are not used.
-        cloud: a server of `tandemrt serve`, such as `https://host:8080`, or a `Cloud`, which also takes its token; its
-            denoisers may then be named in `steps`: `{"cloud:unet": 10, "unet_small": 15}`.
+        cloud: a server of `tandemrt serve`, such as `https://host:8080`, with the token that it wants; or a `Cloud`.
+            Its denoisers may then be named in `steps`: `{"cloud:unet": 10, "unet_small": 15}`.
         elsewhere: called instead of a model here for the branch without the prompt in placement `parallel`, of a plan
             that needs no LoRAs; what answers there is `run_component` of another pipeline on the same bundle.
 
         Raises:
             BundleError: the bundle is damaged, foreign or newer than this runtime.
-            ArgumentError: there is no such target, `threads` is no whole number in 1..1024, `cache` is no folder, or
-                `devices` are not one or two different indices, or given for a target that takes none.
+            ArgumentError: there is no such target, `threads` is no whole number in 1..1024, `cache` is no folder,
+                `devices` are not one or two different indices, or given for a target that takes none, or `token` is
+                given without an address.
             TargetError: the target or a device is not available here, or names another precision than the bundle has.
         """
         wanted = on_devices(parse_target(target), devices)
@@ -108,11 +110,13 @@ class Pipeline:
             require_devices(wanted)
         count = thread_count("threads", threads)
         require_folder(cache)
+        if token is not None and not isinstance(cloud, str):
+            raise ArgumentError("token", "given without a server's address", remedy="Give `cloud` as an address.")
         opened = Bundle.open(bundle)
         wanted.check_quantized(str(opened.path), opened.manifest)
         for name, component in opened.manifest.components.items():
             wanted.check_precision(name, component.precision)
-        server = Cloud(cloud) if isinstance(cloud, str) else cloud
+        server = Cloud(cloud, token) if isinstance(cloud, str) else cloud
         pipeline = cls(opened, wanted, count, cache_folder(cache), observe, server)
         if elsewhere is not None:
             components = opened.manifest.components.items()

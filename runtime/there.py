@@ -15,6 +15,7 @@ from .errors import CloudError
 from .handover import models_of
 from .manifest import Component, Manifest
 from .plan import CLOUD
+from .plan_steps import Steps
 
 # How long opening a pipeline, and each later look, waits for a server that does not say what it serves.
 OPENING_S = 3.0
@@ -37,7 +38,7 @@ class There:
     def __init__(self, cloud: Cloud, manifest: Manifest) -> None:
         """Look what the server has; where it does not say, `ask` and `look` do so again."""
         own = {name: manifest.components[name] for name in manifest.names("denoiser")}
-        self.cloud, self.manifest = cloud, with_cloud(manifest, own)
+        self.cloud, self.manifest, self._own = cloud, with_cloud(manifest, own), tuple(own)
         self.models: Mapping[str, str] = models_of(manifest)
         self.said, self._lock, self._closed = False, threading.Lock(), threading.Event()
         with suppress(CloudError):
@@ -73,6 +74,20 @@ class There:
             if not self.said:
                 self._learn(bounds)
                 self.cloud.whole()
+
+    def known(self, steps: Steps | None) -> Steps | None:
+        """Steps in which one of the denoisers that are here stands for those that the server may yet tell of.
+
+        It is the first that is named. What the steps come to is checked with it; a pipeline asks the server once more,
+        and runs all of them here if it must.
+        """
+        if self.said or steps is None or isinstance(steps, int):
+            return steps
+        pairs, have = list(steps.items() if isinstance(steps, Mapping) else steps), self.manifest.components
+        if all(name in have or not name.startswith(CLOUD) for name, _ in pairs):
+            return steps
+        instead = next((name for name, _ in pairs if name in self._own), self._own[-1])
+        return [(instead if name.startswith(CLOUD) and name not in have else name, count) for name, count in pairs]
 
     @contextmanager
     def _turn(self, bounds: Bounds) -> Iterator[None]:

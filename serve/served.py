@@ -17,7 +17,6 @@ from tandemrt.runtime.bundle import Bundle
 from tandemrt.runtime.errors import CancelledError, CloudError
 from tandemrt.runtime.handover import models_of
 from tandemrt.runtime.manifest import Manifest
-from tandemrt.runtime.plan import CLOUD
 from tandemrt.runtime.plan_steps import Steps
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.there import There
@@ -72,19 +71,8 @@ class Served:
             cancelled.set()
 
     def known(self, steps: Steps | None) -> Steps | None:
-        """Steps in which one of the bundle's denoisers stands for those that the cloud may yet tell of.
-
-        It is the first that is named. What the steps come to is checked with it; a pipeline asks the cloud once more,
-        and runs all of them here if it must.
-        """
-        if self.there is None or self.there.said or steps is None or isinstance(steps, int):
-            return steps
-        pairs, have = list(steps.items() if isinstance(steps, Mapping) else steps), self.there.manifest.components
-        if all(name in have or not name.startswith(CLOUD) for name, _ in pairs):
-            return steps
-        here = self.own.names("denoiser")
-        instead = next((name for name, _ in pairs if name in here), here[-1])
-        return [(instead if name.startswith(CLOUD) and name not in have else name, count) for name, count in pairs]
+        """As `There.known`; without a cloud the steps themselves."""
+        return steps if self.there is None else self.there.known(steps)
 
     def require(self, name: str | None) -> None:
         """Raise Problem where a model of another name is wanted; None is any."""

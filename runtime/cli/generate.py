@@ -193,7 +193,7 @@ class _Job:
         for line in cloud_lines(output):
             self.reporter.note(line)
         if output.degraded:
-            self.reporter.warn(f"steps of the cloud's ran here, it did not help: {output.degraded}")
+            self.reporter.warn(f"the cloud did not help, and its steps ran here: {output.degraded}")
 
     def _once(self, told: str, tell: Callable[[str], None]) -> None:
         if told not in self.told:
@@ -300,7 +300,9 @@ def _checked(plan: GeneratePlan, pipe: Pipeline, seed: int) -> _Checked:
     made = [Request(**request, **pictures.arguments()) for request in requests]
     # The prompts differ in their text alone: what would refuse one refuses the first, before any is painted.
     pipe.stream(**requests[0], **pictures.arguments(), **_unrecorded(plan))
-    compiled = compile_plan(pipe.manifest, replace(made[0].schedule, **_placement(plan)))
+    schedule = made[0].schedule
+    steps = schedule.steps if pipe.there is None else pipe.there.known(schedule.steps)
+    compiled = compile_plan(pipe.manifest, replace(schedule, steps=steps, **_placement(plan)))
     dropped_text = _dropped_text(plan, pipe.bundle, compiled, made)
     named = [(request, Names(plan.output_dir, at, request["prompt"])) for at, request in enumerate(requests, start=1)]
     check_folder(_files(plan, named, compiled), force=plan.force)

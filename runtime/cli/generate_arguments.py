@@ -10,7 +10,8 @@ from typing import Any
 
 from ..arguments import thread_count
 from ..cloud import Cloud
-from ..errors import RequestError
+from ..errors import ArgumentError, RequestError
+from ..plan import CLOUD
 from ..request_checks import require_pictures
 from .cloud_options import add_cloud, cloud_from
 from .generate_options import FURTHER_PROMPTS, add_groups
@@ -145,5 +146,11 @@ def plan_from_arguments(namespace: argparse.Namespace) -> GeneratePlan:
         "width": width,
         "height": height,
     }
+    there = CLOUD in (namespace.steps or "")
+    if there and parsed["cloud"] is None:
+        raise ArgumentError("--steps", "name a server's denoiser", got=namespace.steps, remedy="Give --cloud URL.")
+    if parsed["cloud"] is not None and not there:
+        remedy = f"Name one, such as --steps {CLOUD}unet:10,unet_small:15."
+        raise ArgumentError("--cloud", "given, but --steps name no denoiser of the server's", remedy=remedy)
     as_given = {name: getattr(namespace, name) for name in GeneratePlan.__slots__ if name not in parsed}
     return GeneratePlan(**as_given, **parsed)

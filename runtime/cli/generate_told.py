@@ -77,11 +77,12 @@ def guidance_line(plan: Plan, tried: Mapping[str, float]) -> str:
 
 
 def cloud_lines(output: Output) -> Iterator[str]:
-    """What each hand-over with a server took."""
+    """What each hand-over with a server took, also one with which it did not help."""
     for one in output.cloud:
         tries = "1 try" if one.tries == 1 else f"{one.tries} tries"
         size = f"{one.sent_bytes / 1e3:.1f} kB there, {one.received_bytes / 1e3:.1f} kB back"
-        yield f"cloud: {one.steps} steps in {one.seconds:.2f} s, {tries}, {size}"
+        done = f"{one.steps} steps" if one.received_bytes else f"no help with {one.steps} steps"
+        yield f"cloud: {done} in {one.seconds:.2f} s, {tries}, {size}"
 
 
 def calibration_lines(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -80,11 +80,28 @@ def test_generate_where_the_cloud_does_not_help(
     cloud: str, bundle: Path, pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generated(bundle, tmp_path / "out", "--cloud", cloud) == 0
-    assert "steps of the cloud's ran here, it did not help: unauthorized: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the cloud did not help, and its steps ran here: unauthorized: " in told
+    assert "cloud: no help with 2 steps in " in told
     image, texts = painted(tmp_path / "out")
     np.testing.assert_array_equal(image, pixels(pipe, ALONE))
     assert texts["degraded"] == "unauthorized: it does not take the token"
     np.testing.assert_array_equal(image, pixels(pipe, json.loads(texts["request"])))
+
+
+def test_generate_where_nobody_knows_of_a_denoiser(
+    cloud: str, token_file: Path, bundle: Path, pipe: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--steps", "cloud:unet_large:2,unet_free:3"]
+    assert generated(bundle, tmp_path / "out", "--cloud", "http://127.0.0.1:9", *steps) == 0
+    assert "its steps ran here: unreachable: " in capsys.readouterr().err
+    image, texts = painted(tmp_path / "out")
+    np.testing.assert_array_equal(image, pixels(pipe, ALONE))
+    assert texts["degraded"].startswith("unreachable: ")
+
+    options = ["--cloud", cloud, "--cloud-token-file", str(token_file)]
+    assert generated(bundle, tmp_path / "again", *options, *steps) == 2
+    assert "steps: unknown denoiser, got 'cloud:unet_large'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,7 +116,11 @@ def test_generate_where_the_cloud_does_not_help(
             "--cloud-token-file nowhere: cannot be read",
         ),
         (["--cloud", "http://127.0.0.1", "--cloud-seconds", "0"], "seconds: not usable"),
-        ([], "steps: unknown denoiser, got 'cloud:unet'"),
+        ([], "--steps: name a server's denoiser, got 'cloud:unet:2,unet_free:3'. Give --cloud URL."),
+        (
+            ["--cloud", "http://127.0.0.1", "--steps", "3"],
+            "--cloud: given, but --steps name no denoiser of the server's",
+        ),
     ],
 )
 def test_options_of_a_cloud_that_cannot_be_used(

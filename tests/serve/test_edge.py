@@ -254,3 +254,12 @@ def test_what_cannot_run_in_two_places(told: str, asked: Any, bundle: Path, serv
 def test_a_cloud_that_nobody_named(pipe: Pipeline) -> None:
     with pytest.raises(TandemError, match="steps: unknown denoiser, got 'cloud:unet'"):
         pipe(**TANDEM)
+
+
+def test_a_token_goes_with_an_address(bundle: Path, pipe: Pipeline) -> None:
+    with serving(pipe, token=TOKEN) as served:
+        with Pipeline.open(bundle, threads=1, cloud=str(served.base_url), token=TOKEN) as edge:
+            assert edge(**TANDEM).degraded == ""
+        for where in (None, Cloud(str(served.base_url))):
+            with pytest.raises(ArgumentError, match="token: given without a server's address"):
+                Pipeline.open(bundle, threads=1, cloud=where, token=TOKEN)
