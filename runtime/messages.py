@@ -66,7 +66,7 @@ def unpacked(
     }  # fmt: skip
     told = texts.pop(_SEAL)
     if (seal := _seal(texts, stored)) != told:
-        raise MessageError(where, _SEAL, got=seal, expected=told, remedy=_AGAIN)
+        raise MessageError(where, _SEAL, got=told, expected=seal, remedy=_AGAIN)
     for name, values in stored.items():
         if not np.isfinite(values).all():
             raise RequestError(f"{where}: {name}", "holds NaN or Inf", expected="finite values")
@@ -74,7 +74,7 @@ def unpacked(
 
 
 def _seal(facts: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
-    """The sha256 of the texts, of the tensors' names, shapes and dtypes, and of their bytes."""
+    """The sha256 of the texts, of the tensors' names, dtypes and shapes, and of their bytes; see docs/serve.md."""
     shapes = [[name, values.dtype.str, values.shape] for name, values in sorted(tensors.items())]
     seal = hashlib.sha256(json.dumps([sorted(facts.items()), shapes], separators=(",", ":")).encode())
     for _, values in sorted(tensors.items()):
