@@ -256,7 +256,7 @@ class Cloud:
         except RequestError as error:
             self.close()  # what is damaged on one way may come whole on another
             raise CloudError(
-                self.url, "malformed", f"answered what cannot be used ({error})", retryable=True
+                self.url, "malformed", f"answered what cannot be used ({error.without_remedy})", retryable=True
             ) from error
         seed = facts["seed"]
         ran = {name for name, _ in facts["steps"]}

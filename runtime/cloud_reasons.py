@@ -45,5 +45,5 @@ def refused(url: str, answer: Answer) -> CloudError:
     after = answer.headers.get("Retry-After", "")
     pause = float(after) if after.isascii() and after.isdigit() and len(after) < 6 else 0.0
     reason = _REASONS.get(answer.status, "refused" if answer.status < 500 else "failed")
-    what = f"answered {answer.status}: {said}"
+    what = f"answered {answer.status}: {said}".rstrip(":. ")  # a full stop follows
     return CloudError(url, reason, what, retryable=answer.status in _TRIED_AGAIN, pause=pause)

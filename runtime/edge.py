@@ -18,7 +18,7 @@ from .cloud import CloudTiming
 from .conditioning import brings_text, dropped_text
 from .editing import reads_mask
 from .errors import CloudError, RequestError
-from .handover import TEXT, Handover, rows_between
+from .handover import TEXT, Handover
 from .output import Output, Timings
 from .plan import CLOUD, Plan, compile_plan
 from .plan_steps import Steps
@@ -100,7 +100,7 @@ class Edge:
         """Check the request's plan now; spent_s: for how long the server was waited for."""
         manifest = self.there.manifest
         plan = compile_plan(manifest, request.schedule)
-        rows_between(plan, None, 1)
+        _require_divisible(plan)
         request.latent_shape(manifest, tuple(dict.fromkeys(plan.denoisers)))
         seed = secrets.randbits(32) if request.seed is None else request.seed
         dropped = dropped_text(self.bundle, request, guided=any(plan.guided))
@@ -224,6 +224,14 @@ class Edge:
         here = [name for name in self._able if name in names]
         key = {name: (one.scheduler is not None, one.parameters) for name, one in components.items()}
         return min(here or self._able, key=key.__getitem__)
+
+
+def _require_divisible(plan: Plan) -> None:
+    """Raise RequestError where rows go by what was seen in the rows before, which a state does not hold."""
+    for name, value, told in (("guidance", "adaptive", plan.adaptive), ("placement", plan.placement, plan.window)):
+        if told is not None:
+            what = f"{value} goes by what it saw in the rows before, and cannot be given beside steps in the cloud"
+            raise RequestError(name, what, remedy=f"Ask for another {name}, or run all steps here.")
 
 
 def _parts(plan: Plan) -> list[tuple[bool, int]]:

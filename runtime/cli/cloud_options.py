@@ -47,4 +47,10 @@ def cloud_from(namespace: argparse.Namespace) -> Cloud | None:
     seconds = SECONDS if namespace.cloud_seconds is None else namespace.cloud_seconds
     file = namespace.cloud_token_file
     token = token_in_environment(CLOUD_TOKEN) if file is None else token_in_file(f"--cloud-token-file {file}", file)
-    return Cloud(namespace.cloud, token, seconds=seconds, half=bool(namespace.cloud_half))
+    try:
+        return Cloud(namespace.cloud, token, seconds=seconds, half=bool(namespace.cloud_half))
+    except ArgumentError as error:  # which names the argument that `Cloud` has in Python
+        named = error.again()
+        named.where = {"cloud": "--cloud", "seconds": "--cloud-seconds"}.get(error.where, error.where)
+        named.args = (named.where + str(error).removeprefix(error.where),)
+        raise named from None

@@ -178,6 +178,18 @@ def test_what_an_answer_means(status: int, reason: str, again: bool) -> None:
     assert "so it is" not in reason_alone(f"{reason}: {error}")
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"error": {"message": "models: another."}}', "there: answered 409: models: another."),
+        (b"<html>", "there: answered 409: Not here."),
+        (b'{"error": {"message": ""}}', "there: answered 409."),
+    ],
+)
+def test_what_was_answered_ends_with_one_full_stop(body: bytes, told: str) -> None:
+    assert str(refused("there", Answer(409, "Not here.", HTTPMessage(), body))) == told
+
+
 def test_a_state_in_half_the_bytes() -> None:
     state = np.linspace(-3, 3, 50, dtype=np.float32)
     half = in_half(state)

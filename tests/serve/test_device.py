@@ -110,12 +110,13 @@ def test_generate_where_nobody_knows_of_a_denoiser(
         (["--cloud-seconds", "3"], "--cloud-seconds: given without --cloud"),
         (["--cloud-token-file", "nowhere"], "--cloud-token-file: given without --cloud"),
         (["--cloud-half"], "--cloud-half: given without --cloud"),
-        (["--cloud", "example.org"], "cloud: no address"),
+        (["--cloud", "example.org"], "--cloud: no address, got 'example.org'"),
         (
             ["--cloud", "http://127.0.0.1", "--cloud-token-file", "nowhere"],
             "--cloud-token-file nowhere: cannot be read",
         ),
-        (["--cloud", "http://127.0.0.1", "--cloud-seconds", "0"], "seconds: not usable"),
+        (["--cloud", "http://127.0.0.1", "--cloud-seconds", "0"], "--cloud-seconds: not usable, got 0.0"),
+        (["--cloud", "http://me@example.org"], "--cloud: an address with a user's name"),
         ([], "--steps: name a server's denoiser, got 'cloud:unet:2,unet_free:3'. Give --cloud URL."),
         (
             ["--cloud", "http://127.0.0.1", "--steps", "3"],

@@ -238,7 +238,11 @@ def test_addresses_that_are_none(told: str, url: str) -> None:
     ("told", "asked"),
     [
         ("image: cannot be sent to the cloud", {"image": np.zeros((64, 64, 3), np.uint8)}),
-        ("until, start: adaptive guidance", {"guidance": "adaptive"}),
+        ("guidance: adaptive goes by .* beside steps in the cloud. Ask for another", {"guidance": "adaptive"}),
+        (
+            "placement: hybridiff goes by .* beside steps in the cloud. Ask for another placement",
+            {"steps": {"cloud:unet": 25}, "placement": "hybridiff"},
+        ),
         ("start, until: given beside steps in the cloud", {"until": 2}),
         ("steps: unknown denoiser, got 'cloud:unet_nowhere'", {"steps": {"cloud:unet_nowhere": 2}}),
     ],
