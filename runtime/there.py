@@ -32,7 +32,8 @@ class There:
 
     manifest: with the server's, as it said once; with those that are here in their place until it has. models: what the
     two sides compare, see `models_of`: of a denoiser the one that is here under the name, else the one that it said.
-    said: whether it has.
+    said: whether it has. offered: of the server's denoisers those that it is known to have, and as they are here, where
+    they are; with `cloud:` before them.
     """
 
     def __init__(self, cloud: Cloud, manifest: Manifest) -> None:
@@ -40,6 +41,7 @@ class There:
         own = {name: manifest.components[name] for name in manifest.names("denoiser")}
         self.cloud, self.manifest, self._own = cloud, with_cloud(manifest, own), tuple(own)
         self.models: Mapping[str, str] = models_of(manifest)
+        self.offered: tuple[str, ...] = ()
         self.said, self._lock, self._closed = False, threading.Lock(), threading.Event()
         with suppress(CloudError):
             self.look()
@@ -106,4 +108,6 @@ class There:
         # In this order: who sees a denoiser in the manifest finds its model.
         self.models = {**described.models, **self.models}
         self.manifest = with_cloud(self.manifest, described.components)
+        same = [name for name in described.components if self.models[name] == described.models[name]]
+        self.offered = tuple(f"{CLOUD}{name}" for name in same)
         self.said = True

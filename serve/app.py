@@ -42,8 +42,9 @@ def application(pipe: Pipeline, limits: Limits, token: str | TokenFile | None) -
 
     token: what every request brings; None for none, where it is asked by names of this machine's own alone.
     """
-    metrics = Metrics()
-    return application_of(Queue(pipe, limits, metrics), Served.of(pipe), limits, token, metrics, local=token is None)
+    metrics, served = Metrics(), Served.of(pipe)
+    queue = Queue(pipe, limits, metrics, served.help)
+    return application_of(queue, served, limits, token, metrics, local=token is None)
 
 
 def application_of(

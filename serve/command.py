@@ -157,6 +157,8 @@ def run(plan: ServePlan, reporter: Reporter) -> dict[str, Any]:
         host = f"[{plan.host}]" if ":" in plan.host else plan.host
         scheme = "http" if plan.certificate is None else "https"
         reporter.note(f"serving {name_of(pipe.bundle.path)} at {scheme}://{host}:{listener.getsockname()[1]}")
+        if plan.certificate is None and not is_loopback(plan.host):
+            reporter.warn("without --tls-certificate the token, prompts and pictures go over the network in plain text")
         with _told_to_end():
             server_of(config, plan.limits).run(sockets=[listener])
     return {"served": str(plan.bundle)}

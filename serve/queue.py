@@ -14,6 +14,7 @@ from tandemrt.runtime import Output, Pipeline, Request, StepEvent, Stream
 from tandemrt.runtime.stream import Stage
 
 from .batching import Batch, in_common
+from .help import Help
 from .limits import HANGS_S, Limits
 from .metrics import Metrics
 from .problems import busy, overdue, unready
@@ -80,8 +81,9 @@ class _Call:
 class Queue:
     """Runs requests on a pipeline, on threads of its own; used by one event loop."""
 
-    def __init__(self, pipe: Pipeline, limits: Limits, metrics: Metrics) -> None:
-        self._pipe, self._limits, self._metrics = pipe, limits, metrics
+    def __init__(self, pipe: Pipeline, limits: Limits, metrics: Metrics, cloud: Help | None = None) -> None:
+        """cloud: is told of what was painted, where the pipeline has one."""
+        self._pipe, self._limits, self._metrics, self._help = pipe, limits, metrics, cloud or Help()
         self._threads = Threads(limits.running)
         self._free, self._typical_s = limits.running, 1.0
         self._waiting: list[_Caller] = []
@@ -221,6 +223,7 @@ class Queue:
             self._running.discard(call)
         self._typical_s = 0.8 * self._typical_s + 0.2 * (time.perf_counter() - began)
         self._metrics.painted(output, len(callers))
+        self._help.of(output)
         for caller, own in zip(callers, outputs, strict=True):
             if not caller.made.done():
                 caller.made.set_result(own)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tandemrt.runtime.plan_steps import Steps
 from tandemrt.runtime.targets import Target
 from tandemrt.runtime.there import There
 
+from .help import Help
 from .problems import conflict, unknown_model
 from .protocol import TENSORS
 
@@ -33,7 +33,7 @@ class Served:
     """A bundle that is served.
 
     digest: its own. platform: the target that it runs on. models: `models_of` the bundle.
-    own: its manifest. there: a cloud's denoisers beside them, where there is a cloud.
+    own: its manifest. there: a cloud's denoisers beside them, where there is a cloud. help: whether that helps.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Served:
     own: Manifest
     models: Mapping[str, str]
     there: There | None = None
+    help: Help = field(default_factory=Help)
 
     @classmethod
     def of(cls, pipe: Pipeline) -> Served:
@@ -64,11 +65,20 @@ class Served:
         cancelled = threading.Event()
         try:
             while self.there is not None and not self.there.said:
-                with suppress(CloudError, CancelledError):
-                    await asyncio.to_thread(self.there.look, cancelled)
+                await self._ask(self.there, cancelled)
                 await asyncio.sleep(_ASKS_S)
         finally:
             cancelled.set()
+
+    async def _ask(self, there: There, cancelled: threading.Event) -> None:
+        try:
+            await asyncio.to_thread(there.look, cancelled)
+        except CloudError as error:
+            self.help.lost(f"{error.reason}: {error}")
+        except CancelledError:
+            pass
+        else:
+            self.help.back()
 
     def known(self, steps: Steps | None) -> Steps | None:
         """As `There.known`; without a cloud the steps themselves."""
@@ -93,10 +103,10 @@ class Served:
         """What the bundle is, as the Open Inference Protocol tells of a model.
 
         inputs, outputs: the tensors of `/v1/handoff`. denoisers: what `steps` may name, a cloud's with `cloud:` before
-        them; components: the bundle's own of them.
+        them, once it is known to have them, and not others under their names; components: the bundle's own of them.
         """
         manifest, state = self.manifest, {"state": [-1, -1, self.own.latent.channels, -1, -1]}
-        denoisers = self.own.names("denoiser")
+        denoisers, offered = self.own.names("denoiser"), () if self.there is None else self.there.offered
         inputs = {**{name: [-1] * axes for name, axes in TENSORS.items()}, **state}
         return {
             "name": self.name,
@@ -106,7 +116,7 @@ class Served:
             "outputs": [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in state.items()],
             "bundle": self.digest,
             "models": dict(self.models),
-            "denoisers": manifest.names("denoiser"),
+            "denoisers": [*denoisers, *offered],
             "components": {name: msgspec.to_builtins(self.own.components[name]) for name in denoisers},
             "latent": {"channels": manifest.latent.channels, "downsampling": manifest.latent.downsampling},
             "defaults": msgspec.to_builtins(manifest.defaults),

@@ -22,9 +22,10 @@ from tandemrt.serve.protocol import Asked
 from tandemrt.serve.served import Served
 from tandemrt.serve.work import work_of
 
-from .asking import TOKEN, decoded, events_of, pictures_of
+from .asking import TOKEN, decoded, events_of, pictures_of, until
 from .conftest import serving
-from .edge import ALONE, HERE
+from .edge import ALONE, HERE, port_of
+from .faults import between
 
 STEPS = "cloud:unet:2,unet_free:3"
 
@@ -185,6 +186,30 @@ def test_a_picture_without_the_cloud_says_so(bundle: Path, pipe: Pipeline) -> No
     assert texts["degraded"] == degraded
     assert json.loads(texts["plan"])["steps"] == [["unet_free", 5]]
     assert 'tandemrt_fallbacks_total{component="cloud"} 1.0' in counted
+
+
+def test_the_log_tells_when_help_is_lost_and_when_it_is_back(
+    bundle: Path, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tandemrt.serve.served._ASKS_S", 0.05)
+    with between(0) as proxy, Pipeline.open(bundle, threads=1, cloud=proxy.url) as edge, serving(edge) as device:
+
+        def reason() -> str:
+            asked = {"prompt": "a secret", "steps": STEPS}
+            degraded: str = device.post("/v1/images/generations", json=asked).json()["degraded"]
+            return degraded.partition(":")[0]
+
+        until(lambda: caplog.messages)  # nobody has painted anything
+        assert [reason() for _ in range(3)] == ["unreachable", "broken", "broken"]
+        proxy.server_port = port_of(client)
+        until(lambda: caplog.messages[1:])
+        assert [reason() for _ in range(3)] == ["", "", ""]
+        proxy.server_port = 0
+        proxy.begin()
+        assert [reason() for _ in range(2)] == ["unreachable", "broken"]
+    lost = f"the cloud does not help, its steps run here: unreachable: {proxy.url}: cannot be reached"
+    assert [message[: len(lost)] for message in caplog.messages] == [lost, "the cloud helps now", lost]
+    assert "(" in caplog.messages[0] and {record.levelname for record in caplog.records} == {"WARNING"}
 
 
 def test_requests_of_two_places_run_alone(bundle: Path, client: httpx.Client) -> None:

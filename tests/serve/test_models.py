@@ -230,6 +230,16 @@ def test_an_answer_of_another_model_is_not_gone_on_with(
     assert f"expected {{'unet': '{manifest.model_digest('unet')}'}}" in output.degraded
 
 
+def test_a_model_that_is_another_there_is_not_offered(other_pipe: Pipeline, client: httpx.Client) -> None:
+    with (
+        Pipeline.open(other_pipe.bundle.path, threads=1, cloud=str(client.base_url)) as edge,
+        serving(edge) as device,
+    ):
+        offered = device.get("/v2/models/bundle").json()["denoisers"]
+    same = ["unet_second", "unet_free", "unet_other"]
+    assert offered == ["unet", *same, *(f"cloud:{name}" for name in same)]
+
+
 def test_a_server_that_comes_later_is_asked_again(
     small: Path, client: httpx.Client, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +275,7 @@ def test_a_server_learns_later_what_its_cloud_serves(
         def denoisers() -> Any:
             return device.get("/v2/models/bundle").json()["denoisers"]
 
-        assert "cloud:unet" not in denoisers()
+        assert denoisers() == ["unet_second", "unet_free", "unet_other"]
         alone = painted(TANDEM["steps"])
         assert alone.status_code == 200, alone.text
         assert alone.json()["degraded"].startswith("unreachable: ")

@@ -117,6 +117,19 @@ def test_tls_and_an_end_that_finishes_what_runs(
         assert "served" in running.stdout.read()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_public_address_in_plain_text_is_told(host: str, bundle: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN, "utf-8")
+    with process(str(bundle), "--host", host, "--token-file", str(token)) as (running, url):
+        while httpx.get(url.replace(host, "127.0.0.1") + "/v2/health/ready").status_code != 200:
+            time.sleep(0.02)
+        running.send_signal(signal.SIGTERM)
+        said = running.stderr.read()  # type: ignore[union-attr]
+    assert (said == "") == (host == "127.0.0.1")
+    assert host == "127.0.0.1" or ("warning: " in said and "go over the network in plain text" in said)
+
+
 def plan_of(*arguments: str) -> command.ServePlan:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
