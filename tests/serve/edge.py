@@ -17,7 +17,7 @@ from .faults import Proxy
 TANDEM: dict[str, Any] = {"prompt": "red", "steps": {"cloud:unet": 2, "unet_free": 3}, "seed": 7}
 HERE: dict[str, Any] = {**TANDEM, "steps": {"unet": 2, "unet_free": 3}}
 ALONE: dict[str, Any] = {**TANDEM, "steps": {"unet_free": 5}}
-SECONDS = 1.0
+SECONDS = 2.0
 # Why a device may have painted alone after a fault.
 REASONS = {"deadline", "unreachable", "malformed", "refused", "failed", "busy", "unready", "unauthorized", "conflict"}
 

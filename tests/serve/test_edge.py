@@ -92,7 +92,7 @@ def test_what_had_arrived_is_gone_on_from(bundle: Path, server: httpx.Client, pi
     steps = [("cloud:unet", 1), ("unet_free", 1), ("cloud:unet", 2), ("unet", 1)]
     with (
         between(port_of(server), down=Faults(cut_after=10)) as proxy,
-        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=2)) as edge,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=20)) as edge,
     ):
         stream = edge.stream(**{**TANDEM, "steps": steps})
         assert next(stream).row == 1

@@ -177,7 +177,7 @@ def ended(asked: there.There, bounds: Bounds) -> TandemError | None:
 def test_a_failure_when_a_pipeline_is_opened_costs_no_try(bundle: Path, client: httpx.Client) -> None:
     with between(port_of(client), down=Faults(cut_after=10, connections=3)) as proxy:
         proxy.begin()
-        with Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=3)) as edge:
+        with Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=20)) as edge:
             assert proxy.connections == 1
             output = edge(**TANDEM)
     assert (output.degraded, output.cloud[0].tries) == ("", 3)
@@ -186,7 +186,7 @@ def test_a_failure_when_a_pipeline_is_opened_costs_no_try(bundle: Path, client: 
 def test_a_server_that_fails_is_left_alone_for_a_while(bundle: Path, client: httpx.Client) -> None:
     with (
         between(port_of(client), down=Faults(cut_after=10)) as proxy,
-        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=2)) as edge,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, seconds=20)) as edge,
     ):
         proxy.begin()
         assert edge(**TANDEM).degraded.startswith("unreachable")

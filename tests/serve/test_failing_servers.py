@@ -182,8 +182,8 @@ def test_a_server_whose_model_says_nan(poisoned: Path, pipe: Pipeline) -> None:
 def test_a_device_whose_model_says_nan(poisoned: Path, server: httpx.Client) -> None:
     began = time.monotonic()
     with (
-        Pipeline.open(poisoned, threads=1, cloud=Cloud(str(server.base_url), seconds=1)) as edge,
+        Pipeline.open(poisoned, threads=1, cloud=Cloud(str(server.base_url), seconds=10)) as edge,
         pytest.raises(ExecutionError, match=r"unet_free.*NaN or Inf"),
     ):
         edge(**TANDEM)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 11

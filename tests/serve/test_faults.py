@@ -81,7 +81,7 @@ def test_a_token_that_expires(bundle: Path, pipe: Pipeline, allowed: tuple[Any, 
         serving(pipe, token=TOKEN) as first,
         serving(pipe, token=f"{TOKEN}-of-today") as second,
         between(port_of(first)) as proxy,
-        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, TOKEN, seconds=2)) as edge,
+        Pipeline.open(bundle, threads=1, cloud=Cloud(proxy.url, TOKEN, seconds=20)) as edge,
     ):
         assert require_allowed(edge(**TANDEM), allowed) == ""
         proxy.server_port = port_of(second)
